@@ -1,0 +1,1 @@
+"""regard: a catalogue and workbench of attention for transformer models."""

@@ -1,0 +1,108 @@
+"""Sites, edits and observers: where in a model, what is changed there, what is written down there. Data only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from regard.core.errors import require
+
+QUANTITIES = ("scores", "weights", "z")
+VERBS = ("replace", "scale", "block", "move")
+PHASES = ("prefill", "decode", "both")
+LOOKS = ("last_row", "top1", "received", "mass_at", "z")
+
+
+def _ints(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    return (value,) if isinstance(value, int) else tuple(int(v) for v in value)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model's attention.
+
+    quantity  "scores" (before the softmax), "weights" (after it) or "z" (a head's output, before the projection)
+    layers    layer numbers, None: all          heads   query heads, None: all
+    rows      query places within the forward (negative from its end; -1 the last), None: all
+    keys      true token indices, or a role name such as "image"; None: all
+    phase     "prefill", "decode" or "both"     tower   "text", "vision", "encoder", "decoder", "cross" or None: any
+    """
+
+    quantity: str = "weights"
+    layers: tuple[int, ...] | int | None = None
+    heads: tuple[int, ...] | int | None = None
+    rows: tuple[int, ...] | int | None = None
+    keys: tuple[int, ...] | int | str | None = None
+    phase: str = "both"
+    tower: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.quantity in QUANTITIES, f"quantity is one of {QUANTITIES}", quantity=self.quantity)
+        require(self.phase in PHASES, f"phase is one of {PHASES}", phase=self.phase)
+        for name in ("layers", "heads", "rows"):
+            object.__setattr__(self, name, _ints(getattr(self, name)))
+        if not isinstance(self.keys, str):
+            object.__setattr__(self, "keys", _ints(self.keys))
+
+    def covers(self, layer: int, tower: str, phase: str) -> bool:
+        return (
+            (self.layers is None or layer in self.layers)
+            and self.tower in (None, tower)
+            and self.phase in ("both", phase)
+        )
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A site and a verb.
+
+    replace  the quantity becomes `value`: a number or a tensor that broadcasts to [B, heads, rows, keys or width]
+    scale    the quantity at these keys is multiplied by `value`; weights are not renormalised
+    block    scores: these keys are hidden and the rest renormalised; weights and z: set to zero
+    move     weights: the share `value` in [0, 1] of the mass on `keys` goes to `to`, in proportion to what is there
+             (evenly where nothing is); every row keeps its sum
+    """
+
+    site: Site
+    verb: str
+    value: Any = None
+    to: tuple[int, ...] | int | str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.verb in VERBS, f"verb is one of {VERBS}", verb=self.verb)
+        require(self.verb != "move" or self.site.quantity == "weights", "move acts on weights", site=self.site)
+        require(self.verb != "move" or self.to is not None, "move says where to", to=self.to)
+        require(self.verb == "block" or self.value is not None, f"{self.verb} takes a value", value=self.value)
+        if self.verb == "move":
+            require(0 <= self.value <= 1, "the moved share lies in [0, 1]", value=self.value)
+        require(
+            self.site.quantity != "z" or self.site.keys is None, "a head's output has no keys", keys=self.site.keys
+        )
+        if not isinstance(self.to, str):
+            object.__setattr__(self, "to", _ints(self.to))
+
+    def __str__(self) -> str:
+        parts = [f"{k}={v}" for k, v in vars(self.site).items() if v is not None and v != "both" and k != "quantity"]
+        told = f" by {self.value}" if isinstance(self.value, int | float) else ""
+        return self.name or f"{self.verb} {self.site.quantity}{told} at {', '.join(parts) or 'every site'}"
+
+
+@dataclass(frozen=True)
+class Observer:
+    """A look at attention that never holds an N x N tensor; records are lists of (layer, step, tensor).
+
+    last_row  [B, heads, n] weights of the last query        top1  [B, heads, rows] true index of the top key
+    received  [B, heads, n] weights summed over the rows     z     [B, heads, rows, E] head outputs
+    mass_at   [B, heads, rows] weight on one key a row: `keys_of(rows) -> true index per row` (-1: none)
+    """
+
+    look: str
+    site: Site = Site()
+    keys_of: Callable[[Any], Any] | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.look in LOOKS, f"look is one of {LOOKS}", look=self.look)
+        require((self.look == "mass_at") == (self.keys_of is not None), "mass_at takes keys_of", keys_of=self.keys_of)

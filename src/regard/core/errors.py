@@ -1,0 +1,53 @@
+"""Errors that name the rule and the value."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class Unreachable(TypeError):
+    """A model, or a part of one, whose attention regard cannot take over. The message names the part."""
+
+
+class Unsupported(TypeError):
+    """A method that this pattern, model or way of generating cannot do. The message names both."""
+
+
+class NeverFired(RuntimeError):
+    """An edit that was attached and changed nothing: its layer, head, row or phase never came."""
+
+
+def show(value: object) -> str:
+    """A value in a few words: tensors as dtype and shape, everything else as repr, cut at 120 characters."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def require(condition: object, rule: str, **values: object) -> None:
+    """Raise ValueError with the rule and the values unless the condition holds.
+
+    >>> require(1 < 0, "1 < 0", one=1)
+    Traceback (most recent call last):
+    ...
+    ValueError: must hold: 1 < 0 (one=1)
+    """
+    if not condition:
+        said = ", ".join(f"{name}={show(value)}" for name, value in values.items())
+        raise ValueError(f"must hold: {rule}" + (f" ({said})" if said else ""))
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """The names that `name` may have meant, in words that end an error message.
+
+    >>> near("streaming_lm", ["streaming_llm", "h2o"])
+    'near names: streaming_llm'
+    """
+    names = sorted(names)
+    found = get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name in n][:3]
+    return f"near names: {', '.join(found)}" if found else f"known: {', '.join(names)}"
+
+
+def unknown(what: str, name: str, names: Iterable[str]) -> KeyError:
+    """The error for a wrong name: `raise unknown("method", name, pages())`."""
+    return KeyError(f"no {what} is called {name!r}; {near(name, names)}")

@@ -1,0 +1,136 @@
+"""What a page must provide: a card, a configuration, and the functions of its kind."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from regard.core.errors import near
+
+
+@dataclass(frozen=True)
+class Card:
+    """Data about a page. Tables, documentation and `regard show` are printed from it.
+
+    `neutral` is a configuration under which the method changes nothing (full budget, window >= N, ...);
+    the checks hold the page to it. `caveat` says where page and paper, or paper and released code, differ.
+    """
+
+    title: str
+    paper: str
+    year: int
+    idea: str
+    cost: str = ""
+    state: str = ""
+    needs: tuple[str, ...] = ()
+    lineage: tuple[str, ...] = ()
+    caveat: str = ""
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Page:
+    """One paper: `config` is a frozen dataclass of its settings, defaults the paper's; `kind` names its contract."""
+
+    config: type
+    card: Card
+    kind = "page"
+    patterns: tuple[str, ...] = ()
+
+    def configure(self, **settings: Any) -> Any:
+        """The page's Config with these settings; a setting it does not have is an error with the near names."""
+        names = [f.name for f in fields(self.config)]
+        for name in settings:
+            if name not in names:
+                raise ValueError(f"{self.card.title} has no setting {name!r}; {near(name, names)}")
+        return self.config(**settings)
+
+
+@dataclass(frozen=True)
+class Mechanism(Page):
+    """A mixing of values by queries and keys.
+
+    reference(q, k, v, cfg, *, pattern, mask, state, ...) -> (out, state) is the equation, float64 stays float64;
+    `fast` is the same function, written independently. `refuses` names patterns without a meaning, with the reason.
+    """
+
+    reference: Callable = None  # type: ignore[assignment]
+    fast: Callable | None = None
+    init: Callable | None = None
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    kind = "mechanism"
+
+
+@dataclass(frozen=True)
+class MaskPage(Page):
+    """Who may attend to whom: build(cfg) -> Mask."""
+
+    build: Callable = None  # type: ignore[assignment]
+    kind = "mask"
+
+
+@dataclass(frozen=True)
+class PositionPage(Page):
+    """Where a token is said to be: positions(roles or sizes, cfg) -> integer tensor; `build` gives its mask, if any."""
+
+    positions: Callable = None  # type: ignore[assignment]
+    build: Callable | None = None
+    kind = "position"
+
+
+@dataclass(frozen=True)
+class CachePage(Page):
+    """A KV-cache policy. Of these four a page gives what its paper changes (see core/cache.py for View):
+
+    score(view, cfg) -> [B, G, n]   importance of every stored token; the runner keeps the best within the budget
+    keep(view, cfg) -> Kept | None  which stored tokens stay, after the step's attention (None: all)
+    select(view, cfg) -> slots [B, G or H, m] | None   which stored tokens this step reads (None: all)
+    observe(view, cfg) -> None      look at a step (for example its attention weights) without changing it
+    """
+
+    budget: Callable = None  # type: ignore[assignment]  # cfg -> the page's own budget, where none is asked for
+    score: Callable | None = None
+    keep: Callable | None = None
+    select: Callable | None = None
+    observe: Callable | None = None
+    place: Callable | None = None  # positions of keys and queries at reading time; None: as in the text
+    phase: str = "both"  # when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")
+    kind = "cache"
+
+
+@dataclass(frozen=True)
+class TracingPage(Page):
+    """An explanation of a model: measure(model, ...) -> numbers per layer and head, through observers and edits."""
+
+    measure: Callable = None  # type: ignore[assignment]
+    kind = "tracing"
+
+
+@dataclass(frozen=True)
+class TaskPage(Page):
+    """A workload: generate(cfg, ...) -> data with a right answer."""
+
+    generate: Callable = None  # type: ignore[assignment]
+    kind = "task"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A configured page: what `regard.method(name, **config)` returns and `attach`, `compare` and `attend` take."""
+
+    name: str
+    page: Page
+    config: Any
+
+    def with_(self, **settings: Any) -> "Method":
+        return replace(self, config=replace(self.config, **settings))
+
+    @property
+    def label(self) -> str:
+        """Name and the settings that differ from the page's defaults: `streaming_llm(budget=0.1)`."""
+        default = self.page.config()
+        told = [
+            f"{f.name}={getattr(self.config, f.name)!r}"
+            for f in fields(self.config)
+            if getattr(self.config, f.name) != getattr(default, f.name)
+        ]
+        return f"{self.name}({', '.join(told)})" if told else self.name

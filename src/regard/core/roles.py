@@ -1,0 +1,136 @@
+"""Roles: named integer labels per token (padding, document, image, grid y and x, ...), addressed by true
+index.
+
+A mask that speaks of documents or of an image grid reads the labels here. They grow while a model generates,
+follow tokens that are gathered or pruned, and are indexed by the token's place in the text, so an evicted
+cache reads the same labels as a full one. By convention -1 means "none of these", `padding` is 1 on padding
+and 0 on tokens, and `image` is 0 on text and 1, 2, ... on the patches of the first, second, ... image.
+
+>>> roles = Roles(document=[[0, 0, 1], [0, 1, 1]], padding=[0, 0, 0])
+>>> roles
+Roles(document[2, 3], padding[3])
+>>> roles.grow(2)["document"]
+tensor([[0, 0, 1, 1, 1],
+        [0, 1, 1, 1, 1]])
+>>> roles.gather([0, 2])["document"]
+tensor([[0, 1],
+        [0, 1]])
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.core.errors import near, require
+
+Labels = Tensor | Sequence[Any] | int
+
+
+class Roles:
+    """Labels of N tokens, [N] (one for all rows) or [B, N] each. Immutable: every change is a new object."""
+
+    __slots__ = ("_labels",)
+
+    def __init__(self, **labels: Labels) -> None:
+        tensors = {name: torch.as_tensor(label).long() for name, label in labels.items()}
+        for name, label in tensors.items():
+            require(label.dim() in (1, 2), "labels are [N] or [B, N]", role=name, labels=label)
+        require(
+            len({x.shape[-1] for x in tensors.values()}) <= 1, "all roles label the same tokens", **tensors
+        )
+        rows = {x.shape[0] for x in tensors.values() if x.dim() == 2}
+        require(len(rows - {1}) <= 1, "all roles have the same rows", **tensors)
+        object.__setattr__(self, "_labels", MappingProxyType(tensors))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("Roles are immutable; use with_, grow, gather or reorder")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._labels)
+
+    @property
+    def length(self) -> int:
+        return next((x.shape[-1] for x in self._labels.values()), 0)
+
+    @property
+    def batch(self) -> int:
+        return max((x.shape[0] for x in self._labels.values() if x.dim() == 2), default=1)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._labels
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._labels)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._labels:
+            raise KeyError(
+                f"the role {name!r} is missing; {near(name, self.names) if self.names else 'known: none'}"
+            )
+        return self._labels[name]
+
+    def label(self, name: str, row: Tensor, index: Tensor) -> Tensor:
+        """The label of token `index` in batch row `row`, tensors that broadcast against each other."""
+        labels = self[name]
+        if labels.dim() == 1:
+            return labels[index]
+        return labels[0][index] if labels.shape[0] == 1 else labels[row, index]
+
+    def with_(self, **labels: Labels) -> "Roles":
+        return Roles(**{**self._labels, **labels})
+
+    def grow(self, n: int = 1, **labels: Labels) -> "Roles":
+        """Labels for n more tokens: those named (a number, [n] or [B, n]); else as the last token's, not
+        padding.
+
+        >>> Roles(padding=[1, 0], document=[3, 4]).grow(1, document=5)["document"]
+        tensor([3, 4, 5])
+        """
+        for name in labels:
+            self[name]
+        return Roles(**{name: self._grown(name, n, labels.get(name)) for name in self})
+
+    def _grown(self, name: str, n: int, new: Labels | None) -> Tensor:
+        old = self[name]
+        if new is None and name != "padding":
+            require(self.length > 0, "a label to carry on, or one given", role=name)
+            new = old[..., -1:]
+        new = torch.as_tensor(0 if new is None else new, device=old.device).long()
+        if new.dim() == 2 and old.dim() == 1:
+            old = old.expand(new.shape[0], -1)
+        rows = max(old.shape[0], new.shape[0]) if new.dim() == 2 else old.shape[0]
+        old = old.expand(rows, -1) if old.dim() == 2 else old
+        return torch.cat([old, new.expand(*old.shape[:-1], n)], dim=-1)
+
+    def gather(self, index: Labels) -> "Roles":
+        """The labels of the tokens `index` ([n], or [B, n] where rows keep different ones); -1, no token, is -1."""
+        index = torch.as_tensor(index).long()
+        return Roles(**{name: self._gathered(name, index.to(self[name].device)) for name in self})
+
+    def _gathered(self, name: str, index: Tensor) -> Tensor:
+        labels = self[name]
+        require(index.numel() == 0 or int(index.max()) < self.length, "index < length", length=self.length)
+        if index.dim() == 1:
+            return labels[..., index.clamp(min=0)].masked_fill(index < 0, -1)
+        rows = labels.expand(index.shape[0], -1)
+        return rows.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
+
+    def reorder(self, rows: Labels) -> "Roles":
+        """The labels of these batch rows, in this order: for beams and repeated prompts."""
+        rows = torch.as_tensor(rows).long()
+        return Roles(
+            **{name: x if x.dim() == 1 else x[rows.to(x.device)] for name, x in self._labels.items()}
+        )
+
+    def to(self, device: Any) -> "Roles":
+        return Roles(**{name: x.to(device) for name, x in self._labels.items()})
+
+    def items(self) -> Mapping[str, Tensor]:
+        return self._labels
+
+    def __repr__(self) -> str:
+        return f"Roles({', '.join(f'{name}{list(x.shape)}' for name, x in self._labels.items())})"

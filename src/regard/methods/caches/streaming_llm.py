@@ -1,0 +1,81 @@
+"""StreamingLLM: keep the first tokens as attention sinks and a rolling window of the most recent.
+
+    stored at step t:  {0, …, s-1} ∪ {t-w+1, …, t}          s sinks, w recent tokens, t itself included
+    position of a key: its slot, 0 … s+w-1, not its place in the text
+
+where a softmax must put its mass somewhere, and trained models put what they do not need on the first tokens;
+dropping those takes mass away from nowhere else. Rotary attention sees only differences of positions, so giving
+slots as positions is the same as moving the sinks behind the window by the tokens that are gone: only the s sink
+keys are turned, from their first rotation every time. Four sinks suffice (Xiao et al., figure 2 and table 2).
+
+>>> import torch
+>>> from regard.ops import View
+>>> index = torch.tensor([[[0, 1, 2, 3, 4, 5, 6, 7]]])
+>>> rank(index, 8, sinks=2, window=3)[1].flatten().tolist()
+[True, True, False, False, False, True, True, True]
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from regard.core import CachePage, Card, require
+from regard.ops import Kept, View, slots_of
+
+
+@dataclass(frozen=True)
+class Config:
+    sinks: int = 4
+    window: int = 512
+    budget: int | float | str | None = None  # all tokens, sinks included; None: sinks + window
+    positions: str = "slot"  # or "text": leave positions as they are in the text
+
+    def __post_init__(self) -> None:
+        require(self.sinks >= 0, "sinks >= 0", sinks=self.sinks)
+        require(self.window >= 1, "window >= 1 (the token itself)", window=self.window)
+        require(self.positions in ("slot", "text"), 'positions is "slot" or "text"', positions=self.positions)
+
+
+def rank(index: Tensor, seen: int, sinks: int, window: int | Tensor, place: Tensor | None = None):
+    """Place in the text and whether a token stays: the first `sinks` by place and the last `window` by age."""
+    place = index if place is None else place
+    return place, (place < sinks) | (seen - 1 - index < window)
+
+
+def keep(view: View, cfg: Config) -> Kept | None:
+    if not view.over():
+        return None
+    budget = view.budget[:, None, None] if view.real is not None else view.budget[:1, None, None]
+    _, stays = rank(view.index, view.seen, cfg.sinks, (budget - cfg.sinks).clamp(min=1), view.rank())
+    return Kept(slots_of(stays & view.hold()))
+
+
+def place(view: View, slots: Tensor | None, cfg: Config) -> Tensor | None:
+    """How far the sink keys move: by the tokens that are gone between them and the window."""
+    if cfg.positions == "text" or cfg.sinks == 0 or view.stored < cfg.sinks or "first" not in view.memory:
+        return None
+    held = view.hold().sum(-1)  # [1|B, 1|g]
+    gone = (view.seen - view.first()[:, None] - held).clamp(min=0)
+    return gone[..., None].expand(*gone.shape, cfg.sinks) if bool((gone > 0).any()) else None
+
+
+METHOD = CachePage(
+    config=Config,
+    keep=keep,
+    place=place,
+    budget=lambda cfg: cfg.sinks + cfg.window,
+    patterns=("causal_self",),
+    card=Card(
+        title="StreamingLLM",
+        paper="Efficient Streaming Language Models with Attention Sinks (ICLR 2024)",
+        year=2023,
+        idea="four first tokens stay as sinks beside a rolling window; positions are those in the cache",
+        cost="O(sinks + window) per step",
+        state="sinks + window tokens per head",
+        needs=("decoder-lm",),
+        lineage=("window",),
+        neutral={"window": 1 << 30},
+        caveat="evicted tokens are gone: facts outside the window cannot be retrieved. The window moves every step. "
+        "Released code stores keys before rotation; here the rotated sinks are turned, the same by relative position",
+    ),
+)

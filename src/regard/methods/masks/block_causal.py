@@ -1,0 +1,57 @@
+"""Block-causal mask: both directions within a block, causal between blocks.
+
+    i sees j  if  ⌊j / block⌋ ≤ ⌊i / block⌋
+
+Tokens that are produced together (a diffused block of text, a frame of a video, a scale of an image) see each
+other; all of a block sees all blocks before it, so a cache of finished blocks never changes.
+
+>>> build(Config(block=2)).dense(4).int()[0, 0]
+tensor([[1, 1, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 1],
+        [1, 1, 1, 1]], dtype=torch.int32)
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from regard.core.errors import require
+from regard.core.mask import Mask, Place, predicate
+from regard.core.pages import Card, MaskPage
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.block >= 1, "block >= 1", block=self.block)
+
+
+@predicate()
+def earlier_block(at: Place, block: int) -> Tensor:
+    return at.k // block <= at.q // block
+
+
+def build(cfg: Config) -> Mask:
+    return earlier_block(cfg.block)
+
+
+METHOD = MaskPage(
+    config=Config,
+    build=build,
+    patterns=("causal_self",),
+    card=Card(
+        title="Block-causal mask",
+        paper="Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models, arXiv:2503.09573",
+        year=2025,
+        idea="both directions within a block, causal between blocks",
+        cost="N / 2 + block / 2 keys per query on average",
+        state="all keys",
+        lineage=("causal",),
+        neutral={"block": 1},
+        caveat="blocks start at token 0 of the text, also under left padding. Older than the paper named: "
+        "video and non-autoregressive models used it before",
+    ),
+)

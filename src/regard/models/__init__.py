@@ -1,0 +1,1 @@
+"""Hugging Face models: attach, doctor, ledger caches, and the small models that are shipped."""

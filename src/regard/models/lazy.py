@@ -1,0 +1,129 @@
+"""A mask that is not there yet: it carries the model's own mask function and is evaluated where it is needed.
+
+Hugging Face builds one mask per layer type, sized for one layer. Here the mask interface returns a 4-D tensor of
+one byte that remembers how the mask would be built: `native()` is what the model's SDPA would have been given,
+`at(rows, index)` the same rule at any stored tokens. Any other use turns it into the dense tensor.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+KEEP = {torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.detach, torch.Tensor.clone}
+
+
+@dataclass
+class MaskRule:
+    """What the mask of one layer type is made of. `q_offset` is the true index of the first query."""
+
+    batch: int
+    queries: int
+    keys: int
+    q_offset: int | Tensor
+    kv_offset: int | Tensor
+    function: Any
+    padding: Tensor | None  # [B, keys seen] True = a real token
+    arguments: dict
+    device: torch.device
+    made: dict = field(default_factory=dict)
+
+    @property
+    def causal(self) -> bool:
+        """Plain causal, nothing else."""
+        return self.function is causal_mask_function
+
+    def pad(self) -> Tensor | None:
+        """[B, seen] True = a real token; None when all are."""
+        if "pad" not in self.made:
+            pad = self.padding
+            self.made["pad"] = None if pad is None or bool(pad.all()) else pad.bool()
+        return self.made["pad"]
+
+    def native(self) -> Tensor | None:
+        """What SDPA would have been given: boolean [B, 1, N, M], or None where causality alone says it."""
+        if "native" not in self.made:
+            self.made["native"] = sdpa_mask(**self.arguments)
+        return self.made["native"]
+
+    def dense(self) -> Tensor:
+        whole = {**self.arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(**whole)
+
+    def at(self, rows: slice, index: Tensor) -> Tensor:
+        """[b, g, rows, n] bool: whether these queries see the tokens with true index [b, g, n] (-1: nobody does)."""
+        start, stop, _ = rows.indices(self.queries)
+        q = torch.arange(start, stop, device=index.device)[None, None, :, None] + self.q_offset
+        place = index.clamp(min=0)[:, :, None]  # [b, g, 1, n]
+        batch = self.batch if index.shape[0] == 1 and not self.causal else index.shape[0]
+        b = torch.arange(batch, device=index.device)[:, None, None, None]
+        h = torch.arange(index.shape[1], device=index.device)[None, :, None, None]
+        seen = self.function(b, h, q, place) & (index >= 0)[:, :, None]
+        if self.pad() is not None:
+            seen = seen & self.real(index)[:, :, None]
+        return seen
+
+    def real(self, index: Tensor) -> Tensor:
+        """[B, g, n] bool: the slot holds a token that is not padding."""
+        pad = self.pad()
+        if pad is None:
+            return index >= 0
+        index = index.expand(pad.shape[0], -1, -1)
+        taken = pad.gather(1, index.clamp(min=0).flatten(1)).view(index.shape)
+        return taken & (index >= 0)
+
+
+class LazyMask(Tensor):
+    """The 4-D stand-in that travels through the model. `rule` is what it means."""
+
+    rule: MaskRule
+
+    @staticmethod
+    def of(rule: MaskRule) -> "LazyMask":
+        one = torch.zeros((), dtype=torch.bool, device=rule.device).expand(rule.batch, 1, rule.queries, rule.keys)
+        made = torch.Tensor._make_subclass(LazyMask, one)
+        made.rule = rule
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in KEEP:
+            return args[0]
+        if func.__name__ == "__get__":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        dense = lambda x: x.rule.dense() if isinstance(x, LazyMask) else x  # noqa: E731
+        return func(*[dense(a) for a in args], **{k: dense(v) for k, v in kwargs.items()})
+
+
+def lazy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **others: Any,
+) -> LazyMask:
+    """The mask function that an attachment registers with transformers."""
+    frozen = [x.clone() if isinstance(x, Tensor) else x for x in (q_offset, kv_offset)]  # a StaticCache writes on
+    arguments = dict(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=frozen[0],
+        kv_offset=frozen[1],
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        device=device,
+        **others,
+    )
+    rule = MaskRule(
+        batch_size, q_length, kv_length, *frozen, mask_function, attention_mask, arguments, torch.device(device)
+    )
+    return LazyMask.of(rule)

@@ -1,0 +1,303 @@
+"""The ledger cache: every stored key knows which token of the text it is.
+
+A layer stores keys and values in one or more groups of heads (more than one only after heads were cut to
+different lengths), each with growing room at its end. Its tables travel with the slots: `index` (true place in
+the text, padding counted, -1 = empty), `count` (tokens a merged slot stands for) and named notes of policies.
+Tables have size 1 in place of batch or heads where all agree. `get_seq_length` is the number of tokens SEEN.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from regard.core import Unsupported, require
+from regard.ops import Kept, gather_rows
+
+SLACK = 16  # room for at least so many tokens whenever a buffer grows; beyond, an eighth of its length
+
+
+def grown(x: Tensor, n: int, extra: int, dim: int) -> Tensor:
+    """A copy of x's first n entries along dim with room for `extra` more and some slack."""
+    room = n + extra + max(SLACK, (n + extra) // 8)
+    shape = list(x.shape)
+    shape[dim] = room
+    wide = x.new_empty(shape)
+    wide.narrow(dim, 0, n).copy_(x.narrow(dim, 0, n))
+    return wide
+
+
+@dataclass(eq=False)
+class Group:
+    """Heads of one layer that store equally many slots. Buffers are longer than `n`; only the first n count."""
+
+    heads: tuple[int, ...]
+    keys: Tensor  # [B, g, room, D]
+    values: Tensor  # [B, g, room, E]
+    n: int
+    index: Tensor | None = None  # [1|B, 1|g, room] int32; None: slot i holds token i
+    count: Tensor | None = None  # [B, g, room] float32; None: every slot is one token
+    notes: dict[str, Tensor] = field(default_factory=dict)  # [B, g, room] float32
+    origin: Tensor | None = None  # [B, g, s, D] keys of the first s slots before they were turned to a new place
+
+    def k(self) -> Tensor:
+        return self.keys[:, :, : self.n]
+
+    def v(self) -> Tensor:
+        return self.values[:, :, : self.n]
+
+    def table(self) -> Tensor:
+        """[1|B, 1|g, n] int64 true index of every slot."""
+        if self.index is None:
+            return torch.arange(self.n, device=self.keys.device)[None, None]
+        return self.index[..., : self.n].long()
+
+    def note(self, name: str) -> Tensor:
+        """[B, g, n] float32, zero where a slot is new; written in place by its policy."""
+        if name not in self.notes:
+            self.notes[name] = self.keys.new_zeros(self.keys.shape[:3], dtype=torch.float32)
+        return self.notes[name][..., : self.n]
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {"keys": self.keys, "values": self.values, "index": self.index, "count": self.count}
+        own["origin"] = self.origin
+        return {k: t for k, t in own.items() if t is not None} | {f"note.{k}": t for k, t in self.notes.items()}
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> None:
+        """Store new tokens whose first has true index `start`."""
+        new, end = k.shape[2], self.n + k.shape[2]
+        if torch.is_grad_enabled() and (k.requires_grad or self.keys.requires_grad):
+            self.keys, self.values = torch.cat([self.k(), k], 2), torch.cat([self.v(), v], 2)
+        else:
+            if end > self.keys.shape[2]:
+                self.keys, self.values = grown(self.keys, self.n, new, 2), grown(self.values, self.n, new, 2)
+            self.keys[:, :, self.n : end] = k
+            self.values[:, :, self.n : end] = v
+        self._append_tables(new, end, start)
+        self.n = end
+
+    def _append_tables(self, new: int, end: int, start: int) -> None:
+        if self.index is not None:
+            if end > self.index.shape[-1]:
+                self.index = grown(self.index, self.n, new, 2)
+            fresh = torch.arange(start, start + new, device=self.index.device, dtype=torch.int32)
+            self.index[..., self.n : end] = fresh
+        if self.count is not None:
+            self.count = self.count if end <= self.count.shape[-1] else grown(self.count, self.n, new, 2)
+            self.count[..., self.n : end] = 1
+        for name, note in self.notes.items():
+            wide = note if end <= note.shape[-1] else grown(note, self.n, new, 2)
+            wide[..., self.n : end] = 0
+            self.notes[name] = wide
+
+    def keep(self, kept: Kept) -> None:
+        """Drop every slot that is not in `kept.slots`; free their memory; add what was merged."""
+        slots = kept.slots
+        if kept.merged is None and slots.shape[-1] == self.n - 1 and not bool((slots < 0).any()):
+            self._drop_one(slots)
+            return
+        self.index = self.table().expand(*slots.shape[:2], -1).gather(-1, slots.clamp(min=0)).int()
+        self.index.masked_fill_(slots < 0, -1)
+        self.keys, self.values = gather_rows(self.k(), slots), gather_rows(self.v(), slots)
+        tables = {**self.notes} if self.count is None else {**self.notes, "": self.count}
+        picked = slots.clamp(min=0).expand(*self.keys.shape[:2], -1)
+        moved = {name: t[..., : self.n].gather(-1, picked) for name, t in tables.items()}
+        self.count = moved.pop("", None)
+        self.notes = moved
+        self.n = slots.shape[-1]
+        if kept.merged is not None:
+            self._merge(*kept.merged)
+
+    def _drop_one(self, slots: Tensor) -> None:
+        """One slot goes: the last one takes its place. What a window does at every step, without copying it all."""
+        last = self.n - 1
+        wrong = slots != torch.arange(last, device=slots.device)
+        hole = torch.where(wrong.any(-1), wrong.to(torch.uint8).argmax(-1), last)  # [1|B, 1|g]
+        if self.index is None:
+            self.index = self.table().int()
+        if hole.numel() == 1:
+            rows: tuple = (slice(None), slice(None), int(hole))
+        else:
+            b = torch.arange(self.keys.shape[0], device=slots.device)[:, None]
+            g = torch.arange(self.keys.shape[1], device=slots.device)[None]
+            rows = (b, g, hole.expand(self.keys.shape[0], self.keys.shape[1]))
+            self.index = self.index.expand(*self.keys.shape[:2], -1).contiguous()
+        for t in (self.keys, self.values, self.index, *self.notes.values()):
+            t[rows] = t[:, :, last]
+        if self.count is not None:
+            self.count[rows] = self.count[:, :, last]
+        self.n = last
+
+    def _merge(self, k: Tensor, v: Tensor, count: Tensor) -> None:
+        if self.count is None:
+            self.count = self.keys.new_ones(self.keys.shape[:3], dtype=torch.float32)
+        start, wide = self.n, (*self.keys.shape[:2], -1)
+        self.index = self.index.expand(*wide).contiguous()
+        self.append(k.to(self.keys.dtype), v.to(self.values.dtype), 0)
+        self.index[..., start:] = self.table()[..., :1].int()
+        self.count[..., start : self.n] = count
+
+    def split(self, lengths: list[int], kept: Kept) -> list["Group"]:
+        """One group for each different length, holding the heads that keep so many."""
+        parts = []
+        for length in sorted(set(lengths)):
+            own = [i for i, have in enumerate(lengths) if have == length]
+            part = Group(tuple(self.heads[i] for i in own), self.keys[:, own], self.values[:, own], self.n)
+            part.index = None if self.index is None else self.index.expand(-1, len(lengths), -1)[:, own]
+            part.count = None if self.count is None else self.count[:, own]
+            part.notes = {name: t[:, own] for name, t in self.notes.items()}
+            merged = None if kept.merged is None else tuple(t[:, own] for t in kept.merged)
+            if merged is not None and not bool((merged[2] > 0).any()):
+                merged = None
+            if length != self.n or merged is not None or bool((kept.slots[:, own] < 0).any()):
+                part.keep(Kept(kept.slots[:, own, :length], merged))
+            parts.append(part)
+        return parts
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Reorder or pick rows of the batch."""
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        for name in ("index", "count", "origin"):
+            t = getattr(self, name)
+            if t is not None and t.shape[0] > 1:
+                setattr(self, name, t.index_select(0, rows))
+        self.notes = {name: t.index_select(0, rows) for name, t in self.notes.items()}
+
+
+class LedgerLayer(DynamicLayer):
+    """A cache layer whose stored tokens may be evicted, by row and by head, while the model keeps its true positions."""
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.groups: list[Group] = []
+        self.memory: dict = {}
+        self.pending: list | None = None  # where an attachment looks for the layer that was just written
+        self.compressed = False  # whether anything was evicted, merged or turned
+
+    @property
+    def plain(self) -> bool:
+        """Nothing was evicted: slot i is token i."""
+        return not self.compressed
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.pending is None and self.compressed:
+            raise Unsupported(
+                "this cache was compressed by an attachment that has ended; attach the method again to go on with it"
+            )
+        if not self.groups:
+            self._start(key_states, value_states)
+        else:
+            for group in self.groups:
+                own = (key_states, value_states) if len(self.groups) == 1 else self._cut(key_states, value_states, group)
+                group.append(*own, self.seen)
+            self.seen += key_states.shape[2]
+        if self.pending is not None:
+            self.pending.append(self)
+        if len(self.groups) == 1:
+            return self.groups[0].k(), self.groups[0].v()
+        return key_states, value_states
+
+    def _start(self, k: Tensor, v: Tensor) -> None:
+        self.is_initialized, self.dtype, self.device = True, k.dtype, k.device
+        n, heads = k.shape[2], tuple(range(k.shape[1]))
+        if torch.is_grad_enabled() and k.requires_grad:
+            self.groups = [Group(heads, k, v, n)]
+        else:
+            self.groups = [Group(heads, grown(k, n, 0, 2), grown(v, n, 0, 2), n)]
+        self.seen += n
+
+    @staticmethod
+    def _cut(k: Tensor, v: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+        return k[:, list(group.heads)], v[:, list(group.heads)]
+
+    def keep(self, group: Group, kept: Kept) -> None:
+        """Carry out a policy's answer for one group; heads of unequal length part into groups of their own."""
+        self.compressed = True
+        slots = kept.slots
+        if slots.shape[1] > 1:
+            lengths = (slots >= 0).sum(-1).amax(0).tolist()
+            if len(set(lengths)) > 1:
+                at = self.groups.index(group)
+                self.groups[at : at + 1] = group.split(lengths, kept)
+                return
+        group.keep(kept)
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return self.groups[0].k() if self.groups else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        require(value is None, "keys of a ledger layer are written by update only", value=value)
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self.groups[0].v() if self.groups else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        require(value is None, "values of a ledger layer are written by update only", value=value)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.groups, self.memory, self.seen, self.compressed, self.is_initialized = [], {}, 0, False, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens: possible while nothing was evicted, an error afterwards."""
+        if tokens_to_remove == 0 or not self.groups:
+            return
+        if self.compressed or self.memory:
+            raise Unsupported(
+                "assisted decoding and crop need to take tokens back, and a policy has already acted on this cache; "
+                "generate without an assistant or prompt lookup, or attach no cache method"
+            )
+        require(tokens_to_remove < 0, "crop takes the negative number of tokens to remove", given=tokens_to_remove)
+        self.groups[0].n += tokens_to_remove
+        self.seen += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.groups:
+            batch = self.groups[0].keys.shape[0]
+            self._rows(torch.arange(batch, device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.groups:
+            batch = self.groups[0].keys.shape[0]
+            self._rows(torch.arange(batch, device=self.device)[indices])
+
+    def _rows(self, rows: Tensor) -> None:
+        rows = rows.to(self.device) if self.groups else rows
+        for group in self.groups:
+            group.select_rows(rows)
+        for name, value in self.memory.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] > 1:
+                self.memory[name] = value.index_select(0, rows)
+
+    def bytes_held(self) -> int:
+        """Bytes of memory behind this layer, room and tables included, each storage once."""
+        stores = {}
+        for group in self.groups:
+            for t in group.tensors().values():
+                stores[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return sum(stores.values())
+
+    def stored(self) -> list[int]:
+        """Slots held by each head."""
+        of = {head: group.n for group in self.groups for head in group.heads}
+        return [of[head] for head in sorted(of)]

@@ -1,0 +1,79 @@
+"""Which attention modules a model has, what they are called, and how they are switched."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from regard.core import Unreachable
+
+ATTENTION = re.compile(r"Attention|Attn(?!.*Norm)")
+VISION = re.compile(r"(^|\.)(vision\w*|visual|image_\w+|vit|vpm)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """An attention module: its dotted name, its tower, its layer number (the first number in the name)."""
+
+    name: str
+    tower: str
+    layer: int
+
+
+def place_of(name: str, cross: bool = False) -> Place:
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    if cross or re.search(r"cross|encoder_attn|EncDec", name, re.IGNORECASE):
+        tower = "cross"
+    elif VISION.search(name):
+        tower = "vision"
+    elif re.search(r"(^|\.)(encoder|decoder)\.", name):
+        tower = "encoder" if re.search(r"(^|\.)encoder\.", name) else "decoder"
+    else:
+        tower = "text"
+    return Place(name, tower, int(number[1]) if number else 0)
+
+
+def towers(model: PreTrainedModel, where: str | None) -> list[tuple[str, PreTrainedModel]]:
+    """The PreTrainedModels inside, one for each configuration object; `where` is None (all), "text" or "vision"."""
+    text, found, known = model.config.get_text_config(), [], set()
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or id(module.config) in known:
+            continue
+        known.add(id(module.config))
+        is_text = module.config is text or module.config is model.config and text is model.config
+        is_vision = bool(VISION.search(name)) or "vision" in type(module.config).__name__.lower()
+        if where is None or (where == "text" and is_text) or (where == "vision" and is_vision):
+            found.append((name, module))
+    if not found:
+        raise Unreachable(f"{type(model).__name__} has no {where or ''} attention tower; it has none to attach to")
+    return found
+
+
+def refuse_unreachable(model: PreTrainedModel, found: list[tuple[str, PreTrainedModel]]) -> None:
+    """Raise for towers whose code never asks the attention interface (Falcon, Bloom, GPT-J, ...)."""
+    bad = [f"{name or 'the model'} ({type(m).__name__})" for name, m in found if not m._can_set_attn_implementation()]
+    if bad:
+        raise Unreachable(
+            f"{type(model).__name__}: {', '.join(bad)} computes attention in its own code and never calls "
+            "transformers' AttentionInterface, so nothing attached would act; regard.doctor(model) lists the sites"
+        )
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that look like attention and hold projections, innermost first in case of nesting."""
+    named = {n: m for n, m in model.named_modules() if ATTENTION.search(type(m).__name__)}
+    return {n: m for n, m in named.items() if not any(o != n and o.startswith(n + ".") for o in named)}
+
+
+def own_function(module: nn.Module) -> bool:
+    """Whether this module's file asks the attention interface at all."""
+    import inspect
+    import sys
+
+    source: Any = sys.modules.get(type(module).__module__)
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(source)
+    except (OSError, TypeError):
+        return False

@@ -1,0 +1,44 @@
+"""Mathematics that two or more pages share."""
+
+from regard.ops.budget import Budget, parse_budget
+from regard.ops.softmax import (
+    at_least_float32,
+    attend,
+    explicit,
+    finish,
+    fused,
+    lower_right,
+    masked_softmax,
+    merge,
+    mix,
+    partial,
+    per_query_head,
+    row_blocks,
+    scores,
+)
+from regard.ops.topk import best, gather_rows, slots_of
+from regard.ops.view import Kept, View, keep_best
+
+__all__ = [
+    "Budget",
+    "Kept",
+    "View",
+    "at_least_float32",
+    "attend",
+    "best",
+    "explicit",
+    "finish",
+    "fused",
+    "gather_rows",
+    "keep_best",
+    "lower_right",
+    "masked_softmax",
+    "merge",
+    "mix",
+    "parse_budget",
+    "partial",
+    "per_query_head",
+    "row_blocks",
+    "scores",
+    "slots_of",
+]

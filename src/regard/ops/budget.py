@@ -1,0 +1,67 @@
+"""How many tokens a cache may keep or read: asked for in tokens, as a fraction, or in bytes."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.core import require
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of the three is set."""
+
+    tokens: int | None = None
+    fraction: float | None = None
+    bytes: int | None = None
+
+    def resolve(self, real: Tensor, bytes_per_token: int) -> Tensor:
+        """Tokens for each row: [B] integers, at least 1 and at most the row's `real` [B] tokens so far.
+
+        Bytes are those of the whole sequence over all layers and heads; `bytes_per_token` says what one token
+        of one row takes there.
+        """
+        if self.tokens is not None:
+            return real.clamp(max=self.tokens)
+        if self.fraction is not None:
+            return torch.ceil(real.double() * self.fraction - 1e-9).long().clamp(min=1)
+        require(
+            self.bytes >= bytes_per_token,
+            "the byte budget holds at least one token",
+            budget=self.bytes,
+            one_token=bytes_per_token,
+        )
+        return real.clamp(max=self.bytes // bytes_per_token)
+
+
+def parse_budget(budget: int | float | str) -> Budget:
+    """Read a budget as people write it: an int is tokens, a float in (0, 1] a fraction, a text like "64MB" bytes.
+
+    >>> parse_budget(512), parse_budget(0.1), parse_budget("64MB")
+    (Budget(tokens=512, fraction=None, bytes=None), Budget(tokens=None, fraction=0.1, bytes=None), \
+Budget(tokens=None, fraction=None, bytes=64000000))
+    >>> parse_budget(1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: must hold: a fractional budget lies in (0, 1] (budget=1.5)
+    """
+    if isinstance(budget, str):
+        found = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?i?B)\s*", budget, flags=re.IGNORECASE)
+        require(found, 'a byte budget reads like "64MB" (B, KB, MB, GB, KiB, MiB, GiB)', budget=budget)
+        size = int(float(found[1]) * UNITS[found[2].upper()])
+        require(size > 0, "a byte budget is above zero", budget=budget)
+        return Budget(bytes=size)
+    require(
+        not isinstance(budget, bool) and isinstance(budget, int | float),
+        "a budget is an int (tokens), a float in (0, 1] or a text such as '64MB'",
+        budget=budget,
+    )
+    if isinstance(budget, float):
+        require(0 < budget <= 1, "a fractional budget lies in (0, 1]", budget=budget)
+        return Budget(fraction=budget)
+    require(budget >= 1, "a token budget is at least 1", budget=budget)
+    return Budget(tokens=budget)

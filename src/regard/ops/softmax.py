@@ -1,0 +1,167 @@
+"""Softmax attention in one place: explicit weights in blocks of rows, SDPA where it serves, partial results merged.
+
+Shapes: q [B, H, N, D]; k [B, G, M, D]; v [B, G, M, E]; H a multiple of G, query head h reads KV head h // (H/G).
+A mask is boolean, True = attend, broadcastable to [B, H, N, M]. Scores, sums and the softmax are float32 at least.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 1 << 22  # numbers in one block of scores: bounds the memory, never changes the result
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def per_query_head(x: Tensor, heads: int) -> Tensor:
+    """[B, G, ...] -> [B, H, ...]: every query head beside the KV head that it reads. No copy where G is H or 1."""
+    if x.shape[1] in (1, heads):
+        return x
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def scores(q: Tensor, k: Tensor, scale: float, softcap: float | None = None, bias: Tensor | None = None) -> Tensor:
+    """[B, H, N, M] scaled scores in float32 at least: the product in the input's dtype, the rest above it."""
+    groups, rows = k.shape[1], q.shape[2]
+    if groups in (1, q.shape[1]):
+        found = q @ k.mT
+    else:
+        packed = q.reshape(q.shape[0], groups, -1, q.shape[-1])  # [B, G, (H/G)·N, D]
+        found = (packed @ k.mT).view(q.shape[0], q.shape[1], rows, -1)
+    found = at_least_float32(found) * scale
+    if softcap is not None:
+        found = softcap * torch.tanh(found / softcap)
+    return found if bias is None else found + bias
+
+
+def masked_softmax(s: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+    """Weights [B, H, N, M] of scores s. Rows that see nothing are zero; `sinks` [H] join the sum, not the output."""
+    if mask is not None:
+        s = s.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        column = at_least_float32(sinks).view(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], 1)
+        return torch.cat([s, column.to(s.dtype)], dim=-1).softmax(-1)[..., :-1]
+    if mask is None:
+        return s.softmax(-1)
+    return torch.where(mask.any(-1, keepdim=True), s, 0).softmax(-1).masked_fill(~mask, 0)
+
+
+def mix(weights: Tensor, v: Tensor) -> Tensor:
+    """[B, H, N, E] = weights [B, H, N, M] times the values of each head's KV head, in the values' dtype."""
+    weights = weights.to(v.dtype)
+    heads, groups = weights.shape[1], v.shape[1]
+    if groups in (1, heads):
+        return weights @ v
+    packed = weights.reshape(weights.shape[0], groups, -1, weights.shape[-1])
+    return (packed @ v).view(*weights.shape[:3], v.shape[-1])
+
+
+def row_blocks(rows: int, per_row: int) -> Iterator[slice]:
+    """Slices of rows such that a block of scores stays under BLOCK numbers."""
+    step = max(1, BLOCK // max(1, per_row))
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+
+
+def explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention through explicit weights, a block of rows at a time: [B, H, N, E]. Does whatever SDPA cannot."""
+    parts = []
+    for rows in row_blocks(q.shape[2], q.shape[0] * q.shape[1] * k.shape[2]):
+        cut = None if bias is None else bias[..., rows, :] if bias.shape[-2] > 1 else bias
+        seen = None if mask is None else mask[..., rows, :] if mask.shape[-2] > 1 else mask
+        parts.append(mix(masked_softmax(scores(q[:, :, rows], k, scale, softcap, cut), seen, sinks), v))
+    return torch.cat(parts, dim=2) if len(parts) != 1 else parts[0]
+
+
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """torch's SDPA with grouped heads. `causal` is meant for N = M; other shapes come with a mask."""
+    if mask is not None and not bool(mask.any(-1).all()):  # SDPA has no meaning for a row that sees nothing
+        return explicit(q, k, v, scale=scale, mask=mask)
+    if mask is not None or k.shape[1] == 1:
+        k, v = per_query_head(k, q.shape[1]), per_query_head(v, q.shape[1])
+    grouped = k.shape[1] not in (1, q.shape[1])
+    if k.shape[1] == 1:
+        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=causal, enable_gqa=grouped)
+
+
+def few_rows(q: Tensor, k: Tensor) -> bool:
+    """Whether two matrix products beat SDPA: a handful of queries on a CPU in low precision (docs/log.md)."""
+    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] <= 8
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention by the fastest path that can do what is asked: [B, H, N, E]."""
+    plain = softcap is None and bias is None and sinks is None
+    if plain and (torch.is_grad_enabled() or not few_rows(q, k) or causal):
+        return fused(q, k, v, scale=scale, mask=mask, causal=causal)
+    if causal:
+        mask = lower_right(q.shape[2], k.shape[2], q.device)
+    return explicit(q, k, v, scale=scale, mask=mask, softcap=softcap, bias=bias, sinks=sinks)
+
+
+def lower_right(n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
+    """[n, m] causal mask whose last query sees all m keys."""
+    q = torch.arange(n, device=device)[:, None] + (m - n)
+    return torch.arange(m, device=device) <= q
+
+
+def partial(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What one worker returns for its span of keys: (o, m, l), o unnormalised.
+
+    o [B, H, N, E] = Σ_j e^{s_j - m} v_j, m [B, H, N] = max_j s_j, l [B, H, N] = Σ_j e^{s_j - m}.
+    An empty span gives o = 0, m = -inf, l = 0.
+    """
+    s = scores(q, k, scale)
+    if mask is not None:
+        s = s.masked_fill(~mask, -torch.inf)
+    if s.shape[-1] == 0:
+        zero = s.new_zeros(s.shape[:3])
+        return s.new_zeros(*s.shape[:3], v.shape[-1]), zero - torch.inf, zero
+    top = s.amax(-1)
+    e = (s - top.nan_to_num(neginf=0.0)[..., None]).exp()
+    return at_least_float32(mix(e, at_least_float32(v).to(e.dtype))), top, e.sum(-1)
+
+
+def merge(
+    a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The partial result of two spans together; associative, commutative, (0, -inf, 0) is neutral.
+
+    m = max(m_a, m_b), o = o_a e^{m_a - m} + o_b e^{m_b - m}, l likewise (Lean Attention, 2024; FlashAttention).
+    """
+    m = torch.maximum(a[1], b[1])
+    base = m.nan_to_num(neginf=0.0)
+    wa, wb = (a[1] - base).exp(), (b[1] - base).exp()
+    return a[0] * wa[..., None] + b[0] * wb[..., None], m, a[2] * wa + b[2] * wb
+
+
+def finish(o: Tensor, m: Tensor, l: Tensor) -> Tensor:  # noqa: E741  (the papers' letter)
+    """o / l, and zero for rows that saw no key."""
+    return torch.where(l[..., None] > 0, o / l[..., None].clamp(min=torch.finfo(l.dtype).tiny), 0)

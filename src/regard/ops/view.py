@@ -1,0 +1,137 @@
+"""What a KV-cache policy sees of one layer at one step, and what it may answer.
+
+Letters: B rows of the batch, H query heads, G heads of the cache, N queries of this step, n stored tokens.
+Tables of the ledger (`index`, `real`) may have size 1 in place of B and G where all rows or heads agree.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from regard.ops.softmax import at_least_float32, masked_softmax, row_blocks, scores
+from regard.ops.topk import best, slots_of
+
+
+@dataclass
+class View:
+    """One layer, one step, after the new tokens were stored and (for keep and score) after their attention."""
+
+    q: Tensor  # [B, H, N, D] as the model computed them, rotated where it rotates
+    k: Tensor  # [B, G, n, D] stored keys, this step's included (MLA: expanded to the query heads)
+    v: Tensor  # [B, G, n, E]
+    index: Tensor  # [1|B, 1|G, n] place in the text of every stored token, padding counted; -1: empty slot
+    real: Tensor | None  # [1|B, 1|G, n] True where a slot holds a token and not padding; None: everywhere
+    scale: float
+    seen: int  # tokens fed so far, padding and this step's included
+    budget: Tensor  # [B] tokens that may stay or be read
+    groups: int  # G
+    layer: int = 0
+    layers: int = 1
+    phase: str = "prefill"  # or "decode": one new token on a cache that already holds some
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [H] learned sink scores of the model (not the first tokens)
+    bias: Tensor | None = None
+    visible: Callable[[slice], Tensor | None] = lambda rows: None  # queries -> [B, 1|H, rows, n] bool or None: all
+    heads: tuple[int, ...] = ()  # the cache heads of this view, where a layer keeps different lengths by head
+    notes: Callable[[str], Tensor] = None  # type: ignore[assignment]  # name -> [B, G, n] float32 that stay with their slot
+    memory: dict = field(default_factory=dict)  # this layer's own, over the steps of a sequence
+    step: dict = field(default_factory=dict)  # shared by the layers of this step
+    turn: Callable[[Tensor, Tensor], Tensor] | None = None  # (x [B, h, m, D], by [.., h, m]) -> x rotated further
+
+    @property
+    def stored(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def new(self) -> int:
+        return self.q.shape[2]
+
+    def over(self) -> bool:
+        """Whether any row holds more real tokens than its budget."""
+        if self.real is None:
+            return self.stored > int(self.budget.min())
+        return bool((self.real.sum(-1) > self.budget[:, None]).any())
+
+    def by_cache_head(self, x: Tensor) -> Tensor:
+        """Sum a quantity of query heads over those that share a cache head: [B, H, ...] -> [B, G, ...]."""
+        return x.unflatten(1, (self.groups, -1)).sum(2)
+
+    def scores(self, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
+        """[B, heads, rows, n] scores before mask and softmax, float32; `heads` are query heads, None: all."""
+        q, k, bias = self.q[:, :, rows], self.k, self.bias
+        if bias is not None and bias.shape[-2] > 1:
+            bias = bias[..., rows, :]
+        if heads is not None:
+            share = q.shape[1] // k.shape[1]
+            q, k = q[:, heads], k[:, [h // share for h in heads]]
+            bias = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
+        return scores(q, k, self.scale, self.softcap, bias)
+
+    def weights(self, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
+        """[B, heads, rows, n] attention weights of these queries, float32, as the model itself would compute them."""
+        return self.normalise(self.scores(rows, heads), rows, heads)
+
+    def normalise(self, s: Tensor, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
+        """Mask and softmax of scores [B, heads, rows, n]."""
+        seen, sinks = self.visible(rows), self.sinks
+        if heads is not None:
+            seen = seen if seen is None or seen.shape[1] == 1 else seen[:, heads]
+            sinks = None if sinks is None else sinks[heads]
+        return masked_softmax(s, seen, sinks)
+
+    def received(self, rows: slice = slice(None)) -> Tensor:
+        """[B, G, n] attention that each stored token receives from these queries, summed; never holds N x n."""
+        start, stop, _ = rows.indices(self.new)
+        total = 0
+        for block in row_blocks(stop - start, self.q.shape[0] * self.q.shape[1] * self.stored):
+            total = total + self.weights(slice(start + block.start, start + block.stop)).sum(2)
+        return self.by_cache_head(total)
+
+    def age(self) -> Tensor:
+        """[1|B, 1|G, n] how many tokens ago each stored token came; 0 for the newest."""
+        return self.seen - 1 - self.index
+
+    def rank(self) -> Tensor:
+        """[1|B, 1|G, n] place among the real tokens of the text: 0 for the first that is not padding."""
+        if self.real is None:
+            return self.index
+        return self.index - self.first()[:, None, None]
+
+    def first(self) -> Tensor:
+        """[1|B] index of the first real token of each row (left padding comes before it)."""
+        start = self.memory.get("first")
+        if start is None:
+            hidden = self.index.new_full((), self.seen)
+            start = torch.where(self.hold(), self.index, hidden).amin(-1).amin(-1)
+            self.memory["first"] = start
+        return start
+
+    def hold(self) -> Tensor:
+        """[1|B, 1|G, n] bool: the slot holds a real token."""
+        return self.index >= 0 if self.real is None else self.real
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The answer of `keep`: slots [1|B, 1|G, m] ascending, -1 = empty, and tokens merged from dropped ones.
+
+    merged = (k [B, G, e, D], v [B, G, e, E], count [B, G, e]): each stands for `count` tokens and enters the
+    softmax with that weight.
+    """
+
+    slots: Tensor
+    merged: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+def keep_best(view: View, score: Tensor, always: Tensor | None = None) -> Kept | None:
+    """Keep the best-scored real tokens within each row's budget; those marked in `always` go first. None: all stay."""
+    if not view.over():
+        return None
+    score = at_least_float32(score)
+    if always is not None:
+        score = score.masked_fill(always, torch.finfo(score.dtype).max)
+    score = score.masked_fill(~view.hold(), -torch.inf)
+    budget = view.budget if score.shape[0] > 1 else view.budget[:1]
+    return Kept(slots_of(best(score, budget[:, None])))

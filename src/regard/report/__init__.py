@@ -1,0 +1,8 @@
+"""A Result as a table in the terminal, an HTML page, Markdown. Plotly is imported when a page is written."""
+
+from regard.report.html import to_html
+from regard.report.markdown import to_markdown
+from regard.report.result import Result
+from regard.report.terminal import show, table
+
+__all__ = ["Result", "show", "table", "to_html", "to_markdown"]

@@ -1,0 +1,112 @@
+"""A Result as one self-contained HTML page: no network, no fonts to load.
+
+Two walls stand against hostile text from a model or a file: all of it is escaped where it is written, and the
+page's own policy lets nothing be fetched and no script run but the three written here, named by their hashes.
+"""
+
+import base64
+import hashlib
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from regard.report.marks import Marks, glyph, marks
+from regard.report.result import Result
+from regard.report.sections import sections
+from regard.report.words import budget_text, clean, name, plural
+
+HERE = Path(__file__).parent
+ERRORS = """"use strict";
+const collected = [];
+function collect(what) {
+  collected.push(String(what));
+  const at = document.getElementById("script-errors");
+  if (at) { at.dataset.scriptErrors = String(collected.length); at.textContent = collected.join("\\n"); }
+}
+addEventListener("error", (event) => collect(event.message || event));
+addEventListener("unhandledrejection", (event) => collect(event.reason));
+addEventListener("securitypolicyviolation", (event) => collect(`policy: ${event.violatedDirective} ${event.blockedURI}`));
+"""
+
+
+def to_html(result: Result) -> str:
+    """The page as text; write it as UTF-8."""
+    from plotly.offline import get_plotlyjs
+
+    labels = {r["label"]: r["method"] for r in result.summary()}
+    marked = marks(labels, next((label for label, method in labels.items() if method == "full"), None))
+    figures, parts = sections(result, marked)
+    scripts = [ERRORS, get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")]
+    title = f"Attention methods compared on {clean(result.run.get('model') or 'this model')}"
+    page = [
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(scripts)}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title>\n<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style>",
+        f"<script>{scripts[0]}</script>\n</head>\n<body>",
+        '<div id="script-errors" data-script-errors="0" hidden></div>',
+        HATCH,
+        *head(result, title),
+        legend(marked),
+        *parts,
+        f'<script type="application/json" id="report-data">{embedded(figures)}</script>',
+        f"<script>{scripts[1]}</script>\n<script>{scripts[2]}</script>\n</body>\n</html>\n",
+    ]
+    return "\n".join(page).encode("utf-8", "replace").decode("utf-8")
+
+
+HATCH = (
+    '<svg width="0" height="0" style="position:absolute" aria-hidden="true">'
+    '<pattern id="unmeasured" width="5" height="5" patternUnits="userSpaceOnUse">'
+    '<rect width="5" height="5" fill="#fff"/><path d="M0 5L5 0" stroke="#bbb"/></pattern></svg>'
+)
+
+
+def policy(scripts: list[str]) -> str:
+    """Nothing is fetched; only these scripts run."""
+    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    allowed = " ".join(f"'sha256-{h}'" for h in hashes)
+    rest = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {allowed}; {rest}"
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand in a script element: no `<`, so neither `</script>` nor `<!--` can occur in it."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def head(result: Result, title: str) -> list[str]:
+    rows = [r for r in result.summary() if r["method"] != "full"]
+    budgets = {budget_text(r["budget"]) for r in rows} - {""}
+    counted = [plural(len({r["label"] for r in rows}), "method"), plural(len(budgets), "budget")]
+    counted += [plural(len(result.tasks()), "task"), plural(len(result.lengths()), "length")]
+    cells = plural(len(result.rows), "cell") + (f", {len(result.failed())} failed" if result.failed() else "")
+    said = (
+        f"{' × '.join(counted)}: {cells}. Started {clean(result.run.get('started') or 'at an unknown time')}."
+    )
+    notes = [f'<p class="note">{escape(note)}</p>' for note in result.notes()]
+    return [f'<h1>{escape(title)}</h1><p class="meta">{escape(said)}</p>', answer(result), *notes]
+
+
+def answer(result: Result) -> str:
+    """The sentence, with the winner's name in bold."""
+    best, said = result.winner(), result.sentence()
+    first = clean(name(best)) if best else ""
+    bold = f"<strong>{escape(first)}</strong>" if first else ""
+    return f'<p class="answer">{bold}{escape(said.removeprefix(first))}</p>'
+
+
+def legend(marked: Marks) -> str:
+    buttons = [
+        f'<button type="button" data-method="{i}" aria-pressed="true">{glyph(*mark)}'
+        f"<span>{escape(clean(label))}</span></button>"
+        for i, (label, mark) in enumerate(marked.items())
+    ]
+    every = [
+        f'<button type="button" class="all" data-all="{v}">{t}</button>'
+        for v, t in (("true", "all"), ("false", "none"))
+    ]
+    what = "Methods in the plots; press to hide or show"
+    return f'<nav class="legend" aria-label="{what}">{"".join(buttons + every)}</nav>'

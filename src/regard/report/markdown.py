@@ -1,0 +1,36 @@
+"""A Result as Markdown: the sentence, the table, the failed cells."""
+
+import re
+
+from regard.report.result import Result
+from regard.report.words import budget_text, clean, name, percent, times
+
+
+def escape(text: object) -> str:
+    """Text that Markdown shows as it is: no emphasis, link, tag or table cell begins in it."""
+    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", clean(text))
+
+
+def line(values: list[str]) -> str:
+    return f"| {' | '.join(values)} |"
+
+
+def to_markdown(result: Result) -> str:
+    tasks = result.tasks()
+    head = ["method", "budget", "quality", *map(escape, tasks), "held", "read", "decode", "prefill", "failed"]
+    lines = [escape(result.sentence()), "", *(f"- {escape(note)}" for note in result.notes()), ""]
+    lines += [line(head), line(["---", "---", *["---:"] * (len(head) - 2)])]
+    for row in result.summary():
+        shares = [
+            percent(v)
+            for v in (row["quality"], *(row["tasks"].get(t) for t in tasks), row["held"], row["read"])
+        ]
+        tail = [times(row["decode_ratio"]), times(row["prefill_ratio"]), str(row["failed"] + row["missing"])]
+        lines.append(line([escape(row["label"]), budget_text(row["budget"]), *shares, *tail]))
+    lines += ["", "Quality, bytes and times are relative to full attention in the same cells."]
+    failed = [
+        f"- {escape(name(r))}, {escape(r['task'])} at length {r['length']}: {escape(r['status'])}"
+        + (f" ({escape(r['error'])[:200]})" if r.get("error") else "")
+        for r in result.failed()
+    ]
+    return "\n".join([*lines, *(["", "Failed cells:", "", *failed] if failed else []), ""])

@@ -1,0 +1,71 @@
+"use strict";
+// Draws the figures of the page and wires its controls. All text comes from the page's data, escaped where it was written.
+const data = JSON.parse(document.getElementById("report-data").textContent);
+const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+const plots = Object.keys(data.figures).map((id) => document.getElementById(id));
+const hidden = new Set();
+let budget = data.budget;
+let intervals = false;
+
+function shown(meta) {
+  return !meta || (!hidden.has(meta.method) && (meta.budget === null || meta.budget === budget));
+}
+
+function refresh() {
+  for (const plot of plots) {
+    const metas = plot.data.map((trace) => trace.meta);
+    Plotly.restyle(plot, { visible: metas.map(shown), "error_y.visible": metas.map((meta) => Boolean(meta) && intervals) });
+  }
+  for (const button of document.querySelectorAll("[data-method]"))
+    button.setAttribute("aria-pressed", String(!hidden.has(Number(button.dataset.method))));
+}
+
+function draw() {
+  for (const plot of plots) {
+    const figure = data.figures[plot.id];
+    for (const trace of figure.data) trace.visible = shown(trace.meta);
+    Plotly.newPlot(plot, figure.data, figure.layout, config);
+  }
+}
+
+function toggle(method) {
+  if (!hidden.delete(method)) hidden.add(method);
+  refresh();
+}
+
+function everyMethod(show) {
+  for (const button of document.querySelectorAll("[data-method]"))
+    show ? hidden.delete(Number(button.dataset.method)) : hidden.add(Number(button.dataset.method));
+  refresh();
+}
+
+function value(row, column) {
+  const cell = row.cells[column];
+  return cell.dataset.value === undefined ? cell.textContent : cell.dataset.value === "" ? null : Number(cell.dataset.value);
+}
+
+function sortBy(head) {
+  const table = head.closest("table");
+  const down = head.getAttribute("aria-sort") !== "descending";
+  for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const order = (a, b) => {
+    const [x, y] = [value(a, head.cellIndex), value(b, head.cellIndex)];
+    if (x === null || y === null) return (x === null) - (y === null); // the unmeasured last, either way
+    return (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1);
+  };
+  table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
+}
+
+function printWidth(printing) {
+  for (const plot of plots) Plotly.relayout(plot, printing ? { width: 340, autosize: false } : { width: null, autosize: true });
+}
+
+draw();
+for (const button of document.querySelectorAll("[data-method]")) button.addEventListener("click", () => toggle(Number(button.dataset.method)));
+for (const button of document.querySelectorAll("[data-all]")) button.addEventListener("click", () => everyMethod(button.dataset.all === "true"));
+for (const head of document.querySelectorAll("th[data-sort]")) head.querySelector("button").addEventListener("click", () => sortBy(head));
+for (const radio of document.querySelectorAll("input[name=budget]")) radio.addEventListener("change", () => { budget = Number(radio.value); refresh(); });
+document.getElementById("intervals")?.addEventListener("change", (event) => { intervals = event.target.checked; refresh(); });
+addEventListener("beforeprint", () => printWidth(true));
+addEventListener("afterprint", () => printWidth(false));

@@ -1,0 +1,271 @@
+"""What `regard compare` found: one row of data per cell, and what can be said about the methods from them."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regard.report.words import (
+    KEEPS,
+    budget_order,
+    budget_text,
+    clean,
+    described,
+    listing,
+    name,
+    number,
+    place_text,
+    plural,
+)
+
+Row = Mapping[str, Any]
+
+
+def mean(values: Iterable[object]) -> float | None:
+    """The mean of those that are numbers; None if there is none."""
+    known = [v for v in map(number, values) if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def ratio_mean(values: Iterable[object]) -> float | None:
+    """The geometric mean, under which half the time and twice the time cancel."""
+    log = mean(math.log(v) for v in map(number, values) if v is not None and v > 0)
+    return None if log is None else math.exp(log)
+
+
+def over(value: object, base: object) -> float | None:
+    value, base = number(value), number(base)
+    return value / base if value is not None and base else None
+
+
+def ok(row: Row) -> bool:
+    return row.get("status") == "ok"
+
+
+def cell(row: Row) -> tuple[Any, Any, Any]:
+    return row.get("task"), row.get("length"), row.get("seed")
+
+
+@dataclass
+class Result:
+    """The cells of one comparison: `run` says where and how; a row is a cell (method × budget × task × ...)."""
+
+    run: dict[str, Any]
+    rows: list[dict[str, Any]]
+    unreadable: list[int] = field(
+        default_factory=list
+    )  # lines of results.jsonl that are not JSON: a killed run
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Result":
+        """Read `run.json` and `results.jsonl`. A cell that was measured again replaces its older row."""
+        folder, cells, unreadable = Path(folder), {}, []
+        header = folder / "run.json"
+        run = json.loads(header.read_text(encoding="utf-8")) if header.exists() else {}
+        lines = (folder / "results.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
+        for at, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                unreadable.append(at)
+                continue
+            if isinstance(row, dict) and row.get("kind") == "cell":
+                cells[row.get("key", at)] = row
+        return cls(run, list(cells.values()), unreadable)
+
+    def tasks(self) -> list[str]:
+        return sorted({str(row["task"]) for row in self.rows})
+
+    def lengths(self) -> list[int]:
+        return sorted({row["length"] for row in self.rows})
+
+    def failed(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if not ok(row)]
+
+    def baseline(self) -> dict[tuple[Any, Any], dict[str, float | None]]:
+        """Full attention's quality and bytes read of each (task, length), the mean over its seeds."""
+        groups: dict[tuple[Any, Any], list[Row]] = {}
+        for row in self.rows:
+            if row["method"] == "full" and ok(row):
+                groups.setdefault(cell(row)[:2], []).append(row)
+        keys = ("quality", "bytes_read", "bytes_held")
+        return {at: {key: mean(r.get(key) for r in rows) for key in keys} for at, rows in groups.items()}
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per method × budget: means over its cells, relative to full attention in the same cells."""
+        base = {at: found for at, found in self.baseline().items() if found["quality"]}
+        expected = {cell(row) for row in self.rows if cell(row)[:2] in base}
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(
+                (str(row.get("label") or row["method"]), budget_text(row.get("budget"))), []
+            ).append(row)
+        rows = [summarise(group, base, expected) for group in groups.values()]
+        return sorted(rows, key=lambda r: (r["method"] != "full", r["label"], budget_order(r["budget"])))
+
+    def pareto(self, xkey: str, ykey: str = "quality") -> list[dict[str, Any]]:
+        """The rows that no other row beats, less of `xkey` and more of `ykey` being better, by `xkey`.
+
+        Only rows with every cell measured take part: a mean over the easy cells beats nobody.
+        """
+        known = [
+            r for r in self.summary() if r["complete"] and None not in (number(r[xkey]), number(r[ykey]))
+        ]
+        front, best = [], -math.inf
+        for row in sorted(known, key=lambda r: (r[xkey], -r[ykey])):
+            equal = front and (row[xkey], row[ykey]) == (front[-1][xkey], front[-1][ykey])
+            if row[ykey] > best or equal:
+                front.append(row)
+                best = row[ykey]
+        return front
+
+    def keepers(self) -> list[dict[str, Any]]:
+        """The methods that keep 95 % of full quality with every cell measured, cheapest first."""
+        kept = [r for r in self.summary() if r["method"] != "full" and r["complete"]]
+        return sorted(
+            (r for r in kept if (r["quality"] or 0) >= KEEPS - 1e-9), key=cost("held", "read", "decode_ratio")
+        )
+
+    def winner(self) -> dict[str, Any] | None:
+        """The cheapest that keeps 95 % of full quality: fewest bytes held, then read, then decode time."""
+        return next(iter(self.keepers()), None)
+
+    def sentence(self) -> str:
+        """The plain answer: the cheapest method that keeps 95 % of full quality here, or that none does."""
+        rows = [r for r in self.summary() if r["method"] != "full"]
+        where = place_text(self.run, self.tasks(), self.lengths())
+        if not rows:
+            return f"Only full attention was measured {where}: there is no method to compare it with."
+        if not any(found["quality"] for found in self.baseline().values()):
+            return f"Full attention has no quality above zero {where}: nothing can be said relative to it."
+        kept = self.keepers()
+        said = said_winner(kept, where) if kept else said_none(rows, where)
+        broken = [r for r in rows if not r["complete"]]
+        if broken:
+            names = shortened([clean(name(r)) for r in broken])
+            said += f" Not considered, with cells failed or missing: {names}."
+        return said
+
+    def notes(self) -> list[str]:
+        """What a reader must know before trusting the means."""
+        said, base = [], self.baseline()
+        if self.unreadable:
+            lines = f"{'line' if len(self.unreadable) == 1 else 'lines'} {listing(self.unreadable[:5])}"
+            said.append(
+                f"results.jsonl has {plural(len(self.unreadable), 'unreadable line')} ({lines}), left out."
+            )
+        places = sorted({cell(row)[:2] for row in self.rows}, key=str)
+        lost = [at for at in places if not base.get(at, {}).get("quality")]
+        if lost:
+            said.append(f"No ratio is possible where full attention failed or scored 0: {place_list(lost)}.")
+        weak = [at for at in places if 0 < (base.get(at, {}).get("quality") or 0) < 0.5]
+        if weak:
+            said.append(f"Full attention itself scores below 50 %, so ratios say little: {place_list(weak)}.")
+        return said
+
+
+def summarise(rows: list[Row], base: Mapping, expected: set) -> dict[str, Any]:
+    """The means of one method × budget over its cells."""
+    good = [row for row in rows if ok(row)]
+    scored = [row for row in good if cell(row)[:2] in base and number(row.get("quality")) is not None]
+    relative = {id(row): over(row["quality"], base[cell(row)[:2]]["quality"]) for row in scored}
+    lacking = expected - {cell(row) for row in scored}
+    failed, full = len(rows) - len(good), rows[0]["method"] == "full"
+    quality = mean(relative.values())
+    low, high = interval(scored, base, quality)
+    return {
+        **{key: rows[0].get(key) for key in ("method", "budget")},
+        "label": str(rows[0].get("label") or rows[0]["method"]),
+        "quality": quality,
+        "quality_low": low,
+        "quality_high": high,
+        "tasks": {
+            task: mean(relative[id(row)] for row in scored if str(row["task"]) == task)
+            for task in sorted({str(row["task"]) for row in rows})
+        },
+        "held": mean(held(row, base) for row in good),
+        "read": mean(read(row, base) for row in good),
+        "decode_ratio": ratio_mean(row.get("decode_ratio") for row in good),
+        "prefill_ratio": ratio_mean(row.get("prefill_ratio") for row in good),
+        **{
+            key: mean(row.get(key) for row in good)
+            for key in ("decode_spread", "prefill_spread", "decode_ms")
+        },
+        **{key: mean(row.get(key) for row in good) for key in ("agreement", "kl")},
+        "cells": len(good),
+        "failed": failed,
+        "missing": 0 if full else len(lacking - {cell(row) for row in rows if not ok(row)}),
+        "complete": quality is not None and (full or not lacking),
+    }
+
+
+def failed_groups(result: Result) -> list[dict[str, Any]]:
+    """The failed cells, those that share method, task and reason as one row with their lengths."""
+    groups: dict[tuple[str, ...], set[int]] = {}
+    for row in result.failed():
+        key = (name(row), str(row["task"]), str(row["status"]), str(row.get("error") or ""))
+        groups.setdefault(key, set()).add(row["length"])
+    keys = ("method", "task", "status", "why")
+    return [
+        dict(zip(keys, key, strict=True)) | {"lengths": sorted(lengths)} for key, lengths in groups.items()
+    ]
+
+
+def interval(rows: list[Row], base: Mapping, quality: float | None) -> tuple[float | None, float | None]:
+    """The interval of the mean of independent cells: their half widths add in squares."""
+    ends = []
+    for sign, key in ((-1, "quality_low"), (1, "quality_high")):
+        halves = [over(number(row.get(key)), base[cell(row)[:2]]["quality"]) for row in rows]
+        if quality is None or None in halves:
+            return None, None
+        middles = [row["quality"] / base[cell(row)[:2]]["quality"] for row in rows]
+        width = math.sqrt(sum((h - m) ** 2 for h, m in zip(halves, middles, strict=True))) / len(rows)
+        ends.append(max(0.0, quality + sign * width))
+    return ends[0], ends[1]
+
+
+def held(row: Row, base: Mapping) -> float | None:
+    return over(row.get("bytes_held"), row.get("bytes_full") or base.get(cell(row)[:2], {}).get("bytes_held"))
+
+
+def read(row: Row, base: Mapping) -> float | None:
+    return over(row.get("bytes_read"), base.get(cell(row)[:2], {}).get("bytes_read") or row.get("bytes_full"))
+
+
+def cost(*keys: str):
+    """A sort key: these columns in turn, to a thousandth, so that rounded bytes tie; unknown is dear."""
+    return lambda row: tuple(math.inf if row[key] is None else round(row[key], 3) for key in keys)
+
+
+def shortened(names: list[str], most: int = 4) -> str:
+    return listing(names if len(names) <= most else [*names[:most], f"{len(names) - most} more"])
+
+
+def place_list(places: list[tuple[Any, Any]]) -> str:
+    return shortened([f"{clean(task)} at length {length}" for task, length in places])
+
+
+def said_winner(kept: list[dict[str, Any]], where: str) -> str:
+    best = kept[0]
+    reader = min(kept, key=cost("read", "held", "decode_ratio"))
+    reads_less = cost("read")(reader) < cost("read")(best)
+    claim = f"is the cheapest that keeps 95 % of full attention's quality {where}"
+    said = f"{clean(name(best))} {claim}: {described(best)}."
+    if cost("held")(best) >= (1.0,):
+        said += " It holds no fewer bytes than full attention; nothing that does keeps 95 %."
+    if reads_less:
+        said += f" {clean(name(reader))} reads least: {described(reader)}."
+    return said
+
+
+def said_none(rows: list[dict[str, Any]], where: str) -> str:
+    whole = [r for r in rows if r["complete"]]
+    if not whole:
+        return f"No method finished every cell {where}, so none can be said to keep 95 % of full quality."
+    best = max(whole, key=lambda r: r["quality"])
+    nearest = f"Nearest is {clean(name(best))}: {described(best)}."
+    return f"No method keeps 95 % of full attention's quality {where}. {nearest}"

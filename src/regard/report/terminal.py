@@ -1,0 +1,109 @@
+"""Results in the terminal: tables that fit 80 columns, with colour only where it says something."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from regard.report.result import Result, Row, failed_groups
+from regard.report.words import KEEPS, budget_text, clean, name, percent, short, times
+
+TASK_WIDTH = 11  # columns that one task takes beside the summary
+
+
+def table(rows: Iterable[Row], columns: Sequence[str] | Mapping[str, str], title: str = "") -> Table:
+    """A table of rows of data; `columns` are their keys, or keys with the heads to print. Numbers are right.
+
+    Values are printed as text, whatever they contain: neither markup nor escape sequences act.
+    """
+    heads = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns}
+    rows = list(rows)
+    made = Table(
+        box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left", pad_edge=False
+    )
+    for key, head in heads.items():
+        right = any(isinstance(row.get(key), int | float) for row in rows)
+        made.add_column(Text(head), justify="right" if right else "left", overflow="fold", no_wrap=right)
+    for row in rows:
+        made.add_row(
+            *(
+                value if isinstance(value := row.get(key), Text) else Text(clean(short(value)))
+                for key in heads
+            )
+        )
+    return made
+
+
+def share(value: float | None, best: bool = False) -> Text:
+    """A quality: bold for the winner, dim where it falls short."""
+    low = value is not None and value < KEEPS - 1e-9
+    return Text(percent(value), style="bold green" if best else "dim" if low else "", justify="right")
+
+
+def summary_rows(result: Result) -> list[dict[str, Any]]:
+    """The summary as text, best quality first under full attention, failures in red."""
+    best, front = result.winner(), {name(r) for r in result.pareto("held")}
+    ordered = sorted(
+        result.summary(), key=lambda r: (r["method"] != "full", not r["complete"], -(r["quality"] or 0))
+    )
+    made = []
+    for row in ordered:
+        won, lost = best is not None and name(row) == name(best), row["failed"] + row["missing"]
+        made.append(
+            {
+                "method": Text(clean(row["label"]), style="bold" if won else ""),
+                "budget": right(budget_text(row["budget"])),
+                "quality": share(row["quality"], won),
+                "front": Text("●" if name(row) in front else "", justify="center"),
+                **{f"task {t}": share(v) for t, v in row["tasks"].items()},
+                "held": right(percent(row["held"])),
+                "read": right(percent(row["read"])),
+                "decode": right(times(row["decode_ratio"])),
+                "prefill": right(times(row["prefill_ratio"])),
+                "failed": right(str(lost) if lost else "", "red"),
+            }
+        )
+    return made
+
+
+def right(text: str, style: str = "") -> Text:
+    return Text(text, style=style, justify="right")
+
+
+def failed_rows(result: Result) -> list[dict[str, Any]]:
+    return [
+        row | {"status": Text(clean(row["status"]), style="red"), "why": clean(row["why"])[:300]}
+        for row in failed_groups(result)
+    ]
+
+
+def show(result: Result, console: Console | None = None) -> None:
+    """Print the comparison: the table, the failed cells with their reasons, the sentence."""
+    console = console or Console()
+    rows, tasks = summary_rows(result), result.tasks()
+    costs = [
+        "held",
+        "read",
+        "decode",
+        "prefill",
+        *(["failed"] if any(r["failed"].plain for r in rows) else []),
+    ]
+    by_task = {f"task {t}": clean(t) for t in tasks}
+    inside = len(tasks) > 1 and console.width >= 84 + TASK_WIDTH * len(tasks)
+    shown = (
+        {k: k for k in ("method", "budget", "quality")} | (by_task if inside else {}) | {k: k for k in costs}
+    )
+    console.print(table(rows, shown | {"front": "front"}, "Relative to full attention"))
+    if len(tasks) > 1 and not inside:
+        width = max(1, (console.width - 36) // TASK_WIDTH)
+        for at in range(0, len(tasks), width):
+            part = dict(list(by_task.items())[at : at + width])
+            console.print(table(rows, {"method": "method", "budget": "budget"} | part, "Quality by task"))
+    if failed := failed_rows(result):
+        console.print(table(failed, ["method", "task", "lengths", "status", "why"], "Failed cells"))
+    for note in result.notes():
+        console.print(Text(f"Note: {note}", style="yellow"))
+    console.print(Text(result.sentence(), style="bold"), soft_wrap=False)

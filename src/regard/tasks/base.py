@@ -1,0 +1,103 @@
+"""What a task is: a named, seeded generator of samples, and the metric that judges the answers.
+
+Every prompt of one call has exactly the asked number of tokens and every answer the same number, so that samples
+are batched without padding. A tokenizer is passed in; anything with the manners of Hugging Face's will do.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from regard.core import require
+from regard.tasks.corpus import Source, encode
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    prompt: ids; begins with the tokenizer's first token if it has one; the question is at the end
+    answer: ids that a right model generates next, or, for perplexity, the continuation that is scored
+    evidence: first and past-the-last position of the needed fact in the prompt; (0, 0) if there is none
+    depth: place of the evidence, 0 start .. 1 end
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    evidence: tuple[int, int]
+    depth: float = 0.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A workload. Metric "exact": the answer is generated exactly; "nll": its mean negative log-likelihood."""
+
+    name: str
+    title: str
+    metric: str
+    samples: Callable[..., list[Sample]]
+
+    def __post_init__(self) -> None:
+        require(self.metric in ("exact", "nll"), 'metric is "exact" or "nll"', metric=self.metric)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands before and after the text of a prompt: the first token, a chat's marks, the question."""
+
+    head: list[int]
+    tail: list[int]
+
+    @classmethod
+    def of(cls, tokenizer, question: list[int], prefix: str = "", chat: bool = False) -> "Frame":
+        """`prefix` begins the reply of a chat model, so that its answer is the same tokens as anyone's."""
+        if not chat:
+            return cls(first_token(tokenizer), question)
+        require(bool(getattr(tokenizer, "chat_template", None)), "chat=True needs a chat template", chat=chat)
+        mark = "<-the-text->"
+        said = [{"role": "user", "content": mark}]
+        whole = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        require(whole.count(mark) == 1, "the chat template says the message once", times=whole.count(mark))
+        before, after = whole.split(mark)
+        return cls(encode(tokenizer, before), question + encode(tokenizer, after + prefix))
+
+    def room(self, length: int, taken: int) -> int:
+        """How many tokens of filler a prompt of `length` has room for beside `taken` tokens of facts."""
+        needed = len(self.head) + len(self.tail) + taken
+        require(length >= needed, "length >= the tokens of facts and question", length=length, needed=needed)
+        return length - needed
+
+    def around(self, body: list[int]) -> list[int]:
+        return self.head + body + self.tail
+
+
+def first_token(tokenizer) -> list[int]:
+    first = getattr(tokenizer, "bos_token_id", None)
+    return [] if first is None else [first]
+
+
+def continuation(tokenizer, before: str, text: str) -> list[int]:
+    """The ids of `text` where it follows `before`."""
+    start, whole = encode(tokenizer, before), encode(tokenizer, before + text)
+    same = next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(start))
+    return whole[same:]
+
+
+def contains(ids: list[int], piece: list[int]) -> bool:
+    return any(ids[i : i + len(piece)] == piece for i in range(len(ids) - len(piece) + 1))
+
+
+def fill(tokenizer, source: Source, rng: random.Random, room: int, without: list[int]) -> list[int]:
+    """`room` tokens of running text in which the answer does not occur."""
+    for _ in range(100):
+        text = source.take(tokenizer, room, rng)
+        if not contains(text, without):
+            return text
+    raise ValueError(f"filler without the answer: not found in 100 draws from {source.name}; answer={without}")
+
+
+def even(samples: list[Sample]) -> list[Sample]:
+    """The same samples, if their prompts and their answers are batched without padding."""
+    sizes = {(len(sample.prompt), len(sample.answer)) for sample in samples}
+    require(len(sizes) <= 1, "prompts and answers of one call are equally long in tokens", sizes=sizes)
+    return samples

@@ -1,0 +1,105 @@
+"""Recall: a page of text in which facts are strewn, and a question about one of them.
+
+    ... text ... The code of quiet river is stone candle. ... text ... The code of quiet garden is paper window.
+    ... Question: the code of quiet garden is            -> " paper window"
+
+The keys are pairs of words drawn from a small grid, so that every key shares a word with others: who finds only
+half of the key answers with a distractor. The number of facts grows with the length, one for 64 tokens.
+"""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from math import ceil, sqrt
+from pathlib import Path
+
+from regard.core import require
+from regard.tasks.base import Frame, Sample, Task, continuation, encode, even, fill
+from regard.tasks.corpus import Source, held_out
+
+TOKENS_PER_FACT, MOST_FACTS = 64, 32
+
+
+@dataclass(frozen=True)
+class Fact:
+    key: str
+    value: str
+
+    def statement(self, tokenizer) -> list[int]:
+        begin = f"\nThe code of {self.key} is"
+        return encode(tokenizer, begin) + self.answer(tokenizer) + continuation(tokenizer, begin + self.value, ".")
+
+    def question(self, tokenizer) -> list[int]:
+        return encode(tokenizer, f"\nQuestion: the code of {self.key} is")
+
+    def answer(self, tokenizer) -> list[int]:
+        return continuation(tokenizer, "code is", self.value)
+
+
+@cache
+def words() -> tuple[str, ...]:
+    """The vocabulary of keys and values: common words of the corpus, four to seven letters."""
+    return tuple((Path(__file__).parent / "data" / "words.txt").read_text(encoding="utf-8").split())
+
+
+def near_keys(rng: random.Random, count: int) -> list[str]:
+    """Different pairs of words, each of which shares its first or its second word with others."""
+    side = max(2, ceil(sqrt(1.5 * count)))
+    drawn = rng.sample(words(), 2 * side)
+    return [" ".join(pair) for pair in rng.sample(list(product(drawn[:side], drawn[side:])), count)]
+
+
+def even_words(tokenizer) -> list[str]:
+    """The words that take the same number of tokens, as few as leave a choice of 100."""
+    groups: dict[int, list[str]] = {}
+    for word in words():
+        groups.setdefault(len(continuation(tokenizer, "code is", " " + word)), []).append(word)
+    rich = [size for size in groups if len(groups[size]) >= 100]
+    require(bool(rich), "at least 100 words of one length in tokens", lengths={s: len(g) for s, g in groups.items()})
+    return groups[min(rich)]
+
+
+def weave(rng: random.Random, filler: list[int], pieces: Iterable[list[int]]) -> tuple[list[int], list[int]]:
+    """The pieces, in order, at random places of the filler -> the ids, and where each piece begins."""
+    pieces = list(pieces)
+    cuts = sorted(rng.randint(0, len(filler)) for _ in pieces)
+    ids, starts, last = [], [], 0
+    for cut, piece in zip(cuts, pieces, strict=True):
+        ids += filler[last:cut]
+        starts.append(len(ids))
+        ids += piece
+        last = cut
+    return ids + filler[last:], starts
+
+
+def samples(
+    tokenizer, length: int, count: int, seed: int, source: Source | None = None, *, chat: bool = False
+) -> list[Sample]:
+    """`count` prompts of exactly `length` tokens, the asked fact spread evenly over the order of the facts."""
+    pool, source = even_words(tokenizer), source or held_out()
+    places = (i / max(1, count - 1) for i in range(count))
+    return even([_one(tokenizer, length, p, f"recall {seed} {i}", pool, source, chat) for i, p in enumerate(places)])
+
+
+def _one(tokenizer, length: int, place: float, seed: str, pool: list[str], source: Source, chat: bool) -> Sample:
+    rng = random.Random(seed)
+    number = min(MOST_FACTS, max(4, length // TOKENS_PER_FACT))
+    drawn = rng.sample(pool, 2 * number)
+    values = [f" {a} {b}" for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
+    keys = near_keys(rng, number)
+    while any(" " + key in values for key in keys):  # an answer must not stand anywhere else
+        keys = near_keys(rng, number)
+    facts = [Fact(key, value) for key, value in zip(keys, values, strict=True)]
+    asked = round(place * (number - 1))
+    frame = Frame.of(tokenizer, facts[asked].question(tokenizer), f"The code of {facts[asked].key} is", chat)
+    statements = [fact.statement(tokenizer) for fact in facts]
+    room = frame.room(length, sum(map(len, statements)))
+    answer = facts[asked].answer(tokenizer)
+    body, starts = weave(rng, fill(tokenizer, source, rng, room, without=answer), statements)
+    first = len(frame.head) + starts[asked]
+    return Sample(frame.around(body), answer, (first, first + len(statements[asked])), depth=first / length)
+
+
+RECALL = Task("recall", "Recall among similar keys", "exact", samples)

@@ -1,0 +1,235 @@
+"""Checks that every mask page must pass; yours too: `check_mask(METHOD)`.
+
+A mask has one meaning and five lowerings. The checks hold each lowering to the predicate asked at single
+places, and the page to what its settings promise: a window of exactly `window` keys, a neutral setting that
+changes nothing.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+
+from regard.core.mask import Mask, Place, causal
+from regard.core.pages import MaskPage, PositionPage
+from regard.core.roles import Roles
+
+LENGTHS = (1, 7, 40)
+Settings = Mapping[str, Any]
+
+
+def example_roles(needs: Iterable[str], n: int, cfg: Any = None) -> Roles | None:
+    """Two rows of n labelled tokens: left padding in the first, documents of 5, images of cfg.height x cfg.width."""
+    i = torch.arange(n)
+    height, width = getattr(cfg, "height", 2), getattr(cfg, "width", 2)
+    turn, place = i // (height * width + 3), i % (height * width + 3) - 2  # two words, an image, one word
+    patch = (place >= 0) & (place < height * width)
+    known = {
+        "padding": torch.stack([i < n // 4, i < 0]),
+        "document": torch.stack([i // 5, (i + 2) // 5]),
+        "image": torch.where(patch, turn + 1, 0),
+        "y": torch.where(patch, place // width, -1),
+        "x": torch.where(patch, place % width, -1),
+    }
+    labels = {name: known.get(name, torch.stack([i % 3, i % 2])) for name in needs}
+    return Roles(**labels) if labels else None
+
+
+def odd_settings(page: MaskPage | PositionPage) -> Iterator[Settings]:
+    """Small settings that the page's Config accepts: 2, 3, 5, ... over its numbers, both ways round, and all equal."""
+    default = page.config()
+    numbers = [f.name for f in fields(default) if type(getattr(default, f.name)) is int]
+    primes = [2, 3, 5, 7, 11, 13, 17, 19][: len(numbers)]
+    for values, zeros in itertools.product((primes, primes[::-1], [3] * len(numbers)), (0, 1)):
+        settings = {
+            name: value if getattr(default, name) else zeros
+            for name, value in zip(numbers, values, strict=True)
+        }
+        try:
+            page.config(**settings)
+        except ValueError:
+            continue
+        yield settings
+
+
+def check_mask(page: MaskPage | PositionPage, *, settings: Iterable[Settings] = ()) -> dict[str, int]:
+    """Every check on the page's default, neutral and odd settings, and on those given.
+
+    Returns how many of the queries see nothing, by mask: allowed, but to be known. Raises AssertionError with
+    the law, the mask and the first counterexample.
+    """
+    odd = list(odd_settings(page))
+    assert odd, (
+        f"{page.card.title}: no small settings are accepted; give some: check_mask(page, settings=[...])"
+    )
+    configs = dict.fromkeys(page.config(**s) for s in ({}, page.card.neutral, *odd, *settings))
+    blind = {}
+    for cfg in configs:
+        mask = page.build(cfg)
+        assert isinstance(mask, Mask), f"{page.card.title}: build gives a Mask, not {type(mask).__name__}"
+        assert page.build(cfg) == mask, f"{mask}: built twice it is the same mask"
+        for n in LENGTHS:
+            roles = example_roles(mask.needs, n, cfg)
+            for check in LAWS:
+                check(mask, n, roles)
+        blind[repr(mask)] = len(mask.blind(LENGTHS[-1], roles=example_roles(mask.needs, LENGTHS[-1], cfg)))
+        check_window_width(page, cfg)
+    check_neutral(page)
+    return blind
+
+
+def same(law: str, mask: Mask, found: Tensor, wanted: Tensor) -> None:
+    """Both [B, H, N, M], 1 where rows or heads do not differ."""
+    found, wanted = torch.broadcast_tensors(found.bool(), wanted.bool())
+    wrong = (found != wanted).nonzero()
+    if len(wrong):
+        b, h, q, k = (int(x) for x in wrong[0])
+        said = f"query {q}, key {k}, row {b}, head {h}: {bool(found[b, h, q, k])}, not {bool(wanted[b, h, q, k])}"
+        raise AssertionError(f"{law}: {mask!r} at {said} (first of {len(wrong)})")
+
+
+def truth(mask: Mask, place: Place) -> bool:
+    """The mask at one place, its expression read with Python's own not, and, or."""
+    if mask.name == "~":
+        return not truth(mask.parts[0], place)
+    if mask.parts:
+        return (all if mask.name == "&" else any)(truth(part, place) for part in mask.parts)
+    return bool(mask(place))
+
+
+def check_definition(mask: Mask, n: int, roles: Roles | None) -> None:
+    dense = mask.dense(n, roles=roles)
+    b_, h_, _, _ = dense.shape
+    g = torch.Generator().manual_seed(n)
+    for _ in range(60):
+        spot = [torch.randint(size, (), generator=g) for size in (b_, h_, n, n)]
+        b, h, q, k = (int(x) for x in spot)
+        wanted = truth(mask, Place(*spot, sides=(roles, roles)))
+        found = bool(dense[b, h, q, k])
+        said = f"query {q}, key {k}, row {b}, head {h}: {found}, not {wanted}"
+        assert found == wanted, f"dense = the predicate: {mask!r} at {said}"
+
+
+def check_at(mask: Mask, n: int, roles: Roles | None) -> None:
+    dense = mask.dense(n, roles=roles)
+    everyone = torch.arange(n)
+    same("at = dense", mask, mask.at(everyone, everyone, roles=roles), dense)
+    g = torch.Generator().manual_seed(n)
+    rows, heads = max(2, dense.shape[0]), mask.heads or 4
+    wide = dense.expand(rows, heads, n, n)
+    for groups in sorted({1, heads}):
+        kept = torch.randint(-1, n, (rows, groups, n + 3), generator=g)  # repeats and empty slots among them
+        asked = torch.randint(0, n, (rows, 5), generator=g)
+        index = kept.repeat_interleave(heads // groups, dim=1)[:, :, None].expand(-1, -1, 5, -1)
+        picked = wide.gather(2, asked[:, None, :, None].expand(-1, heads, -1, n)).gather(
+            3, index.clamp(min=0)
+        )
+        found = mask.at(asked, kept, roles=roles)
+        same("at evicted slots = dense, gathered", mask, found, picked & (index >= 0))
+        found = (~mask).at(asked, kept, roles=roles)
+        same("an empty slot is seen by nobody", mask, found, ~picked & (index >= 0))
+
+
+def check_flex(mask: Mask, n: int, roles: Roles | None) -> None:
+    dense = mask.dense(n, roles=roles)
+    b, h = dense.shape[:2]
+    made = create_mask(mask.flex(roles=roles), b, h, n, n, device="cpu")
+    same("flex = dense", mask, made, dense)
+    last = create_mask(mask.flex(roles=roles, offset=n - 1), b, h, 1, n, device="cpu")
+    same("flex with an offset = the last row of dense", mask, last, dense[:, :, -1:])
+    kept = torch.arange(n).flip(0).view(1, 1, n)
+    kept = torch.where(kept % 3 == 1, -1, kept)
+    stored = create_mask(mask.flex(roles=roles, k_index=kept, heads=h), b, h, n, n, device="cpu")
+    same("flex over stored keys = at", mask, stored, mask.at(torch.arange(n), kept, roles=roles))
+
+
+def check_blocks(mask: Mask, n: int, roles: Roles | None) -> None:
+    dense = mask.dense(n, roles=roles)
+    for block in (3, 16):
+        blocks = mask.blocks(n, block=block, roles=roles)
+        wide = blocks.kind.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :n, :n]
+        same("full and empty blocks = dense", mask, torch.where(wide == 1, dense, wide == 2), dense)
+        for b, h, i, j in blocks.partial.tolist():
+            tile = dense[b, h, i * block : (i + 1) * block, j * block : (j + 1) * block]
+            assert tile.any() and not tile.all(), (
+                f"a partial block is neither: {mask!r}, block {i, j}, head {h}"
+            )
+    compiled = mask.block_mask(n, roles=roles, block=16).to_dense()
+    kind = mask.blocks(n, block=16, roles=roles).kind
+    same("FlexAttention's blocks = the blocks that are not empty", mask, compiled, kind > 0)
+
+
+def check_row(mask: Mask, n: int, roles: Roles | None) -> None:
+    dense = mask.dense(n, roles=roles)
+    for t in {0, n // 2, n - 1}:
+        keys = mask.row(t, n, roles=roles)
+        found = torch.zeros(*dense.shape[:2], n + 1, dtype=torch.bool)
+        found.scatter_(2, torch.where(keys < 0, n, keys), True)
+        same("row = the row of dense", mask, found[:, :, None, :n], dense[:, :, t : t + 1])
+
+
+def check_offset(mask: Mask, n: int, roles: Roles | None) -> None:
+    dense = mask.dense(n, roles=roles)
+    last = (n + 1) // 2
+    same(
+        "fewer queries than keys are the last ones",
+        mask,
+        mask.dense(last, n, roles=roles),
+        dense[:, :, -last:],
+    )
+    one = mask.dense(1, n, offset=n // 2, roles=roles)
+    same("offset is the true index of query 0", mask, one, dense[:, :, n // 2 : n // 2 + 1])
+
+
+def check_algebra(mask: Mask, n: int, roles: Roles | None) -> None:
+    own, other = mask.dense(n, roles=roles), causal().dense(n)
+    for law, found, wanted in (
+        ("~a", ~mask, ~own),
+        ("~~a = a", ~~mask, own),
+        ("a & b", mask & causal(), own & other),
+        ("a | b", mask | causal(), own | other),
+        ("~(a & b) = ~a | ~b", ~(mask & causal()), (~mask | ~causal()).dense(n, roles=roles)),
+        ("~(a | b) = ~a & ~b", ~(mask | causal()), (~mask & ~causal()).dense(n, roles=roles)),
+        ("a & ~a = nothing", mask & ~mask, torch.zeros_like(own)),
+    ):
+        same(law, found, found.dense(n, roles=roles), wanted)
+
+
+LAWS = (check_definition, check_at, check_flex, check_blocks, check_row, check_offset, check_algebra)
+
+
+def check_window_width(page: MaskPage | PositionPage, cfg: Any) -> None:
+    """`window=w` shows w keys, the token itself included: all of them, and one more than w - 1 shows."""
+    if not hasattr(cfg, "window"):
+        return
+    n, t, ahead = 40, 25, getattr(cfg, "ahead", 0)
+    for w in (2, 3, 8):
+        if not ahead < w - 1:
+            continue
+        narrow, wide = (page.build(replace(cfg, window=x)) for x in (w - 1, w))
+        roles = example_roles(wide.needs, n, cfg)
+        less, more = (mask.dense(n, roles=roles)[:, :, t : t + 1] for mask in (narrow, wide))
+        shown = torch.arange(n)[None, None, None]
+        shown = (t + ahead - w < shown) & (shown <= t + ahead)
+        same(f"window={w} shows the token and {w - 1} more", wide, more & shown, shown)
+        oldest = torch.arange(n)[None, None, None] == t + ahead - w + 1
+        same(f"window={w} shows one key more than {w - 1}", wide, (more & ~less) | oldest, oldest)
+
+
+def check_neutral(page: MaskPage | PositionPage) -> None:
+    """The card's neutral settings give the causal mask, or everything where the page is not for causal_self."""
+    if not page.card.neutral:
+        assert not fields(page.config), f"{page.card.title}: a page with settings states its neutral ones"
+        return
+    cfg = page.configure(**page.card.neutral)
+    mask = page.build(cfg)
+    for n in LENGTHS:
+        roles = example_roles(mask.needs, n, cfg)
+        plain = (
+            causal().dense(n) if "causal_self" in page.patterns else torch.ones(1, 1, n, n, dtype=torch.bool)
+        )
+        same("neutral = identity", mask, mask.dense(n, roles=roles), plain)
