@@ -1,8 +1,9 @@
 """The training text of the shipped language model: prose and code that come with pinned packages.
 
-Prose is the help topics of Python and the docstrings of the standard library and of the packages in `PACKAGES`,
-cut into paragraphs, without doctests, each paragraph once. Code is the standard library's own source. Nothing is
-downloaded. `assemble()` gives the same bytes wherever the same versions are installed; `fingerprint` says so.
+Prose is the help topics of Python and the docstrings of the standard library and of the packages in
+`PACKAGES`, cut into paragraphs, without doctests, each paragraph once. Code is the standard library's own
+source. Nothing is downloaded. `assemble()` gives the same bytes wherever the same versions are installed;
+the manifest `corpus.json` holds their hash.
 
     python scripts/lm_corpus.py --write     # renew heldout.txt, words.txt and corpus.json
 """
@@ -31,7 +32,17 @@ PACKAGES = {
     "pandas": "pandas",
     "torch": "torch",
 }
-SKIP = {"site-packages", "test", "tests", "testing", "_vendor", "lib2to3", "idlelib", "turtledemo", "__pycache__"}
+SKIP = {
+    "site-packages",
+    "test",
+    "tests",
+    "testing",
+    "_vendor",
+    "lib2to3",
+    "idlelib",
+    "turtledemo",
+    "__pycache__",
+}
 DATA = Path(__file__).parents[1] / "src" / "regard" / "tasks" / "data"
 HELD_OUT_BYTES, LONG_DOCUMENT, CODE_BYTES, WORDS = 320_000, 5_000, 9_000_000, 1200
 
@@ -135,7 +146,8 @@ def check(corpus: Corpus, path: Path = DATA / "corpus.json") -> None:
         changed = {k: v for k, v in changed.items() if v[0] != v[1]}
         raise SystemExit(
             f"the corpus assembled here has sha256 {here['sha256']}, {path.name} names {wanted['sha256']}; "
-            f"versions that differ (wanted, here): {changed or 'none'}. --any-corpus trains on it all the same."
+            f"versions that differ (wanted, here): {changed or 'none'}. "
+            "--any-corpus trains on it all the same."
         )
 
 
@@ -147,8 +159,12 @@ def write(corpus: Corpus) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the held-out text, the words and the manifest")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write the held-out text, the words and the manifest"
+    )
     text = assemble()
     if parser.parse_args().write:
         write(text)

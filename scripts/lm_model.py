@@ -13,7 +13,10 @@ SPECIAL = ["<pad>", "<s>", "</s>"]
 def build_tokenizer(prose: str) -> PreTrainedTokenizerFast:
     """Byte-level BPE; digits one by one; <s> in front by default."""
     tokenizer = Tokenizer(models.BPE())
-    alone, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alone, bytes_ = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([alone, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -54,11 +57,13 @@ def new_model(tokenizer) -> LlamaForCausalLM:
 
 
 def optimizers(model: LlamaForCausalLM, kind: str) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers and AdamW for the rest, or AdamW for all. `peak` is the highest rate."""
+    """Muon for the layers' matrices and AdamW for the rest, or AdamW for all; `peak` is the highest rate."""
     layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in layers} if kind == "muon" else set()
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    ]
     if chosen:
         made.append(torch.optim.Muon(layers, lr=4e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     for optimizer in made:
@@ -68,8 +73,8 @@ def optimizers(model: LlamaForCausalLM, kind: str) -> list[torch.optim.Optimizer
 
 
 def save(model: LlamaForCausalLM, tokenizer, path: Path) -> None:
-    """A Hugging Face checkpoint: weights kept in half precision, opened in float32."""
-    weights = {name: p.half() for name, p in model.state_dict().items()}
-    model.config.dtype = model.config.torch_dtype = torch.float32
+    """A Hugging Face checkpoint: weights kept in half precision, opened in float32; the head is the embedding."""
+    weights = {name: p.half() for name, p in model.state_dict().items() if name != "lm_head.weight"}
+    model.config.dtype = torch.float32
     model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)

@@ -1,10 +1,10 @@
 """Train the small language model that regard ships, from nothing, on two CPU cores or an accelerator.
 
-A LLaMA-type decoder that can retrieve from its context. Three kinds of sequences are mixed: running text (prose and
-code), pages of facts with questions about them (regard.tasks.recall, the same wording), and random tokens that
-repeat, which make induction heads. Sequences grow from 128 to 2,048 tokens; each begins with <s>, on which
-attention sinks form. Every step draws from its own seeded generator, so a run that is stopped and resumed is the
-run that was not stopped.
+A LLaMA-type decoder that can retrieve from its context. Three kinds of sequences are mixed: running text
+(prose and code), pages of facts with questions about them (regard.tasks.recall, the same wording), and
+random tokens that repeat, which make induction heads. Sequences grow from 128 to 2,048 tokens; each begins
+with <s>, on which attention sinks form. Every step draws from its own seeded generator, so a run that is
+stopped and resumed sees what the run that was not stopped sees.
 
     PYTHONPATH=src python scripts/train_lm.py --out runs/lm --tokens 30e6 --seed 0
     PYTHONPATH=src python scripts/train_lm.py --out runs/lm --tokens 30e6 --seed 0 --resume
@@ -28,7 +28,13 @@ from regard.tasks.base import encode
 from regard.tasks.needle import NEEDLE
 from regard.tasks.recall import RECALL, Fact, near_keys, weave, words
 
-STAGES = ((0.40, 128), (0.55, 256), (0.70, 512), (0.85, 1024), (1.0, 2048))  # until this share of the tokens: length
+STAGES = (
+    (0.40, 128),
+    (0.55, 256),
+    (0.70, 512),
+    (0.85, 1024),
+    (1.0, 2048),
+)  # until this share of the tokens: length
 BATCH_TOKENS, WARM_UP, EVERY = 8192, 50, 100
 FACT, ANSWER, TEXT = 0.3, 3.0, 1.0  # weight of a token in the loss
 
@@ -86,7 +92,7 @@ class Mix:
         return (unit * (length // period + 1))[:length], [0.0] * period + [1.0] * (length - period)
 
     def facts(self, rng: random.Random, length: int, share: float) -> tuple[list[int], list[float]]:
-        """A page of facts, many and all asked (dense) or few in much text; a third of the keys are single words."""
+        """A page of facts: many and all asked (dense), or few in much text."""
         dense = rng.random() < max(0.3, 1 - 2 * share)
         number = rng.randint(1, max(1, length // 30)) if dense else rng.choice([1, 1, 2, 4, 8, 16, 32])
         number = min(number, max(1, length // 30), 64)
@@ -190,7 +196,11 @@ def train(run: Run, mix: Mix, held: torch.Tensor, args: argparse.Namespace) -> N
         loss = run.update(*mix.batch(args.seed, run.step, length, share), rate(share, run.step))
         run.seconds = before + time.monotonic() - began
         bar = "#" * int(30 * run.tokens / args.tokens)
-        print(f"\r[{bar:30}] {run.tokens / 1e6:6.2f} M tokens, loss {loss:.3f}, {run.seconds:.0f} s", end="", flush=True)
+        print(
+            f"\r[{bar:30}] {run.tokens / 1e6:6.2f} M tokens, loss {loss:.3f}, {run.seconds:.0f} s",
+            end="",
+            flush=True,
+        )
         if run.step % EVERY == 0 or run.tokens >= args.tokens:
             report(run, mix.tokenizer, held, length, loss, args.out)
             run.keep(args.out / "checkpoint.pt")
@@ -198,7 +208,13 @@ def train(run: Run, mix: Mix, held: torch.Tensor, args: argparse.Namespace) -> N
 
 def report(run: Run, tokenizer, held: torch.Tensor, length: int, loss: float, out: Path) -> None:
     run.model.eval()
-    row = {"step": run.step, "tokens": run.tokens, "seconds": round(run.seconds), "length": length, "loss": round(loss, 4)}
+    row = {
+        "step": run.step,
+        "tokens": run.tokens,
+        "seconds": round(run.seconds),
+        "length": length,
+        "loss": round(loss, 4),
+    }
     row["held_out"] = round(text_loss(run.model, held, tokenizer.bos_token_id), 4)
     for task in (NEEDLE, RECALL):
         row |= {f"{task.name}_{n}": round(exact(run.model, task, tokenizer, n, 32), 3) for n in (256, 512)}
@@ -209,13 +225,17 @@ def report(run: Run, tokenizer, held: torch.Tensor, length: int, loss: float, ou
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory of checkpoint, curve and model")
     parser.add_argument("--tokens", type=float, default=30e6, help="training tokens (default 30e6)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--any-corpus", action="store_true", help="train although the corpus is not the manifest's")
+    parser.add_argument(
+        "--any-corpus", action="store_true", help="train although the corpus is not the manifest's"
+    )
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -229,10 +249,12 @@ def main() -> None:
     if not args.any_corpus:
         lm_corpus.check(corpus)
     tokenizer = build_tokenizer(corpus.prose)
-    prose, code, held = (torch.tensor(encode(tokenizer, text)) for text in (corpus.prose, corpus.code, corpus.held_out))
+    prose, code, held = (
+        torch.tensor(encode(tokenizer, text)) for text in (corpus.prose, corpus.code, corpus.held_out)
+    )
     model = new_model(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
     size = sum(p.numel() for p in model.parameters())
-    print(f"{len(prose) / 1e6:.2f} M tokens of prose, {len(code) / 1e6:.2f} of code, {size / 1e6:.2f} M weights", flush=True)
+    print(f"tokens of prose {len(prose):,}, of code {len(code):,}; weights {size:,}", flush=True)
     run = Run(model, optimizers(model, args.optimizer))
     if args.resume:
         run.take_up(args.out / "checkpoint.pt")

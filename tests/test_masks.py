@@ -197,7 +197,7 @@ def test_flex_attention_with_the_mask_is_masked_attention():
     mask = s2.METHOD.build(s2.Config(heads=4, kv_heads=2, stride=2, local=1, block=4))
     q, k, v = (torch.randn(1, 4, 40, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(40))
-    with pytest.warns(UserWarning):  # torch says that flex_attention is slow when it is not compiled
+    with pytest.warns(UserWarning, match="torch.compile"):
         found = flex_attention(q, k, v, block_mask=mask.block_mask(40, block=16))
     torch.testing.assert_close(found, want)
 
@@ -247,7 +247,7 @@ def test_concentric_positions_of_several_images_padding_and_odd_sides():
     assert places[17:20].tolist() == [4, 5, 6]
     assert places[20:35].unique().tolist() == [7, 8]
     assert places[-1] == 9 and cca.next_position(36, cfg, images=2) == 10
-    left = Roles(**{name: torch.cat([torch.tensor([-1, -1]), x]) for name, x in one.items().items()})
+    left = Roles(**{name: torch.cat([torch.tensor([-1, -1]), x]) for name, x in one.labels.items()})
     left = left.with_(image=left["image"].clamp(min=0), padding=[1, 1] + [0] * one.length)
     assert cca.positions(left, cfg)[2:].tolist() == cca.positions(one, cfg).tolist()
 
@@ -262,3 +262,10 @@ def test_concentric_positions_of_a_grown_text_are_the_decode_rule():
 def test_concentric_neutral_positions_are_the_order_of_the_text():
     roles = cca.image_roles(1, 1, before=2, after=3)
     assert cca.positions(roles, cca.Config(**cca.METHOD.card.neutral)).tolist() == list(range(6))
+
+
+def test_a_mask_with_roles_and_heads_compiles_without_a_break():
+    mask = s2.METHOD.build(s2.Config(heads=4, kv_heads=2, stride=2, local=1, block=4)) & same_document()
+    index = torch.arange(9)
+    compiled = torch.compile(lambda q, k: mask.at(q, k, roles=ROLES), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(index, index), mask.at(index, index, roles=ROLES))

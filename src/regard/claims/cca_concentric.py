@@ -1,4 +1,4 @@
-"""Concentric Causal Attention's claim, on a random attention stack: do text outputs know two patches of a ring apart?"""
+"""Concentric Causal Attention's claim, on a random stack: does the text know two patches of a ring apart?"""
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def measure() -> Measured:
     }
     place = schemes["concentric"][0]
     pairs = swaps(place[~text] - BEFORE, g)
-    deltas = {}
+    deltas: dict[str, list[float]] = {}
     for name, (position, mask) in schemes.items():
         out = stack(x, weights, position, mask)[text]
         deltas[name] = []
@@ -77,9 +77,13 @@ def measure() -> Measured:
 
 CLAIM = Claim(
     name="cca_concentric",
-    statement="swapping two patches of one ring leaves all text outputs as they were, and the largest distance from the "
-    "text to a patch falls from H * W to H / 2 (576 to 12 for 24 x 24)",
-    bound="same-ring swap: largest change < 1e-5, while every such swap changes raster causal RoPE by more than 1e-3; "
-    "distance from the first text token at most, and exactly, H // 2",
+    statement=(
+        "swapping two patches of one ring leaves all text outputs as they were, and the largest distance "
+        "from the text to a patch falls from H * W to H / 2 (576 to 12 for 24 x 24)"
+    ),
+    bound=(
+        "same-ring swap: largest change < 1e-5, while every such swap changes raster causal RoPE by more "
+        "than 1e-3; distance from the first text token at most, and exactly, H // 2"
+    ),
     measure=measure,
 )

@@ -1,4 +1,4 @@
-"""PowerAttention's claim, on reachability: which tokens can the last layer's row hear of, through d layers?"""
+"""PowerAttention's claim, on reachability: which tokens can a row hear of through d layers?"""
 
 import math
 
@@ -62,9 +62,13 @@ def measure() -> Measured:
 
 CLAIM = Claim(
     name="power_attention",
-    statement="with itself and powers of two d layers reach every distance below 2^d without holes; a window of as many "
-    "keys per row reaches d * (keys - 1) only, and strided masks leave holes",
-    bound="holes below 2^d = 0 for d = 1..10; window reach exactly d * (w - 1); at most log2(N) + 2 non-local keys per "
-    "row; strided masks with the same budget have holes",
+    statement=(
+        "with itself and powers of two d layers reach every distance below 2^d without holes; a window of as "
+        "many keys per row reaches d * (keys - 1) only, and strided masks leave holes"
+    ),
+    bound=(
+        "holes below 2^d = 0 for d = 1..10; window reach exactly d * (w - 1); at most log2(N) + 2 non-local "
+        "keys per row; strided masks with the same budget have holes"
+    ),
     measure=measure,
 )

@@ -42,9 +42,13 @@ def measure() -> Measured:
 
 CLAIM = Claim(
     name="s2_attention",
-    statement="the heads together cover every causal block while each reads about 1 / stride of them and the local window; "
-    "one pattern for all heads leaves holes",
-    bound="union coverage = 100 % for heads >= stride; blocks per query row and head <= N_blocks / stride + local + 1; "
-    "coverage of one pattern for all heads < 100 %",
+    statement=(
+        "the heads together cover every causal block while each reads about 1 / stride of them and the local "
+        "window; one pattern for all heads leaves holes"
+    ),
+    bound=(
+        "union coverage = 100 % for heads >= stride; blocks per query row and head <= N_blocks / stride + "
+        "local + 1; coverage of one pattern for all heads < 100 %"
+    ),
     measure=measure,
 )

@@ -17,7 +17,8 @@ tensor([[1, 0, 0, 0, 0],
         [1, 0, 1, 1, 1]], dtype=torch.int32)
 >>> streaming.row(9)  # the keys that the step of token 9 reads
 tensor([[[0, 7, 8, 9]]])
->>> streaming.at(torch.tensor([9]), torch.tensor([0, 3, 8, -1])).int()  # a cache that kept 0, 3 and 8, and a free slot
+>>> stored = torch.tensor([0, 3, 8, -1])  # a cache that kept tokens 0, 3 and 8, and has a free slot
+>>> streaming.at(torch.tensor([9]), stored).int()
 tensor([[[[1, 0, 1, 0]]]], dtype=torch.int32)
 """
 
@@ -39,7 +40,7 @@ Sides = tuple[Roles | None, Roles | None]
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a predicate is asked: batch row, head, true query and key index, integer tensors that broadcast."""
+    """Where a predicate is asked: row, head, true query and key index, integer tensors that broadcast."""
 
     b: Tensor
     h: Tensor
@@ -128,9 +129,8 @@ class Mask:
             return f" {self.name} ".join(_bracketed(part, self.name) for part in self.parts)
         usual = inspect.signature(self.rule).parameters
         told = [(name, value) for name, value in self.settings if value != usual[name].default]
-        return (
-            f"{self.name}({', '.join(repr(v) if i == 0 else f'{k}={v!r}' for i, (k, v) in enumerate(told))})"
-        )
+        words = [repr(value) if i == 0 else f"{name}={value!r}" for i, (name, value) in enumerate(told)]
+        return f"{self.name}({', '.join(words)})"
 
     # -- lowerings
 
@@ -145,8 +145,10 @@ class Mask:
         offset: int | None = None,
         device: Any = None,
     ) -> Tensor:
-        """Booleans [B or 1, H or 1, n, m]. `offset` is the true index of query 0: m - n, so the last sees the
-        end.
+        """Booleans [B or 1, H or 1, n, m]. `offset` is the true index of query 0.
+
+        By default that is m - n, so that the last query sees the end of the keys, and 0 where `roles` is a
+        pair, one Roles for the queries and one for the keys: two texts, each counted from its own start.
 
         >>> causal().dense(2, 4).int()[0, 0]
         tensor([[1, 1, 1, 0],
@@ -235,7 +237,7 @@ class Mask:
         k_index: Tensor | None = None,
         heads: int | None = None,
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """mask_mod(b, h, q, k) for FlexAttention. `k_index` [B, G, n] holds the true index of every stored key."""
+        """mask_mod(b, h, q, k) for FlexAttention; `k_index` [B, G, n] is the true index of stored keys."""
         heads = self._check_heads(heads) or heads
         sides = self._sides(roles)
         if k_index is None:
@@ -268,7 +270,7 @@ class Mask:
     ) -> BlockMask:
         """FlexAttention's BlockMask of this mask."""
         m = n if m is None else m
-        predicate = self.flex(roles=roles, offset=max(m - n, 0) if offset is None else offset, heads=heads)
+        predicate = self.flex(roles=roles, offset=_offset(n, m, offset, roles), heads=heads)
         batch = self._batch(self._sides(roles), None) if self.needs else None
         return create_block_mask(predicate, batch, self.heads, n, m, device=device, BLOCK_SIZE=block)
 
@@ -293,18 +295,15 @@ class Mask:
                 if side is None or name not in side:
                     said = "no roles were given" if side is None else f"given: {', '.join(side) or 'none'}"
                     raise KeyError(f"{self!r} needs the role {name!r} of the {words}; {said}")
-            if self.needs and index is not None and index.numel():
-                top = int(index.max())
+            if self.needs and index is not None and index.numel() and not torch.compiler.is_compiling():
+                top, length = int(index.max()), side.length
                 require(
-                    top < side.length,
-                    "every token has its labels: index < labelled",
-                    index=top,
-                    labelled=side.length,
+                    top < length, "every token has its labels: index < labelled", index=top, labelled=length
                 )
         return sides
 
     def _batch(self, sides: Sides, batch: int | None) -> int:
-        rows = max((side.batch for side in sides if side is not None), default=1) if self.needs else 1
+        rows = max([1, *(side.batch for side in sides if side is not None)]) if self.needs else 1
         require(
             batch is None or rows in (1, batch), "roles have the rows of the batch", roles=rows, batch=batch
         )
@@ -379,7 +378,7 @@ def _bracketed(part: Mask, around: str) -> str:
 def _compose(rule: Callable[..., Tensor], name: str, *masks: Mask) -> Mask:
     parts = [p for mask in masks for p in (mask.parts if mask.name == name and name != "~" else (mask,))]
     counts = {part.heads for part in parts} - {None}
-    require(len(counts) <= 1, "masks that are composed have the same heads", heads=sorted(counts))
+    require(len(counts) <= 1, "masks that are composed have the same heads", heads=counts)
     needs = tuple(dict.fromkeys(role for part in parts for role in part.needs))
     return Mask(rule, name, (), needs, next(iter(counts), None), tuple(parts))
 
@@ -407,9 +406,15 @@ def _spread(index: Tensor, heads: int) -> Tensor:
     return index.repeat_interleave(heads // own, dim=1)
 
 
+def _offset(n: int, m: int, offset: int | None, roles: Any) -> int:
+    if offset is None:
+        return 0 if isinstance(roles, tuple) else max(m - n, 0)
+    return offset
+
+
 def _lattice(n: int, m: int | None, offset: int | None, roles: Any, device: Any) -> tuple[Tensor, Tensor]:
     m = n if m is None else m
-    offset = max(m - n, 0) if offset is None else offset
+    offset = _offset(n, m, offset, roles)
     require(offset >= 0, "offset >= 0, the true index of query 0", offset=offset)
     if device is None:
         side = roles[1] if isinstance(roles, tuple) else roles

@@ -93,6 +93,8 @@ class CachePage(Page):
     select: Callable | None = None
     observe: Callable | None = None
     place: Callable | None = None  # positions of keys and queries at reading time; None: as in the text
+    attend: Callable | None = None  # (view, cfg) -> [B, H, N, E] or None: the page's own attention, as a last resort
+    calibrate: str = ""  # what is measured on the model when the page is attached without it: "induction"
     phase: str = "both"  # when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")
     kind = "cache"
 

@@ -33,6 +33,7 @@ class Roles:
     """Labels of N tokens, [N] (one for all rows) or [B, N] each. Immutable: every change is a new object."""
 
     __slots__ = ("_labels",)
+    _labels: Mapping[str, Tensor]
 
     def __init__(self, **labels: Labels) -> None:
         tensors = {name: torch.as_tensor(label).long() for name, label in labels.items()}
@@ -49,6 +50,10 @@ class Roles:
         raise AttributeError("Roles are immutable; use with_, grow, gather or reorder")
 
     @property
+    def labels(self) -> Mapping[str, Tensor]:
+        return self._labels
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._labels)
 
@@ -58,7 +63,7 @@ class Roles:
 
     @property
     def batch(self) -> int:
-        return max((x.shape[0] for x in self._labels.values() if x.dim() == 2), default=1)
+        return max([1, *(x.shape[0] for x in self._labels.values() if x.dim() == 2)])
 
     def __contains__(self, name: object) -> bool:
         return name in self._labels
@@ -68,9 +73,8 @@ class Roles:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._labels:
-            raise KeyError(
-                f"the role {name!r} is missing; {near(name, self.names) if self.names else 'known: none'}"
-            )
+            known = near(name, self.names) if self.names else "known: none"
+            raise KeyError(f"the role {name!r} is missing; {known}")
         return self._labels[name]
 
     def label(self, name: str, row: Tensor, index: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ class Roles:
         return torch.cat([old, new.expand(*old.shape[:-1], n)], dim=-1)
 
     def gather(self, index: Labels) -> "Roles":
-        """The labels of the tokens `index` ([n], or [B, n] where rows keep different ones); -1, no token, is -1."""
+        """The labels of the tokens `index` ([n], or [B, n] where rows differ); -1 gives -1."""
         index = torch.as_tensor(index).long()
         return Roles(**{name: self._gathered(name, index.to(self[name].device)) for name in self})
 
@@ -128,9 +132,6 @@ class Roles:
 
     def to(self, device: Any) -> "Roles":
         return Roles(**{name: x.to(device) for name, x in self._labels.items()})
-
-    def items(self) -> Mapping[str, Tensor]:
-        return self._labels
 
     def __repr__(self) -> str:
         return f"Roles({', '.join(f'{name}{list(x.shape)}' for name, x in self._labels.items())})"

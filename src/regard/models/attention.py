@@ -11,7 +11,7 @@ from regard.core import Unsupported
 from regard.models.edits import apply_edits, observe
 from regard.models.lazy import LazyMask, MaskRule
 from regard.models.ledger import Group, LedgerLayer
-from regard.ops import Kept, View, attend, gather_rows, keep_best, per_query_head, row_blocks
+from regard.ops import Kept, View, attend, few_rows, gather_rows, keep_best, mix, per_query_head, row_blocks
 
 
 def make_function(session: Any):
@@ -82,16 +82,20 @@ def one_group(session, module, q, k, v, mask, call, layer, group, touching):
     if policy is not None and isinstance(mask, Tensor) and not isinstance(mask, LazyMask):
         raise Unsupported("a 4-D mask of your own beside a cache method: slots and columns would not agree")
     view = make_view(session, module, q, k, v, mask, call, layer, group)
-    reading = view
+    reading, weights, own = view, None, None
     if policy is not None:
         if policy.page.observe is not None:
             policy.page.observe(view, policy.config)
         reading = chosen(view, policy, group, mask)
-    if reading is view and layer is not None and layer.plain and not touching and isinstance(mask, LazyMask):
+        own = None if policy.page.attend is None else policy.page.attend(view, policy.config)
+    untouched = reading is view and layer is not None and layer.plain and not touching and isinstance(mask, LazyMask)
+    if own is not None:
+        out = own
+    elif untouched and view.known is None and not few_rows(q, k):
         out, weights = native(session, module, q, k, v, mask, call)
         out = out.transpose(1, 2)
     else:
-        out, weights = run(reading, module, call), None
+        out = run(reading, module, call)
     if touching:
         out = apply_edits(reading, out, touching)
         observe(reading, out, touching)
@@ -128,7 +132,7 @@ def narrow(view: View, slots: Tensor, mask: Any, moved: Tensor | None) -> View:
         real = mask.rule.real(index)
     if view.bias is not None:
         raise Unsupported("selecting tokens in a model with a position bias or under merged slots")
-    return replace(view, k=k, v=v, index=index, real=real, visible=seer(mask, view.q, index, real, view.scale))
+    return replace(view, known=None, k=k, v=v, index=index, real=real, visible=seer(mask, view.q, index, real, view.scale))
 
 
 def move_first(view: View, by: Tensor | None, group: Group) -> None:
@@ -183,6 +187,7 @@ def make_view(session, module, q, k, v, mask, call, layer: LedgerLayer | None, g
         groups=group.keys.shape[1] if group is not None else k.shape[1],
         phase="prefill" if first or q.shape[2] > 1 else "decode",
         softcap=call.get("softcap"), sinks=call.get("s_aux"),
+        count=None if group is None or group.count is None else group.count[..., :n],
     )  # fmt: skip
     return view if layer is None else session.complete(view, module, layer, group, rule)
 
@@ -210,6 +215,8 @@ def seer(mask: Any, q: Tensor, index: Tensor, real: Tensor | None, scale: float,
 
 def run(view: View, module: nn.Module, call: dict) -> Tensor:
     """[B, H, N, E]: attention over what the view holds, in blocks of rows when the mask would be large."""
+    if view.known is not None:
+        return mix(view.weights(), view.v)
     parts = []
     for rows in row_blocks(view.new, 4 * view.q.shape[0] * view.k.shape[2]):
         bias = view.bias if view.bias is None or view.bias.shape[-2] == 1 else view.bias[..., rows, :]

@@ -135,7 +135,8 @@ class Group:
         start, wide = self.n, (*self.keys.shape[:2], -1)
         self.index = self.index.expand(*wide).contiguous()
         self.append(k.to(self.keys.dtype), v.to(self.values.dtype), 0)
-        self.index[..., start:] = self.table()[..., :1].int()
+        first = torch.where(self.table() >= 0, self.table(), self.table().amax() + 1).amin(-1, keepdim=True)
+        self.index[..., start : self.n] = torch.where(count > 0, first, -1).int()
         self.count[..., start : self.n] = count
 
     def split(self, lengths: list[int], kept: Kept) -> list["Group"]:

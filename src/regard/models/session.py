@@ -103,6 +103,7 @@ class Session:
             self.step = {}
         view.layer, view.layers, view.heads = number, len(self.layers), group.heads
         view.notes, view.step = group.note, self.step
+        view.total_heads = sum(len(g.heads) for g in layer.groups) * len(self.layers)
         view.memory = layer.memory if len(layer.groups) == 1 else layer.memory.setdefault(group.heads, {})
         if self.policy is not None:
             self.acted += 1

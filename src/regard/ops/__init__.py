@@ -5,6 +5,7 @@ from regard.ops.softmax import (
     at_least_float32,
     attend,
     explicit,
+    few_rows,
     finish,
     fused,
     lower_right,
@@ -16,7 +17,7 @@ from regard.ops.softmax import (
     row_blocks,
     scores,
 )
-from regard.ops.topk import best, gather_rows, slots_of
+from regard.ops.topk import best, gather_rows, slots_of, top_slots
 from regard.ops.view import Kept, View, keep_best
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "attend",
     "best",
     "explicit",
+    "few_rows",
     "finish",
     "fused",
     "gather_rows",
@@ -41,4 +43,5 @@ __all__ = [
     "row_blocks",
     "scores",
     "slots_of",
+    "top_slots",
 ]

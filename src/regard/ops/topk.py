@@ -26,6 +26,11 @@ def best(score: Tensor, count: Tensor | int) -> Tensor:
     return (above | (level & (level.cumsum(-1) <= room))) & (score > -torch.inf) & (count > 0).unsqueeze(-1)
 
 
+def top_slots(score: Tensor, count: int) -> Tensor:
+    """Indices [..., count] of the highest scores [..., n], in no order: what a step reads, decided at every step."""
+    return score.topk(min(count, score.shape[-1]), dim=-1, sorted=False).indices
+
+
 def slots_of(alive: Tensor) -> Tensor:
     """Indices of the True places of alive [b, g, n], ascending, filled with -1 to the longest: [b, g, m]."""
     counts = alive.sum(-1)

@@ -34,6 +34,9 @@ class View:
     sinks: Tensor | None = None  # [H] learned sink scores of the model (not the first tokens)
     bias: Tensor | None = None
     visible: Callable[[slice], Tensor | None] = lambda rows: None  # queries -> [B, 1|H, rows, n] bool or None: all
+    count: Tensor | None = None  # [B, G, n] tokens that a merged slot stands for; None: one each
+    total_heads: int = 1  # cache heads of the whole model, over all layers
+    known: Tensor | None = None  # scores of a single-query step, once somebody asked for them
     heads: tuple[int, ...] = ()  # the cache heads of this view, where a layer keeps different lengths by head
     notes: Callable[[str], Tensor] = None  # type: ignore[assignment]  # name -> [B, G, n] float32 that stay with their slot
     memory: dict = field(default_factory=dict)  # this layer's own, over the steps of a sequence
@@ -60,6 +63,8 @@ class View:
 
     def scores(self, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
         """[B, heads, rows, n] scores before mask and softmax, float32; `heads` are query heads, None: all."""
+        if self.known is not None:
+            return self.known if heads is None else self.known[:, heads]
         q, k, bias = self.q[:, :, rows], self.k, self.bias
         if bias is not None and bias.shape[-2] > 1:
             bias = bias[..., rows, :]
@@ -67,7 +72,15 @@ class View:
             share = q.shape[1] // k.shape[1]
             q, k = q[:, heads], k[:, [h // share for h in heads]]
             bias = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
-        return scores(q, k, self.scale, self.softcap, bias)
+        found = scores(q, k, self.scale, self.softcap, bias)
+        if self.new == 1 and heads is None:
+            self.known = found
+        return found
+
+    def visible_scores(self) -> Tensor:
+        """[B, H, N, n] scores with -inf where a query does not see a slot."""
+        seen = self.visible(slice(None))
+        return self.scores() if seen is None else self.scores().masked_fill(~seen, -torch.inf)
 
     def weights(self, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
         """[B, heads, rows, n] attention weights of these queries, float32, as the model itself would compute them."""

@@ -90,12 +90,16 @@ def cost_axis(xkey: str, values: list[float]) -> Figure:
         )
     pad = 0.06 * (max(values) - min([*values, 0.8]))
     ends = [max(0.0, min([*values, 0.8]) - pad), max([*values, 1.0]) + pad]
-    return axis(title, range=ends, **({"tickformat": ".0%"} if shares else {"ticksuffix": "×"}))
+    if not shares:
+        return axis(title, range=ends, ticksuffix="×")
+    ticks = [i / 5 for i in range(int(ends[1] * 5) + 1) if i / 5 >= ends[0]]
+    return axis(title, range=ends, tickvals=ticks, ticktext=[percent(t) for t in ticks])
 
 
 def bars(rows: list[dict[str, Any]]) -> Figure:
     """Intervals as error bars, hidden until they are asked for."""
-    reach = [[abs(r[k] - r["quality"]) if number(r.get(k)) is not None else 0 for r in rows] for k in ENDS]
+    known = [r if None not in (r["quality"], *(number(r[k]) for k in ENDS)) else None for r in rows]
+    reach = [[100 * abs(r[k] - r["quality"]) if r else 0 for r in known] for k in ENDS]
     return {
         "array": reach[1],
         "arrayminus": reach[0],
@@ -131,24 +135,20 @@ def quality_cost(result: Result, xkey: str, marked: Marks) -> Figure | None:
         return None
     xaxis = cost_axis(xkey, [r[xkey] for r in rows])
     ends = [10**e for e in xaxis["range"]] if xaxis.get("type") == "log" else xaxis["range"]
-    yrange = spread([r["quality"] for r in rows], 0.03, 0.85, 1.0)
-    traces = [line_trace(ends, [KEEPS, KEEPS], {"color": "#aaaaaa", "width": 1, "dash": "dot"})]
-    front = result.pareto(xkey)
-    steps = [(r[xkey], r["quality"]) for r in front]
-    traces += (
-        [line_trace(*stairs(steps, ends[1]), {"color": "#555555", "width": 1.5, "dash": "dash"})]
-        if steps
-        else []
-    )
-    traces += [
-        method_trace(at, label, [r for r in rows if r["label"] == label], xkey, marked)
-        for at, label in enumerate(marked)
-    ]
-    notes = [said(0.99, KEEPS, "95 % of full", xref="paper", xanchor="right", yanchor="bottom")]
+    traces = [line_trace(ends, [100 * KEEPS] * 2, {"color": "#aaaaaa", "width": 1, "dash": "dot"})]
+    steps = [(r[xkey], 100 * r["quality"]) for r in result.pareto(xkey)]
+    if steps:
+        dashed = {"color": "#555555", "width": 1.5, "dash": "dash"}
+        traces.append(line_trace(*stairs(steps, ends[1]), dashed))
+    for at, label in enumerate(marked):
+        traces.append(method_trace(at, label, [r for r in rows if r["label"] == label], xkey, marked))
+    notes = [said(0.995, 100 * KEEPS, "95 % of full", xref="paper", xanchor="right", yanchor="top")]
     best = result.winner()
     if best is not None and number(best[xkey]) is not None:
+        traces.append(ring(best, xkey))
         notes.append(arrow(best, xkey, xaxis))
-    yaxis = axis("Quality, share of full attention", range=yrange, tickformat=".0%")
+    yrange = spread([100 * r["quality"] for r in rows], 3, 85, 100)
+    yaxis = axis("Quality, share of full attention", range=yrange, ticksuffix=" %")
     return {"data": traces, "layout": layout(COSTS[xkey][0], xaxis, yaxis, annotations=notes)}
 
 
@@ -160,7 +160,7 @@ def method_trace(at: int, label: str, rows: list[dict[str, Any]], xkey: str, mar
         "mode": "lines+markers",
         "name": plotted(label),
         "x": [r[xkey] for r in rows],
-        "y": [r["quality"] for r in rows],
+        "y": [100 * r["quality"] for r in rows],
         "line": {"color": faint(colour), "width": 1.2},
         "marker": {
             "color": colour,
@@ -176,6 +176,14 @@ def method_trace(at: int, label: str, rows: list[dict[str, Any]], xkey: str, mar
     }
 
 
+def ring(best: dict[str, Any], xkey: str) -> Figure:
+    """A ring around the winner, whose mark may lie under others."""
+    line = {"width": 1.6, "color": INK}
+    marker = {"symbol": "circle-open", "size": 18, "color": INK, "line": line}
+    at = {"x": [best[xkey]], "y": [100 * best["quality"]]}
+    return {"type": "scatter", "mode": "markers", **at, "marker": marker, "hoverinfo": "skip"}
+
+
 def faint(colour: str) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.35)"
@@ -183,7 +191,8 @@ def faint(colour: str) -> str:
 
 def stairs(steps: list[tuple[float, float]], end: float) -> tuple[list[float], list[float]]:
     """The front as a staircase: between two points the quality of the cheaper one is what can be had."""
-    xs, ys = [], []
+    xs: list[float] = []
+    ys: list[float] = []
     for x, y in steps:
         xs += [x, x] if ys else [x]
         ys += [ys[-1], y] if ys else [y]
@@ -208,10 +217,10 @@ def arrow(best: dict[str, Any], xkey: str, xaxis: Figure) -> Figure:
     text = clean(name(best))
     shown = text if len(text) <= 34 else text[:33] + "…"
     place = {"ax": 28 if left else -28, "ay": 64, "xanchor": "left" if left else "right"}
-    style = {"showarrow": True, "arrowhead": 0, "arrowwidth": 1, "arrowcolor": SOFT, "standoff": 7}
+    style = {"showarrow": True, "arrowhead": 0, "arrowwidth": 1, "arrowcolor": SOFT, "standoff": 10}
     return said(
         x,
-        best["quality"],
+        100 * best["quality"],
         shown,
         **style,
         **place,
@@ -254,7 +263,8 @@ def quality_length(result: Result, task: str, marked: Marks, budgets: list[str])
     values = [y for t in traces for y in t["y"] if y is not None]
     yaxis = axis(
         "Share of right answers" if exact else "Perplexity of full ÷ of method",
-        range=spread(values, 0.03, 0.0 if exact else 0.9, 1.0),
+        range=spread(values, 3, 0 if exact else 90, 100),
+        ticksuffix=" %",
     )
     return {
         "data": traces,
@@ -277,7 +287,7 @@ def length_trace(
         "mode": "lines+markers",
         "name": plotted(who),
         "x": [p["length"] for p in points],
-        "y": [p["quality"] for p in points],
+        "y": [None if p["quality"] is None else 100 * p["quality"] for p in points],
         "line": {"color": colour, "width": 2.2 if full else 1.5, "dash": "dot" if full else "solid"},
         "marker": {
             "color": colour,

@@ -13,7 +13,7 @@ from typing import Any
 
 from regard.report.marks import Marks, glyph, marks
 from regard.report.result import Result
-from regard.report.sections import sections
+from regard.report.sections import sections, words
 from regard.report.words import budget_text, clean, name, plural
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ function collect(what) {
 }
 addEventListener("error", (event) => collect(event.message || event));
 addEventListener("unhandledrejection", (event) => collect(event.reason));
-addEventListener("securitypolicyviolation", (event) => collect(`policy: ${event.violatedDirective} ${event.blockedURI}`));
+addEventListener("securitypolicyviolation", (event) => collect(`policy ${event.violatedDirective}`));
 """
 
 
@@ -94,8 +94,8 @@ def answer(result: Result) -> str:
     """The sentence, with the winner's name in bold."""
     best, said = result.winner(), result.sentence()
     first = clean(name(best)) if best else ""
-    bold = f"<strong>{escape(first)}</strong>" if first else ""
-    return f'<p class="answer">{bold}{escape(said.removeprefix(first))}</p>'
+    bold = f"<strong>{words(first)}</strong>" if first else ""
+    return f'<p class="answer">{bold}{words(said.removeprefix(first))}</p>'
 
 
 def legend(marked: Marks) -> str:

@@ -1,7 +1,8 @@
 """One colour and one shape per method, the same in every plot, legend and table of a page.
 
-The colours are Okabe and Ito's, which stay apart under the common kinds of colour blindness, without yellow (too
-pale on white) and with two darker ones. Neighbours differ in colour and shape; pairs repeat after 80 methods.
+The colours are Okabe and Ito's, which stay apart under the common kinds of colour blindness, without yellow
+(too pale on white) and with two darker ones. Neighbours differ in colour and in shape; the pairs repeat after
+80 methods.
 """
 
 import math

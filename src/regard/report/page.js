@@ -1,7 +1,8 @@
 "use strict";
 // Draws the figures of the page and wires its controls. All text comes from the page's data, escaped where it was written.
 const data = JSON.parse(document.getElementById("report-data").textContent);
-const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+// Only "save as picture": Plotly's own bar has a button that sends the chart to a server.
+const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]], plotlyServerURL: "" };
 const plots = Object.keys(data.figures).map((id) => document.getElementById(id));
 const hidden = new Set();
 let budget = data.budget;

@@ -50,13 +50,18 @@ def sections(result: Result, marked: Marks) -> tuple[dict[str, Any], list[str]]:
     return {"figures": figures, "budget": chosen}, parts
 
 
+def words(text: str) -> str:
+    """Text of ours as HTML; a number stays on one line with its per cent."""
+    return escape(text).replace(" %", "&nbsp;%")
+
+
 def section(title: str, lead: str, body: str) -> str:
-    said = f'<p class="lead">{lead}</p>' if lead else ""
+    said = f'<p class="lead">{words(lead)}</p>' if lead else ""
     return f"<section><h2>{title}</h2>{said}{body}</section>"
 
 
 def plot(at: str, figure: Figure | None, what: str, caption: str = "") -> str:
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    below = f"<figcaption>{words(caption)}</figcaption>" if caption else ""
     if figure is None:
         return f'<figure><p class="meta">{escape(what)}: not measured.</p></figure>'
     return (
@@ -71,8 +76,9 @@ def cost_section(result: Result, figures: dict[str, Figure | None]) -> str:
         front = f"On the front, cheapest first: {listing(names)}." if names else ""
         drawn.append(plot(f"cost-{key}", figures[f"cost-{key}"], f"Quality against {title}", front))
     lead = (
-        "Each mark is a method at one budget, the mean over tasks and lengths; the budgets of a method are joined. "
-        "Up and to the left is better. The dashed line is the Pareto front. Hollow marks miss cells and do not compete."
+        "Each mark is a method at one budget, the mean over tasks and lengths; its budgets are joined. Up "
+        "and to the left is better. The dashed line is the Pareto front. Hollow marks lack cells and do not "
+        "compete."
     )
     switch = '<label class="switch"><input type="checkbox" id="intervals"> Show intervals</label>'
     return section("Quality against cost", lead, f'{switch}<div class="plots">{"".join(drawn)}</div>')
@@ -86,7 +92,9 @@ def length_section(figures: dict[str, Figure | None], budgets: list[str], chosen
         for i, b in enumerate(budgets)
     )
     chooser = f'<fieldset class="budgets"><legend>Budget</legend>{radios}</fieldset>' if budgets else ""
-    lead = "One plot per task, at one budget. Full attention (dotted) and methods without a budget are always shown."
+    lead = (
+        "One plot per task, at one budget. Full attention (dotted) and methods without one are always shown."
+    )
     return section("Quality over length", lead, f'{chooser}<div class="plots">{drawn}</div>')
 
 
@@ -95,7 +103,7 @@ def needle_section(result: Result, marked: Marks) -> str:
     if not tasks:
         return ""
     maps = "".join(f"<h3>{escape(clean(task))}</h3>{needle_map(result, task, marked)}" for task in tasks)
-    lead = "Where in the text the answer stood, and whether it was found. Below each map: budget, share of right answers."
+    lead = "Where in the text the answer stood, and whether it was found. Below a map: budget, share found."
     return section("Needle map", lead, maps)
 
 
@@ -119,14 +127,15 @@ def table_section(result: Result, marked: Marks) -> str:
     )
     body = "".join(table_row(r, tasks, marked, best is not None and name(r) == name(best)) for r in rows)
     heads = "".join(
-        f'<th data-sort class="{"n" if i else ""}" scope="col"><button type="button">{escape(clean(h))}</button></th>'
+        f'<th data-sort class="{"n" if i else ""}" scope="col">'
+        f'<button type="button">{escape(clean(h))}</button></th>'
         for i, h in enumerate([*HEADS, *tasks, *TAIL])
     )
     lead = (
-        "Quality, bytes and times are relative to full attention in the same cells: 100 % quality is as good, 0.50× "
-        "takes half the time (geometric mean ± spread). Grey is below 95 %. Held: KV cache bytes kept. Read: bytes "
-        "read per decoded token. Same token: how often the next token is full attention's. KL: divergence from its "
-        "distribution. Press a head to sort."
+        "Quality, bytes and times are relative to full attention in the same cells: 100 % is as good, "
+        "0.50× takes half the time (geometric mean ± spread). Grey is below 95 %. Held: KV cache bytes kept. "
+        "Read: bytes read per decoded token. Same token: how often the next token is full attention's. "
+        "KL: divergence from its distribution. Press a head to sort."
     )
     table = f'<table class="results"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
     return section("All methods", lead, f'<div class="wide">{table}</div>')
@@ -138,11 +147,12 @@ def spread_text(ratio: float | None, spread: float | None) -> str:
 
 def table_row(row: dict[str, Any], tasks: list[str], marked: Marks, won: bool) -> str:
     low, high = row["quality_low"], row["quality_high"]
-    interval = f"{percent(low)} to {percent(high)}" if low is not None and high is not None else NONE
+    interval = f"{100 * low:.0f}–{percent(high)}" if low is not None and high is not None else NONE
     lost = row["failed"] + row["missing"]
     order = budget_order(row["budget"])
     cells = [
-        f"<td>{glyph(*marked[row['label']])} {escape(clean(row['label']))}</td>",
+        f'<td><div class="who">{glyph(*marked[row["label"]])}<span>{escape(clean(row["label"]))}</span>'
+        "</div></td>",
         cell(order[0] * 1e15 + order[1], budget_text(row["budget"])),
         share(row["quality"], "n q"),
         cell(low, interval),
@@ -162,9 +172,9 @@ def failed_section(result: Result) -> str:
     groups = failed_groups(result)
     if not groups:
         return ""
-    heads = "".join(f'<th scope="col">{h}</th>' for h in ("Method", "Task", "Lengths", "Status", "Reason"))
+    heads = "".join(f'<th scope="col">{h}</th>' for h in ("Method", "Tasks", "Lengths", "Status", "Reason"))
     body = "".join(
-        f"<tr><td>{escape(clean(g['method']))}</td><td>{escape(clean(g['task']))}</td>"
+        f"<tr><td>{escape(clean(g['method']))}</td><td>{escape(clean(short(g['tasks'])))}</td>"
         f"<td>{escape(short(g['lengths']))}</td>"
         f'<td class="bad">{escape(clean(g["status"]))}</td><td class="said">{escape(cut(g["why"]))}</td></tr>'
         for g in groups
@@ -202,7 +212,7 @@ def over_places(pairs: list[tuple[dict[str, Any], Mapping]]) -> list[tuple[dict[
 
 
 def example_section(result: Result, marked: Marks) -> str:
-    parts = []
+    parts: list[str] = []
     for label, mark in marked.items():
         rows = [r for r in result.rows if str(r.get("label") or r["method"]) == label]
         chosen = examples(rows)

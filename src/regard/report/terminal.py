@@ -11,18 +11,22 @@ from rich.text import Text
 from regard.report.result import Result, Row, failed_groups
 from regard.report.words import KEEPS, budget_text, clean, name, percent, short, times
 
-TASK_WIDTH = 11  # columns that one task takes beside the summary
+TASK_WIDTH = 10  # columns that one task takes beside the summary
 
 
 def table(rows: Iterable[Row], columns: Sequence[str] | Mapping[str, str], title: str = "") -> Table:
-    """A table of rows of data; `columns` are their keys, or keys with the heads to print. Numbers are right.
+    """A table of rows of data; `columns` are their keys, or keys with the heads to print.
 
     Values are printed as text, whatever they contain: neither markup nor escape sequences act.
     """
     heads = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns}
     rows = list(rows)
     made = Table(
-        box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left", pad_edge=False
+        box=box.SIMPLE_HEAD,
+        title=Text(title) if title else None,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for key, head in heads.items():
         right = any(isinstance(row.get(key), int | float) for row in rows)
@@ -93,17 +97,16 @@ def show(result: Result, console: Console | None = None) -> None:
     ]
     by_task = {f"task {t}": clean(t) for t in tasks}
     inside = len(tasks) > 1 and console.width >= 84 + TASK_WIDTH * len(tasks)
-    shown = (
-        {k: k for k in ("method", "budget", "quality")} | (by_task if inside else {}) | {k: k for k in costs}
-    )
-    console.print(table(rows, shown | {"front": "front"}, "Relative to full attention"))
+    first = {k: k for k in ("method", "budget", "quality")} | {"front": "●"}
+    shown = first | (by_task if inside else {}) | {k: k for k in costs}
+    console.print(table(rows, shown, "Relative to full attention; ● on the front of quality and bytes held"))
     if len(tasks) > 1 and not inside:
         width = max(1, (console.width - 36) // TASK_WIDTH)
         for at in range(0, len(tasks), width):
             part = dict(list(by_task.items())[at : at + width])
             console.print(table(rows, {"method": "method", "budget": "budget"} | part, "Quality by task"))
     if failed := failed_rows(result):
-        console.print(table(failed, ["method", "task", "lengths", "status", "why"], "Failed cells"))
+        console.print(table(failed, ["method", "tasks", "lengths", "status", "why"], "Failed cells"))
     for note in result.notes():
         console.print(Text(f"Note: {note}", style="yellow"))
     console.print(Text(result.sentence(), style="bold"), soft_wrap=False)

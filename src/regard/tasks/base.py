@@ -1,7 +1,8 @@
 """What a task is: a named, seeded generator of samples, and the metric that judges the answers.
 
-Every prompt of one call has exactly the asked number of tokens and every answer the same number, so that samples
-are batched without padding. A tokenizer is passed in; anything with the manners of Hugging Face's will do.
+Every prompt of one call has exactly the asked number of tokens and every answer the same number, so that
+samples are batched without padding. A tokenizer is passed in; anything with the manners of Hugging Face's
+will do.
 """
 
 import random
@@ -30,7 +31,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """A workload. Metric "exact": the answer is generated exactly; "nll": its mean negative log-likelihood."""
+    """A workload. Metric "exact": the answer is generated exactly; "nll": its mean negative log-likelihood.
+
+    samples(tokenizer, length, count, seed, source=None, *, chat=False) -> list of Sample
+    """
 
     name: str
     title: str
@@ -93,7 +97,9 @@ def fill(tokenizer, source: Source, rng: random.Random, room: int, without: list
         text = source.take(tokenizer, room, rng)
         if not contains(text, without):
             return text
-    raise ValueError(f"filler without the answer: not found in 100 draws from {source.name}; answer={without}")
+    raise ValueError(
+        f"filler without the answer: not found in 100 draws from {source.name}; answer={without}"
+    )
 
 
 def even(samples: list[Sample]) -> list[Sample]:

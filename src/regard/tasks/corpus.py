@@ -1,7 +1,7 @@
 """Running text for the tasks: the held-out text that is shipped, or the user's own file.
 
-The held-out text is documentation of Python and of scientific packages that the shipped language model has not
-been trained on (`scripts/lm_corpus.py` chooses it; `data/corpus.json` names the versions).
+The held-out text is documentation of Python and of scientific packages that the shipped language model has
+not been trained on (`scripts/lm_corpus.py` chooses it; `data/corpus.json` names the versions).
 """
 
 import random
@@ -33,7 +33,12 @@ class Source:
             files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md"))
             require(bool(files), "a directory of texts holds .txt or .md files", path=str(path))
         text = "\n\n".join(_read(file) for file in files)
-        require(len(text.strip()) >= SHORTEST, f"at least {SHORTEST} characters of text", path=str(path), got=len(text.strip()))
+        require(
+            len(text.strip()) >= SHORTEST,
+            f"at least {SHORTEST} characters of text",
+            path=str(path),
+            got=len(text.strip()),
+        )
         return cls(str(path), text)
 
     def ids(self, tokenizer) -> list[int]:
@@ -42,7 +47,13 @@ class Source:
     def take(self, tokenizer, count: int, rng: random.Random) -> list[int]:
         """`count` tokens in a row, from a place that the generator draws."""
         ids = self.ids(tokenizer)
-        require(len(ids) >= count, "the text has as many tokens as asked", text=self.name, tokens=len(ids), asked=count)
+        require(
+            len(ids) >= count,
+            "the text has as many tokens as asked",
+            text=self.name,
+            tokens=len(ids),
+            asked=count,
+        )
         start = rng.randint(0, len(ids) - count)
         return ids[start : start + count]
 

@@ -5,15 +5,15 @@
 
     k_i    different tokens out of 1 .. V/2 - 1
     v_i    different tokens out of V/2 .. V - 1, so that no key is a value
-    slot   key i stands at 2D + 2 s_i, the s_i different and drawn by p(s) ∝ (s + 1)^(power - 1), s = 0 .. (N - 2D)/2 - 1
+    k_i    stands again at 2D + 2 s_i, the s_i different, p(s) ∝ (s + 1)^(power - 1), s = 0 .. (N - 2D)/2 - 1
     ·      filler: random tokens that are no key of this example, or 0 (`filler=False`)
 
-where V is the vocabulary, N the length, D the pairs. With power = 0.01 a query mostly comes soon after the pairs;
-power = 1 spreads them evenly. Attention solves it at a width that does not grow with N or D; a mixer of fixed
-state or fixed filters needs a width that does.
+where V is the vocabulary, N the length, D the pairs. With power = 0.01 a query mostly comes soon after the
+pairs; power = 1 spreads them evenly. Attention solves it at a width that does not grow with N or D; a mixer
+of fixed state or fixed filters needs a width that does.
 
-In the published generator the filler comes from torch's global random numbers, so that a seed does not fix the
-inputs, and may repeat a key of the example; here it is drawn from the seed and never does.
+In the published generator the filler comes from torch's global random numbers, so that a seed does not fix
+the inputs, and may repeat a key of the example; here it is drawn from the seed and never does.
 
 >>> inputs, labels = mqar(vocab=16, length=12, pairs=2, count=1, seed=0, filler=False)
 >>> inputs
@@ -40,7 +40,9 @@ def mqar(
     require(power > 0, "power > 0", power=power)
     require(count >= 1, "count >= 1", count=count)
     g = torch.Generator().manual_seed(seed)
-    made = [_rows(vocab, length, pairs, min(ROWS, count - i), power, filler, g) for i in range(0, count, ROWS)]
+    made = [
+        _rows(vocab, length, pairs, min(ROWS, count - i), power, filler, g) for i in range(0, count, ROWS)
+    ]
     return torch.cat([inputs for inputs, _ in made]), torch.cat([labels for _, labels in made])
 
 
@@ -61,7 +63,7 @@ def _rows(
 
 
 def _slots(slots: int, pairs: int, rows: int, power: float, g: torch.Generator) -> Tensor:
-    """[rows, pairs] different slots. The largest of log p plus Gumbel noise are a draw without replacement."""
+    """[rows, pairs] different slots: the largest of log p plus Gumbel noise are drawn without replacement."""
     log_p = (power - 1) * torch.arange(1, slots + 1, dtype=torch.float64).log()
     noise = -torch.empty(rows, slots, dtype=torch.float64).exponential_(generator=g).log()
     return (log_p + noise).topk(pairs, dim=1).indices

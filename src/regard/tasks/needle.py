@@ -21,7 +21,9 @@ def samples(
     """`count` prompts of exactly `length` tokens, the fact going down evenly from the first to the last."""
     source = source or held_out()
     size, depths = answer_size(tokenizer), (i / max(1, count - 1) for i in range(count))
-    return even([_one(tokenizer, length, d, f"needle {seed} {i}", source, size, chat) for i, d in enumerate(depths)])
+    return even(
+        [_one(tokenizer, length, d, f"needle {seed} {i}", source, size, chat) for i, d in enumerate(depths)]
+    )
 
 
 def passkey(rng: random.Random) -> str:

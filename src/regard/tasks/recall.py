@@ -1,10 +1,11 @@
 """Recall: a page of text in which facts are strewn, and a question about one of them.
 
-    ... text ... The code of quiet river is stone candle. ... text ... The code of quiet garden is paper window.
+    ... text ... The code of quiet river is stone candle. ... The code of quiet garden is paper window. ...
     ... Question: the code of quiet garden is            -> " paper window"
 
-The keys are pairs of words drawn from a small grid, so that every key shares a word with others: who finds only
-half of the key answers with a distractor. The number of facts grows with the length, one for 64 tokens.
+The keys are pairs of words drawn from a small grid, so that every key shares a word with others: who finds
+only half of the key answers with a distractor. The number of facts grows with the length, one for 64
+tokens.
 """
 
 import random
@@ -29,7 +30,11 @@ class Fact:
 
     def statement(self, tokenizer) -> list[int]:
         begin = f"\nThe code of {self.key} is"
-        return encode(tokenizer, begin) + self.answer(tokenizer) + continuation(tokenizer, begin + self.value, ".")
+        return (
+            encode(tokenizer, begin)
+            + self.answer(tokenizer)
+            + continuation(tokenizer, begin + self.value, ".")
+        )
 
     def question(self, tokenizer) -> list[int]:
         return encode(tokenizer, f"\nQuestion: the code of {self.key} is")
@@ -57,7 +62,11 @@ def even_words(tokenizer) -> list[str]:
     for word in words():
         groups.setdefault(len(continuation(tokenizer, "code is", " " + word)), []).append(word)
     rich = [size for size in groups if len(groups[size]) >= 100]
-    require(bool(rich), "at least 100 words of one length in tokens", lengths={s: len(g) for s, g in groups.items()})
+    require(
+        bool(rich),
+        "at least 100 words of one length in tokens",
+        lengths={s: len(g) for s, g in groups.items()},
+    )
     return groups[min(rich)]
 
 
@@ -77,13 +86,17 @@ def weave(rng: random.Random, filler: list[int], pieces: Iterable[list[int]]) ->
 def samples(
     tokenizer, length: int, count: int, seed: int, source: Source | None = None, *, chat: bool = False
 ) -> list[Sample]:
-    """`count` prompts of exactly `length` tokens, the asked fact spread evenly over the order of the facts."""
+    """`count` prompts of exactly `length` tokens; the asked facts spread evenly over the order of facts."""
     pool, source = even_words(tokenizer), source or held_out()
     places = (i / max(1, count - 1) for i in range(count))
-    return even([_one(tokenizer, length, p, f"recall {seed} {i}", pool, source, chat) for i, p in enumerate(places)])
+    return even(
+        [_one(tokenizer, length, p, f"recall {seed} {i}", pool, source, chat) for i, p in enumerate(places)]
+    )
 
 
-def _one(tokenizer, length: int, place: float, seed: str, pool: list[str], source: Source, chat: bool) -> Sample:
+def _one(
+    tokenizer, length: int, place: float, seed: str, pool: list[str], source: Source, chat: bool
+) -> Sample:
     rng = random.Random(seed)
     number = min(MOST_FACTS, max(4, length // TOKENS_PER_FACT))
     drawn = rng.sample(pool, 2 * number)

@@ -23,7 +23,7 @@ Settings = Mapping[str, Any]
 
 
 def example_roles(needs: Iterable[str], n: int, cfg: Any = None) -> Roles | None:
-    """Two rows of n labelled tokens: left padding in the first, documents of 5, images of cfg.height x cfg.width."""
+    """Two rows of labelled tokens: left padding in the first, documents of 5, images of height x width."""
     i = torch.arange(n)
     height, width = getattr(cfg, "height", 2), getattr(cfg, "width", 2)
     turn, place = i // (height * width + 3), i % (height * width + 3) - 2  # two words, an image, one word
@@ -40,7 +40,7 @@ def example_roles(needs: Iterable[str], n: int, cfg: Any = None) -> Roles | None
 
 
 def odd_settings(page: MaskPage | PositionPage) -> Iterator[Settings]:
-    """Small settings that the page's Config accepts: 2, 3, 5, ... over its numbers, both ways round, and all equal."""
+    """Small settings that the Config accepts: 2, 3, 5, ... over its numbers, both ways, and all equal."""
     default = page.config()
     numbers = [f.name for f in fields(default) if type(getattr(default, f.name)) is int]
     primes = [2, 3, 5, 7, 11, 13, 17, 19][: len(numbers)]
@@ -88,8 +88,13 @@ def same(law: str, mask: Mask, found: Tensor, wanted: Tensor) -> None:
     wrong = (found != wanted).nonzero()
     if len(wrong):
         b, h, q, k = (int(x) for x in wrong[0])
-        said = f"query {q}, key {k}, row {b}, head {h}: {bool(found[b, h, q, k])}, not {bool(wanted[b, h, q, k])}"
-        raise AssertionError(f"{law}: {mask!r} at {said} (first of {len(wrong)})")
+        where, values = (
+            f"query {q}, key {k}, row {b}, head {h}",
+            (bool(found[b, h, q, k]), bool(wanted[b, h, q, k])),
+        )
+        raise AssertionError(
+            f"{law}: {mask!r} at {where}: {values[0]}, not {values[1]} (first of {len(wrong)})"
+        )
 
 
 def truth(mask: Mask, place: Place) -> bool:
@@ -221,7 +226,7 @@ def check_window_width(page: MaskPage | PositionPage, cfg: Any) -> None:
 
 
 def check_neutral(page: MaskPage | PositionPage) -> None:
-    """The card's neutral settings give the causal mask, or everything where the page is not for causal_self."""
+    """The neutral settings give the causal mask, or everything where the page is not for causal_self."""
     if not page.card.neutral:
         assert not fields(page.config), f"{page.card.title}: a page with settings states its neutral ones"
         return

@@ -52,10 +52,11 @@ def keep(view: View, cfg: Config) -> Kept | None:
 
 def place(view: View, slots: Tensor | None, cfg: Config) -> Tensor | None:
     """How far the sink keys move: by the tokens that are gone between them and the window."""
-    if cfg.positions == "text" or cfg.sinks == 0 or view.stored < cfg.sinks or "first" not in view.memory:
+    if cfg.positions == "text" or cfg.sinks == 0 or view.stored < cfg.sinks:
         return None
     held = view.hold().sum(-1)  # [1|B, 1|g]
-    gone = (view.seen - view.first()[:, None] - held).clamp(min=0)
+    start = 0 if view.real is None else view.first()[:, None]
+    gone = (view.seen - start - held).clamp(min=0)
     return gone[..., None].expand(*gone.shape, cfg.sinks) if bool((gone > 0).any()) else None
 
 

@@ -44,7 +44,10 @@ METHOD = MaskPage(
     patterns=("causal_self",),
     card=Card(
         title="Block-causal mask",
-        paper="Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models, arXiv:2503.09573",
+        paper=(
+            "Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models, "
+            "arXiv:2503.09573"
+        ),
         year=2025,
         idea="both directions within a block, causal between blocks",
         cost="N / 2 + block / 2 keys per query on average",

@@ -36,7 +36,9 @@ METHOD = MaskPage(
         idea="a token sees itself and everything before it",
         cost="N / 2 keys per query on average",
         state="all keys",
-        caveat="fewer queries than keys are aligned at the end; `is_causal` of scaled_dot_product_attention aligns "
-        "them at the start",
+        caveat=(
+            "fewer queries than keys are aligned at the end; `is_causal` of scaled_dot_product_attention "
+            "aligns them at the start"
+        ),
     ),
 )

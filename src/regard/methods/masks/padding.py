@@ -46,6 +46,8 @@ METHOD = MaskPage(
         cost="none",
         state="one label per token",
         needs=("padding",),
-        caveat="left padding under a causal mask leaves the padded queries without any key: `blind` lists them",
+        caveat=(
+            "left padding under a causal mask leaves the padded queries without any key: `blind` lists them"
+        ),
     ),
 )

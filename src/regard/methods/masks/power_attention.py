@@ -7,8 +7,7 @@ Every distance below 2ᵈ is a sum of at most d different powers of two, so d la
 without a hole, where a window of as many keys reaches d · (window - 1). d = 0 counts as a power: without
 itself a token could not pass a short sum on.
 
-At 32K (128 blocks of 256) the last query reads 1 sink, 5 local and 4 power blocks, 10 in all (paper, section
-4.1):
+At 32K, 128 blocks, the last query reads 1 sink, 5 local and 4 power blocks, 10 in all (section 4.1):
 
 >>> (build(Config()).row(32767) // 256).unique()
 tensor([  0,  63,  95, 111, 119, 123, 124, 125, 126, 127])
@@ -66,7 +65,10 @@ METHOD = MaskPage(
         state="all keys: every block lies at a power of two from some later one",
         lineage=("sinks", "window"),
         neutral={"local": 2**40},
-        caveat="`local` and `sinks` count blocks. The paper's figures at 2K local tokens come from a model trained "
-        "further with the mask, and its long benchmark keeps 2 full layers of every 7: apply it to chosen layers",
+        caveat=(
+            "`local` and `sinks` count blocks. The paper's figures at 2K local tokens come from a model "
+            "trained further with the mask, and its long benchmark keeps 2 full layers of every 7: apply it "
+            "to chosen layers"
+        ),
     ),
 )

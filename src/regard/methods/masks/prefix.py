@@ -37,14 +37,19 @@ METHOD = MaskPage(
     patterns=("causal_self",),
     card=Card(
         title="Prefix mask",
-        paper="Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer, arXiv:1910.10683",
+        paper=(
+            "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer, "
+            "arXiv:1910.10683"
+        ),
         year=2019,
         idea="both directions within the prompt, causal after it",
         cost="as causal, and the upper half of the prompt",
         state="all keys",
         lineage=("causal",),
         neutral={"prefix": 0},
-        caveat="one prefix length for all rows; the paper gives each example its own. The default is a choice of ours. "
-        "Not causal inside the prefix: do not train next-token prediction there",
+        caveat=(
+            "one prefix length for all rows; the paper gives each example its own. The default is a choice "
+            "of ours. Not causal inside the prefix: do not train next-token prediction there"
+        ),
     ),
 )

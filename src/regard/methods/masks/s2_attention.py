@@ -1,14 +1,14 @@
 """S2-Attention: every head reads the local blocks and its own shard of the rest; together the heads read all.
 
-    head h, query block I, key block J:  seen if  J ≤ I  and  (I - J < local  or  (J + shard_h + offset) mod
-    stride = 0) shard_h = h // (heads / kv_heads)
+    I sees J for head h  if  J ≤ I  and  (I - J < local  or  (J + shard_h + offset) mod stride = 0)
+    shard_h = ⌊h / (heads / kv_heads)⌋,  I and J blocks
 
 A shard is fixed by the place of the key, not by its distance, so a block that is neither local nor in the
 shard is never read again and leaves the cache of that KV head: about 1 / stride of the keys stay. The heads
 of one KV group share a shard, else nothing could leave. Fewer KV heads than `stride` would leave blocks that
 no head reads: an error.
 
->>> (build(Config(heads=2, kv_heads=2, stride=2, local=1, block=2)).row(9) // 2)[0]  # 5 blocks of 2, two heads
+>>> (build(Config(heads=2, kv_heads=2, stride=2, local=1, block=2)).row(9) // 2)[0]  # 5 blocks, two heads
 tensor([[0, 0, 2, 2, 4, 4],
         [1, 1, 3, 3, 4, 4]])
 """
@@ -63,14 +63,17 @@ METHOD = MaskPage(
         title="S2-Attention",
         paper="arXiv:2407.17678",
         year=2024,
-        idea="the context is sharded over the heads: each reads a stride of the blocks, all together everything",
+        idea="the context is sharded over the heads: each reads a stride of it, all together everything",
         cost="N / stride + local · block keys per query and head",
         state="N / stride + local · block keys per KV head",
         lineage=("window",),
         neutral={"stride": 1},
-        caveat="defaults of Phi-3-small, which keeps every second layer dense. The authors' kernel library gives block J "
-        "to head h if (J + h · step) mod stride = 0, its ports in Phi-3-small and vLLM add 1 (offset = 1). It takes the "
-        "step from the query heads and counts shards by KV head, so with fewer KV heads than stride it leaves holes "
-        "without a word; where every block is covered the step is 1 and stands so here",
+        caveat=(
+            "defaults of Phi-3-small, which keeps every second layer dense. The authors' kernel library "
+            "gives block J to head h if (J + h · step) mod stride = 0, its ports in Phi-3-small and vLLM add "
+            "1 (offset = 1). It takes the step from the query heads and counts shards by KV head, so with "
+            "fewer KV heads than stride it leaves holes without a word; where every block is covered the "
+            "step is 1 and stands so here"
+        ),
     ),
 )

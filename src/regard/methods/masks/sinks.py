@@ -47,6 +47,8 @@ METHOD = MaskPage(
         state="sinks + window keys",
         lineage=("window",),
         neutral={"window": 2**40},
-        caveat="the mask alone: positions stay those of the text, where the paper counts them within the cache",
+        caveat=(
+            "the mask alone: positions stay those of the text, where the paper counts them within the cache"
+        ),
     ),
 )

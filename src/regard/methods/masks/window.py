@@ -44,7 +44,9 @@ METHOD = MaskPage(
         cost="`window` keys per query",
         state="`window` keys",
         neutral={"window": 2**40},
-        caveat="the default is Mistral 7B's (arXiv:2310.06825). Longformer's window is centred: ahead = window // 2. "
-        "Libraries count differently: for window = 8 some show 9 keys, or 17",
+        caveat=(
+            "the default is Mistral 7B's (arXiv:2310.06825). Longformer's window is centred: ahead = window "
+            "// 2. Libraries count differently: for window = 8 some show 9 keys, or 17"
+        ),
     ),
 )

@@ -95,8 +95,11 @@ METHOD = PositionPage(
         needs=("image", "y", "x"),
         lineage=("causal",),
         neutral={"height": 1, "width": 1},
-        caveat="the paper trains with it; on a model that was not, it shifts the inputs. Its code fixes one square 24 x 24 "
-        "image; rectangles, odd sides and several images are ours. In its code a batch gets the positions of its last row "
-        "and the mask on its first: read, not run. Nothing tells two patches of one ring apart but their features",
+        caveat=(
+            "the paper trains with it; on a model that was not, it shifts the inputs. Its code fixes one "
+            "square 24 x 24 image; rectangles, odd sides and several images are ours. In its code a batch "
+            "gets the positions of its last row and the mask on its first: read, not run. Nothing tells two "
+            "patches of one ring apart but their features"
+        ),
     ),
 )

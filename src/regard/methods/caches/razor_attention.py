@@ -1,0 +1,93 @@
+"""RazorAttention: heads that retrieve keep everything, all others a short window and one token for what was dropped.
+
+    retrieval heads   the best by induction and echo score, by KV head: the full cache
+    other heads       s sinks, the last max(w, N/5) tokens, and one compensation token
+    k̂ = mean of dropped k,  v̂ = mean of dropped v,  entering the softmax as  N_d exp(q·k̂) v̂
+
+where only few heads look far back, and those show it on random repeated tokens. With identical dropped tokens the
+compensation is exact: N_d equal terms are one term times N_d. A budget is an average over all heads: as many
+retrieval heads as it pays for, the rest shared by the others.
+
+>>> share(Config(budget=0.25), budget=256, real=1024, total=12)   # 3 heads' worth: 2 full, 1 over 10 heads
+(2, 102)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.core import CachePage, Card, require
+from regard.ops import Kept, View, at_least_float32, slots_of
+
+
+@dataclass(frozen=True)
+class Config:
+    heads: tuple[tuple[int, int], ...] | None = None  # (layer, KV head), best first; None: measured when attached
+    budget: int | float | str | None = None  # mean tokens per head; None: the paper's rule
+    sinks: int = 4
+    window: int = 4000
+    retrieval: float = 0.15  # share of KV heads that keep everything
+    compensate: bool = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.retrieval <= 1, "0 <= retrieval <= 1", retrieval=self.retrieval)
+        require(self.sinks >= 0 and self.window >= 1, "sinks >= 0, window >= 1", sinks=self.sinks, window=self.window)
+
+
+def share(cfg: Config, budget: int, real: int, total: int) -> tuple[int, int]:
+    """(heads with the full cache, tokens in each of the others) of `total` KV heads in the model."""
+    full = round(cfg.retrieval * total)
+    if cfg.budget is None:
+        return full, cfg.sinks + max(cfg.window, real // 5)
+    full = min(full, budget * total // real)
+    rest = (budget * total - full * real) // max(1, total - full)
+    return full, max(rest, cfg.sinks + 1 + cfg.compensate)
+
+
+def keep(view: View, cfg: Config) -> Kept | None:
+    """Heads of one layer (or of one group of it) part here, once; afterwards each group is asked alone."""
+    held = view.hold()
+    real = int(view.seen - view.first().min()) if view.real is not None else view.seen
+    full, tokens = share(cfg, int(view.budget.max()), real, view.total_heads)
+    razed = torch.tensor([(view.layer, h) not in cfg.heads[:full] for h in view.heads], device=view.q.device)
+    window = tokens - cfg.sinks - cfg.compensate
+    recent = (view.age() < window) | (view.rank() < cfg.sinks)
+    if view.count is not None:
+        recent = recent & (view.count <= 1)
+    stays = held & (recent | ~razed[None, :, None])
+    gone = held & ~stays
+    if not bool((gone if view.count is None else gone & (view.count <= 1)).any()):
+        return None
+    return Kept(slots_of(stays), compensation(view, gone) if cfg.compensate else None)
+
+
+def compensation(view: View, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(k̂ [B, G, 1, D], v̂ [B, G, 1, E], N_d [B, G, 1]): means of what goes, earlier compensation by its weight."""
+    weight = gone.expand(*view.k.shape[:3]).float()
+    weight = weight if view.count is None else weight * view.count
+    count = weight.sum(-1, keepdim=True)  # [B, G, 1]
+    mean = [(weight[:, :, None] @ at_least_float32(x)) / count.clamp(min=1)[..., None] for x in (view.k, view.v)]
+    return mean[0], mean[1], count
+
+
+METHOD = CachePage(
+    config=Config,
+    keep=keep,
+    calibrate="induction",
+    budget=lambda cfg: 1.0,
+    patterns=("causal_self",),
+    card=Card(
+        title="RazorAttention",
+        paper="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads",
+        year=2024,
+        idea="full cache for retrieval heads only; the rest keep sinks, a window and one weighted mean token",
+        cost="N keys in 15 % of the heads, sinks + window + 1 in the others",
+        state="the same, freed for real: heads of one layer are stored at different lengths",
+        needs=("decoder-lm", "head scores"),
+        lineage=("streaming_llm", "retrieval_heads"),
+        neutral={"retrieval": 1.0},
+        caveat="no official code was seen; the percentages (14 % induction, 1 % echo) are merged into one share, and "
+        "heads are chosen by KV group. ALiBi models, which the paper scores analytically, are not reached",
+    ),
+)

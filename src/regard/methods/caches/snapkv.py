@@ -1,0 +1,61 @@
+"""SnapKV: the last queries of the prompt vote which of its tokens are worth keeping.
+
+    s_j = pool( Σ_{t > N-w} softmax(q_t K)_j )      w observing queries, pooled over p neighbours
+    keep the w observing tokens and, by head, the budget's best s
+
+where the pattern of attention that the end of a prompt shows goes on through the answer; pooling keeps whole
+phrases instead of single tokens. The prompt is compressed once; what is generated stays.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.core import CachePage, Card, require
+from regard.ops import Kept, View, keep_best
+
+
+@dataclass(frozen=True)
+class Config:
+    budget: int | float | str | None = None  # None: 1024 tokens
+    window: int = 32  # observing queries
+    pool: int = 7  # neighbours that share a vote; odd
+
+    def __post_init__(self) -> None:
+        require(self.window >= 1, "window >= 1", window=self.window)
+        require(self.pool >= 1 and self.pool % 2, "pool is odd", pool=self.pool)
+
+
+def score(view: View, cfg: Config) -> Tensor:
+    """[B, G, n]: attention received from the observing queries, pooled."""
+    votes = view.received(slice(max(0, view.new - cfg.window), None))
+    return F.max_pool1d(votes, cfg.pool, stride=1, padding=cfg.pool // 2)
+
+
+def keep(view: View, cfg: Config) -> Kept | None:
+    if not view.over():
+        return None
+    window = view.budget.clamp(max=cfg.window)[:, None, None]
+    return keep_best(view, score(view, cfg), always=view.age() < window)
+
+
+METHOD = CachePage(
+    config=Config,
+    keep=keep,
+    phase="prefill",
+    budget=lambda cfg: 1024,
+    patterns=("causal_self",),
+    card=Card(
+        title="SnapKV",
+        paper="SnapKV: LLM Knows What You are Looking for Before Generation (NeurIPS 2024)",
+        year=2024,
+        idea="the prompt's last queries choose its keys once, before the first token is generated",
+        cost="one explicit block of 32 rows per layer, after the prompt",
+        state="budget tokens per head of the prompt, and all that is generated",
+        needs=("decoder-lm",),
+        lineage=("h2o",),
+        neutral={"budget": 1.0},
+        caveat="released code averages or takes the maximum over neighbours, by a switch; here it is the maximum",
+    ),
+)

@@ -1,0 +1,59 @@
+"""TidalDecode: one layer finds the keys that matter, the layers above read only those.
+
+    layers 0 … f-1      full attention
+    selecting layers    full attention; I_h = top-k_j (q_h · k_j), by query head, all over again
+    every other layer   softmax attention over I_h alone
+
+where the positions that one token attends to hardly change from layer to layer (Yang et al., 2024), so one search
+serves many layers. The search is repeated for every generated token; a second selecting layer corrects the drift.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from regard.core import CachePage, Card, require
+from regard.ops import View, top_slots
+
+
+@dataclass(frozen=True)
+class Config:
+    budget: int | float | str | None = None  # keys per head that sparse layers read; None: k
+    k: int = 256
+    full: int = 2  # layers before the first selecting one
+    select: tuple[int, ...] = (2, 13)  # selecting layers; those beyond the model's depth do nothing
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, "k >= 1", k=self.k)
+        require(self.select, "at least one selecting layer", select=self.select)
+        require(min(self.select) >= self.full, "selecting layers come after the full ones", select=self.select)
+
+
+def select(view: View, cfg: Config) -> Tensor | None:
+    if view.phase != "decode":
+        return None
+    count = int(view.budget.max())
+    if view.layer in cfg.select:
+        step_scores = view.visible_scores()[:, :, 0]  # [B, H, n]
+        view.step["tidal"] = top_slots(step_scores, count) if count < view.stored else None
+        return None
+    return view.step.get("tidal") if view.layer >= cfg.full else None
+
+
+METHOD = CachePage(
+    config=Config,
+    select=select,
+    budget=lambda cfg: cfg.k,
+    patterns=("causal_self",),
+    card=Card(
+        title="TidalDecode",
+        paper="TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention (ICLR 2025)",
+        year=2024,
+        idea="top-k positions of one selecting layer are reused by all layers above it",
+        cost="full reads in the first and the selecting layers, k keys per head in all others",
+        state="the whole cache; memory does not shrink",
+        needs=("decoder-lm",),
+        neutral={"budget": 1.0},
+        caveat="the paper's periodic correction of the cache is left out: cached keys of sparse steps stay as they are",
+    ),
+)
