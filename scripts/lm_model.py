@@ -73,7 +73,7 @@ def optimizers(model: LlamaForCausalLM, kind: str) -> list[torch.optim.Optimizer
 
 
 def save(model: LlamaForCausalLM, tokenizer, path: Path) -> None:
-    """A Hugging Face checkpoint: weights kept in half precision, opened in float32; the head is the embedding."""
+    """A Hugging Face checkpoint: weights in half precision, opened in float32; the head is the embedding."""
     weights = {name: p.half() for name, p in model.state_dict().items() if name != "lm_head.weight"}
     model.config.dtype = torch.float32
     model.save_pretrained(path, state_dict=weights)

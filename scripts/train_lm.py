@@ -28,15 +28,12 @@ from regard.tasks.base import encode
 from regard.tasks.needle import NEEDLE
 from regard.tasks.recall import RECALL, Fact, near_keys, weave, words
 
-STAGES = (
-    (0.40, 128),
-    (0.55, 256),
-    (0.70, 512),
-    (0.85, 1024),
-    (1.0, 2048),
-)  # until this share of the tokens: length
+# (share of the tokens, length): until this share, sequences have this length
+STAGES = ((0.40, 128), (0.55, 256), (0.70, 512), (0.85, 1024), (1.0, 2048))
 BATCH_TOKENS, WARM_UP, EVERY = 8192, 50, 100
 FACT, ANSWER, TEXT = 0.3, 3.0, 1.0  # weight of a token in the loss
+# after this share of the tokens, facts and questions have no weight, so that free text does not break into them
+SPOKEN = 0.3
 
 
 class Pieces:
@@ -104,11 +101,14 @@ class Mix:
         room = length - sum(map(len, statements)) - sum(len(q) + len(a) + 1 for q, a in questions)
         if room < 0:
             return self.facts(rng, length, share)
-        ids, _ = weave(rng, self.text(rng, room), statements)
+        ids, starts = weave(rng, self.text(rng, room), statements)
+        spoken = FACT if share < SPOKEN else 0.0
         weights = [FACT] * len(ids)
+        for start, statement in zip(starts, statements, strict=True):
+            weights[start : start + len(statement)] = [spoken] * len(statement)
         for question, answer in questions:
             ids += question + answer + stop
-            weights += [FACT] * len(question) + [ANSWER] * len(answer) + [FACT]
+            weights += [spoken] * len(question) + [ANSWER] * len(answer) + [FACT]
         return ids, weights
 
     def draw(self, rng: random.Random, number: int) -> list[Fact]:
@@ -190,7 +190,7 @@ def rate(share: float, step: int) -> float:
 
 def train(run: Run, mix: Mix, held: torch.Tensor, args: argparse.Namespace) -> None:
     began, before = time.monotonic(), run.seconds
-    while run.tokens < args.tokens:
+    while run.tokens < min(args.tokens, args.until):
         share = run.tokens / args.tokens
         length = next(size for until, size in STAGES if share < until)
         loss = run.update(*mix.batch(args.seed, run.step, length, share), rate(share, run.step))
@@ -230,6 +230,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of checkpoint, curve and model")
     parser.add_argument("--tokens", type=float, default=30e6, help="training tokens (default 30e6)")
+    parser.add_argument(
+        "--until", type=float, default=math.inf, help="stop after this many of them, to resume"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")

@@ -275,6 +275,7 @@ def test_sentence_does_not_let_a_method_win_on_the_cells_it_survived():
 
 
 def test_sentence_without_methods_or_without_a_baseline():
+    assert Result({}, []).sentence() == "No cell was measured."
     assert "Only full attention was measured" in Result({}, [one()]).sentence()
     assert "nothing can be said" in Result({}, [one("a", 0.1)]).sentence()
     assert "nothing can be said" in Result({}, [one(quality=0.0), one("a", 0.1)]).sentence()

@@ -1,1 +1,68 @@
-"""regard: a catalogue and workbench of attention for transformer models."""
+"""regard: a catalogue and workbench of attention for transformer models.
+
+    out, state, aux = regard.attend(q, k, v, "softmax", pattern="causal_self")
+    with regard.attach(model, "streaming_llm", sinks=4, window=512):
+        model.generate(**inputs)
+
+Names are imported when they are first used; `import regard` changes nothing in torch or transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+WHERE = {
+    "attend": "regard.api",
+    "attach": "regard.models.attach",
+    "compare": "regard.bench.compare",
+    "doctor": "regard.models.doctor",
+    "find": "regard.catalog",
+    "load_cache": "regard.models.store",
+    "load_shipped": "regard.models.shipped",
+    "method": "regard.catalog",
+    "pages": "regard.catalog",
+    "save_cache": "regard.models.store",
+    "Edit": "regard.core",
+    "Mask": "regard.core.mask",
+    "Observer": "regard.core",
+    "Site": "regard.core",
+}
+
+if TYPE_CHECKING:
+    from regard.api import attend
+    from regard.bench.compare import compare
+    from regard.catalog import find, method, pages
+    from regard.core import Edit, Observer, Site
+    from regard.core.mask import Mask
+    from regard.models.attach import attach
+    from regard.models.doctor import doctor
+    from regard.models.shipped import load_shipped
+    from regard.models.store import load_cache, save_cache
+
+__all__ = [
+    "Edit",
+    "Mask",
+    "Observer",
+    "Site",
+    "attach",
+    "attend",
+    "compare",
+    "doctor",
+    "find",
+    "load_cache",
+    "load_shipped",
+    "method",
+    "pages",
+    "save_cache",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in WHERE:
+        raise AttributeError(f"module 'regard' has no attribute {name!r}; it has {', '.join(sorted(WHERE))}")
+    return getattr(import_module(WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*WHERE, "__version__"])

@@ -14,7 +14,20 @@ from regard.core.pages import (
     TaskPage,
     TracingPage,
 )
-from regard.core.shapes import PATTERNS, Alive, K, LogSum, MaskTensor, Out, Q, Scores, Slots, SlotScores, State, V
+from regard.core.shapes import (
+    PATTERNS,
+    Alive,
+    K,
+    LogSum,
+    MaskTensor,
+    Out,
+    Q,
+    Scores,
+    Slots,
+    SlotScores,
+    State,
+    V,
+)
 
 __all__ = [
     "Alive",

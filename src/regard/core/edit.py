@@ -72,19 +72,29 @@ class Edit:
 
     def __post_init__(self) -> None:
         require(self.verb in VERBS, f"verb is one of {VERBS}", verb=self.verb)
-        require(self.verb != "move" or self.site.quantity == "weights", "move acts on weights", site=self.site)
+        require(
+            self.verb != "move" or self.site.quantity == "weights", "move acts on weights", site=self.site
+        )
         require(self.verb != "move" or self.to is not None, "move says where to", to=self.to)
-        require(self.verb == "block" or self.value is not None, f"{self.verb} takes a value", value=self.value)
+        require(
+            self.verb == "block" or self.value is not None, f"{self.verb} takes a value", value=self.value
+        )
         if self.verb == "move":
             require(0 <= self.value <= 1, "the moved share lies in [0, 1]", value=self.value)
         require(
-            self.site.quantity != "z" or self.site.keys is None, "a head's output has no keys", keys=self.site.keys
+            self.site.quantity != "z" or self.site.keys is None,
+            "a head's output has no keys",
+            keys=self.site.keys,
         )
         if not isinstance(self.to, str):
             object.__setattr__(self, "to", _ints(self.to))
 
     def __str__(self) -> str:
-        parts = [f"{k}={v}" for k, v in vars(self.site).items() if v is not None and v != "both" and k != "quantity"]
+        parts = [
+            f"{k}={v}"
+            for k, v in vars(self.site).items()
+            if v is not None and v != "both" and k != "quantity"
+        ]
         told = f" by {self.value}" if isinstance(self.value, int | float) else ""
         return self.name or f"{self.verb} {self.site.quantity}{told} at {', '.join(parts) or 'every site'}"
 
@@ -105,4 +115,8 @@ class Observer:
 
     def __post_init__(self) -> None:
         require(self.look in LOOKS, f"look is one of {LOOKS}", look=self.look)
-        require((self.look == "mass_at") == (self.keys_of is not None), "mass_at takes keys_of", keys_of=self.keys_of)
+        require(
+            (self.look == "mass_at") == (self.keys_of is not None),
+            "mass_at takes keys_of",
+            keys_of=self.keys_of,
+        )

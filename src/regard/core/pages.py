@@ -47,16 +47,48 @@ class Page:
 
 @dataclass(frozen=True)
 class Mechanism(Page):
-    """A mixing of values by queries and keys.
+    """A mixing of values by queries and keys, as pure functions:
 
-    reference(q, k, v, cfg, *, pattern, mask, state, ...) -> (out, state) is the equation, float64 stays float64;
-    `fast` is the same function, written independently. `refuses` names patterns without a meaning, with the reason.
+    reference(q, k, v, cfg, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None)
+    -> (out, state), or (out, state, aux) with a dict of what else was computed
+
+    reference   the equation; float64 stays float64.   fast   the same function and numbers, written independently
+    q           [B, H, N, D]; k [B, G, M, D] and v [B, G, M, E], H a multiple of G; out [B, H, N, E] in v's dtype
+    pattern     self: N = M, all see all; causal_self: query i sees keys up to its own, the last query is that of the
+                last key; cross: keys of another text; causal_cross: query i uses queries <= i and all keys, which
+                differs from cross only where queries speak to each other
+    mask        True = attend: a bool tensor that broadcasts to [B, H, N, M], or a core Mask. A row that sees nothing
+                is zero. With a state of stored keys its last axis is all keys, those of the state first; with a state
+                of fixed size it is the keys of this call
+    state       None at the start of a text; what causal_self returned then carries on: segments, and single tokens,
+                give the numbers of the whole. A tensor, or a tuple or dict of them; never changed in place
+    roles       Roles of the keys, or (of the queries, of the keys); `roles` below names those that are read
+    params      what init gave: {name: tensor}; learned, so gradients reach them
+    x           [B, N, C], the layer's input; given where `x` below is True
+
+    What a function cannot do (a pattern, a mask, grouped heads) it raises as Unsupported; the checks find out by
+    calling. Scores, sums and fixed-size states are float32 at least; products may be in the input's dtype.
+
+    init        init(cfg, dims) -> params, dims = {"heads": H, "kv_heads": G, "key": D, "value": E, "width": C}
+    refuses     patterns without a meaning, with the reason
+    speed       settings that change the speed, never the result
+    tries       small settings under which the checks run too; defaults are often too large to bite on 65 tokens
+    base        what the card's neutral settings give: base(q, k, v, *, pattern, mask) -> out; None: softmax attention
+    state_size  state_size(cfg, dims, n) -> numbers held for one row of the batch after n tokens
+    exempt      laws of regard.testing.mechanism that do not hold for this method, with the reason
     """
 
     reference: Callable = None  # type: ignore[assignment]
     fast: Callable | None = None
     init: Callable | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
+    x: bool = False
+    roles: tuple[str, ...] = ()
+    speed: tuple[str, ...] = ()
+    tries: tuple[Mapping[str, Any], ...] = ()
+    base: Callable | None = None
+    state_size: Callable | None = None
+    exempt: Mapping[str, str] = field(default_factory=dict)
     kind = "mechanism"
 
 
@@ -93,9 +125,13 @@ class CachePage(Page):
     select: Callable | None = None
     observe: Callable | None = None
     place: Callable | None = None  # positions of keys and queries at reading time; None: as in the text
-    attend: Callable | None = None  # (view, cfg) -> [B, H, N, E] or None: the page's own attention, as a last resort
+    attend: Callable | None = (
+        None  # (view, cfg) -> [B, H, N, E] or None: the page's own attention, as a last resort
+    )
     calibrate: str = ""  # what is measured on the model when the page is attached without it: "induction"
-    phase: str = "both"  # when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")
+    phase: str = (
+        "both"  # when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")
+    )
     kind = "cache"
 
 

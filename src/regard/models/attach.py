@@ -25,7 +25,7 @@ NUMBERS = itertools.count()
 Attachable = str | Method | Edit | Observer
 
 
-class attach:  # noqa: N801  (reads as a verb)
+class attach:
     """Attach methods to a model for the length of a `with` block.
 
     model    a transformers model whose code asks the attention interface; others raise Unreachable by name
@@ -54,7 +54,9 @@ class attach:  # noqa: N801  (reads as a verb)
         policy, edits, observers = sort_out(methods, config)
         self.model, self.strict = model, strict
         self.where = where or ("text" if policy is not None and not model.config.is_encoder_decoder else None)
-        self.session = Session(model, policy, [Receipt(e) for e in edits], [(o, []) for o in observers], roles or {})
+        self.session = Session(
+            model, policy, [Receipt(e) for e in edits], [(o, []) for o in observers], roles or {}
+        )
         self.records = {o.name or o.look: found for o, found in self.session.observers}
         self._undo: list[Callable[[], Any]] = []
 
@@ -101,7 +103,7 @@ class attach:  # noqa: N801  (reads as a verb)
             if ATTENTION.search(type(module).__name__):
                 hooks.append(module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
         self._undo.extend(h.remove for h in hooks)
-        if s.policy is not None and s.policy.page.place is not None:
+        if s.policy is not None and (s.policy.page.place is not None or s.policy.page.attend is not None):
             s.rotary = Rotary(self.model)
             self._undo.append(s.rotary.remove)
         if s.policy is not None and hasattr(self.model, "generate_batch"):
@@ -134,9 +136,16 @@ class attach:  # noqa: N801  (reads as a verb)
         """Bytes of memory behind the cache of the latest forward, measured on its storages."""
         return sum(layer.bytes_held() for layer in self.session.layers)
 
+    def bytes_stored(self) -> int:
+        """Bytes of the keys and values in the cache of the latest forward, without room to grow and tables."""
+        groups = [g for layer in self.session.layers for g in layer.groups]
+        return sum(x.numel() * x.element_size() for g in groups for x in (g.k(), g.v()))
+
     def bytes_read(self) -> int:
         """Bytes of keys and values that the latest step read, over all layers."""
-        return sum(self.session.bytes_read.values())
+        return (
+            sum(self.session.bytes_read.values()) if self.session.policy is not None else self.bytes_stored()
+        )
 
     def stored(self) -> list[list[int]]:
         """Slots held: a list by layer of a list by head."""
@@ -149,7 +158,9 @@ def named(args: tuple, kwargs: dict) -> dict:
 
 
 def refuse_batch(*args: Any, **kwargs: Any) -> None:
-    raise Unsupported("generate_batch pages its own cache and would leave the attached method out; use generate")
+    raise Unsupported(
+        "generate_batch pages its own cache and would leave the attached method out; use generate"
+    )
 
 
 def sort_out(methods: Any, config: dict) -> tuple[Method | None, list[Edit], list[Observer]]:
@@ -167,7 +178,9 @@ def sort_out(methods: Any, config: dict) -> tuple[Method | None, list[Edit], lis
         elif isinstance(item, Method) and item.page.kind == "cache":
             policies.append(item)
         elif isinstance(item, Method):
-            raise Unsupported(f"{item.name} is a {item.page.kind}; attach takes cache methods, edits and observers")
+            raise Unsupported(
+                f"{item.name} is a {item.page.kind}; attach takes cache methods, edits and observers"
+            )
         else:
             raise TypeError(f"attach takes names, methods, edits and observers, not {show(item)}")
     if len(policies) > 1:

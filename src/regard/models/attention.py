@@ -31,7 +31,9 @@ def make_function(session: Any):
         session.count(module)
         layer = session.written()
         if kwargs.get("indices") is not None:
-            raise Unsupported(f"{type(module).__name__} hands over its own sparse indices, which is not supported")
+            raise Unsupported(
+                f"{type(module).__name__} hands over its own sparse indices, which is not supported"
+            )
         call = dict(scaling=scaling, dropout=dropout, **kwargs)
         touching = session.touching(module, query, layer)
         if layer is None:
@@ -45,8 +47,12 @@ def make_function(session: Any):
 
 def native(session: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, call: dict):
     """What the model does by itself: transformers' SDPA with the mask it would have had, or explicit weights."""
-    special = any(call.get(name) is not None for name in ("softcap", "s_aux")) or call.get("output_attentions")
-    if not special and not (isinstance(mask, Tensor) and not isinstance(mask, LazyMask) and mask.dtype != torch.bool):
+    special = any(call.get(name) is not None for name in ("softcap", "s_aux")) or call.get(
+        "output_attentions"
+    )
+    if not special and not (
+        isinstance(mask, Tensor) and not isinstance(mask, LazyMask) and mask.dtype != torch.bool
+    ):
         given = mask.rule.native() if isinstance(mask, LazyMask) else mask
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, given, **call)
     view = make_view(session, module, q, k, v, mask, call, None, None)
@@ -71,7 +77,9 @@ def acted(session: Any, module, q, k, v, mask, call, layer: LedgerLayer | None, 
         share = q.shape[1] // sum(len(g.heads) for g in groups)
         own = [h * share + i for h in group.heads for i in range(share)]
         cut = {n: x[own] if n == "s_aux" else x for n, x in call.items() if x is not None}
-        out, _ = one_group(session, module, q[:, own], group.k(), group.v(), mask, cut, layer, group, touching)
+        out, _ = one_group(
+            session, module, q[:, own], group.k(), group.v(), mask, cut, layer, group, touching
+        )
         parts.update(zip(own, out.unbind(1)))
     return torch.stack([parts[h] for h in range(q.shape[1])], dim=2), None
 
@@ -88,7 +96,9 @@ def one_group(session, module, q, k, v, mask, call, layer, group, touching):
             policy.page.observe(view, policy.config)
         reading = chosen(view, policy, group, mask)
         own = None if policy.page.attend is None else policy.page.attend(view, policy.config)
-    untouched = reading is view and layer is not None and layer.plain and not touching and isinstance(mask, LazyMask)
+    untouched = (
+        reading is view and layer is not None and layer.plain and not touching and isinstance(mask, LazyMask)
+    )
     if own is not None:
         out = own
     elif untouched and view.known is None and not few_rows(q, k):
@@ -102,7 +112,7 @@ def one_group(session, module, q, k, v, mask, call, layer, group, touching):
     if call.get("output_attentions") and weights is None:
         weights = reading.weights()
     if policy is not None:
-        session.read(layer, group, reading)
+        session.read(layer, group, view, reading)
         evict(view, policy, layer, group)
     return out, weights
 
@@ -125,19 +135,30 @@ def narrow(view: View, slots: Tensor, mask: Any, moved: Tensor | None) -> View:
         k = view.turn(k, moved)
     pick = slots.clamp(min=0)
     lead = [max(view.index.shape[i], slots.shape[i]) for i in (0, 1)]
-    spread = per_query_head(view.index, slots.shape[1]) if slots.shape[1] > view.index.shape[1] > 1 else view.index
+    spread = (
+        per_query_head(view.index, slots.shape[1]) if slots.shape[1] > view.index.shape[1] > 1 else view.index
+    )
     index = spread.expand(*lead, -1).gather(-1, pick.expand(*lead, -1)).masked_fill(slots < 0, -1)
     real = None if view.real is None and bool((slots >= 0).all()) else index >= 0
     if view.real is not None:
         real = mask.rule.real(index)
     if view.bias is not None:
         raise Unsupported("selecting tokens in a model with a position bias or under merged slots")
-    return replace(view, known=None, k=k, v=v, index=index, real=real, visible=seer(mask, view.q, index, real, view.scale))
+    return replace(
+        view,
+        known=None,
+        k=k,
+        v=v,
+        index=index,
+        real=real,
+        visible=seer(mask, view.q, index, real, view.scale),
+    )
 
 
 def move_first(view: View, by: Tensor | None, group: Group) -> None:
     """Turn the first keys of a group in place; their keys as they first were are kept, so errors never add up."""
     if by is None:
+        group.restore()
         return
     s = by.shape[-1]
     if group.origin is None:
@@ -207,7 +228,7 @@ def seer(mask: Any, q: Tensor, index: Tensor, real: Tensor | None, scale: float,
         if causal and new > 1:
             start, stop, _ = rows.indices(new)
             last = index.shape[-1] - new
-            return (index[:, :, None] <= torch.arange(start, stop, device=q.device)[:, None] + last)
+            return index[:, :, None] <= torch.arange(start, stop, device=q.device)[:, None] + last
         return None if real is None else per_query_head(real[:, :, None], heads)
 
     return visible

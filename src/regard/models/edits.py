@@ -65,7 +65,9 @@ def edit_z(view: View, out: Tensor, edit: Edit, heads: list[int], rows: list[int
     return True
 
 
-def edit_attention(view: View, out: Tensor, edit: Edit, heads: list[int], rows: list[int], roles: dict) -> bool:
+def edit_attention(
+    view: View, out: Tensor, edit: Edit, heads: list[int], rows: list[int], roles: dict
+) -> bool:
     """Recompute the rows from explicit weights, a contiguous run of rows at a time."""
     fired = False
     for start, stop in runs(rows):
@@ -88,7 +90,9 @@ def edited_weights(view: View, edit: Edit, heads: list[int], rows: slice, roles:
     w = view.weights(rows, heads)
     if edit.verb == "move":
         to = key_columns(view, edit.to, roles)
-        return moved(w, keys, to if to.shape[1] == 1 else to[:, heads], edit.value, view.visible(rows)), bool(keys.any())
+        return moved(w, keys, to if to.shape[1] == 1 else to[:, heads], edit.value, view.visible(rows)), bool(
+            keys.any()
+        )
     if edit.verb == "replace":
         value = torch.as_tensor(edit.value, dtype=w.dtype, device=w.device)
         return torch.where(keys, value.expand_as(w), w), bool(keys.any())

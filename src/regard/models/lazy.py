@@ -82,7 +82,9 @@ class LazyMask(Tensor):
 
     @staticmethod
     def of(rule: MaskRule) -> "LazyMask":
-        one = torch.zeros((), dtype=torch.bool, device=rule.device).expand(rule.batch, 1, rule.queries, rule.keys)
+        one = torch.zeros((), dtype=torch.bool, device=rule.device).expand(
+            rule.batch, 1, rule.queries, rule.keys
+        )
         made = torch.Tensor._make_subclass(LazyMask, one)
         made.rule = rule
         return made
@@ -111,7 +113,9 @@ def lazy_mask(
     **others: Any,
 ) -> LazyMask:
     """The mask function that an attachment registers with transformers."""
-    frozen = [x.clone() if isinstance(x, Tensor) else x for x in (q_offset, kv_offset)]  # a StaticCache writes on
+    frozen = [
+        x.clone() if isinstance(x, Tensor) else x for x in (q_offset, kv_offset)
+    ]  # a StaticCache writes on
     arguments = dict(
         batch_size=batch_size,
         q_length=q_length,
@@ -124,6 +128,13 @@ def lazy_mask(
         **others,
     )
     rule = MaskRule(
-        batch_size, q_length, kv_length, *frozen, mask_function, attention_mask, arguments, torch.device(device)
+        batch_size,
+        q_length,
+        kv_length,
+        *frozen,
+        mask_function,
+        attention_mask,
+        arguments,
+        torch.device(device),
     )
     return LazyMask.of(rule)

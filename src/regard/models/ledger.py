@@ -28,6 +28,18 @@ def grown(x: Tensor, n: int, extra: int, dim: int) -> Tensor:
     return wide
 
 
+def picked(memory: dict, rows: Tensor) -> dict:
+    """A layer's memory for these rows of the batch: its tensors, those of nested dicts too, lead with 1 or B."""
+    return {
+        name: picked(x, rows)
+        if isinstance(x, dict)
+        else x.index_select(0, rows)
+        if isinstance(x, Tensor) and x.dim() and x.shape[0] > 1
+        else x
+        for name, x in memory.items()
+    }
+
+
 @dataclass(eq=False)
 class Group:
     """Heads of one layer that store equally many slots. Buffers are longer than `n`; only the first n count."""
@@ -39,7 +51,9 @@ class Group:
     index: Tensor | None = None  # [1|B, 1|g, room] int32; None: slot i holds token i
     count: Tensor | None = None  # [B, g, room] float32; None: every slot is one token
     notes: dict[str, Tensor] = field(default_factory=dict)  # [B, g, room] float32
-    origin: Tensor | None = None  # [B, g, s, D] keys of the first s slots before they were turned to a new place
+    origin: Tensor | None = (
+        None  # [B, g, s, D] keys of the first s slots before they were turned to a new place
+    )
 
     def k(self) -> Tensor:
         return self.keys[:, :, : self.n]
@@ -62,7 +76,9 @@ class Group:
     def tensors(self) -> dict[str, Tensor]:
         own = {"keys": self.keys, "values": self.values, "index": self.index, "count": self.count}
         own["origin"] = self.origin
-        return {k: t for k, t in own.items() if t is not None} | {f"note.{k}": t for k, t in self.notes.items()}
+        return {k: t for k, t in own.items() if t is not None} | {
+            f"note.{k}": t for k, t in self.notes.items()
+        }
 
     def append(self, k: Tensor, v: Tensor, start: int) -> None:
         """Store new tokens whose first has true index `start`."""
@@ -94,6 +110,8 @@ class Group:
     def keep(self, kept: Kept) -> None:
         """Drop every slot that is not in `kept.slots`; free their memory; add what was merged."""
         slots = kept.slots
+        if self.origin is not None and not self._keeps_first(slots):
+            self.restore()
         if kept.merged is None and slots.shape[-1] == self.n - 1 and not bool((slots < 0).any()):
             self._drop_one(slots)
             return
@@ -108,6 +126,17 @@ class Group:
         self.n = slots.shape[-1]
         if kept.merged is not None:
             self._merge(*kept.merged)
+
+    def _keeps_first(self, slots: Tensor) -> bool:
+        """Whether the turned slots at the beginning all stay where they are."""
+        s = self.origin.shape[2]
+        return slots.shape[-1] >= s and bool((slots[..., :s] == torch.arange(s, device=slots.device)).all())
+
+    def restore(self) -> None:
+        """Turn the first keys back to where they were in the text."""
+        if self.origin is not None:
+            self.keys[:, :, : self.origin.shape[2]] = self.origin
+            self.origin = None
 
     def _drop_one(self, slots: Tensor) -> None:
         """One slot goes: the last one takes its place. What a window does at every step, without copying it all."""
@@ -142,6 +171,7 @@ class Group:
     def split(self, lengths: list[int], kept: Kept) -> list["Group"]:
         """One group for each different length, holding the heads that keep so many."""
         parts = []
+        self.restore()
         for length in sorted(set(lengths)):
             own = [i for i, have in enumerate(lengths) if have == length]
             part = Group(tuple(self.heads[i] for i in own), self.keys[:, own], self.values[:, own], self.n)
@@ -159,10 +189,10 @@ class Group:
     def select_rows(self, rows: Tensor) -> None:
         """Reorder or pick rows of the batch."""
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-        for name in ("index", "count", "origin"):
-            t = getattr(self, name)
-            if t is not None and t.shape[0] > 1:
-                setattr(self, name, t.index_select(0, rows))
+        if self.index is not None and self.index.shape[0] > 1:
+            self.index = self.index.index_select(0, rows)
+        self.count = None if self.count is None else self.count.index_select(0, rows)
+        self.origin = None if self.origin is None else self.origin.index_select(0, rows)
         self.notes = {name: t.index_select(0, rows) for name, t in self.notes.items()}
 
 
@@ -194,7 +224,11 @@ class LedgerLayer(DynamicLayer):
             self._start(key_states, value_states)
         else:
             for group in self.groups:
-                own = (key_states, value_states) if len(self.groups) == 1 else self._cut(key_states, value_states, group)
+                own = (
+                    (key_states, value_states)
+                    if len(self.groups) == 1
+                    else self._cut(key_states, value_states, group)
+                )
                 group.append(*own, self.seen)
             self.seen += key_states.shape[2]
         if self.pending is not None:
@@ -265,7 +299,9 @@ class LedgerLayer(DynamicLayer):
                 "assisted decoding and crop need to take tokens back, and a policy has already acted on this cache; "
                 "generate without an assistant or prompt lookup, or attach no cache method"
             )
-        require(tokens_to_remove < 0, "crop takes the negative number of tokens to remove", given=tokens_to_remove)
+        require(
+            tokens_to_remove < 0, "crop takes the negative number of tokens to remove", given=tokens_to_remove
+        )
         self.groups[0].n += tokens_to_remove
         self.seen += tokens_to_remove
 
@@ -286,9 +322,7 @@ class LedgerLayer(DynamicLayer):
         rows = rows.to(self.device) if self.groups else rows
         for group in self.groups:
             group.select_rows(rows)
-        for name, value in self.memory.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] > 1:
-                self.memory[name] = value.index_select(0, rows)
+        self.memory = picked(self.memory, rows)
 
     def bytes_held(self) -> int:
         """Bytes of memory behind this layer, room and tables included, each storage once."""

@@ -37,7 +37,9 @@ class Rotary:
         for hook in self.hooks:
             hook.remove()
 
-    def turn(self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None, x: Tensor, by: Tensor) -> Tensor:
+    def turn(
+        self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None, x: Tensor, by: Tensor
+    ) -> Tensor:
         """x [B, h, m, D] rotated by `by` [.., .., m] positions further, in x's dtype."""
         if cos_sin is None or cos_sin[0].data_ptr() not in self.calls:
             raise Unsupported(
@@ -45,7 +47,9 @@ class Rotary:
                 'a method that re-positions keys needs rotary positions (or its setting positions="text")'
             )
         if "kv_b_proj" in attention._modules:
-            raise Unsupported(f"{type(attention).__name__} (latent attention) rotates a part of its keys only")
+            raise Unsupported(
+                f"{type(attention).__name__} (latent attention) rotates a part of its keys only"
+            )
         batch, heads, m, width = x.shape
         flat = by.expand(batch, heads, m).reshape(batch * heads, m)
         cos, sin = self._tables(cos_sin, x, flat)
@@ -58,7 +62,9 @@ class Rotary:
         module, args, kwargs, _ = self.calls[cos_sin[0].data_ptr()]
         kind = getattr(module, "rope_type", "default")
         if any(k in MOVING for k in (kind.values() if isinstance(kind, dict) else [kind])):
-            raise Unsupported(f"rope type {kind!r} changes its frequencies with the length: keys cannot be moved")
+            raise Unsupported(
+                f"rope type {kind!r} changes its frequencies with the length: keys cannot be moved"
+            )
         args, kwargs = list(args), dict(kwargs)
         first = [x.new_empty(0, dtype=torch.float32), *args[1:]] if args else args
         old = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
@@ -75,4 +81,6 @@ class Rotary:
         for name in ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb"):
             if hasattr(file, name):
                 return getattr(file, name)
-        raise Unsupported(f"{type(attention).__module__} has no apply_rotary_pos_emb: its keys cannot be moved")
+        raise Unsupported(
+            f"{type(attention).__module__} has no apply_rotary_pos_emb: its keys cannot be moved"
+        )

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from regard.core import Edit, Method, NeverFired, Observer, Unsupported
-from regard.models.ledger import Group, LedgerLayer
 from regard.models.lazy import MaskRule
+from regard.models.ledger import Group, LedgerLayer
 from regard.models.rotary import Rotary
 from regard.models.sites import Place, place_of
 from regard.ops import View, parse_budget
@@ -96,7 +96,9 @@ class Session:
         encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
         return place.tower == "text" and not encoder_decoder and bool(getattr(module, "is_causal", True))
 
-    def complete(self, view: View, module: nn.Module, layer: LedgerLayer, group: Group, rule: MaskRule | None) -> View:
+    def complete(
+        self, view: View, module: nn.Module, layer: LedgerLayer, group: Group, rule: MaskRule | None
+    ) -> View:
         """Fill in what a policy may ask beyond the tensors."""
         number = self.layers.index(layer)
         if number == 0:
@@ -108,7 +110,7 @@ class Session:
         if self.policy is not None:
             self.acted += 1
             view.budget = self.budget(view, group, rule)
-            if self.policy.page.place is not None:
+            if self.policy.page.place is not None or self.policy.page.attend is not None:
                 table = self.tables.get(id(module))
                 view.turn = lambda x, by: self.rotary.turn(module, table, x, by)
         return view
@@ -127,13 +129,14 @@ class Session:
             self.step[key] = asked.resolve(real, per_slot * heads * len(self.layers) * batch)
         return self.step[key]
 
-    def read(self, layer: LedgerLayer, group: Group, view: View) -> None:
-        """Note how many bytes of keys and values this step reads from a layer."""
-        moved = view.k.numel() * view.k.element_size() + view.v.numel() * view.v.element_size()
+    def read(self, layer: LedgerLayer, group: Group, view: View, reading: View) -> None:
+        """Note how many bytes of keys and values this step reads from a layer, scoring for a selection included."""
+        read = reading.k.nbytes + reading.v.nbytes
+        if reading is not view and view.known is not None:
+            read += view.k.nbytes
         number = self.layers.index(layer)
-        extra = view.step.get(("bytes", number), 0)
         before = self.bytes_read.get(number, 0) if group is not layer.groups[0] else 0
-        self.bytes_read[number] = before + moved + extra
+        self.bytes_read[number] = before + read
 
     # what the hooks tell
 
@@ -164,8 +167,14 @@ class Session:
         for i, layer in enumerate(cache.layers):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 cache.layers[i] = converted(layer)
-            elif self.policy is not None and not isinstance(layer, LedgerLayer) and "Linear" not in type(layer).__name__:
-                raise Unsupported(f"{self.policy.name} cannot act on a {type(layer).__name__}; use a dynamic cache")
+            elif (
+                self.policy is not None
+                and not isinstance(layer, LedgerLayer)
+                and "Linear" not in type(layer).__name__
+            ):
+                raise Unsupported(
+                    f"{self.policy.name} cannot act on a {type(layer).__name__}; use a dynamic cache"
+                )
         self.cache = cache
         self.layers = [x for x in cache.layers if isinstance(x, LedgerLayer)]
         for layer in self.layers:
@@ -199,7 +208,9 @@ def converted(layer: DynamicLayer) -> LedgerLayer:
         new._start(layer.keys, layer.values)
         if seen != layer.keys.shape[2]:
             group = new.groups[0]
-            group.index = torch.arange(seen - group.n, seen, device=layer.keys.device, dtype=torch.int32)[None, None]
+            group.index = torch.arange(seen - group.n, seen, device=layer.keys.device, dtype=torch.int32)[
+                None, None
+            ]
             new.compressed = True
         new.seen = seen
     return new

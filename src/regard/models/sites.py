@@ -42,18 +42,24 @@ def towers(model: PreTrainedModel, where: str | None) -> list[tuple[str, PreTrai
         if not isinstance(module, PreTrainedModel) or id(module.config) in known:
             continue
         known.add(id(module.config))
-        is_text = module.config is text or module.config is model.config and text is model.config
+        is_text = module.config is text or (module.config is model.config and text is model.config)
         is_vision = bool(VISION.search(name)) or "vision" in type(module.config).__name__.lower()
         if where is None or (where == "text" and is_text) or (where == "vision" and is_vision):
             found.append((name, module))
     if not found:
-        raise Unreachable(f"{type(model).__name__} has no {where or ''} attention tower; it has none to attach to")
+        raise Unreachable(
+            f"{type(model).__name__} has no {where or ''} attention tower; it has none to attach to"
+        )
     return found
 
 
 def refuse_unreachable(model: PreTrainedModel, found: list[tuple[str, PreTrainedModel]]) -> None:
     """Raise for towers whose code never asks the attention interface (Falcon, Bloom, GPT-J, ...)."""
-    bad = [f"{name or 'the model'} ({type(m).__name__})" for name, m in found if not m._can_set_attn_implementation()]
+    bad = [
+        f"{name or 'the model'} ({type(m).__name__})"
+        for name, m in found
+        if not m._can_set_attn_implementation()
+    ]
     if bad:
         raise Unreachable(
             f"{type(model).__name__}: {', '.join(bad)} computes attention in its own code and never calls "

@@ -24,7 +24,9 @@ def per_query_head(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def scores(q: Tensor, k: Tensor, scale: float, softcap: float | None = None, bias: Tensor | None = None) -> Tensor:
+def scores(
+    q: Tensor, k: Tensor, scale: float, softcap: float | None = None, bias: Tensor | None = None
+) -> Tensor:
     """[B, H, N, M] scaled scores in float32 at least: the product in the input's dtype, the rest above it."""
     groups, rows = k.shape[1], q.shape[2]
     if groups in (1, q.shape[1]):
@@ -90,14 +92,16 @@ def fused(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """torch's SDPA with grouped heads. `causal` is meant for N = M; other shapes come with a mask."""
-    if mask is not None and not bool(mask.any(-1).all()):  # SDPA has no meaning for a row that sees nothing
-        return explicit(q, k, v, scale=scale, mask=mask)
+    blind = None if mask is None else ~mask.any(-1, keepdim=True)
+    if blind is not None:
+        mask = mask | blind  # SDPA has no meaning for a row that sees nothing
     if mask is not None or k.shape[1] == 1:
         k, v = per_query_head(k, q.shape[1]), per_query_head(v, q.shape[1])
     grouped = k.shape[1] not in (1, q.shape[1])
     if k.shape[1] == 1:
         k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=causal, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=causal, enable_gqa=grouped)
+    return out if blind is None else out.masked_fill(blind, 0)
 
 
 def few_rows(q: Tensor, k: Tensor) -> bool:
@@ -132,7 +136,9 @@ def lower_right(n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(m, device=device) <= q
 
 
-def partial(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def partial(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """What one worker returns for its span of keys: (o, m, l), o unnormalised.
 
     o [B, H, N, E] = Σ_j e^{s_j - m} v_j, m [B, H, N] = max_j s_j, l [B, H, N] = Σ_j e^{s_j - m}.

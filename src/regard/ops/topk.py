@@ -26,9 +26,22 @@ def best(score: Tensor, count: Tensor | int) -> Tensor:
     return (above | (level & (level.cumsum(-1) <= room))) & (score > -torch.inf) & (count > 0).unsqueeze(-1)
 
 
-def top_slots(score: Tensor, count: int) -> Tensor:
-    """Indices [..., count] of the highest scores [..., n], in no order: what a step reads, decided at every step."""
-    return score.topk(min(count, score.shape[-1]), dim=-1, sorted=False).indices
+def top_slots(score: Tensor, count: Tensor | int) -> Tensor:
+    """Indices [..., m] of the `count` highest of score [..., n], in no order: what a step reads, decided each step.
+
+    -inf is never taken; where fewer remain, or `count` (broadcastable to score.shape[:-1]) is smaller, -1 fills up.
+
+    >>> top_slots(torch.tensor([[1.0, 3.0, 2.0], [5.0, -torch.inf, -torch.inf]]), 2).sort().values
+    tensor([[ 1,  2],
+            [-1,  0]])
+    """
+    most = count if isinstance(count, int) else int(count.max())
+    uneven = not isinstance(count, int) and bool((count != most).any())
+    found = score.topk(min(most, score.shape[-1]), dim=-1, sorted=uneven)
+    slots = found.indices.masked_fill(found.values == -torch.inf, -1)
+    if not uneven:
+        return slots
+    return slots.masked_fill(torch.arange(slots.shape[-1], device=slots.device) >= count.unsqueeze(-1), -1)
 
 
 def slots_of(alive: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ class View:
     softcap: float | None = None
     sinks: Tensor | None = None  # [H] learned sink scores of the model (not the first tokens)
     bias: Tensor | None = None
-    visible: Callable[[slice], Tensor | None] = lambda rows: None  # queries -> [B, 1|H, rows, n] bool or None: all
+    visible: Callable[[slice], Tensor | None] = lambda rows: (
+        None
+    )  # queries -> [B, 1|H, rows, n] bool or None: all
     count: Tensor | None = None  # [B, G, n] tokens that a merged slot stands for; None: one each
     total_heads: int = 1  # cache heads of the whole model, over all layers
     known: Tensor | None = None  # scores of a single-query step, once somebody asked for them
@@ -41,7 +43,9 @@ class View:
     notes: Callable[[str], Tensor] = None  # type: ignore[assignment]  # name -> [B, G, n] float32 that stay with their slot
     memory: dict = field(default_factory=dict)  # this layer's own, over the steps of a sequence
     step: dict = field(default_factory=dict)  # shared by the layers of this step
-    turn: Callable[[Tensor, Tensor], Tensor] | None = None  # (x [B, h, m, D], by [.., h, m]) -> x rotated further
+    turn: Callable[[Tensor, Tensor], Tensor] | None = (
+        None  # (x [B, h, m, D], by [.., h, m]) -> x rotated further
+    )
 
     @property
     def stored(self) -> int:
@@ -144,7 +148,7 @@ def keep_best(view: View, score: Tensor, always: Tensor | None = None) -> Kept |
         return None
     score = at_least_float32(score)
     if always is not None:
-        score = score.masked_fill(always, torch.finfo(score.dtype).max)
-    score = score.masked_fill(~view.hold(), -torch.inf)
+        score = torch.where(always, torch.finfo(score.dtype).max, score)
+    score = torch.where(view.hold(), score, -torch.inf)
     budget = view.budget if score.shape[0] > 1 else view.budget[:1]
     return Kept(slots_of(best(score, budget[:, None])))

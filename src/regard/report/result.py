@@ -138,12 +138,16 @@ class Result:
 
     def sentence(self) -> str:
         """The plain answer: the cheapest method that keeps 95 % of full quality here, or that none does."""
+        if not self.rows:
+            return "No cell was measured."
         rows = [r for r in self.summary() if r["method"] != "full"]
         where = place_text(self.run, self.tasks(), self.lengths())
         if not rows:
             return f"Only full attention was measured {where}: there is no method to compare it with."
         if not any(found["quality"] for found in self.baseline().values()):
-            return f"Full attention has no quality above zero {where}: nothing can be said relative to it."
+            return (
+                f"Full attention failed or scored 0 everywhere {where}: nothing can be said relative to it."
+            )
         kept = self.keepers()
         said = said_winner(kept, where) if kept else said_none(rows, where)
         broken = [r for r in rows if not r["complete"]]

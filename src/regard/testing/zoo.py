@@ -19,7 +19,12 @@ TEXT: dict[str, Any] = dict(
     num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 VISION: dict[str, Any] = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=32,
+    patch_size=8,
 )
 QWEN_VISION: dict[str, Any] = dict(
     depth=2, hidden_size=32, intermediate_size=48, num_heads=4, out_hidden_size=32, patch_size=4,
@@ -86,7 +91,14 @@ def gemma3():
 @family
 def gpt2():
     config = tf.GPT2Config(
-        vocab_size=128, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        vocab_size=128,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return tf.GPT2LMHeadModel(config), dict(input_ids=ids())
 
@@ -145,7 +157,9 @@ def clip():
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=64, projection_dim=16, eos_token_id=2, bos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    config = tf.CLIPConfig(text_config=text, vision_config={**VISION, "projection_dim": 16}, projection_dim=16)
+    config = tf.CLIPConfig(
+        text_config=text, vision_config={**VISION, "projection_dim": 16}, projection_dim=16
+    )
     tokens = ids(2)
     tokens[:, -1] = 2
     return tf.CLIPModel(config), dict(input_ids=tokens, pixel_values=_image(2))
@@ -190,7 +204,9 @@ def gemma3mm():
         text_config=dict(**TEXT, head_dim=8, **SLIDING, **SLIDING_LAYERS), vision_config=vision,
         mm_tokens_per_image=4, image_token_index=120, image_token_id=120, boi_token_index=122, eoi_token_index=123,
     )  # fmt: skip
-    tokens = torch.cat([ids(1, 2), torch.tensor([[122]]), torch.full((1, 4), 120), torch.tensor([[123]]), ids(1, 5)], 1)
+    tokens = torch.cat(
+        [ids(1, 2), torch.tensor([[122]]), torch.full((1, 4), 120), torch.tensor([[123]]), ids(1, 5)], 1
+    )
     inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=_image(1))
     return tf.Gemma3ForConditionalGeneration(config), dict(**inputs, token_type_ids=(tokens == 120).long())
 
@@ -209,7 +225,9 @@ def whisper():
 
 @family
 def t5():
-    config = tf.T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = tf.T5Config(
+        vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     return tf.T5ForConditionalGeneration(config), dict(input_ids=ids(1, 9), decoder_input_ids=ids(1, 6))
 
 
@@ -221,7 +239,9 @@ def falcon():
 
 @family
 def bloom():
-    return tf.BloomForCausalLM(tf.BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)), dict(input_ids=ids())
+    return tf.BloomForCausalLM(tf.BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)), dict(
+        input_ids=ids()
+    )
 
 
 @family
@@ -239,7 +259,9 @@ def _image(batch: int) -> Tensor:
 
 
 def _qwen_inputs() -> dict:
-    tokens = torch.cat([ids(1, 2), torch.tensor([[122]]), torch.full((1, 16), 120), torch.tensor([[123]]), ids(1, 5)], 1)
+    tokens = torch.cat(
+        [ids(1, 2), torch.tensor([[122]]), torch.full((1, 16), 120), torch.tensor([[123]]), ids(1, 5)], 1
+    )
     return dict(
         input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=torch.randn(64, 3 * 2 * 4 * 4),
         image_grid_thw=torch.tensor([[1, 8, 8]]), mm_token_type_ids=(tokens == 120).long(),

@@ -23,7 +23,9 @@ from regard.ops import Kept, View, at_least_float32, slots_of
 
 @dataclass(frozen=True)
 class Config:
-    heads: tuple[tuple[int, int], ...] | None = None  # (layer, KV head), best first; None: measured when attached
+    heads: tuple[tuple[int, int], ...] | None = (
+        None  # (layer, KV head), best first; None: measured when attached
+    )
     budget: int | float | str | None = None  # mean tokens per head; None: the paper's rule
     sinks: int = 4
     window: int = 4000
@@ -32,7 +34,12 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.retrieval <= 1, "0 <= retrieval <= 1", retrieval=self.retrieval)
-        require(self.sinks >= 0 and self.window >= 1, "sinks >= 0, window >= 1", sinks=self.sinks, window=self.window)
+        require(
+            self.sinks >= 0 and self.window >= 1,
+            "sinks >= 0, window >= 1",
+            sinks=self.sinks,
+            window=self.window,
+        )
 
 
 def share(cfg: Config, budget: int, real: int, total: int) -> tuple[int, int]:
@@ -67,7 +74,9 @@ def compensation(view: View, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight = gone.expand(*view.k.shape[:3]).float()
     weight = weight if view.count is None else weight * view.count
     count = weight.sum(-1, keepdim=True)  # [B, G, 1]
-    mean = [(weight[:, :, None] @ at_least_float32(x)) / count.clamp(min=1)[..., None] for x in (view.k, view.v)]
+    mean = [
+        (weight[:, :, None] @ at_least_float32(x)) / count.clamp(min=1)[..., None] for x in (view.k, view.v)
+    ]
     return mean[0], mean[1], count
 
 

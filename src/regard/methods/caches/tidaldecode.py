@@ -26,7 +26,9 @@ class Config:
     def __post_init__(self) -> None:
         require(self.k >= 1, "k >= 1", k=self.k)
         require(self.select, "at least one selecting layer", select=self.select)
-        require(min(self.select) >= self.full, "selecting layers come after the full ones", select=self.select)
+        require(
+            min(self.select) >= self.full, "selecting layers come after the full ones", select=self.select
+        )
 
 
 def select(view: View, cfg: Config) -> Tensor | None:

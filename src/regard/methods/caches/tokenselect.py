@@ -32,7 +32,11 @@ class Config:
     vote: str = "soft"  # or "raw": sum the scores of the heads as they are
 
     def __post_init__(self) -> None:
-        require(self.local >= 1 and self.init >= 0 and self.k >= 1, "init >= 0, local >= 1, k >= 1", local=self.local)
+        require(
+            self.local >= 1 and self.init >= 0 and self.k >= 1,
+            "init >= 0, local >= 1, k >= 1",
+            local=self.local,
+        )
         require(self.vote in ("soft", "raw"), 'vote is "soft" or "raw"', vote=self.vote)
 
 
@@ -45,7 +49,9 @@ def split(budget: int, cfg: Config) -> tuple[int, int, int]:
 
 def votes(view: View, cfg: Config) -> Tensor:
     """[B, 1, n] votes of all query heads for every stored token, from the mean query of the step."""
-    asked = view if view.new == 1 else replace(view, q=view.q.mean(2, keepdim=True), visible=lambda rows: None)
+    asked = (
+        view if view.new == 1 else replace(view, q=view.q.mean(2, keepdim=True), visible=lambda rows: None)
+    )
     s = asked.scores()[:, :, 0]
     s = s.masked_fill(~view.hold(), -torch.inf) if view.real is not None else s
     return (s.softmax(-1) if cfg.vote == "soft" else s).sum(1, keepdim=True)

@@ -1,0 +1,229 @@
+"""One cell of a comparison: a method at a budget on a task at a length. Data that can be pickled, and its measuring."""
+
+import hashlib
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regard import catalog
+from regard.models.attach import attach
+from regard.tasks import Sample, Source, task
+
+FULL = "full"
+TIMED = 2  # sequences in a timed batch, and how often method and full attention take turns
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one worker is asked to measure. `settings` are the method's own beside the budget."""
+
+    method: str
+    task: str
+    length: int
+    budget: int | float | str | None = None
+    settings: dict = field(default_factory=dict)
+    seed: int = 0
+    samples: int = 8
+    batch_tokens: int = 8192
+    text: str | None = None
+    chat: bool | None = None
+
+    @property
+    def key(self) -> str:
+        """A name that is the same in every run of the same cell."""
+        told = json.dumps(asdict(self), sort_keys=True, default=str)
+        return f"{self.method}-{self.task}-{self.length}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+    @property
+    def label(self) -> str:
+        told = ", ".join(f"{k}={v}" for k, v in self.settings.items())
+        return f"{self.method}({told})" if told else self.method
+
+    def row(self, **facts: Any) -> dict:
+        """The row of a result for this cell."""
+        own = {k: getattr(self, k) for k in ("key", "method", "label", "budget", "task", "length", "seed")}
+        return {"kind": "cell", **own, "metric": task(self.task).metric, "status": "ok", "error": "", **facts}
+
+
+@dataclass
+class Run:
+    """What one pass of a model over a batch gave: logits at the answer's places, times, bytes."""
+
+    logits: Tensor  # [B, T, V]
+    prefill: float
+    steps: list[float]
+    held: int
+    kept: int
+    read: float
+
+
+@dataclass
+class Bench:
+    """A loaded model with what cells share: samples and full attention's logits of the latest task and length."""
+
+    model: Any
+    tokenizer: Any
+    memo: dict = field(default_factory=dict)
+
+    def shared(self, cell: Cell) -> tuple[list[Sample], list[Run]]:
+        """Samples of a cell and full attention's runs over them, made once for all methods."""
+        place = (cell.task, cell.length, cell.seed, cell.samples, cell.text, cell.chat)
+        if place not in self.memo:
+            chat = bool(getattr(self.tokenizer, "chat_template", None)) if cell.chat is None else cell.chat
+            source = None if cell.text is None else Source.from_path(Path(cell.text))
+            made = task(cell.task).samples(
+                self.tokenizer, cell.length, cell.samples, cell.seed, source=source, chat=chat
+            )
+            self.memo = {place: (made, [self.run(b, None) for b in batches(made, cell)])}
+        return self.memo[place]
+
+    def run(self, batch: list[Sample], method: Any) -> Run:
+        """Prefill all but the last token of the prompts, then feed it and the answers one token at a time.
+
+        The logits that predict answer[t] come from a decode step in every case, so that a method which acts on
+        decoding alone is seen in each of them. Feeding the right answer gives the same exact-match score as free
+        greedy generation: an answer is generated exactly if and only if every step's best token is the right one.
+        """
+        device = self.model.device
+        prompt = torch.tensor([s.prompt for s in batch], device=device)
+        answer = torch.tensor([s.answer for s in batch], device=device)
+        tokens = torch.cat([prompt[:, -1:], answer[:, :-1]], dim=1)
+        logits, steps, reads = [], [], []
+        with torch.inference_mode(), attach(self.model, method) as attached:
+            start = now(device)
+            cache = self.model(prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            prefill = now(device) - start
+            for t in range(tokens.shape[1]):
+                start = now(device)
+                out = self.model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
+                steps.append(now(device) - start)
+                logits.append(out.logits[:, -1].float())
+                reads.append(attached.bytes_read())
+            held, kept = attached.bytes_held(), attached.bytes_stored()
+        return Run(torch.stack(logits, 1), prefill, steps, held, kept, float(np.mean(reads)))
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def batches(samples: list[Sample], cell: Cell) -> list[list[Sample]]:
+    size = max(1, cell.batch_tokens // cell.length)
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def measure(cell: Cell, bench: Bench) -> dict:
+    """The row of one cell: quality, fidelity to full attention, paired times, bytes."""
+    start = time.perf_counter()
+    with peak_memory(bench.model.device) as peak:
+        samples, full = bench.shared(cell)
+        method = configured(cell)
+        runs = full if method is None else [bench.run(b, method) for b in batches(samples, cell)]
+        timed = paired_times(samples[:TIMED], method, bench)
+    facts = {**quality(cell, samples, runs, full, bench.tokenizer), **fidelity(runs, full), **timed}
+    facts |= dict(
+        bytes_held=sum(r.held for r in runs), bytes_kept=sum(r.kept for r in runs),
+        bytes_full=sum(r.held for r in full), bytes_read=sum(r.read for r in runs),
+        bytes_read_full=sum(r.read for r in full), peak_bytes=peak[0],
+    )  # fmt: skip
+    return cell.row(**facts, seconds=time.perf_counter() - start)
+
+
+def configured(cell: Cell) -> Any:
+    if cell.method == FULL:
+        return None
+    budget = {} if cell.budget is None else {"budget": cell.budget}
+    return catalog.method(cell.method, **budget, **cell.settings)
+
+
+def paired_times(samples: list[Sample], method: Any, bench: Bench) -> dict:
+    """Method and full attention in turns on the same short batch; ratios with their spread."""
+    full, own = [], []
+    for _ in range(TIMED):
+        full.append(bench.run(samples, None))
+        own.append(bench.run(samples, method) if method is not None else full[-1])
+    steps = [np.median(r.steps) for r in own], [np.median(r.steps) for r in full]
+    prefills = [r.prefill for r in own], [r.prefill for r in full]
+    facts = {}
+    for name, (mine, theirs) in (("decode", steps), ("prefill", prefills)):
+        ratios = np.array(mine) / np.array(theirs)
+        facts |= {
+            f"{name}_ms": 1e3 * float(np.median(mine)),
+            f"{name}_ratio": float(np.exp(np.log(ratios).mean())),
+            f"{name}_spread": float((ratios.max() - ratios.min()) / 2),
+        }
+    return facts
+
+
+def quality(cell: Cell, samples: list[Sample], runs: list[Run], full: list[Run], tokenizer: Any) -> dict:
+    """Score in [0, 1] with a bootstrap interval: share of exact answers, or perplexity of full over the method's."""
+    answer = torch.tensor([s.answer for s in samples])
+    best = torch.cat([r.logits for r in runs]).argmax(-1).cpu()
+    nll, base = (nlls(r, answer) for r in (runs, full))
+    if task(cell.task).metric == "exact":
+        scores = (best == answer).all(-1).double().numpy()
+        value = lambda pick: scores[pick].mean()  # noqa: E731
+    else:
+        scores = (base - nll).exp().numpy()
+        value = lambda pick: float(np.exp((base - nll).numpy()[pick].mean()))  # noqa: E731
+    draws = np.random.default_rng(0).integers(0, len(samples), (1000, len(samples)))
+    spread = [value(pick) for pick in draws]
+    shown = [
+        dict(
+            depth=s.depth, score=float(c), answer=tokenizer.decode(s.answer), generated=said(b, s, tokenizer)
+        )
+        for s, c, b in zip(samples, scores, best)
+    ]
+    return dict(
+        quality=float(value(np.arange(len(samples)))), quality_low=float(np.quantile(spread, 0.025)),
+        quality_high=float(np.quantile(spread, 0.975)), nll=float(nll.mean()), samples=shown,
+    )  # fmt: skip
+
+
+def nlls(runs: list[Run], answer: Tensor) -> Tensor:
+    """[samples] mean negative log-likelihood of each answer."""
+    logits = torch.cat([r.logits for r in runs]).double().cpu()
+    return -logits.log_softmax(-1).gather(-1, answer[..., None]).squeeze(-1).mean(-1)
+
+
+def said(best: Tensor, sample: Sample, tokenizer: Any) -> str:
+    """What greedy generation says up to its first departure from the answer."""
+    wrong = (best != torch.tensor(sample.answer)).nonzero()
+    stop = int(wrong[0]) + 1 if len(wrong) else len(best)
+    return tokenizer.decode(best[:stop].tolist()) + ("…" if stop < len(best) else "")
+
+
+def fidelity(runs: list[Run], full: list[Run]) -> dict:
+    """Agreement of the next token with full attention, and KL(full || method) with its interval over samples."""
+    ours, theirs = (torch.cat([r.logits for r in x]).double().log_softmax(-1) for x in (runs, full))
+    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(-1).cpu().numpy()
+    draws = np.random.default_rng(0).integers(0, len(kl), (1000, len(kl)))
+    low, high = np.quantile(kl[draws].mean(1), (0.025, 0.975))
+    agree = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+    return dict(agreement=float(agree), kl=float(kl.mean()), kl_low=float(low), kl_high=float(high))
+
+
+@contextmanager
+def peak_memory(device: torch.device):
+    """A list that holds, afterwards, the peak bytes of the block: of the GPU, or of the process where Linux tells."""
+    found = [0]
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif clear.exists():
+        clear.write_text("5")
+    yield found
+    if device.type == "cuda":
+        found[0] = torch.cuda.max_memory_allocated(device)
+    elif status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        found[0] = int(line.split()[1]) * 1024

@@ -1,0 +1,188 @@
+"""`regard.compare`: which method is best on this model, these tasks, this budget?"""
+
+import itertools
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard import catalog
+from regard.bench.cell import FULL, Cell
+from regard.bench.executor import Executor, InProcess, LocalProcesses
+from regard.bench.folder import Folder, keys_of
+from regard.core import require, unknown
+from regard.models.shipped import SHIPPED, load, load_shipped
+from regard.ops import parse_budget
+from regard.report.html import to_html
+from regard.report.markdown import to_markdown
+from regard.report.result import Result
+from regard.tasks import TASKS
+
+BUDGETS = (0.1, 0.25, 0.5)
+LENGTHS = (512, 1024, 2048)
+SAMPLES = 8
+LATER = ("timeout", "memory", "failed")
+
+
+def compare(
+    model: Any = None,
+    methods: Iterable[str] | None = None,
+    tasks: Iterable[str] | None = None,
+    lengths: Iterable[int] | None = None,
+    budgets: Iterable[int | float | str] | None = None,
+    *,
+    out: str | Path,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    text: str | Path | None = None,
+    chat: bool | None = None,
+    workers: int = 2,
+    limit: float = 600.0,
+    retry: bool = False,
+    trust_remote_code: bool = False,
+    executor: Executor | None = None,
+    progress: Callable[[dict | None, int, int], None] | None = None,
+) -> Result:
+    """Measure methods against full attention on a grid of cells; write results.jsonl, report.html, report.md to `out`.
+
+    model    a path or name, a loaded (model, tokenizer), or None for the shipped language model
+    methods  names of cache pages, with settings as "streaming_llm:sinks=8"; None: all of them
+    lengths  prompt lengths in tokens     budgets  tokens, fractions in (0, 1] or texts like "64MB"
+    text     a file of your own to draw filler and perplexity text from
+    workers  local processes of one thread each; a loaded model is measured in this process
+    limit    seconds a cell may take      retry    run failed cells of an earlier start again
+    progress called with (row, done, total) as cells end, and with (None, done, total) at the start
+
+    Finished cells are on disk at once; the same call resumes. A cell that fails is a row that says why.
+    """
+    cells = grid(methods, tasks, lengths, budgets, samples, seed, text, chat)
+    folder = Folder(Path(out))
+    name, load_model = loader(model, trust_remote_code)
+    done = folder.open(header(name, cells))
+    kept = keys_of(done, retry)
+    todo = [c for c in cells if c.key not in kept]
+    told = progress or (lambda row, done, total: None)
+    told(None, len(cells) - len(todo), len(cells))
+    if executor is None:
+        executor = InProcess() if isinstance(model, tuple) else LocalProcesses(workers, 1, limit)
+    for count, row in enumerate(executor.run(todo, load_model), len(cells) - len(todo) + 1):
+        folder.add(row)
+        told(row, count, len(cells))
+    return report(folder)
+
+
+def report(folder: Folder) -> Result:
+    """Draw the report of what the folder holds: report.html and report.md."""
+    rows = list(folder.rows().values())
+    result = Result.load(folder.path)
+    result = Result(run=result.run, rows=rows)
+    folder.write("report.html", to_html(result))
+    folder.write("report.md", to_markdown(result))
+    return result
+
+
+def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Cell]:
+    """The cells of a comparison, full attention first, those of one task and length together."""
+    budgets = tuple(BUDGETS if budgets is None else budgets)
+    lengths = tuple(LENGTHS if lengths is None else lengths)
+    tasks = tuple(TASKS if tasks is None else tasks)
+    for budget in budgets:
+        parse_budget(budget)
+    for name in tasks:
+        if name not in TASKS:
+            raise unknown("task", name, TASKS)
+    require(samples >= 1, "samples >= 1", samples=samples)
+    require(all(n >= 2 for n in lengths), "lengths are at least 2 tokens", lengths=lengths)
+    chosen = [parsed(m) for m in (catalog.find(kind="cache") if methods is None else methods)]
+    rest: dict[str, Any] = dict(
+        seed=seed, samples=samples, text=None if text is None else str(text), chat=chat
+    )
+    cells = []
+    for task, length in itertools.product(tasks, lengths):
+        cells.append(Cell(FULL, task, length, **rest))
+        for (name, settings), budget in itertools.product(chosen, budgets):
+            if name != FULL:
+                cells.append(Cell(name, task, length, budget, settings, **rest))
+    return cells
+
+
+def parsed(text: str) -> tuple[str, dict]:
+    """("streaming_llm", {"sinks": 8}) from "streaming_llm:sinks=8"; the page checks names and values."""
+    name, _, rest = text.partition(":")
+    settings = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        require(equals, "settings are written name=value", given=pair)
+        settings[key.strip()] = literal(value.strip())
+    if name != FULL:
+        page = catalog.get(name)
+        require(page.kind == "cache", "compare takes cache methods", method=name, kind=page.kind)
+        page.configure(**settings)
+    return name, settings
+
+
+def literal(text: str) -> Any:
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def loader(model: Any, trust_remote_code: bool) -> tuple[str, Callable[[], tuple[Any, Any]]]:
+    """A name for the run's header, and a function that gives (model, tokenizer) in any process."""
+    if model is None or model in SHIPPED:
+        return f"the shipped model {model or 'lm'!r}", partial(load_shipped, model or "lm")
+    if isinstance(model, tuple):
+        return type(model[0]).__name__, lambda: model
+    require(isinstance(model, str | Path), "model is a path, a name or (model, tokenizer)", model=model)
+    path = Path(model)
+    local = path.exists() or path.is_absolute() or str(model).startswith(".")
+    require(
+        not local or (path / "config.json").exists(), "the model path holds a config.json", path=str(model)
+    )
+    return str(model), partial(load, str(model), trust_remote_code=trust_remote_code)
+
+
+def header(name: str, cells: Sequence[Cell]) -> dict:
+    """What run.json says; a later start must agree in `settings`."""
+    settings = {
+        "model": name,
+        "methods": sorted({c.label for c in cells}),
+        "tasks": sorted({c.task for c in cells}),
+        "lengths": sorted({c.length for c in cells}),
+        "budgets": sorted({str(c.budget) for c in cells if c.budget is not None}),
+        "samples": cells[0].samples,
+        "seed": cells[0].seed,
+        "text": cells[0].text,
+    }
+    packages = ("regard", "torch", "transformers", "numpy")
+    return {
+        "kind": "run",
+        "model": name,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "settings": settings,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "machine": machine(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def machine() -> dict:
+    import os
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    return {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": device,
+    }

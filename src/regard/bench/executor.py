@@ -1,0 +1,172 @@
+"""Where cells run. An executor takes cells and yields rows as they end; another (a cluster's) can take its place.
+
+`LocalProcesses` keeps a few worker processes, each with the model loaded once. A cell that raises, runs out of
+memory, is killed or passes its time limit becomes a row that says so; its worker is replaced, the run goes on.
+"""
+
+import multiprocessing as mp
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from regard.bench.cell import Bench, Cell, measure
+from regard.core import Unreachable, Unsupported
+
+Loader = Callable[[], tuple[Any, Any]]
+
+
+class Executor(Protocol):
+    """Runs cells in any order and yields one row for each."""
+
+    def run(self, cells: Sequence[Cell], load: Loader) -> Iterator[dict]: ...
+
+
+def safely(cell: Cell, bench: Bench) -> dict:
+    """Measure a cell; whatever goes wrong becomes its row."""
+    try:
+        return measure(cell, bench)
+    except (Unsupported, Unreachable) as error:
+        return cell.row(status="unsupported", error=str(error))
+    except MemoryError as error:
+        return cell.row(status="memory", error=str(error) or "out of memory")
+    except Exception as error:
+        memory = "memory" in str(error).lower() and (
+            "alloc" in str(error).lower() or "out of" in str(error).lower()
+        )
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{type(error).__name__}: {error} ({last.filename.rsplit('/', 1)[-1]}:{last.lineno})"
+        return cell.row(status="memory" if memory else "failed", error=place)
+
+
+@dataclass
+class InProcess:
+    """One cell after the other in this process: for a model that only lives here."""
+
+    def run(self, cells: Sequence[Cell], load: Loader) -> Iterator[dict]:
+        bench = Bench(*load())
+        for cell in cells:
+            yield safely(cell, bench)
+
+
+def work(pipe: Connection, load: Loader, threads: int) -> None:
+    """A worker's life: load the model, then cells until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        bench = Bench(*load())
+    except BaseException as error:
+        pipe.send(("broken", f"{type(error).__name__}: {error}"))
+        return
+    pipe.send(("ready", ""))
+    while True:
+        try:
+            cell = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(("row", safely(cell, bench)))
+
+
+class Worker:
+    """A process and what it is busy with."""
+
+    def __init__(self, load: Loader, threads: int, limit: float) -> None:
+        context = mp.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, load, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.cell: Cell | None = None
+        self.ready, self.limit, self.deadline = False, limit, float("inf")
+
+    def give(self, cell: Cell) -> None:
+        self.cell, self.deadline = cell, time.monotonic() + self.limit
+        self.pipe.send(cell)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+class Broken(RuntimeError):
+    """A worker could not load the model; the message is its error."""
+
+
+@dataclass
+class LocalProcesses:
+    """`workers` processes of `threads` threads each; `limit` seconds a cell."""
+
+    workers: int = 2
+    threads: int = 1
+    limit: float = 600.0
+
+    def run(self, cells: Sequence[Cell], load: Loader) -> Iterator[dict]:
+        left = list(cells)[::-1]
+        crew = [Worker(load, self.threads, self.limit) for _ in range(min(self.workers, len(left)))]
+        try:
+            while left or any(w.cell for w in crew):
+                for worker in list(crew):
+                    if worker.ready and worker.cell is None and left:
+                        worker.give(take_near(left, worker))
+                yield from self._collect(crew, load, bool(left))
+        finally:
+            for worker in crew:
+                worker.stop()
+
+    def _collect(self, crew: list[Worker], load: Loader, more: bool) -> Iterator[dict]:
+        soonest = min(w.deadline for w in crew)
+        wait([w.pipe for w in crew], timeout=min(1.0, max(0.0, soonest - time.monotonic())))
+        for i, worker in enumerate(crew):
+            row = self._hear(worker)
+            if row is not None:
+                yield row
+            if not worker.process.is_alive() and not worker.ready:
+                crew[i] = Worker(load, self.threads, self.limit)
+
+    def _hear(self, worker: Worker) -> dict | None:
+        """The row a worker ended, if it did; a dead or late one gives the row that says so and stops."""
+        try:
+            if worker.pipe.poll():
+                kind, said = worker.pipe.recv()
+                if kind == "broken":
+                    raise Broken(said)
+                worker.ready = True
+                if kind == "row":
+                    worker.cell, worker.deadline = None, float("inf")
+                    return said
+        except (EOFError, ConnectionResetError):
+            return self._lost(worker, "failed", "the worker ended")
+        if worker.cell is not None and time.monotonic() > worker.deadline:
+            return self._lost(worker, "timeout", f"longer than the limit of {self.limit:g} s")
+        return None
+
+    @staticmethod
+    def _lost(worker: Worker, status: str, error: str) -> dict | None:
+        worker.process.join(timeout=1)
+        code = worker.process.exitcode
+        if status == "failed" and code == -signal.SIGKILL:
+            status, error = "memory", "the worker was killed (signal 9), most likely for memory"
+        elif status == "failed":
+            error = f"the worker ended with exit code {code}"
+        cell, worker.cell, worker.ready, worker.deadline = worker.cell, None, False, float("inf")
+        worker.stop()
+        if cell is None:
+            raise Broken(error)
+        return cell.row(status=status, error=error)
+
+
+def take_near(left: list[Cell], worker: Worker) -> Cell:
+    """The next cell, if possible of the task and length whose samples the worker still holds."""
+    last = getattr(worker, "last", None)
+    for i in range(len(left) - 1, -1, -1):
+        if (left[i].task, left[i].length, left[i].seed) == last:
+            return left.pop(i)
+    cell = left.pop()
+    worker.last = (cell.task, cell.length, cell.seed)  # type: ignore[attr-defined]
+    return cell

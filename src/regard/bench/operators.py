@@ -1,0 +1,179 @@
+"""`regard bench decode` and `regard bench attach`: times paired with full SDPA attention in one process.
+
+A row: case, ratio (times faster than the paired baseline), of_bound (share of the machine's bound reached: the time
+that the bytes it must read take at the read bandwidth measured here, over the time it took), spread (half the range
+of the ratio over the repetitions), ms, baseline_ms, target, holds, note.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import Cache, DynamicCache
+
+from regard import catalog
+from regard.core import unknown
+from regard.models.attach import attach
+from regard.models.ledger import LedgerLayer
+
+REPEATS = 7
+TOKEN = 7
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model that is timed: random weights, bfloat16, batch 1."""
+
+    context: int = 32_768
+    layers: int = 16
+    heads: int = 16
+    width: int = 64
+    prompt: int = 2_048
+
+    def model(self) -> LlamaForCausalLM:
+        config = LlamaConfig(
+            vocab_size=2048, hidden_size=self.heads * self.width, intermediate_size=2816,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.heads,
+            head_dim=self.width, max_position_embeddings=2 * self.context,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+    def keys(self) -> torch.Tensor:
+        return torch.randn(1, self.heads, self.context, self.width, dtype=torch.bfloat16)
+
+    def ledger(self) -> Cache:
+        """A full cache of random keys and values, in ledger layers."""
+        layers = []
+        for _ in range(self.layers):
+            layers.append(LedgerLayer())
+            layers[-1]._start(self.keys(), self.keys())
+        return Cache(layers=layers)
+
+    def dynamic(self) -> DynamicCache:
+        cache = DynamicCache()
+        for i in range(self.layers):
+            cache.update(self.keys(), self.keys(), i)
+        return cache
+
+
+QUICK = Shape(context=4_096, layers=4, prompt=512)
+
+
+def bench(name: str, quick: bool = False, told: Callable[[str], None] | None = None) -> list[dict]:
+    """Rows of one benchmark: "decode" or "attach"."""
+    known = {"decode": decode, "attach": attached}
+    if name not in known:
+        raise unknown("benchmark", name, known)
+    with torch.inference_mode():
+        return known[name](QUICK if quick else Shape(), told or (lambda text: None))
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which this machine reads: the best of summing 256 MB and of a matrix times a vector."""
+    wide = torch.ones(64 << 20)
+    square, vector = torch.ones(16, 4096, 2048, dtype=torch.bfloat16), torch.ones(16, 2048, 1, dtype=torch.bfloat16)
+    summed = min(seconds(wide.sum) for _ in range(5))
+    product = min(seconds(lambda: square @ vector) for _ in range(5))
+    return max(wide.nbytes / summed, square.nbytes / product)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def step(model: Any, cache: Any, method: Any, facts: dict) -> float:
+    """Seconds of one decode step under an attachment; `facts` hears the bytes it read and holds."""
+    tokens = torch.tensor([[TOKEN]])
+    with attach(model, method) as att:
+        took = seconds(lambda: model(tokens, past_key_values=cache, use_cache=True))
+        facts.update(read=att.bytes_read(), held=att.bytes_held())
+    return took
+
+
+def paired(ours: Callable[[], float], theirs: Callable[[], float], repeats: int = REPEATS) -> dict:
+    """Alternate the two; median times, ratio of the medians, half the range of the ratio."""
+    ours(), theirs()
+    pairs = [(ours(), theirs()) for _ in range(repeats)]
+    mine, base = (statistics.median(x) for x in zip(*pairs))
+    ratios = sorted(b / a for a, b in pairs)
+    return dict(ratio=base / mine, spread=(ratios[-1] - ratios[0]) / 2, ms=1e3 * mine, baseline_ms=1e3 * base)
+
+
+def row(case: str, times: dict, bound: float | None, target: float, note: str = "") -> dict:
+    """A row of the table; `bound` is the least number of seconds that the bytes allow."""
+    share = None if bound is None else bound / (times["ms"] / 1e3)
+    holds = times["ratio"] >= target and (share is None or share >= 0.5)
+    return {"case": case, **times, "of_bound": share, "target": target, "holds": holds, "note": note}
+
+
+def decode(shape: Shape, told: Callable[[str], None]) -> list[dict]:
+    """A decode step, end to end, of cache methods at a 5 % budget against full attention (SDPA, same ledger cache)."""
+    model, speed = shape.model(), read_bandwidth()
+    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    cases = {
+        "streaming_llm, budget 5 %": (catalog.method("streaming_llm", budget=0.05), 5.0),
+        "tidaldecode, budget 5 %": (catalog.method("tidaldecode", budget=0.05), 2.0),
+        "tokenselect, budget 5 %": (catalog.method("tokenselect", budget=0.05, reuse=None), 1.5),
+        "tokenselect, budget 5 %, reuse": (catalog.method("tokenselect", budget=0.05), 2.5),
+    }
+    rows, base_cache = [], shape.ledger()
+    told(f"read bandwidth {speed / 1e9:.1f} GB/s; weights {weights / 1e6:.0f} MB; context {shape.context}")
+    for case, (method, target) in cases.items():
+        told(case)
+        cache, facts = shape.ledger(), {}
+        times = paired(lambda: step(model, cache, method, facts), lambda: step(model, base_cache, None, {}))  # noqa: B023
+        note = f"reads {facts['read'] / 1e6:.0f} MB of keys and values, {speed / 1e9:.1f} GB/s"
+        rows.append(row(case, times, (facts["read"] + weights) / speed, target, note))
+        del cache
+        gc.collect()
+    rows.append(held(shape, model))
+    return rows
+
+
+def held(shape: Shape, model: Any) -> dict:
+    """Bytes behind the cache after eviction at a 10 % budget: measured on its storages, at most 15 % of full."""
+    facts, full, cache = {}, {}, shape.ledger()
+    step(model, cache, None, full)
+    step(model, cache, catalog.method("streaming_llm", budget=0.1), facts)
+    share = facts["held"] / full["held"]
+    times = dict(ratio=full["held"] / facts["held"], spread=0.0, ms=0.0, baseline_ms=0.0)
+    note = f"{share:.1%} of full ({facts['held'] / 1e6:.0f} of {full['held'] / 1e6:.0f} MB)"
+    return {"case": "bytes held, budget 10 %", **times, "of_bound": None, "target": 1 / 0.15, "holds": share <= 0.15,
+            "note": note}  # fmt: skip
+
+
+def attached(shape: Shape, told: Callable[[str], None]) -> list[dict]:
+    """What attaching costs: against the model's own SDPA with its own cache, prefill and decode."""
+    model = shape.model()
+    prompt = torch.randint(3, 2000, (1, shape.prompt))
+    everything = catalog.method("streaming_llm", budget=1.0)
+    rows = []
+    for label, method, most in (("no method", None, 1.05), ("a budget that covers everything", everything, 1.10)):
+        told(f"{label}: prefill and decode")
+        times = paired(lambda: prefill(model, prompt, method), lambda: prefill(model, prompt, False))  # noqa: B023
+        rows.append(row(f"{label}: prefill of {shape.prompt}", times, None, 1 / most))
+        cache, own = shape.ledger(), shape.dynamic()
+        times = paired(lambda: step(model, cache, method, {}), lambda: native_step(model, own))  # noqa: B023
+        rows.append(row(f"{label}: decode at {shape.context}", times, None, 1 / most, "own: DynamicCache, SDPA"))
+        del cache, own
+        gc.collect()
+    return rows
+
+
+def prefill(model: Any, prompt: torch.Tensor, method: Any) -> float:
+    if method is False:
+        return seconds(lambda: model(prompt, use_cache=True, logits_to_keep=1))
+    with attach(model, method):
+        return seconds(lambda: model(prompt, use_cache=True, logits_to_keep=1))
+
+
+def native_step(model: Any, cache: DynamicCache) -> float:
+    return seconds(lambda: model(torch.tensor([[TOKEN]]), past_key_values=cache, use_cache=True))

@@ -1,0 +1,164 @@
+"""Lean Attention: decode attention as stream-K; every worker gets an equal span of key tiles, across head borders.
+
+    tiles of unit u      t_u = ⌈M_u / tile⌉                     a unit is one KV head of one batch row
+    span of worker w     [⌊w T / W⌋, ⌊(w+1) T / W⌋)             of all T = Σ t_u tiles, laid end to end
+    partial of a span    m = max_j s_j,  l = Σ_j e^{s_j - m},  o = Σ_j e^{s_j - m} v_j        o not yet divided by l
+    merge                m = max_i m_i,  l = Σ_i l_i e^{m_i - m},  o = Σ_i o_i e^{m_i - m};   at the end o / l
+
+where W workers are the streaming multiprocessors of a GPU. The merge is associative and commutative, so spans may be
+cut anywhere and come home in any order, and loads then differ by at most one tile. Splitting each head into a fixed
+number of parts (FlashDecoding) gives parts of unequal length, and a last wave that leaves workers idle. An empty span
+carries o = 0, m = -∞, l = 0, which the merge ignores.
+
+Three units of 5, 1 and 3 tiles for two workers: the first takes four of the first unit, the second the rest.
+
+>>> schedule([5, 1, 3], workers=2)
+[[(0, 0, 4)], [(0, 4, 5), (1, 0, 1), (2, 0, 3)]]
+>>> loads(schedule([5, 1, 3], workers=2)), loads(fixed_split([5, 1, 3], splits=2, workers=2))
+([4, 5], [5, 4])
+>>> loads(schedule([8, 1, 1], workers=3)), loads(fixed_split([8, 1, 1], splits=2, workers=3))
+([3, 3, 4], [4, 4, 2])
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from regard.core import Card, K, Mechanism, Out, Q, V, require
+from regard.core.mask import Mask
+from regard.core.shapes import PATTERNS
+from regard.ops import at_least_float32, finish, lower_right, masked_softmax, merge, mix, partial, scores
+
+Span = tuple[int, int, int]  # unit, first tile, past the last tile
+
+
+@dataclass(frozen=True)
+class Config:
+    scale: float | None = None  # None: D ** -0.5
+    tile: int = 256  # keys; changes the speed, never the result
+    workers: int = 108  # those of an A100; changes the speed, never the result
+
+    def __post_init__(self) -> None:
+        require(self.tile >= 1, "tile >= 1", tile=self.tile)
+        require(self.workers >= 1, "workers >= 1", workers=self.workers)
+
+
+def schedule(tiles: Sequence[int], workers: int) -> list[list[Span]]:
+    """For every worker its spans, in order. `tiles` holds the tiles of every unit; a unit may have none."""
+    ends = list(accumulate(tiles))
+    cuts, work = [w * ends[-1] // workers for w in range(workers + 1)], []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        firsts = ((unit, end - size, end) for unit, (size, end) in enumerate(zip(tiles, ends, strict=True)))
+        cut = ((unit, max(start - first, 0), min(stop, end) - first) for unit, first, end in firsts)
+        work.append([(unit, a, b) for unit, a, b in cut if a < b])
+    return work
+
+
+def fixed_split(tiles: Sequence[int], splits: int, workers: int) -> list[list[Span]]:
+    """For comparison: every unit in `splits` equal parts, each in turn to the worker with the least to do."""
+    work, free = [[] for _ in range(workers)], [(0, w) for w in range(workers)]
+    for unit, size in enumerate(tiles):
+        part = -(-size // splits)
+        for a in range(0, size, max(part, 1)):
+            load, w = heapq.heappop(free)
+            work[w].append((unit, a, min(a + part, size)))
+            heapq.heappush(free, (load + work[w][-1][2] - a, w))
+    return work
+
+
+def loads(work: list[list[Span]]) -> list[int]:
+    return [sum(stop - start for _, start, stop in spans) for spans in work]
+
+
+def prepare(q: Q, k: K, v: V, pattern: str, mask, state, roles) -> tuple:
+    """All keys and values so far, what each query sees of them, and the state that carries them on."""
+    require(pattern in PATTERNS, f"pattern is one of {PATTERNS}", pattern=pattern)
+    require(state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern)
+    if state is not None:
+        k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+    n, m = q.shape[2], k.shape[2]
+    if isinstance(mask, Mask):
+        mask = mask.dense(n, m, heads=q.shape[1], roles=roles, device=q.device)
+    if pattern == "causal_self" and (n > 1 or mask is not None):
+        mask = lower_right(n, m, q.device) if mask is None else mask & lower_right(n, m, q.device)
+    return k, v, mask, (k, v) if pattern == "causal_self" else None
+
+
+def reference(
+    q: Q,
+    k: K,
+    v: V,
+    cfg: Config,
+    *,
+    pattern="causal_self",
+    mask=None,
+    state=None,
+    roles=None,
+    params=None,
+    x=None,
+) -> tuple[Out, tuple | None]:
+    k, v, mask, state = prepare(q, k, v, pattern, mask, state, roles)
+    q_h, k_h, v_h = (at_least_float32(x) for x in (q, k, v))
+    s = scores(q_h, k_h, q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale)
+    return mix(masked_softmax(s, mask), v_h).to(v.dtype), state
+
+
+def fast(
+    q: Q,
+    k: K,
+    v: V,
+    cfg: Config,
+    *,
+    pattern="causal_self",
+    mask=None,
+    state=None,
+    roles=None,
+    params=None,
+    x=None,
+) -> tuple[Out, tuple | None]:
+    k, v, mask, state = prepare(q, k, v, pattern, mask, state, roles)
+    (batch, heads, n, _), (_, groups, m, _) = q.shape, k.shape
+    scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
+    sees = None if mask is None else mask.expand(batch, heads, n, m)
+    done: list = [None] * (batch * groups)
+    for spans in schedule([-(-m // cfg.tile)] * (batch * groups), cfg.workers):
+        for unit, start, stop in spans:
+            row, group = slice(unit // groups, unit // groups + 1), unit % groups
+            head = slice(group * heads // groups, (group + 1) * heads // groups)
+            keys = slice(start * cfg.tile, min(stop * cfg.tile, m))
+            seen = None if sees is None else sees[row, head, :, keys]
+            k_s, v_s = (x[row, group : group + 1, keys] for x in (k, v))
+            part = partial(q[row, head], k_s, v_s, scale, seen)
+            done[unit] = part if done[unit] is None else merge(done[unit], part)
+    out = torch.cat([finish(*parts) for parts in done])  # [B·G, H/G, N, E]
+    return out.view(batch, heads, n, -1).to(v.dtype), state
+
+
+METHOD = Mechanism(
+    config=Config,
+    reference=reference,
+    fast=fast,
+    patterns=PATTERNS,
+    speed=("tile", "workers"),
+    tries=({"tile": 4, "workers": 3}, {"tile": 7, "workers": 5}),
+    state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
+    card=Card(
+        title="Lean Attention",
+        paper="Lean Attention: Hardware-Aware Scalable Attention Mechanism for the Decode-Phase, arXiv:2405.10480",
+        year=2024,
+        idea="all key tiles of all heads in one row, cut into equal spans; partial results merge in any order",
+        cost="that of softmax attention; the busiest worker has ⌈T / W⌉ tiles",
+        state="every key and value so far: (D + E)·n numbers per KV head",
+        needs=("qkv",),
+        lineage=("softmax",),
+        neutral={"tile": 2**30, "workers": 1},
+        caveat=(
+            "here workers run one after the other: the schedule and the merge are the paper's, its speed-ups on GPUs "
+            "are not measured. The partials are unnormalised o with (m, l), not o / l with a log-sum. A unit is a KV "
+            "head, whose query heads share its keys; the paper's is a query head"
+        ),
+    ),
+)

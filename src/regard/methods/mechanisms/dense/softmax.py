@@ -1,0 +1,150 @@
+"""Softmax attention: every query takes a weighted mean of the values, weighted by how well the keys fit it.
+
+    s_ij = softcap · tanh(scale · q_i·k_j / softcap)         without a softcap: scale · q_i·k_j
+    w_ij = e^{s_ij} / (Σ_j e^{s_ij} + e^{sink_h})            over the keys j that i sees; without sinks: no last term
+    o_i  = Σ_j w_ij v_j
+
+where scale is 1/√D unless it is given, so that scores of random vectors have variance 1 at any width. Query head h
+reads key head h // (H/G). A sink is a learned score per head with no value behind it: a head may look at nothing.
+A query that sees no key gives 0. Queries do not speak to each other, so causal_cross is the same numbers as cross.
+
+Worked by hand: scale 1, a query 1, keys 0 and log 3, values 0 and 4: the weights are 1/4 and 3/4, the output 3. With
+a sink score of log 4 the sum is 8 instead of 4, and the output 3/2.
+
+>>> import math, torch
+>>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1.0], [0.0, math.log(3)], [0.0, 4.0]))
+>>> reference(q, k, v, Config(scale=1.0))[0].item()
+3.0
+>>> sinks = torch.tensor([math.log(4)])
+>>> round(reference(q, k, v, Config(scale=1.0, sinks=True), params={"sinks": sinks})[0].item(), 6)
+1.5
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.core import Card, K, Mechanism, Out, Q, V, require
+from regard.core.mask import Mask
+from regard.core.shapes import PATTERNS
+from regard.ops import at_least_float32, attend, lower_right
+
+
+@dataclass(frozen=True)
+class Config:
+    scale: float | None = None  # None: D ** -0.5
+    softcap: float | None = None  # Gemma 2 (arXiv:2408.00118)
+    sinks: bool = False  # learned scores params["sinks"] [H]: gpt-oss (arXiv:2508.10925)
+
+    def __post_init__(self) -> None:
+        require(self.softcap is None or self.softcap > 0, "softcap > 0", softcap=self.softcap)
+
+
+def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
+    return {"sinks": torch.zeros(dims["heads"])} if cfg.sinks else {}
+
+
+def stored(k: K, v: V, pattern: str, state: tuple | None) -> tuple[K, V, tuple | None]:
+    """All keys and values so far, and the state that carries them on."""
+    require(pattern in PATTERNS, f"pattern is one of {PATTERNS}", pattern=pattern)
+    require(state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern)
+    if state is not None:
+        k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+    return k, v, (k, v) if pattern == "causal_self" else None
+
+
+def dense(mask: Mask | Tensor | None, q: Q, k: K, roles) -> Tensor | None:
+    if not isinstance(mask, Mask):
+        return mask
+    return mask.dense(q.shape[2], k.shape[2], heads=q.shape[1], roles=roles, device=q.device)
+
+
+def learned(cfg: Config, params: dict | None) -> Tensor | None:
+    sinks = (params or {}).get("sinks")
+    require(cfg.sinks == (sinks is not None), "sinks=True takes params['sinks'] [H]", cfg=cfg, sinks=sinks)
+    return sinks
+
+
+def reference(
+    q: Q,
+    k: K,
+    v: V,
+    cfg: Config,
+    *,
+    pattern="causal_self",
+    mask=None,
+    state=None,
+    roles=None,
+    params=None,
+    x=None,
+) -> tuple[Out, tuple | None]:
+    k, v, state = stored(k, v, pattern, state)
+    share, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
+    q_h, k_h, v_h = (at_least_float32(x) for x in (q, k, v))
+    k_h, v_h = (x.repeat_interleave(share, dim=1) for x in (k_h, v_h))
+    s = torch.einsum("bhnd,bhmd->bhnm", q_h, k_h) * scale
+    if cfg.softcap is not None:
+        s = cfg.softcap * torch.tanh(s / cfg.softcap)
+    sees = torch.ones_like(s, dtype=torch.bool) if mask is None else dense(mask, q, k, roles).expand_as(s)
+    if pattern == "causal_self":
+        sees = sees.tril(s.shape[3] - s.shape[2])  # the last query is that of the last key
+    sink = learned(cfg, params)
+    sink = s.new_tensor([-torch.inf]) if sink is None else at_least_float32(sink)
+    s, sink = s.masked_fill(~sees, -torch.inf), sink.view(1, -1, 1, 1)
+    top = torch.maximum(s.amax(-1, keepdim=True), sink).detach()  # cancels; keeps the exponentials below 1
+    top = top.masked_fill(top == -torch.inf, 0)
+    e = (s - top).exp()  # [B, H, N, M]
+    total = e.sum(-1, keepdim=True) + (sink - top).exp()
+    out = e @ v_h / total.masked_fill(total == 0, 1)
+    return out.to(v.dtype), state
+
+
+def fast(
+    q: Q,
+    k: K,
+    v: V,
+    cfg: Config,
+    *,
+    pattern="causal_self",
+    mask=None,
+    state=None,
+    roles=None,
+    params=None,
+    x=None,
+) -> tuple[Out, tuple | None]:
+    k, v, state = stored(k, v, pattern, state)
+    mask, n, m = dense(mask, q, k, roles), q.shape[2], k.shape[2]
+    square = pattern == "causal_self" and mask is None and n == m
+    if pattern == "causal_self" and not square and (n > 1 or mask is not None):
+        lower = lower_right(n, m, q.device)
+        mask = lower if mask is None else mask & lower
+    scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
+    sinks = learned(cfg, params)
+    out = attend(q, k, v, scale=scale, mask=mask, causal=square, softcap=cfg.softcap, sinks=sinks)
+    return out.to(v.dtype), state
+
+
+METHOD = Mechanism(
+    config=Config,
+    reference=reference,
+    fast=fast,
+    init=init,
+    patterns=PATTERNS,
+    tries=({"scale": 0.3, "softcap": 2.0}, {"sinks": True}),
+    state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
+    card=Card(
+        title="Softmax attention",
+        paper="Attention Is All You Need, arXiv:1706.03762",
+        year=2017,
+        idea="a query mixes all values by the softmax of its scaled products with their keys",
+        cost="O(N·M·(D + E)) time; the fused path never holds the N × M weights",
+        state="every key and value so far: (D + E)·n numbers per KV head",
+        needs=("qkv",),
+        neutral={"softcap": None, "sinks": False},
+        caveat=(
+            "grouped heads, the softcap and the learned sinks came later (GQA arXiv:2305.13245, Gemma 2, gpt-oss). "
+            "SDPA's own is_causal puts query 0 at key 0; here the last query is at the last key, as a cache needs"
+        ),
+    ),
+)

@@ -1,0 +1,100 @@
+"""`regard.doctor(model, **inputs)`: which attention sites an attachment reaches, and whether it changes anything."""
+
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from regard.models.attach import attach
+from regard.models.sites import ATTENTION, towers
+
+OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the doctor found. `drift` is the largest difference of the outputs, attached against not."""
+
+    model: str
+    reached: tuple[str, ...]
+    missed: tuple[str, ...]
+    drift: float | None
+    refused: str = ""
+
+    @property
+    def healthy(self) -> bool:
+        return not self.missed and not self.refused and self.drift is not None and self.drift <= 1e-5
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "healthy": self.healthy}
+
+    def __str__(self) -> str:
+        if self.refused:
+            return f"{self.model}: cannot be attached to. {self.refused}"
+        missed = f"; missed: {', '.join(self.missed)}" if self.missed else ""
+        return f"{self.model}: {len(self.reached)} attention sites reached{missed}; drift {self.drift:.1e}"
+
+
+def doctor(model: PreTrainedModel, **inputs: Any) -> Report:
+    """Run the model once as it is and once attached. Without inputs, a short forward of random tokens is made up."""
+    inputs = inputs or made_up(model)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            plain, ran = watched(model, inputs)
+            bad = [
+                name or "the model" for name, m in towers(model, None) if not m._can_set_attn_implementation()
+            ]
+            with attach(model, strict=False) as attached:
+                got = output(model(**inputs))
+    finally:
+        model.train(training)
+    reached = tuple(attached.reached())
+    missed = tuple(
+        n for n in ran if not any(n == r or r.startswith(n + ".") or n.startswith(r + ".") for r in reached)
+    )
+    refused = "" if not bad else f"Its code never calls the attention interface ({', '.join(bad)})."
+    return Report(type(model).__name__, reached, missed, float((plain - got).abs().max()), refused)
+
+
+def watched(model: nn.Module, inputs: dict) -> tuple[Tensor, list[str]]:
+    """The output of one forward, and the attention modules that ran in it, innermost ones only."""
+    ran: dict[str, None] = {}
+    hooks = [
+        m.register_forward_hook(lambda mod, a, o, n=n: ran.setdefault(n))
+        for n, m in model.named_modules()
+        if (ATTENTION.search(type(m).__name__)
+        and any(isinstance(c, nn.Module) for c in m.children()))
+        or isinstance(m, nn.MultiheadAttention)
+    ]
+    try:
+        found = output(model(**inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found, [n for n in ran if not any(o != n and o.startswith(n + ".") for o in ran)]
+
+
+def output(out: Any) -> Tensor:
+    for name in OUTPUTS:
+        if out.get(name) is not None:
+            return out[name].float()
+    raise ValueError(f"the model's output has none of {', '.join(OUTPUTS)}, so nothing can be compared")
+
+
+def made_up(model: PreTrainedModel) -> dict:
+    """Inputs for one forward: random token ids; models of other inputs are told to bring their own."""
+    names = inspect.signature(model.forward).parameters
+    others = [n for n in ("pixel_values", "input_features", "input_values") if n in names]
+    if "input_ids" not in names or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} takes {', '.join(others) or 'more than ids'}: doctor(model, **inputs)"
+        )
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(4, int(vocabulary * 0.9)), (1, 16), generator=generator)
+    return {"input_ids": ids.to(model.device)}
