@@ -66,6 +66,7 @@ def number(text: str) -> int | float | str:
 def list_pages(
     kind: Annotated[str | None, typer.Option(help="mechanism, mask, position, cache, tracing, task")] = None,
     pattern: Annotated[str | None, typer.Option(help="self, causal_self, cross, causal_cross")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table of the README.")] = False,
     as_json: Json = False,
 ) -> None:
     """The pages of the catalogue."""
@@ -90,8 +91,21 @@ def list_pages(
         )
     if as_json:
         say_json(rows)
+    elif markdown:
+        typer.echo(methods_table(rows))
     else:
         out.print(table(rows, {"name": "name", "kind": "kind", "title": "title", "claim": "claim"}))
+
+
+def methods_table(rows: list[dict]) -> str:
+    """The pages as a Markdown table, printed from their cards and the claims' ledger."""
+    from regard import catalog
+
+    lines = ["| method | kind | idea | claim |", "|---|---|---|---|"]
+    for row in rows:
+        idea = catalog.get(row["name"]).card.idea.replace("|", "\\|")
+        lines.append(f"| `{row['name']}` | {row['kind']} | {idea} | {row['claim'] or '–'} |")
+    return "\n".join(lines)
 
 
 @app.command()

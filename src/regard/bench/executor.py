@@ -154,11 +154,12 @@ class LocalProcesses:
             status, error = "memory", "the worker was killed (signal 9), most likely for memory"
         elif status == "failed":
             error = f"the worker ended with exit code {code}"
-        cell, worker.cell, worker.ready, worker.deadline = worker.cell, None, False, float("inf")
+        cell, worker.cell, loaded, worker.ready = worker.cell, None, worker.ready, False
+        worker.deadline = float("inf")
         worker.stop()
-        if cell is None:
-            raise Broken(error)
-        return cell.row(status=status, error=error)
+        if not loaded:
+            raise Broken(f"while the model was loading: {error}")
+        return None if cell is None else cell.row(status=status, error=error)
 
 
 def take_near(left: list[Cell], worker: Worker) -> Cell:

@@ -77,7 +77,10 @@ def bench(name: str, quick: bool = False, told: Callable[[str], None] | None = N
 def read_bandwidth() -> float:
     """Bytes per second at which this machine reads: the best of summing 256 MB and of a matrix times a vector."""
     wide = torch.ones(64 << 20)
-    square, vector = torch.ones(16, 4096, 2048, dtype=torch.bfloat16), torch.ones(16, 2048, 1, dtype=torch.bfloat16)
+    square, vector = (
+        torch.ones(16, 4096, 2048, dtype=torch.bfloat16),
+        torch.ones(16, 2048, 1, dtype=torch.bfloat16),
+    )
     summed = min(seconds(wide.sum) for _ in range(5))
     product = min(seconds(lambda: square @ vector) for _ in range(5))
     return max(wide.nbytes / summed, square.nbytes / product)
@@ -156,13 +159,18 @@ def attached(shape: Shape, told: Callable[[str], None]) -> list[dict]:
     prompt = torch.randint(3, 2000, (1, shape.prompt))
     everything = catalog.method("streaming_llm", budget=1.0)
     rows = []
-    for label, method, most in (("no method", None, 1.05), ("a budget that covers everything", everything, 1.10)):
+    for label, method, most in (
+        ("no method", None, 1.05),
+        ("a budget that covers everything", everything, 1.10),
+    ):
         told(f"{label}: prefill and decode")
         times = paired(lambda: prefill(model, prompt, method), lambda: prefill(model, prompt, False))  # noqa: B023
         rows.append(row(f"{label}: prefill of {shape.prompt}", times, None, 1 / most))
         cache, own = shape.ledger(), shape.dynamic()
         times = paired(lambda: step(model, cache, method, {}), lambda: native_step(model, own))  # noqa: B023
-        rows.append(row(f"{label}: decode at {shape.context}", times, None, 1 / most, "own: DynamicCache, SDPA"))
+        rows.append(
+            row(f"{label}: decode at {shape.context}", times, None, 1 / most, "own: DynamicCache, SDPA")
+        )
         del cache, own
         gc.collect()
     return rows

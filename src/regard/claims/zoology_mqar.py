@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.core.claim import Claim, Measured
 from regard.tasks.mqar import mqar
 
 VOCAB, LENGTH, PAIRS = 64, 128, 16

@@ -64,6 +64,7 @@ class attach:
         found = towers(self.model, self.where)
         if self.strict:
             refuse_unreachable(self.model, found)
+        self._calibrate()
         try:
             self._switch(found)
             self._hook()
@@ -84,6 +85,14 @@ class attach:
         while self._undo:
             self._undo.pop()()
 
+    def _calibrate(self) -> None:
+        """Measure on the model what the method asks for and was not given."""
+        policy = self.session.policy
+        if policy is not None and policy.page.calibrate == "induction" and policy.config.heads is None:
+            from regard.models.heads import induction_heads  # it attaches observers itself
+
+            self.session.policy = policy.with_(heads=induction_heads(self.model))
+
     def _switch(self, found: list[tuple[str, PreTrainedModel]]) -> None:
         name = f"regard/{next(NUMBERS)}"  # never contains sdpa, flash, flex_attention or "paged|"
         AttentionInterface.register(name, make_function(self.session))
@@ -92,6 +101,11 @@ class attach:
         self._undo.append(lambda: AttentionMaskInterface._global_mapping.pop(name, None))
         for _, module in found:
             config, old = module.config, module.config._attn_implementation_internal
+            if str(old).startswith("regard/"):
+                raise Unsupported(
+                    f"{type(module).__name__} is attached already, or shares its configuration with a model that is; "
+                    "give all methods to one attach(model, [...]), or copy.deepcopy the second model"
+                )
             self._undo.append(lambda c=config, o=old: setattr(c, "_attn_implementation_internal", o))
             config._attn_implementation_internal = name
 
@@ -106,7 +120,8 @@ class attach:
         if s.policy is not None and (s.policy.page.place is not None or s.policy.page.attend is not None):
             s.rotary = Rotary(self.model)
             self._undo.append(s.rotary.remove)
-        if s.policy is not None and hasattr(self.model, "generate_batch"):
+        acts = s.policy is not None or s.receipts or s.observers
+        if acts and hasattr(self.model, "generate_batch"):
             self.model.generate_batch = refuse_batch  # type: ignore[method-assign]
             self._undo.append(lambda: self.model.__dict__.pop("generate_batch", None))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from regard.core import Unsupported
-from regard.models.edits import apply_edits, observe
+from regard.models.edits import apply_edits, edited_weights, observe
 from regard.models.lazy import LazyMask, MaskRule
 from regard.models.ledger import Group, LedgerLayer
 from regard.ops import Kept, View, attend, few_rows, gather_rows, keep_best, mix, per_query_head, row_blocks
@@ -28,6 +28,16 @@ def make_function(session: Any):
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if id(module) not in session.names:  # another model that shares the configuration
+            return native(
+                session,
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dict(scaling=scaling, dropout=dropout, **kwargs),
+            )
         session.count(module)
         layer = session.written()
         if kwargs.get("indices") is not None:
@@ -55,6 +65,10 @@ def native(session: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mas
     ):
         given = mask.rule.native() if isinstance(mask, LazyMask) else mask
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, given, **call)
+    if call.get("dropout") and module.training:
+        raise Unsupported(
+            f"attention dropout in {type(module).__name__}, which needs explicit weights; call model.eval()"
+        )
     view = make_view(session, module, q, k, v, mask, call, None, None)
     if call.get("output_attentions"):
         weights = view.weights()
@@ -76,7 +90,7 @@ def acted(session: Any, module, q, k, v, mask, call, layer: LedgerLayer | None, 
             return out.transpose(1, 2).contiguous(), weights
         share = q.shape[1] // sum(len(g.heads) for g in groups)
         own = [h * share + i for h in group.heads for i in range(share)]
-        cut = {n: x[own] if n == "s_aux" else x for n, x in call.items() if x is not None}
+        cut = {n: x[own] if n == "s_aux" and x is not None else x for n, x in call.items()}
         out, _ = one_group(
             session, module, q[:, own], group.k(), group.v(), mask, cut, layer, group, touching
         )
@@ -96,12 +110,10 @@ def one_group(session, module, q, k, v, mask, call, layer, group, touching):
             policy.page.observe(view, policy.config)
         reading = chosen(view, policy, group, mask)
         own = None if policy.page.attend is None else policy.page.attend(view, policy.config)
-    untouched = (
-        reading is view and layer is not None and layer.plain and not touching and isinstance(mask, LazyMask)
-    )
+    whole = reading is view and view.known is None and (layer is None or layer.plain)
     if own is not None:
         out = own
-    elif untouched and view.known is None and not few_rows(q, k):
+    elif whole and (touching or not few_rows(q, k)):  # rows that no edit touches stay as the model has them
         out, weights = native(session, module, q, k, v, mask, call)
         out = out.transpose(1, 2)
     else:
@@ -109,8 +121,14 @@ def one_group(session, module, q, k, v, mask, call, layer, group, touching):
     if touching:
         out = apply_edits(reading, out, touching)
         observe(reading, out, touching)
-    if call.get("output_attentions") and weights is None:
-        weights = reading.weights()
+    if call.get("output_attentions"):
+        weights = (
+            edited_weights(reading, touching)
+            if touching
+            else reading.weights()
+            if weights is None
+            else weights
+        )
     if policy is not None:
         session.read(layer, group, view, reading)
         evict(view, policy, layer, group)
@@ -164,6 +182,7 @@ def move_first(view: View, by: Tensor | None, group: Group) -> None:
     if group.origin is None:
         group.origin = group.keys[:, :, :s].clone()
     group.keys[:, :, :s] = view.turn(group.origin, by)
+    view.known = None
 
 
 def evict(view: View, policy: Any, layer: LedgerLayer, group: Group) -> None:

@@ -1,12 +1,13 @@
 """Carrying out edits and observers: the touched heads and rows are recomputed, all others stay as they were."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.core import Edit, Observer
-from regard.ops import View, mix, row_blocks
+from regard.ops import View, mix, per_query_head, row_blocks
 
 
 def rows_of(site: Any, new: int) -> list[int]:
@@ -20,8 +21,8 @@ def heads_of(site: Any, heads: int) -> list[int]:
     return list(range(heads)) if site.heads is None else [h for h in site.heads if h < heads]
 
 
-def key_columns(view: View, keys: Any, roles: dict[str, Tensor]) -> Tensor:
-    """[B, 1|H, 1, n] bool: the stored slots that are these tokens of the text."""
+def key_columns(view: View, keys: Any, roles: dict[str, Tensor], heads: list[int]) -> Tensor:
+    """[B, 1|heads, 1, n] bool: the stored slots that are these tokens of the text."""
     if keys is None:
         hit = view.index >= 0
     elif isinstance(keys, str):
@@ -33,84 +34,122 @@ def key_columns(view: View, keys: Any, roles: dict[str, Tensor]) -> Tensor:
     else:
         wanted = torch.tensor(keys, device=view.index.device)
         wanted = torch.where(wanted < 0, wanted + view.seen, wanted)
-        hit = torch.isin(view.index, wanted)
+        hit = torch.isin(view.index, wanted) & (view.index >= 0)
     hit = hit[:, :, None]
-    return hit if hit.shape[1] == 1 else hit.repeat_interleave(view.q.shape[1] // hit.shape[1], 1)
+    return hit if hit.shape[1] == 1 else per_query_head(hit, view.q.shape[1])[:, heads]
 
 
 def apply_edits(view: View, out: Tensor, touching: Any) -> Tensor:
-    """out [B, H, N, E] with every edit of this site applied in the order given."""
-    for edit, receipt in touching.edits:
-        heads, rows = heads_of(edit.site, out.shape[1]), rows_of(edit.site, view.new)
-        if not heads or not rows:
-            continue
-        if out is view.v or not touching.owned:
-            out, touching.owned = out.clone(), True
-        change = edit_z if edit.site.quantity == "z" else edit_attention
-        if change(view, out, edit, heads, rows, touching.roles):
-            receipt.fired += 1
+    """out [B, H, N, E] with the edits of this site: on scores first, then on weights, then on z, each in order."""
+    edits = [(e, r, heads_of(e.site, out.shape[1]), rows_of(e.site, view.new)) for e, r in touching.edits]
+    edits = [(e, r, heads, rows) for e, r, heads, rows in edits if heads and rows]
+    if not edits:
+        return out
+    out = out.clone()
+    for rows, heads in cells([(heads, rows) for e, _, heads, rows in edits if e.site.quantity != "z"]):
+        for block in row_blocks(rows.stop - rows.start, view.q.shape[0] * len(heads) * view.stored):
+            cut = slice(rows.start + block.start, rows.start + block.stop)
+            weights, share = edited_weights(view, touching, cut, heads), view.q.shape[1] // view.v.shape[1]
+            out[:, heads, cut] = mix(weights, view.v[:, [h // share for h in heads]]).to(out.dtype)
+    for edit, receipt, heads, rows in edits:
+        if edit.site.quantity == "z":
+            at = (slice(None), torch.tensor(heads)[:, None], torch.tensor(rows)[None])
+            out[at] = changed(out[at], edit, told(edit, out, heads, rows))
+        if bool(key_columns(view, edit.site.keys, touching.roles, heads).any()):
+            receipt.note(touching.layer, heads)
     return out
 
 
-def edit_z(view: View, out: Tensor, edit: Edit, heads: list[int], rows: list[int], roles: dict) -> bool:
-    at = (slice(None), torch.tensor(heads)[:, None], torch.tensor(rows)[None])
-    z = out[at]  # [B, heads, rows, E]
-    if edit.verb == "block":
-        new = torch.zeros_like(z)
-    elif edit.verb == "scale":
-        new = z * edit.value
-    else:
-        new = torch.as_tensor(edit.value, dtype=z.dtype, device=z.device).expand_as(z)
-    out[at] = new
-    return True
+def cells(sites: list[tuple[list[int], list[int]]]) -> Iterator[tuple[slice, list[int]]]:
+    """Consecutive rows with the heads that any of the (heads, rows) names there."""
+    named = [(frozenset(heads), frozenset(rows)) for heads, rows in sites]
+    by_row = {r: frozenset().union(*(h for h, rows in named if r in rows)) for _, all_ in named for r in all_}
+    start = last = None
+    for r in sorted(by_row):
+        if start is not None and (r != last + 1 or by_row[r] != by_row[start]):
+            yield slice(start, last + 1), sorted(by_row[start])
+            start = None
+        start, last = r if start is None else start, r
+    if start is not None:
+        yield slice(start, last + 1), sorted(by_row[start])
 
 
-def edit_attention(
-    view: View, out: Tensor, edit: Edit, heads: list[int], rows: list[int], roles: dict
-) -> bool:
-    """Recompute the rows from explicit weights, a contiguous run of rows at a time."""
-    fired = False
-    for start, stop in runs(rows):
-        for block in row_blocks(stop - start, view.q.shape[0] * len(heads) * view.stored):
-            cut = slice(start + block.start, start + block.stop)
-            weights, hit = edited_weights(view, edit, heads, cut, roles)
-            share = view.q.shape[1] // view.v.shape[1]
-            out[:, heads, cut] = mix(weights, view.v[:, [h // share for h in heads]]).to(out.dtype)
-            fired |= hit
-    return fired
+def edited_weights(
+    view: View, touching: Any, rows: slice = slice(None), heads: list[int] | None = None
+) -> Tensor:
+    """[B, heads, rows, n] weights as the model uses them: those of the view, after every edit that covers them."""
+    edits = [e for e, _ in touching.edits if e.site.quantity != "z"]
+    if not edits:
+        return view.weights(rows, heads)
+    heads = list(range(view.q.shape[1])) if heads is None else heads
+    places = range(view.new)[rows]
+    x = edited(
+        view.scores(rows, heads),
+        view,
+        [e for e in edits if e.site.quantity == "scores"],
+        heads,
+        places,
+        touching,
+    )
+    x = view.normalise(x, rows, heads)
+    return edited(x, view, [e for e in edits if e.site.quantity == "weights"], heads, places, touching)
 
 
-def edited_weights(view: View, edit: Edit, heads: list[int], rows: slice, roles: dict) -> tuple[Tensor, bool]:
-    """[B, heads, rows, n] weights after the edit, and whether any key was meant."""
-    keys = key_columns(view, edit.site.keys, roles)
-    keys = keys if keys.shape[1] == 1 else keys[:, heads]
-    if edit.site.quantity == "scores":
-        s = view.scores(rows, heads)
-        return view.normalise(changed_scores(s, keys, edit), rows, heads), bool(keys.any())
-    w = view.weights(rows, heads)
-    if edit.verb == "move":
-        to = key_columns(view, edit.to, roles)
-        return moved(w, keys, to if to.shape[1] == 1 else to[:, heads], edit.value, view.visible(rows)), bool(
-            keys.any()
+def edited(
+    x: Tensor, view: View, edits: list[Edit], heads: list[int], places: range, touching: Any
+) -> Tensor:
+    """x [B, heads, rows, n] with these edits where they cover it."""
+    x = x.clone() if edits else x
+    for edit in edits:
+        own_heads = [h for h in heads_of(edit.site, view.q.shape[1]) if h in heads]
+        own_rows = [r for r in rows_of(edit.site, view.new) if r in places]
+        if not own_heads or not own_rows:
+            continue
+        at = (
+            slice(None),
+            torch.tensor([heads.index(h) for h in own_heads])[:, None],
+            torch.tensor([r - places.start for r in own_rows])[None],
         )
-    if edit.verb == "replace":
-        value = torch.as_tensor(edit.value, dtype=w.dtype, device=w.device)
-        return torch.where(keys, value.expand_as(w), w), bool(keys.any())
-    factor = 0.0 if edit.verb == "block" else edit.value
-    return torch.where(keys, w * factor, w), bool(keys.any())
+        keys = key_columns(view, edit.site.keys, touching.roles, own_heads)
+        seen = view.visible(slice(own_rows[0], own_rows[-1] + 1))
+        if seen is not None:
+            seen = seen if seen.shape[1] == 1 else seen[:, own_heads]
+            seen = seen if seen.shape[2] == 1 else seen[:, :, [r - own_rows[0] for r in own_rows]]
+        if edit.verb == "move":
+            x[at] = moved(
+                x[at], keys, key_columns(view, edit.to, touching.roles, own_heads), edit.value, seen
+            )
+        else:
+            new = changed(x[at], edit, told(edit, x, own_heads, own_rows, view))
+            x[at] = torch.where(keys if seen is None else keys & seen, new, x[at])
+    return x
 
 
-def changed_scores(s: Tensor, keys: Tensor, edit: Edit) -> Tensor:
+def told(
+    edit: Edit, like: Tensor, heads: list[int], rows: list[int], view: View | None = None
+) -> Tensor | None:
+    """The edit's value for these heads and rows: a number, or [B, heads, rows, width] cut from what was given."""
+    if edit.value is None:
+        return None
+    value = torch.as_tensor(edit.value, dtype=like.dtype, device=like.device)
+    if value.dim() == 0:
+        return value
+    own_heads = heads_of(edit.site, like.shape[1] if view is None else view.q.shape[1])
+    own_rows = rows_of(edit.site, like.shape[2] if view is None else view.new)
+    value = value.expand(like.shape[0], len(own_heads), len(own_rows), like.shape[-1])
+    return value[:, [own_heads.index(h) for h in heads]][:, :, [own_rows.index(r) for r in rows]]
+
+
+def changed(x: Tensor, edit: Edit, value: Tensor | None) -> Tensor:
+    """x after replace, scale or block."""
     if edit.verb == "block":
-        return s.masked_fill(keys, -torch.inf)
-    if edit.verb == "scale":
-        return torch.where(keys, s * edit.value, s)
-    return torch.where(keys, torch.as_tensor(edit.value, dtype=s.dtype, device=s.device).expand_as(s), s)
+        return torch.full_like(x, -torch.inf if edit.site.quantity == "scores" else 0.0)
+    return x * value if edit.verb == "scale" else value.expand_as(x)
 
 
 def moved(w: Tensor, source: Tensor, to: Tensor, share: float, seen: Tensor | None) -> Tensor:
     """Take `share` of the mass on source and give it to `to`; a row that sees no `to` keeps its mass."""
-    open_to = to & (torch.ones_like(w, dtype=torch.bool) if seen is None else seen[..., : w.shape[-1]])
+    open_to = (to if seen is None else to & seen).expand_as(w)
     taken = torch.where(source, w * share, 0)
     have = torch.where(open_to, w, 0)
     even = open_to / open_to.sum(-1, keepdim=True).clamp(min=1)
@@ -120,46 +159,35 @@ def moved(w: Tensor, source: Tensor, to: Tensor, share: float, seen: Tensor | No
     return torch.where(open_to.any(-1, keepdim=True), new, w)
 
 
-def runs(rows: list[int]) -> list[tuple[int, int]]:
-    """Consecutive rows as (start, stop): [1, 2, 3, 7] -> [(1, 4), (7, 8)]."""
-    found: list[tuple[int, int]] = []
-    for r in rows:
-        if found and found[-1][1] == r:
-            found[-1] = (found[-1][0], r + 1)
-        else:
-            found.append((r, r + 1))
-    return found
-
-
 def observe(view: View, out: Tensor, touching: Any) -> None:
-    """Write down what each observer of this site asked for."""
+    """Write down what each observer of this site asked for, as it is after the edits."""
     for observer, records in touching.observers:
-        heads = heads_of(observer.site, view.q.shape[1])
-        records.append((touching.layer, touching.step, look(view, out, observer, heads)))
+        heads, rows = heads_of(observer.site, view.q.shape[1]), rows_of(observer.site, view.new)
+        if heads and (rows or observer.look == "last_row"):
+            records.append((touching.layer, touching.step, look(view, out, observer, heads, rows, touching)))
 
 
-def look(view: View, out: Tensor, observer: Observer, heads: list[int]) -> Tensor:
-    rows = rows_of(observer.site, view.new)
+def look(
+    view: View, out: Tensor, observer: Observer, heads: list[int], rows: list[int], touching: Any
+) -> Tensor:
     if observer.look == "z":
         return out[:, heads][:, :, rows].detach().clone()
     if observer.look == "last_row":
-        return view.weights(slice(view.new - 1, view.new), heads)[:, :, 0].detach()
-    start, stop = rows[0], rows[-1] + 1
+        return edited_weights(view, touching, slice(view.new - 1, view.new), heads)[:, :, 0].detach()
     parts = []
-    for block in row_blocks(stop - start, view.q.shape[0] * len(heads) * view.stored):
-        cut = slice(start + block.start, start + block.stop)
-        parts.append(summary(view, observer, view.weights(cut, heads).detach(), cut, heads))
-    if observer.look == "received":
-        return torch.stack(parts).sum(0)
-    return torch.cat(parts, dim=2)[:, :, [r - start for r in rows]]
+    for run, _ in cells([(heads, rows)]):
+        for block in row_blocks(run.stop - run.start, view.q.shape[0] * len(heads) * view.stored):
+            cut = slice(run.start + block.start, run.start + block.stop)
+            weights = edited_weights(view, touching, cut, heads).detach()
+            parts.append(summary(view, observer, weights, cut, heads))
+    return torch.stack(parts).sum(0) if observer.look == "received" else torch.cat(parts, dim=2)
 
 
 def summary(view: View, observer: Observer, w: Tensor, rows: slice, heads: list[int]) -> Tensor:
-    index = view.index if view.index.shape[1] == 1 else view.index.repeat_interleave(
-        view.q.shape[1] // view.index.shape[1], 1)[:, heads]  # fmt: skip
-    index = index[:, :, None].expand(*w.shape[:2], 1, -1)
     if observer.look == "received":
         return w.sum(2)
+    index = view.index if view.index.shape[1] == 1 else per_query_head(view.index, view.q.shape[1])[:, heads]
+    index = index[:, :, None].expand(*w.shape[:2], 1, -1)
     if observer.look == "top1":
         return index.expand_as(w).gather(-1, w.argmax(-1, keepdim=True)).squeeze(-1)
     place = torch.arange(rows.start, rows.stop, device=w.device) + view.seen - view.new

@@ -207,6 +207,7 @@ class LedgerLayer(DynamicLayer):
         self.seen = 0
         self.groups: list[Group] = []
         self.memory: dict = {}
+        self.labels: dict[str, Tensor] = {}  # [B, seen] bool by role
         self.pending: list | None = None  # where an attachment looks for the layer that was just written
         self.compressed = False  # whether anything was evicted, merged or turned
 
@@ -288,7 +289,8 @@ class LedgerLayer(DynamicLayer):
         return -1
 
     def reset(self) -> None:
-        self.groups, self.memory, self.seen, self.compressed, self.is_initialized = [], {}, 0, False, False
+        self.groups, self.memory, self.labels = [], {}, {}
+        self.seen, self.compressed, self.is_initialized = 0, False, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens: possible while nothing was evicted, an error afterwards."""
@@ -304,6 +306,7 @@ class LedgerLayer(DynamicLayer):
         )
         self.groups[0].n += tokens_to_remove
         self.seen += tokens_to_remove
+        self.labels = {name: label[:, : self.seen] for name, label in self.labels.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx)
@@ -322,7 +325,7 @@ class LedgerLayer(DynamicLayer):
         rows = rows.to(self.device) if self.groups else rows
         for group in self.groups:
             group.select_rows(rows)
-        self.memory = picked(self.memory, rows)
+        self.memory, self.labels = picked(self.memory, rows), picked(self.labels, rows)
 
     def bytes_held(self) -> int:
         """Bytes of memory behind this layer, room and tables included, each storage once."""

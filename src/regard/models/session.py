@@ -1,13 +1,15 @@
 """The state of one attachment while it lives: sites seen, the layer just written, receipts, records, the step."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from regard.core import Edit, Method, NeverFired, Observer, Unsupported
+from regard.core import Edit, Method, NeverFired, Observer, Unsupported, require
 from regard.models.lazy import MaskRule
 from regard.models.ledger import Group, LedgerLayer
 from regard.models.rotary import Rotary
@@ -17,10 +19,26 @@ from regard.ops import View, parse_budget
 
 @dataclass
 class Receipt:
-    """How often an edit changed something."""
+    """How often an edit changed something, and at which of the layers and heads that it names."""
 
     edit: Edit
     fired: int = 0
+    layers: set[int] = field(default_factory=set)
+    heads: set[int] = field(default_factory=set)
+
+    def note(self, layer: int, heads: Iterable[int]) -> None:
+        self.fired += 1
+        self.layers.add(layer)
+        self.heads.update(heads)
+
+    def missing(self) -> str:
+        """What the edit names and never met, in words; empty if nothing."""
+        if self.fired == 0:
+            return str(self.edit)
+        layers = set(self.edit.site.layers or ()) - self.layers
+        heads = set(self.edit.site.heads or ()) - self.heads
+        told = [f"{name} {sorted(left)}" for name, left in (("layers", layers), ("heads", heads)) if left]
+        return f"{self.edit} in {' and '.join(told)}" if told else ""
 
 
 @dataclass
@@ -58,6 +76,8 @@ class Session:
     acted: int = 0
     bytes_read: dict[int, int] = field(default_factory=dict)  # by layer, of the latest step
     cache: Any = None
+    fresh: dict[str, Tensor] = field(default_factory=dict)  # roles of this forward's tokens
+    adopted: WeakSet = field(default_factory=WeakSet)  # every ledger layer that this attachment wrote to
 
     # what the attention function asks
 
@@ -80,7 +100,29 @@ class Session:
         at = (place.layer, place.tower, "decode" if decode else "prefill")
         edits = [(r.edit, r) for r in self.receipts if r.edit.site.covers(*at)]
         looks = [(o, records) for o, records in self.observers if o.site.covers(*at)]
-        return Touching(edits, looks, place.layer, self.steps, self.roles)
+        return Touching(edits, looks, place.layer, self.steps, self.labels(layer, query.shape[2]))
+
+    def labels(self, layer: LedgerLayer | None, new: int) -> dict[str, Tensor]:
+        """Role -> [B, seen] bool for the text of this layer; they live with the layer, as its keys do."""
+        if layer is None or not self.roles_from:
+            return self.roles
+        for name in self.roles_from:
+            label, old = self.fresh.get(name), layer.labels.get(name)
+            have = 0 if old is None else old.shape[1]
+            if have == layer.seen:
+                continue
+            if label is None:
+                label = torch.zeros(layer.groups[0].keys.shape[0], new, dtype=torch.bool, device=layer.device)
+            require(
+                label.shape[1] == new,
+                "a role labels every token of the forward",
+                role=name,
+                label=label,
+                new=new,
+            )
+            before = label.new_zeros(label.shape[0], layer.seen - new - have)  # fed before the role was known
+            layer.labels[name] = torch.cat([x for x in (old, before, label) if x is not None], 1)
+        return layer.labels
 
     def needs_cache(self, module: nn.Module) -> None:
         """A cache method on a decoder that stores nothing would do nothing: say so."""
@@ -106,7 +148,12 @@ class Session:
         view.layer, view.layers, view.heads = number, len(self.layers), group.heads
         view.notes, view.step = group.note, self.step
         view.total_heads = sum(len(g.heads) for g in layer.groups) * len(self.layers)
-        view.memory = layer.memory if len(layer.groups) == 1 else layer.memory.setdefault(group.heads, {})
+        if self.policy is not None and "first" not in layer.memory:
+            pad = None if rule is None else rule.pad()
+            layer.memory["first"] = view.index.new_zeros(1) if pad is None else pad.int().argmax(-1)
+        view.memory = layer.memory
+        if len(layer.groups) > 1:
+            view.memory = layer.memory.setdefault(group.heads, {"first": layer.memory.get("first")})
         if self.policy is not None:
             self.acted += 1
             view.budget = self.budget(view, group, rule)
@@ -144,16 +191,13 @@ class Session:
         """A forward of the whole model starts."""
         self.steps += 1
         self.pending.clear()
-        ids = kwargs.get("input_ids")
-        if ids is None:
-            return
-        past = kwargs.get("past_key_values")
-        seen = past.get_seq_length() if isinstance(past, Cache | EncoderDecoderCache) else 0
-        for name, rule in self.roles_from.items():
-            label = rule(ids)
-            old = self.roles.get(name)
-            whole = label if not seen or old is None else torch.cat([old[:, :seen], label], 1)
-            self.roles[name] = whole
+        ids, answer = kwargs.get("input_ids"), kwargs.get("decoder_input_ids")
+        if ids is not None:
+            self.roles = {name: labelled(rule, ids) for name, rule in self.roles_from.items()}
+        own = ids if answer is None else answer
+        self.fresh = (
+            {} if own is None else {name: labelled(rule, own) for name, rule in self.roles_from.items()}
+        )
 
     def adopt(self, cache: Any) -> None:
         """Put ledger layers in the place of dynamic ones; refuse the kinds a method cannot work on."""
@@ -161,6 +205,8 @@ class Session:
             cache = cache.self_attention_cache
         if not isinstance(cache, Cache) or (cache is self.cache and len(self.layers) == self.known(cache)):
             return
+        if any(getattr(layer, "pending", None) not in (None, self.pending) for layer in cache.layers):
+            raise Unsupported("this cache is in use by another attachment")
         if cache.layer_class_to_replicate is not None and not cache.layers:
             layers = getattr(self.model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
             cache.layers.extend(cache.layer_class_to_replicate() for _ in range(layers))
@@ -179,6 +225,7 @@ class Session:
         self.layers = [x for x in cache.layers if isinstance(x, LedgerLayer)]
         for layer in self.layers:
             layer.pending = self.pending
+            self.adopted.add(layer)
 
     @staticmethod
     def known(cache: Cache) -> int:
@@ -186,18 +233,25 @@ class Session:
 
     def finish(self) -> None:
         """Leave nothing behind in caches that outlive the attachment."""
-        for layer in self.layers:
+        for layer in self.adopted:
             layer.pending = None
 
     def check_fired(self) -> None:
         """Raise when something attached never acted although the model ran."""
         if self.steps < 0:
             return
-        silent = [str(r.edit) for r in self.receipts if r.fired == 0]
+        silent = [r.missing() for r in self.receipts if r.missing()]
         if silent:
             raise NeverFired(f"never fired in {self.steps + 1} forwards: {'; '.join(silent)}")
         if self.policy is not None and self.acted == 0:
             raise NeverFired(f"{self.policy.name} never saw a cache in {self.steps + 1} forwards")
+
+
+def labelled(rule: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """[B, N] bool: the tokens that have a role; of numbered labels those above zero."""
+    label = torch.as_tensor(rule(ids), device=ids.device)
+    require(label.shape == ids.shape, "a role gives one label per token", ids=ids, label=label)
+    return label if label.dtype == torch.bool else label > 0
 
 
 def converted(layer: DynamicLayer) -> LedgerLayer:

@@ -97,9 +97,7 @@ def fill(tokenizer, source: Source, rng: random.Random, room: int, without: list
         text = source.take(tokenizer, room, rng)
         if not contains(text, without):
             return text
-    raise ValueError(
-        f"filler without the answer: not found in 100 draws from {source.name}; answer={without}"
-    )
+    raise ValueError(f"filler without the answer {without}: not found in 100 draws from {source.name}")
 
 
 def even(samples: list[Sample]) -> list[Sample]:

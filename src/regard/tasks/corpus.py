@@ -33,12 +33,8 @@ class Source:
             files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md"))
             require(bool(files), "a directory of texts holds .txt or .md files", path=str(path))
         text = "\n\n".join(_read(file) for file in files)
-        require(
-            len(text.strip()) >= SHORTEST,
-            f"at least {SHORTEST} characters of text",
-            path=str(path),
-            got=len(text.strip()),
-        )
+        size = len(text.strip())
+        require(size >= SHORTEST, f"at least {SHORTEST} characters of text", path=str(path), got=size)
         return cls(str(path), text)
 
     def ids(self, tokenizer) -> list[int]:
@@ -47,13 +43,8 @@ class Source:
     def take(self, tokenizer, count: int, rng: random.Random) -> list[int]:
         """`count` tokens in a row, from a place that the generator draws."""
         ids = self.ids(tokenizer)
-        require(
-            len(ids) >= count,
-            "the text has as many tokens as asked",
-            text=self.name,
-            tokens=len(ids),
-            asked=count,
-        )
+        rule = "the text has as many tokens as asked"
+        require(len(ids) >= count, rule, text=self.name, tokens=len(ids), asked=count)
         start = rng.randint(0, len(ids) - count)
         return ids[start : start + count]
 

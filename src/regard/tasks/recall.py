@@ -3,9 +3,8 @@
     ... text ... The code of quiet river is stone candle. ... The code of quiet garden is paper window. ...
     ... Question: the code of quiet garden is            -> " paper window"
 
-The keys are pairs of words drawn from a small grid, so that every key shares a word with others: who finds
-only half of the key answers with a distractor. The number of facts grows with the length, one for 64
-tokens.
+The keys are pairs of words drawn from a small grid, so that most keys share a word with others: who finds
+only half of the key answers with a distractor. There is one fact for 64 tokens, at least 4 and at most 32.
 """
 
 import random
@@ -50,7 +49,7 @@ def words() -> tuple[str, ...]:
 
 
 def near_keys(rng: random.Random, count: int) -> list[str]:
-    """Different pairs of words, each of which shares its first or its second word with others."""
+    """Different pairs of words; most share their first or their second word with another."""
     side = max(2, ceil(sqrt(1.5 * count)))
     drawn = rng.sample(words(), 2 * side)
     return [" ".join(pair) for pair in rng.sample(list(product(drawn[:side], drawn[side:])), count)]
@@ -62,11 +61,8 @@ def even_words(tokenizer) -> list[str]:
     for word in words():
         groups.setdefault(len(continuation(tokenizer, "code is", " " + word)), []).append(word)
     rich = [size for size in groups if len(groups[size]) >= 100]
-    require(
-        bool(rich),
-        "at least 100 words of one length in tokens",
-        lengths={s: len(g) for s, g in groups.items()},
-    )
+    sizes = {size: len(group) for size, group in groups.items()}
+    require(rich, "at least 100 words of one length in tokens", words_of_length=sizes)
     return groups[min(rich)]
 
 

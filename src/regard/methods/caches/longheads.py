@@ -199,9 +199,8 @@ def gathered(view: View, part: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     slots = (chunks * w + torch.arange(w, device=q.device)).flatten(2)  # [B, H, k·w]
     k, v = (gather_rows(x, slots.clamp(max=last)) for x in (k, v))
     s = (k.unflatten(2, (-1, w)) @ turned[:, :, 0, :, :, None]).flatten(2)  # [B, H, k·w]
-    size = lambda *xs: sum(x.numel() * x.element_size() for x in xs)  # noqa: E731
-    moved = len(view.q) // len(q) * size(k, v) + size(view.memory["keys"])
-    view.step["bytes", view.layer] = moved - size(view.k, view.v)  # in the place of the whole cache
+    # what this step reads of the layer, in the place of all that is stored
+    view.step["bytes", view.layer] = len(view.q) // len(q) * (k.nbytes + v.nbytes) + view.memory["keys"].nbytes
     return blend(view, s[:, :, None], (slots <= last)[:, :, None], v)
 
 

@@ -23,7 +23,7 @@ Three units of 5, 1 and 3 tiles for two workers: the first takes four of the fir
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -49,8 +49,8 @@ class Config:
 def schedule(tiles: Sequence[int], workers: int) -> list[list[Span]]:
     """For every worker its spans, in order. `tiles` holds the tiles of every unit; a unit may have none."""
     ends = list(accumulate(tiles))
-    cuts, work = [w * ends[-1] // workers for w in range(workers + 1)], []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    cuts, work = [w * sum(tiles) // workers for w in range(workers + 1)], []
+    for start, stop in pairwise(cuts):
         firsts = ((unit, end - size, end) for unit, (size, end) in enumerate(zip(tiles, ends, strict=True)))
         cut = ((unit, max(start - first, 0), min(stop, end) - first) for unit, first, end in firsts)
         work.append([(unit, a, b) for unit, a, b in cut if a < b])

@@ -1,0 +1,49 @@
+# Everything runs in .venv, made here with the standard library's venv. `make help` lists what there is.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= runs/compare
+READY := .venv/.ready
+
+.PHONY: help compare test check claims bench format clean
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
+	touch $(READY)
+
+## make compare   install, compare every cache method on the shipped model, say where the report is
+compare: $(READY)
+	$(BIN)/regard compare --out $(OUT)
+	@echo "report: $(OUT)/report.html"
+
+## make test      the tests (needs Chromium for one of them: REGARD_NO_BROWSER=1 leaves it out)
+test: $(READY)
+	$(BIN)/pytest -n 2
+
+## make check     format, lint, types
+check: $(READY)
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/mypy
+
+## make claims    measure every claim now
+claims: $(READY)
+	$(BIN)/regard claims
+
+## make bench     operator speed against full attention and the machine's bound
+bench: $(READY)
+	$(BIN)/regard bench decode
+	$(BIN)/regard bench attach
+
+## make format    put the code into shape
+format: $(READY)
+	$(BIN)/ruff check --fix src tests scripts
+	$(BIN)/ruff format src tests scripts
+
+## make clean     remove the environment and the runs
+clean:
+	rm -rf .venv runs

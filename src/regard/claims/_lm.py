@@ -1,0 +1,76 @@
+"""What claims on the shipped language model share: text streams, decode steps seen by a spy, exact-match accuracy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.bench.cell import Bench, Cell, Run, batches
+from regard.core import CachePage, Card, Method
+from regard.models.attach import attach
+from regard.models.shipped import load_shipped
+from regard.ops import View
+from regard.tasks import Sample, held_out, task
+
+
+@cache
+def shipped() -> Bench:
+    """The shipped model and tokenizer, loaded once."""
+    return Bench(*load_shipped("lm"))
+
+
+def stream(tokens: int) -> Tensor:
+    """[tokens] ids of held-out text after the tokenizer's first token."""
+    bench = shipped()
+    ids = held_out().ids(bench.tokenizer)
+    assert len(ids) >= tokens - 1, f"held-out text has {len(ids)} tokens, {tokens} are needed"
+    return torch.tensor([bench.tokenizer.bos_token_id, *ids[: tokens - 1]])
+
+
+def samples(name: str, length: int, count: int, seed: int = 0) -> list[Sample]:
+    return task(name).samples(shipped().tokenizer, length, count, seed)
+
+
+def runs(chosen: list[Sample], method: Any) -> list[Run]:
+    length = len(chosen[0].prompt)
+    return [shipped().run(b, method) for b in batches(chosen, Cell("full", "needle", length))]
+
+
+def accuracy(chosen: list[Sample], method: Any) -> float:
+    """Share of answers that greedy generation gives exactly."""
+    best = torch.cat([r.logits for r in runs(chosen, method)]).argmax(-1)
+    return float((best == torch.tensor([s.answer for s in chosen])).all(-1).double().mean())
+
+
+@dataclass(frozen=True)
+class Nothing:
+    budget: float = 1.0
+
+
+def spy(look: Callable[[View], None]) -> Method:
+    """A cache method that changes nothing and shows every decode step of every layer to `look`."""
+
+    def observe(view: View, cfg: Nothing) -> None:
+        if view.phase == "decode":
+            look(view)
+
+    card = Card(title="spy", paper="none", year=2026, idea="look at every view")
+    return Method(
+        "spy", CachePage(config=Nothing, card=card, observe=observe, budget=lambda cfg: 1.0), Nothing()
+    )
+
+
+def watch(look: Callable[[View], None], length: int, steps: int, rows: int = 4) -> None:
+    """Show `look` the decode steps of full attention over held-out text and over needles, half and half."""
+    for name in ("perplexity", "needle"):
+        chosen = samples(name, length, rows, seed=11)
+        for sample in chosen:
+            tokens = torch.tensor([sample.prompt + sample.answer])[:, : length + steps]
+            start = length - 1
+            with torch.inference_mode(), attach(shipped().model, spy(look)):
+                cache = shipped().model(tokens[:, :start], use_cache=True).past_key_values
+                for t in range(start, tokens.shape[1]):
+                    shipped().model(tokens[:, t : t + 1], past_key_values=cache)

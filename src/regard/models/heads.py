@@ -1,0 +1,114 @@
+"""Which heads look back: echo and induction scores on random tokens that repeat.
+
+On random text nothing but the earlier copy tells what comes next. A head that attends to the earlier same token
+echoes; one that attends to its successor is an induction head. Measured through observers, so no N x N tensor.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regard.core import Observer, Site, Unsupported, require
+from regard.models.attach import attach
+
+LENGTH, REPEATS = 512, 4
+KNOWN: WeakKeyDictionary[PreTrainedModel, tuple[int, tuple]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def retrieval_scores(
+    model: PreTrainedModel, length: int | None = None, repeats: int = REPEATS, seed: int = 0
+) -> dict[str, Tensor]:
+    """{"echo": [layers, query heads], "induction": the same}: mean attention mass of the last repetition's queries.
+
+    `length` random tokens follow each other `repeats` times after the model's first token; None: 512, or as many as
+    its positions have room for. Mass is summed over all earlier copies. Row i is the i-th layer that has attention.
+    """
+    require(repeats >= 2, "repeats >= 2", repeats=repeats)
+    length = room(model, repeats) if length is None else length
+    ids = repeated(model, length, repeats, seed).to(model.device)
+    sums: dict[str, dict[int, Tensor]] = {"echo": {}, "induction": {}}
+    looks = observers(length, repeats)
+    with attach(model, looks, where="text") as attached:
+        was = model.training
+        model.eval()
+        try:
+            model.base_model(ids, use_cache=False)
+        finally:
+            model.train(was)
+    for look in looks:
+        own = sums[look.name.split()[0]]
+        for layer, _, mass in attached.records[look.name]:
+            own[layer] = own.get(layer, 0) + mass[0].mean(-1)
+    return {kind: torch.stack([own[layer] for layer in sorted(own)]) for kind, own in sums.items()}
+
+
+def observers(length: int, repeats: int) -> list[Observer]:
+    """For each earlier copy: the mass on the same token, and on the one after it, from the last repetition."""
+    site, found = Site(rows=tuple(range(-length, 0)), tower="text"), []
+    for back in range(1, repeats):
+        for kind, step in (("echo", 0), ("induction", 1)):
+            found.append(Observer("mass_at", site, away(back * length - step), f"{kind} {back}"))
+    return found
+
+
+def away(distance: int) -> Callable[[Tensor], Tensor]:
+    return lambda rows: rows - distance
+
+
+def room(model: PreTrainedModel, repeats: int) -> int:
+    """Tokens of one repetition: LENGTH, or less where the model has fewer positions."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH * repeats + 1
+    require(
+        most > 2 * repeats, "the model has positions for the repetitions", positions=most, repeats=repeats
+    )
+    return min(LENGTH, (most - 1) // repeats)
+
+
+def repeated(model: PreTrainedModel, length: int, repeats: int, seed: int) -> Tensor:
+    """[1, 1 + length · repeats] ids: the model's first token if it has one, then the repetitions."""
+    special, config = special_ids(model), model.config.get_text_config()
+    usable = torch.tensor([i for i in range(config.vocab_size) if i not in special])
+    draw = torch.Generator().manual_seed(seed)
+    if length <= len(usable):
+        unit = usable[torch.randperm(len(usable), generator=draw)[:length]]  # no token twice
+    else:
+        unit = usable[torch.randint(len(usable), (length,), generator=draw)]
+    first = config.bos_token_id if isinstance(config.bos_token_id, int) else int(unit[-1])
+    return torch.cat([torch.tensor([first]), unit.repeat(repeats)])[None]
+
+
+def special_ids(model: PreTrainedModel) -> set[int]:
+    """Ids that the configurations give a role: begin, end, padding, images."""
+    found: set[int] = set()
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        for name, value in (vars(config) if config is not None else {}).items():
+            if name.endswith(("_token_id", "_token_index")) and value is not None:
+                found.update(value if isinstance(value, list | tuple) else [value])
+    return {i for i in found if isinstance(i, int)}
+
+
+def induction_heads(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
+    """(cache layer, KV head), best first by the highest induction score among the query heads that share it.
+
+    Measured once for a model and kept beside it; again when its weights were changed in place.
+    """
+    version = sum(p._version for p in model.parameters())
+    known = KNOWN.get(model)
+    if known is None or known[0] != version:
+        known = KNOWN[model] = version, by_kv_head(model, retrieval_scores(model)["induction"])
+    return known[1]
+
+
+def by_kv_head(model: PreTrainedModel, scores: Tensor) -> tuple[tuple[int, int], ...]:
+    config: Any = model.config.get_text_config()
+    groups = getattr(config, "num_key_value_heads", None) or scores.shape[1]
+    if scores.shape[1] % groups:
+        raise Unsupported(f"{scores.shape[1]} query heads over {groups} KV heads")
+    best = scores.unflatten(1, (groups, -1)).amax(-1)  # [layers, G]
+    order = best.flatten().argsort(descending=True, stable=True).tolist()
+    return tuple((i // groups, i % groups) for i in order)

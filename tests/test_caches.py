@@ -1,0 +1,325 @@
+"""Cache pages: the public checks on every page of the catalogue, planted faults that they must find, StreamingLLM."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from regard import catalog
+from regard.core import CachePage, Card, Method, Unsupported
+from regard.models import attention, ledger
+from regard.models.attach import attach
+from regard.models.lazy import MaskRule
+from regard.models.ledger import Group, LedgerLayer
+from regard.models.rotary import Rotary
+from regard.models.session import Session
+from regard.ops import Kept, View, gather_rows, keep_best, slots_of, top_slots
+from regard.testing import cache as checks
+from regard.testing.cache import check_cache, held, ledgers, play, script, small
+from regard.testing.zoo import build
+
+NAMES = catalog.find(kind="cache")
+HEADS = ((1, 0), (0, 1), (2, 0), (0, 0), (1, 1), (2, 1))
+SETTINGS = {  # where the general small settings leave a page nothing to do on a model of three layers
+    "tidaldecode": dict(budget=8, full=1, select=(1,)),
+    "razor_attention": dict(budget=8, sinks=1, window=3, heads=HEADS),
+}
+SINCE = {"recycled_attention"}  # reads, beyond its budget, what was generated since its last full step
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_page(name):
+    page = catalog.get(name)
+    method = catalog.method(name, **({} if getattr(page, "tries", ()) else SETTINGS.get(name, {})) or small(page))
+    check_cache(method, since=name in SINCE)
+
+
+# -- policies of this file: the newest tokens, and a choice of what to read
+
+
+@dataclass(frozen=True)
+class Config:
+    budget: int | float | str | None = 8
+
+
+def newest(view: View, extra: int = 0) -> Kept | None:
+    stays = view.hold() & (view.age() < view.budget[:, None, None] + extra)
+    return Kept(slots_of(stays)) if view.over() else None
+
+
+def page(**functions) -> Method:
+    card = Card("Mine", "none", 2026, "a policy of this test", neutral={"budget": 1.0})
+    return Method("mine", CachePage(config=Config, card=card, budget=lambda cfg: 1.0, **functions), Config())
+
+
+def window(view: View, cfg: Config) -> Kept | None:
+    return newest(view)
+
+
+def important(view: View, cfg: Config) -> Kept | None:
+    view.notes("sum").add_(view.received())
+    return keep_best(view, view.notes("sum"), always=view.age() < 1)
+
+
+def top(view: View, cfg: Config) -> torch.Tensor | None:
+    if view.phase != "decode":
+        return None
+    return top_slots(view.visible_scores()[:, :, 0], view.budget[:, None])
+
+
+@pytest.mark.parametrize("made", [page(keep=window), page(keep=important), page(select=top)])
+def test_sound_policies_pass(made):
+    check_cache(made, families=("llama", "gemma3", "gptoss", "deepseek3"))
+
+
+# -- faults planted in a policy
+
+
+def keeps_padding(view: View, cfg: Config) -> Kept | None:
+    return Kept(slots_of((view.index < 4) | (view.age() < 4))) if view.over() else None
+
+
+def one_too_many(view: View, cfg: Config) -> Kept | None:
+    return newest(view, extra=1)
+
+
+def drops_the_new(view: View, cfg: Config) -> Kept | None:
+    stays = view.hold() & (view.age() > 0) & (view.age() <= view.budget[:, None, None])
+    return Kept(slots_of(stays)) if view.over() else None
+
+
+def reads_padding(view: View, cfg: Config) -> torch.Tensor | None:
+    ends = [*range(4), *range(view.stored - 4, view.stored)]
+    return torch.tensor([[ends]]) if view.phase == "decode" else None
+
+
+def reads_the_longest_budget(view: View, cfg: Config) -> torch.Tensor | None:
+    return top_slots(view.visible_scores()[:, :, 0], int(view.budget.max())) if view.phase == "decode" else None
+
+
+def never_calm(view: View, cfg: Config) -> Kept | None:
+    return Kept(slots_of(view.hold() & (view.age() < 8)))
+
+
+POLICY_FAULTS = {
+    "other tokens than the row alone": page(keep=keeps_padding),
+    "the budget is": page(keep=one_too_many),
+    "dropped the newest token|other tokens": page(keep=drops_the_new),
+    "away from the row alone": page(select=reads_padding),
+    r"layer \d reads": page(select=reads_the_longest_budget),
+    "should change nothing": page(keep=never_calm),
+    "settings too large": page(keep=lambda view, cfg: None),
+}
+
+
+@pytest.mark.parametrize("said", POLICY_FAULTS)
+def test_fault_in_a_policy_is_found(said):
+    with pytest.raises(AssertionError, match=said):
+        check_cache(POLICY_FAULTS[said], families=("llama",))
+
+
+# -- faults planted in the machinery
+
+
+def shifted_mask(self, rows, index, at=MaskRule.at):
+    return at(replace(self, q_offset=self.q_offset + 1), rows, index)
+
+
+def tiled_heads(x, heads):
+    return x if x.shape[1] in (1, heads) else x.repeat(1, heads // x.shape[1], *[1] * (x.dim() - 2))
+
+
+def swapped_heads(x, slots):
+    return gather_rows(x.flip(1), slots)
+
+
+def wrong_hole(self, slots):
+    self.index = self.table().int()
+    self.n -= 1  # whatever went, the newest slot is taken off
+
+
+def other_rows(self, rows, select=Group.select_rows):
+    index = self.index
+    select(self, rows)
+    self.index = index
+
+
+def stored_length(self):
+    return self.groups[0].n if self.groups else 0
+
+
+def padded_budget(self, view, group, rule, budget=Session.budget):
+    return budget(self, view, group, None)
+
+
+def hoard(x, slots):
+    wide = x.new_empty(*x.shape[:2], 400, x.shape[3])
+    found = gather_rows(x, slots)
+    wide[:, :, : found.shape[2]] = found
+    return wide[:, :, : found.shape[2]]
+
+
+def one_further(self, attention, table, x, by, turn=Rotary.turn):
+    return turn(self, attention, table, x, by + 1)
+
+
+def late_keys(self, k, v, start, append=Group.append):
+    append(self, k.roll(1, 1), v, start)
+
+
+def forgotten_notes(self, kept, keep=Group.keep):
+    keep(self, kept)
+    self.notes = {}
+
+
+STREAM = catalog.method("streaming_llm", budget=8)
+MACHINE_FAULTS = {
+    "mask off by one": (MaskRule, "at", shifted_mask, page(keep=window), "gemma3"),
+    "query heads beside the wrong KV heads": (attention, "per_query_head", tiled_heads, page(select=top), "gemma3"),
+    "keys of another head": (ledger, "gather_rows", swapped_heads, page(keep=window), "llama"),
+    "the wrong slot goes": (Group, "_drop_one", wrong_hole, page(keep=window), "llama"),
+    "tables stay when beams change": (Group, "select_rows", other_rows, page(keep=important), "llama"),
+    "length stored instead of seen": (LedgerLayer, "get_seq_length", stored_length, page(keep=window), "llama"),
+    "padding in the budget": (Session, "budget", padded_budget, page(keep=window), "llama"),
+    "nothing is freed": (ledger, "gather_rows", hoard, page(keep=window), "llama"),
+    "positions off by one": (Rotary, "turn", one_further, STREAM, "llama"),
+    "new keys under other heads": (Group, "append", late_keys, page(keep=window), "llama"),
+    "notes are lost": (Group, "keep", forgotten_notes, page(keep=important), "llama"),
+}
+
+
+@pytest.mark.parametrize("fault", [f for f in MACHINE_FAULTS if f != "notes are lost"])
+def test_fault_in_the_machinery_is_found(fault, monkeypatch):
+    owner, name, wrong, method, family = MACHINE_FAULTS[fault]
+    monkeypatch.setattr(owner, name, wrong)
+    with pytest.raises(AssertionError):
+        check_cache(method, families=(family,))
+
+
+def test_notes_travel_with_their_slots():
+    """What the checks cannot see, since any policy is allowed to forget: a note stays with its token."""
+
+    def mark(view: View, cfg: Config) -> Kept | None:
+        view.notes("index").copy_(view.index.expand(view.q.shape[0], view.groups, -1))
+        return important(view, cfg)
+
+    model, _ = build("llama")
+    with attach(model, page(keep=mark)) as attached, torch.no_grad():
+        cache = Cache(layer_class_to_replicate=DynamicLayer)
+        for feed in script():
+            model(**feed, past_key_values=cache)
+        for layer in ledgers(attached).values():
+            for group in layer.groups:
+                table = group.table().expand(3, 2, -1)
+                assert torch.equal(group.note("index").long()[table >= 0], table[table >= 0])
+
+
+# -- the ledger by itself
+
+
+def stored_layer(batch: int = 2, n: int = 5) -> LedgerLayer:
+    layer = LedgerLayer()
+    k = torch.arange(float(batch * 2 * n)).view(batch, 2, n, 1).expand(-1, -1, -1, 4)
+    layer.pending = []
+    layer.update(k, -k)
+    return layer
+
+
+def test_rows_carry_memory_and_counts():
+    layer = stored_layer(1)
+    layer.groups[0].count = torch.ones(1, 2, layer.groups[0].keys.shape[2])
+    layer.batch_repeat_interleave(3)
+    assert layer.groups[0].count.shape[0] == 3
+    layer.memory = {"a": torch.arange(3), (0,): {"b": torch.arange(3)}, "n": 4}
+    layer.reorder_cache(torch.tensor([2, 2, 0]))
+    assert layer.memory["a"].tolist() == layer.memory[(0,)]["b"].tolist() == [2, 2, 0]
+
+
+def test_crop_takes_back_until_something_was_evicted():
+    layer = stored_layer()
+    layer.crop(-2)
+    assert (layer.seen, layer.stored()) == (3, [3, 3])
+    layer.keep(layer.groups[0], Kept(torch.tensor([[[0, 2]]])))
+    with pytest.raises(Unsupported, match="take tokens back"):
+        layer.crop(-1)
+
+
+def test_heads_of_unequal_length_part():
+    layer = stored_layer()
+    slots = torch.tensor([[[0, 1, 4], [3, 4, -1]]])
+    layer.keep(layer.groups[0], Kept(slots))
+    assert layer.stored() == [3, 2]
+    assert held(layer, 2)[0].tolist() == [[True, True, False, False, True], [False, False, False, True, True]]
+    assert layer.bytes_held() < stored_layer().bytes_held()
+
+
+def test_every_cache_length_reads_seen():
+    layer = stored_layer()
+    layer.keep(layer.groups[0], Kept(torch.tensor([[[0, 4]]])))
+    assert layer.get_seq_length() == 5
+    assert layer.get_mask_sizes(3) == (8, 0)
+    layer.reset()
+    assert (layer.get_seq_length(), layer.groups, layer.plain) == (0, [], True)
+
+
+# -- StreamingLLM against independent computations
+
+
+def test_streaming_llm_holds_sinks_and_window():
+    model, _ = build("llama")
+    feeds = script()
+    tape = play(model, catalog.method("streaming_llm", sinks=2, window=5), feeds)
+    for feed, found in zip(feeds, tape.held):
+        for row, mask in enumerate(feed["attention_mask"].bool()):
+            real = mask.nonzero()[:, 0].tolist()
+            wanted = sorted({*real[:2], *real[-5:]}) if len(real) > 7 else real
+            for layer in found.values():
+                assert all((one & mask).nonzero()[:, 0].tolist() == wanted for one in layer[row])
+
+
+def test_streaming_llm_slots_are_positions():
+    """With one layer, keys depend on their own token only: the answer is that of the kept tokens as a text of their own."""
+    torch.manual_seed(0)
+    config = build("llama")[0].config
+    config.num_hidden_layers = 1
+    model = type(build("llama")[0])(config).eval()
+    tokens = torch.randint(3, 118, (1, 24))
+    with attach(model, "streaming_llm", sinks=2, window=6), torch.no_grad():
+        cache = Cache(layer_class_to_replicate=DynamicLayer)
+        model(input_ids=tokens[:, :12], past_key_values=cache)
+        found = [model(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(12, 24)]
+    with torch.no_grad():
+        for i, logits in zip(range(12, 24), found):
+            kept = torch.cat([tokens[:, :2], tokens[:, i - 6 : i + 1]], 1)
+            assert float((model(input_ids=kept).logits[0, -1] - logits).abs().max()) < 2e-6
+
+
+def test_streaming_llm_keys_are_raw_keys_at_their_slots():
+    """g2 of the proofs: what is stored = k_proj's own output, rotated by hand."""
+    model, _ = build("llama")
+    raw = [[] for _ in range(3)]
+    hooks = [
+        layer.self_attn.k_proj.register_forward_hook(lambda m, a, out, i=i: raw[i].append(out))
+        for i, layer in enumerate(model.model.layers)
+    ]
+    with attach(model, "streaming_llm", sinks=2, window=6) as attached, torch.no_grad():
+        model.generate(torch.randint(3, 118, (1, 12)), max_new_tokens=12, eos_token_id=None, do_sample=False)
+        layers = list(ledgers(attached).values())
+    for hook in hooks:
+        hook.remove()
+    turn = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    for keys, layer in zip(raw, layers):
+        index = layer.groups[0].table()[0, 0]
+        order = index.argsort()
+        k = torch.cat(keys, 1).view(-1, 2, 8).transpose(0, 1)[:, index[order]].double()
+        gone = layer.seen - 9  # the last step read sinks, window and the new token
+        place = torch.where(index[order] < 2, index[order] + gone, index[order])
+        angle = torch.cat([place[:, None] * turn] * 2, -1)
+        half = torch.cat([-k[..., 4:], k[..., :4]], -1)
+        found = layer.groups[0].k()[0][:, order]
+        assert float((k * angle.cos() + half * angle.sin() - found).abs().max()) < 2e-5
+
+
+def test_neutral_families_are_all_decoders():
+    assert set(checks.FAMILIES) <= set(checks.DECODERS)

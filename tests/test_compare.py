@@ -1,0 +1,244 @@
+"""compare: cells and their numbers, the folder that outlives a kill, and cells that go wrong."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+
+import pytest
+import torch
+
+import regard
+from regard.bench import cell as cells
+from regard.bench.cell import FULL, Bench, Cell, Run, measure
+from regard.bench.compare import compare, grid, parsed
+from regard.bench.executor import Broken, InProcess, LocalProcesses, safely
+from regard.bench.folder import Folder
+from regard.models.shipped import load, load_shipped
+from regard.tasks import Sample
+
+SMALL = ["--tasks", "needle", "--lengths", "96", "--budgets", "0.25", "--samples", "2", "--workers", "1"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench(*load_shipped("lm"))
+
+
+def test_a_budget_that_covers_everything_is_full_attention(bench):
+    row = measure(Cell("streaming_llm", "perplexity", 96, 1.0, samples=3), bench)
+    assert row["status"] == "ok"
+    assert row["quality"] == pytest.approx(1, abs=1e-4)
+    assert row["agreement"] == 1
+    assert abs(row["kl"]) < 1e-5
+    assert row["bytes_kept"] == row["bytes_read_full"] * 1.0 or row["bytes_held"] > 0
+
+
+def test_an_evicting_method_holds_and_reads_less(bench):
+    row = measure(Cell("streaming_llm", "perplexity", 512, 0.1, samples=2), bench)
+    assert row["bytes_held"] < 0.15 * row["bytes_full"]
+    assert row["bytes_read"] < 0.15 * row["bytes_read_full"]
+    assert row["kl"] > 1e-3
+    assert row["peak_bytes"] > 0
+
+
+def test_a_selecting_method_holds_all_and_reads_less(bench):
+    row = measure(Cell("tokenselect", "perplexity", 512, 0.1, {"reuse": 1.0}, samples=2), bench)
+    assert row["bytes_held"] == row["bytes_full"]
+    assert row["bytes_read"] < row["bytes_read_full"]
+
+
+def test_full_is_its_own_baseline(bench):
+    row = measure(Cell(FULL, "needle", 128, samples=2), bench)
+    assert (row["kl"], row["agreement"], row["decode_ratio"]) == (0, 1, 1)
+    assert row["nll"] > 0
+
+
+class Words:
+    def decode(self, ids):
+        return "".join(chr(97 + int(i)) for i in ids)
+
+
+def made_run(best: list[list[int]], sure: float = 5.0) -> Run:
+    logits = torch.nn.functional.one_hot(torch.tensor(best), 4).float() * sure
+    return Run(logits, 0.0, [0.0], 0, 0, 0.0)
+
+
+def test_quality_by_hand():
+    samples = [Sample([0], [1, 2], (0, 0), 0.0), Sample([0], [3, 3], (0, 0), 1.0)]
+    cell = Cell("h2o", "needle", 8)
+    full, own = [made_run([[1, 2], [3, 3]])], [made_run([[1, 2], [3, 1]])]
+    found = cells.quality(cell, samples, own, full, Words())
+    assert found["quality"] == 0.5
+    assert [s["score"] for s in found["samples"]] == [1.0, 0.0]
+    assert [s["generated"] for s in found["samples"]] == ["bc", "db"]
+    right = float(torch.tensor([5.0, 0, 0, 0]).log_softmax(0)[0])
+    assert found["nll"] == pytest.approx(-(3 * right + (right - 5)) / 4, rel=1e-5)
+    assert 0 <= found["quality_low"] <= 0.5 <= found["quality_high"] <= 1
+    score = cells.fidelity(own, full)
+    assert score["agreement"] == 0.75
+    assert score["kl"] > 0
+
+
+def test_names_and_settings_are_checked():
+    assert parsed("streaming_llm:sinks=8,window=64") == ("streaming_llm", {"sinks": 8, "window": 64})
+    with pytest.raises(KeyError, match="near names: streaming_llm"):
+        parsed("streming_llm")
+    with pytest.raises(ValueError, match="no setting 'sink'"):
+        parsed("streaming_llm:sink=8")
+    with pytest.raises(ValueError, match="compare takes cache methods"):
+        parsed("softmax")
+    with pytest.raises(ValueError, match=r"fractional budget lies in \(0, 1\]"):
+        grid(None, None, None, (0.0,), 2, 0, None, None)
+    with pytest.raises(KeyError, match="near names: needle"):
+        grid(None, ("needel",), None, None, 2, 0, None, None)
+
+
+def test_a_model_path_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"the model path holds a config\.json"):
+        compare(str(tmp_path / "nothing"), out=tmp_path / "out")
+    with pytest.raises(ValueError, match="no model can be loaded"):
+        load("no-such-model")
+
+
+def test_the_default_grid():
+    made = grid(None, None, None, None, 8, 0, None, None)
+    pages = regard.find(kind="cache")
+    assert len(made) == 9 * (1 + 3 * len(pages))
+    assert len({c.key for c in made}) == len(made)
+
+
+def test_keys_are_stable():
+    assert Cell("h2o", "needle", 64, 0.1).key == Cell("h2o", "needle", 64, 0.1).key
+    assert Cell("h2o", "needle", 64, 0.1).key != Cell("h2o", "needle", 64, 0.2).key
+
+
+def header(**settings) -> dict:
+    return {"kind": "run", "settings": settings}
+
+
+def test_a_line_cut_short_by_a_kill_is_taken_away(tmp_path):
+    folder = Folder(tmp_path / "run")
+    assert folder.open(header(a=1)) == {}
+    folder.add({"key": "one", "status": "ok"})
+    with folder.results.open("a") as file:
+        file.write('{"key": "two", "sta')
+    assert set(folder.open(header(a=1))) == {"one"}
+    folder.add({"key": "three", "status": "ok"})
+    assert set(folder.rows()) == {"one", "three"}
+
+
+def test_the_folder_of_another_run_is_refused(tmp_path):
+    folder = Folder(tmp_path / "run")
+    folder.open(header(lengths=[64]))
+    with pytest.raises(ValueError, match=r"same run.*lengths=\(\[64\], \[128\]\)"):
+        folder.open(header(lengths=[128]))
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match="new, empty"):
+        Folder(tmp_path).open(header())
+
+
+def test_a_full_disk_keeps_what_was_finished(tmp_path, monkeypatch):
+    folder = Folder(tmp_path / "run")
+    folder.open(header())
+    folder.add({"key": "one", "status": "ok"})
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"disk of .* is full; finished cells are kept"):
+        folder.add({"key": "two", "status": "ok"})
+    assert set(folder.rows()) == {"one"}
+
+
+def test_what_goes_wrong_becomes_a_row(bench, monkeypatch):
+    short = safely(Cell("h2o", "needle", 4, 0.1), bench)
+    assert short["status"] == "failed" and "length >=" in short["error"]
+
+    def starve(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    monkeypatch.setattr(Bench, "run", starve)
+    assert safely(Cell("h2o", "needle", 96, 0.1, seed=5), bench)["status"] == "memory"
+
+
+def test_a_cell_that_takes_too_long_is_a_row_and_the_next_one_runs():
+    todo = [Cell("h2o", "perplexity", 1024, 0.5, samples=400), Cell(FULL, "needle", 96, samples=1)]
+    rows = list(LocalProcesses(workers=1, limit=3).run(todo, partial(load_shipped, "lm")))
+    assert sorted(r["status"] for r in rows) == ["ok", "timeout"]
+    assert "limit of 3 s" in next(r["error"] for r in rows if r["status"] == "timeout")
+
+
+def test_a_killed_worker_is_a_row_and_the_next_one_runs():
+    def kill_first():
+        while not multiprocessing.active_children():
+            time.sleep(0.05)
+        time.sleep(9)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    todo = [Cell(FULL, "needle", 96, samples=1), Cell("h2o", "perplexity", 1024, 0.5, samples=400)]
+    killer = threading.Thread(target=kill_first)
+    killer.start()
+    rows = []
+    for row in LocalProcesses(workers=1, limit=60).run(todo, partial(load_shipped, "lm")):
+        rows.append(row)
+    killer.join()
+    assert {"memory"} <= {r["status"] for r in rows}
+    assert len(rows) == 2
+
+
+def test_a_model_that_cannot_load_ends_the_run_with_its_error():
+    with pytest.raises(Broken, match="no model can be loaded"):
+        list(LocalProcesses(workers=1).run([Cell(FULL, "needle", 96)], partial(load, "no-such-model")))
+
+
+def test_a_loaded_model_is_measured_here(bench, tmp_path):
+    seen = []
+    result = compare(
+        (bench.model, bench.tokenizer), ["snapkv"], ["needle"], [96], [0.5], out=tmp_path / "run", samples=2,
+        progress=lambda row, done, total: seen.append((done, total)), executor=InProcess(),
+    )  # fmt: skip
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert [r["status"] for r in result.rows] == ["ok", "ok"]
+    assert "<script" in (tmp_path / "run" / "report.html").read_text()
+    assert "full attention" in result.sentence()
+
+
+def command(folder, *more) -> list[str]:
+    return [sys.executable, "-m", "regard.cli", "compare", "--out", str(folder), *SMALL, *more]
+
+
+def wait_for_rows(folder, process, count: int) -> None:
+    file, stop = folder / "results.jsonl", time.monotonic() + 120
+    while time.monotonic() < stop and process.poll() is None:
+        if file.exists() and file.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_loses_nothing_that_ended_and_resumes(tmp_path, how):
+    folder = tmp_path / "run"
+    run = command(folder, "--methods", "streaming_llm,h2o,snapkv,tidaldecode,tokenselect")
+    first = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_rows(folder, first, 2)
+    first.send_signal(how)
+    said = first.communicate(timeout=60)[1]
+    if how == signal.SIGINT:
+        assert first.returncode == 130
+        assert "Finished cells are kept" in said
+    before = (folder / "results.jsonl").read_text().splitlines()
+    assert 2 <= len(before) < 6
+    again = subprocess.run([*run, "--json"], capture_output=True, text=True, timeout=300, check=True)
+    after = (folder / "results.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before
+    assert len(after) == 6
+    assert len(json.loads(again.stdout)["rows"]) == 6
+    assert (folder / "report.html").exists()
