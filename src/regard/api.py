@@ -67,7 +67,8 @@ def attend(
     except (ValueError, TypeError, KeyError) as error:
         shapes = ", ".join(f"{letter} {show(t)}" for letter, t in (("q", q), ("k", k), ("v", v)))
         said = error.args[0] if error.args else error
-        raise type(error)(f"{method.name}: {said}\n  {shapes}, pattern {pattern!r}") from error
+        line = "; " if isinstance(error, KeyError) else "\n  "  # a KeyError shows its message as a repr
+        raise type(error)(f"{method.name}: {said}{line}{shapes}, pattern {pattern!r}") from error
     return Attended(out, state, aux[0] if aux else {})
 
 
@@ -80,6 +81,8 @@ def configured(name: str | Method, config: dict[str, Any]) -> Method:
     if not isinstance(page, Mechanism):
         known = ", ".join(catalog.find("mechanism"))
         raise Unsupported(f"{name.name} is a {page.kind} page, attend takes mechanisms: {known}")
+    if name.config is not None and not config:
+        return name
     settings = {} if name.config is None else vars(name.config)
     return Method(name.name, page, page.configure(**{**settings, **config}))
 

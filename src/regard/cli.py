@@ -1,6 +1,7 @@
 """The command line: list, show, compare, claims, bench, doctor. `--json` everywhere; errors say what to do."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ KNOWN = (ValueError, KeyError, TypeError, OSError, RuntimeError)
 
 def main() -> None:
     """Run the command; an error of the user's is one line, exit status 2; Ctrl-C ends with 130."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(standalone_mode=False)
     except typer.Exit as stop:

@@ -110,14 +110,3 @@ def test_within_the_trained_length_nothing_changes(model):
     with regard.attach(model, "longheads", chunk=W, chunks=8):
         inside = model(ids).logits
     torch.testing.assert_close(inside, model(ids).logits, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_step_reads_its_budget(model):
-    ids = zoo.ids(1, 200)
-    with regard.attach(model, "longheads", chunk=W, chunks=K) as attached:
-        out = model(ids)
-        model(ids[:, :1], past_key_values=out.past_key_values)
-        layers, heads, width = 3, 4, 8
-        chosen, keys = 2 * heads * W * K * width * 4, heads * (201 // W) * width * 4
-        assert attached.bytes_read() == layers * (chosen + keys)

@@ -17,7 +17,7 @@ from regard.models.attach import attach
 from regard.tasks import Sample, Source, task
 
 FULL = "full"
-TIMED = 2  # sequences in a timed batch, and how often method and full attention take turns
+TIMED = 2  # how often method and full attention take turns on one sequence
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def measure(cell: Cell, bench: Bench) -> dict:
         samples, full = bench.shared(cell)
         method = configured(cell)
         runs = full if method is None else [bench.run(b, method) for b in batches(samples, cell)]
-        timed = paired_times(samples[:TIMED], method, bench)
+        timed = paired_times(samples[:1], method, bench)
     facts = {**quality(cell, samples, runs, full, bench.tokenizer), **fidelity(runs, full), **timed}
     facts |= dict(
         bytes_held=sum(r.held for r in runs), bytes_kept=sum(r.kept for r in runs),
@@ -146,7 +146,7 @@ def configured(cell: Cell) -> Any:
 
 
 def paired_times(samples: list[Sample], method: Any, bench: Bench) -> dict:
-    """Method and full attention in turns on the same short batch; ratios with their spread."""
+    """Method and full attention in turns on the same sequence; ratios with their spread."""
     full, own = [], []
     for _ in range(TIMED):
         full.append(bench.run(samples, None))

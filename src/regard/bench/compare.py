@@ -26,7 +26,7 @@ from regard.report.result import Result
 from regard.tasks import TASKS
 
 BUDGETS = (0.1, 0.25, 0.5)
-LENGTHS = (512, 1024, 2048)
+LENGTHS = (256, 512, 1024)
 SAMPLES = 8
 LATER = ("timeout", "memory", "failed")
 

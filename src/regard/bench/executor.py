@@ -56,8 +56,11 @@ def work(pipe: Connection, load: Loader, threads: int) -> None:
     """A worker's life: load the model, then cells until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
+    from transformers.utils import logging
 
     torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         bench = Bench(*load())
     except BaseException as error:
@@ -89,9 +92,12 @@ class Worker:
         self.pipe.send(cell)
 
     def stop(self) -> None:
+        """An idle worker ends by itself when its pipe closes; a busy one is killed."""
+        self.pipe.close()
+        if self.cell is None:
+            self.process.join(timeout=5)
         self.process.kill()
         self.process.join()
-        self.pipe.close()
 
 
 class Broken(RuntimeError):
@@ -154,9 +160,9 @@ class LocalProcesses:
             status, error = "memory", "the worker was killed (signal 9), most likely for memory"
         elif status == "failed":
             error = f"the worker ended with exit code {code}"
-        cell, worker.cell, loaded, worker.ready = worker.cell, None, worker.ready, False
-        worker.deadline = float("inf")
+        cell, loaded = worker.cell, worker.ready
         worker.stop()
+        worker.cell, worker.ready, worker.deadline = None, False, float("inf")
         if not loaded:
             raise Broken(f"while the model was loading: {error}")
         return None if cell is None else cell.row(status=status, error=error)

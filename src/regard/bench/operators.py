@@ -127,11 +127,12 @@ def decode(shape: Shape, told: Callable[[str], None]) -> list[dict]:
         "tokenselect, budget 5 %": (catalog.method("tokenselect", budget=0.05, reuse=None), 1.5),
         "tokenselect, budget 5 %, reuse": (catalog.method("tokenselect", budget=0.05), 2.5),
     }
-    rows, base_cache = [], shape.ledger()
+    rows: list[dict] = []
+    base_cache = shape.ledger()
     told(f"read bandwidth {speed / 1e9:.1f} GB/s; weights {weights / 1e6:.0f} MB; context {shape.context}")
     for case, (method, target) in cases.items():
         told(case)
-        cache, facts = shape.ledger(), {}
+        cache, facts = shape.ledger(), dict[str, int]()
         times = paired(lambda: step(model, cache, method, facts), lambda: step(model, base_cache, None, {}))  # noqa: B023
         note = f"reads {facts['read'] / 1e6:.0f} MB of keys and values, {speed / 1e9:.1f} GB/s"
         rows.append(row(case, times, (facts["read"] + weights) / speed, target, note))
@@ -143,7 +144,7 @@ def decode(shape: Shape, told: Callable[[str], None]) -> list[dict]:
 
 def held(shape: Shape, model: Any) -> dict:
     """Bytes behind the cache after eviction at a 10 % budget: measured on its storages, at most 15 % of full."""
-    facts, full, cache = {}, {}, shape.ledger()
+    facts, full, cache = dict[str, int](), dict[str, int](), shape.ledger()
     step(model, cache, None, full)
     step(model, cache, catalog.method("streaming_llm", budget=0.1), facts)
     share = facts["held"] / full["held"]

@@ -156,7 +156,7 @@ class Method:
     """A configured page: what `regard.method(name, **config)` returns and `attach`, `compare` and `attend` take."""
 
     name: str
-    page: Page
+    page: Any  # a Page of any kind
     config: Any
 
     def with_(self, **settings: Any) -> "Method":

@@ -45,6 +45,8 @@ def make_function(session: Any):
                 f"{type(module).__name__} hands over its own sparse indices, which is not supported"
             )
         call = dict(scaling=scaling, dropout=dropout, **kwargs)
+        if session.attentions:  # many models do not pass it on
+            call["output_attentions"] = True
         touching = session.touching(module, query, layer)
         if layer is None:
             session.needs_cache(module)
@@ -200,8 +202,11 @@ def evict(view: View, policy: Any, layer: LedgerLayer, group: Group) -> None:
 
 def make_view(session, module, q, k, v, mask, call, layer: LedgerLayer | None, group: Group | None) -> View:
     n, batch = k.shape[2], q.shape[0]
-    index = group.table() if group is not None else torch.arange(n, device=k.device)[None, None]
     rule: MaskRule | None = mask.rule if isinstance(mask, LazyMask) else None
+    if group is not None:
+        index = group.table()
+    else:  # a static sliding cache begins at its own offset
+        index = torch.arange(n, device=k.device)[None, None] + (0 if rule is None else rule.kv_offset)
     real = None
     if rule is not None and rule.pad() is not None:
         real = rule.real(index)
@@ -226,6 +231,7 @@ def make_view(session, module, q, k, v, mask, call, layer: LedgerLayer | None, g
         seen=layer.seen if layer is not None else n, budget=index.new_full((batch,), n),
         groups=group.keys.shape[1] if group is not None else k.shape[1],
         phase="prefill" if first or q.shape[2] > 1 else "decode",
+        ordered=rule is not None and rule.causal and (group is None or group.index is None),
         softcap=call.get("softcap"), sinks=call.get("s_aux"),
         count=None if group is None or group.count is None else group.count[..., :n],
     )  # fmt: skip

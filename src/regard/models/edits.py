@@ -1,6 +1,7 @@
 """Carrying out edits and observers: the touched heads and rows are recomputed, all others stay as they were."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,6 +40,17 @@ def key_columns(view: View, keys: Any, roles: dict[str, Tensor], heads: list[int
     return hit if hit.shape[1] == 1 else per_query_head(hit, view.q.shape[1])[:, heads]
 
 
+def seen_columns(
+    view: View, keys: Any, roles: dict[str, Tensor], heads: list[int], rows: list[int]
+) -> Tensor:
+    """[B, 1|heads, 1|rows, n] bool: the slots that are these tokens, where the query sees them."""
+    hit, seen = key_columns(view, keys, roles, heads), view.visible(slice(rows[0], rows[-1] + 1))
+    if seen is None:
+        return hit
+    seen = seen if seen.shape[1] == 1 else seen[:, heads]
+    return hit & (seen if seen.shape[2] == 1 else seen[:, :, [r - rows[0] for r in rows]])
+
+
 def apply_edits(view: View, out: Tensor, touching: Any) -> Tensor:
     """out [B, H, N, E] with the edits of this site: on scores first, then on weights, then on z, each in order."""
     edits = [(e, r, heads_of(e.site, out.shape[1]), rows_of(e.site, view.new)) for e, r in touching.edits]
@@ -55,23 +67,26 @@ def apply_edits(view: View, out: Tensor, touching: Any) -> Tensor:
         if edit.site.quantity == "z":
             at = (slice(None), torch.tensor(heads)[:, None], torch.tensor(rows)[None])
             out[at] = changed(out[at], edit, told(edit, out, heads, rows))
-        if bool(key_columns(view, edit.site.keys, touching.roles, heads).any()):
-            receipt.note(touching.layer, heads)
+            touching.met[id(edit)] = set(heads)
+        if touching.met.get(id(edit)):
+            receipt.note(touching.layer, touching.met[id(edit)])
     return out
 
 
 def cells(sites: list[tuple[list[int], list[int]]]) -> Iterator[tuple[slice, list[int]]]:
     """Consecutive rows with the heads that any of the (heads, rows) names there."""
-    named = [(frozenset(heads), frozenset(rows)) for heads, rows in sites]
-    by_row = {r: frozenset().union(*(h for h, rows in named if r in rows)) for _, all_ in named for r in all_}
-    start = last = None
-    for r in sorted(by_row):
-        if start is not None and (r != last + 1 or by_row[r] != by_row[start]):
-            yield slice(start, last + 1), sorted(by_row[start])
-            start = None
-        start, last = r if start is None else start, r
-    if start is not None:
-        yield slice(start, last + 1), sorted(by_row[start])
+    spans = [(start, stop, heads) for heads, rows in sites for start, stop in runs(rows)]
+    for start, stop in pairwise(sorted({at for span in spans for at in span[:2]})):
+        heads = sorted({h for s, e, own in spans if s <= start and stop <= e for h in own})
+        if heads:
+            yield slice(start, stop), heads
+
+
+def runs(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive rows as (start, stop): [1, 2, 3, 7] -> (1, 4), (7, 8)."""
+    breaks = [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
+    for i, j in pairwise([0, *breaks, len(rows)]):
+        yield rows[i], rows[j - 1] + 1
 
 
 def edited_weights(
@@ -110,18 +125,15 @@ def edited(
             torch.tensor([heads.index(h) for h in own_heads])[:, None],
             torch.tensor([r - places.start for r in own_rows])[None],
         )
-        keys = key_columns(view, edit.site.keys, touching.roles, own_heads)
-        seen = view.visible(slice(own_rows[0], own_rows[-1] + 1))
-        if seen is not None:
-            seen = seen if seen.shape[1] == 1 else seen[:, own_heads]
-            seen = seen if seen.shape[2] == 1 else seen[:, :, [r - own_rows[0] for r in own_rows]]
+        keys = seen_columns(view, edit.site.keys, touching.roles, own_heads, own_rows)
         if edit.verb == "move":
-            x[at] = moved(
-                x[at], keys, key_columns(view, edit.to, touching.roles, own_heads), edit.value, seen
-            )
+            to = seen_columns(view, edit.to, touching.roles, own_heads, own_rows)
+            x[at] = moved(x[at], keys, to, edit.value)
+            keys = keys & to.any(-1, keepdim=True)
         else:
-            new = changed(x[at], edit, told(edit, x, own_heads, own_rows, view))
-            x[at] = torch.where(keys if seen is None else keys & seen, new, x[at])
+            x[at] = torch.where(keys, changed(x[at], edit, told(edit, x, own_heads, own_rows, view)), x[at])
+        if bool(keys.any()):
+            touching.met.setdefault(id(edit), set()).update(own_heads)
     return x
 
 
@@ -137,7 +149,8 @@ def told(
     own_heads = heads_of(edit.site, like.shape[1] if view is None else view.q.shape[1])
     own_rows = rows_of(edit.site, like.shape[2] if view is None else view.new)
     value = value.expand(like.shape[0], len(own_heads), len(own_rows), like.shape[-1])
-    return value[:, [own_heads.index(h) for h in heads]][:, :, [own_rows.index(r) for r in rows]]
+    place = {r: i for i, r in enumerate(own_rows)}
+    return value[:, [own_heads.index(h) for h in heads]][:, :, [place[r] for r in rows]]
 
 
 def changed(x: Tensor, edit: Edit, value: Tensor | None) -> Tensor:
@@ -147,9 +160,9 @@ def changed(x: Tensor, edit: Edit, value: Tensor | None) -> Tensor:
     return x * value if edit.verb == "scale" else value.expand_as(x)
 
 
-def moved(w: Tensor, source: Tensor, to: Tensor, share: float, seen: Tensor | None) -> Tensor:
+def moved(w: Tensor, source: Tensor, to: Tensor, share: float) -> Tensor:
     """Take `share` of the mass on source and give it to `to`; a row that sees no `to` keeps its mass."""
-    open_to = (to if seen is None else to & seen).expand_as(w)
+    open_to = to.expand_as(w)
     taken = torch.where(source, w * share, 0)
     have = torch.where(open_to, w, 0)
     even = open_to / open_to.sum(-1, keepdim=True).clamp(min=1)

@@ -71,8 +71,8 @@ class MaskRule:
         if pad is None:
             return index >= 0
         index = index.expand(pad.shape[0], -1, -1)
-        taken = pad.gather(1, index.clamp(min=0).flatten(1)).view(index.shape)
-        return taken & (index >= 0)
+        taken = pad.gather(1, index.clamp(0, pad.shape[1] - 1).flatten(1)).view(index.shape)
+        return taken & (index >= 0) & (index < pad.shape[1])  # a static cache has slots for tokens to come
 
 
 class LazyMask(Tensor):

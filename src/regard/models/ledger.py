@@ -197,7 +197,7 @@ class Group:
 
 
 class LedgerLayer(DynamicLayer):
-    """A cache layer whose stored tokens may be evicted, by row and by head, while the model keeps its true positions."""
+    """A cache layer whose tokens may be evicted, by row and by head, while the model keeps its true positions."""
 
     is_sliding = False
     is_croppable = False

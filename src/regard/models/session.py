@@ -50,7 +50,9 @@ class Touching:
     layer: int
     step: int
     roles: dict
-    owned: bool = False
+    met: dict[int, set[int]] = field(
+        default_factory=dict
+    )  # heads at which an edit, by id, met keys that are seen
 
     def __bool__(self) -> bool:
         return bool(self.edits or self.observers)
@@ -76,6 +78,7 @@ class Session:
     acted: int = 0
     bytes_read: dict[int, int] = field(default_factory=dict)  # by layer, of the latest step
     cache: Any = None
+    attentions: bool = False  # whether this forward was asked for its attention weights
     fresh: dict[str, Tensor] = field(default_factory=dict)  # roles of this forward's tokens
     adopted: WeakSet = field(default_factory=WeakSet)  # every ledger layer that this attachment wrote to
 
@@ -191,6 +194,7 @@ class Session:
         """A forward of the whole model starts."""
         self.steps += 1
         self.pending.clear()
+        self.attentions = bool(kwargs.get("output_attentions"))
         ids, answer = kwargs.get("input_ids"), kwargs.get("decoder_input_ids")
         if ids is not None:
             self.roles = {name: labelled(rule, ids) for name, rule in self.roles_from.items()}

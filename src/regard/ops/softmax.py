@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 1 << 22  # numbers in one block of scores: bounds the memory, never changes the result
+BLOCK = 1 << 20  # numbers in one block of scores: bounds the memory, never changes the result
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ def masked_softmax(s: Tensor, mask: Tensor | None = None, sinks: Tensor | None =
     if sinks is not None:
         column = at_least_float32(sinks).view(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], 1)
         return torch.cat([s, column.to(s.dtype)], dim=-1).softmax(-1)[..., :-1]
-    if mask is None:
+    if mask is None or bool((alive := mask.any(-1, keepdim=True)).all()):
         return s.softmax(-1)
-    return torch.where(mask.any(-1, keepdim=True), s, 0).softmax(-1).masked_fill(~mask, 0)
+    return torch.where(alive, s, 0).softmax(-1).masked_fill(~mask, 0)  # a dead row has finite gradients too
 
 
 def mix(weights: Tensor, v: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ Tables of the ledger (`index`, `real`) may have size 1 in place of B and G where
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from regard.ops.softmax import at_least_float32, masked_softmax, row_blocks, scores
 from regard.ops.topk import best, slots_of
@@ -38,6 +39,7 @@ class View:
     )  # queries -> [B, 1|H, rows, n] bool or None: all
     count: Tensor | None = None  # [B, G, n] tokens that a merged slot stands for; None: one each
     total_heads: int = 1  # cache heads of the whole model, over all layers
+    ordered: bool = False  # slot i is token i and no query sees a later one
     known: Tensor | None = None  # scores of a single-query step, once somebody asked for them
     heads: tuple[int, ...] = ()  # the cache heads of this view, where a layer keeps different lengths by head
     notes: Callable[[str], Tensor] = None  # type: ignore[assignment]  # name -> [B, G, n] float32 that stay with their slot
@@ -103,8 +105,19 @@ class View:
         start, stop, _ = rows.indices(self.new)
         total = 0
         for block in row_blocks(stop - start, self.q.shape[0] * self.q.shape[1] * self.stored):
-            total = total + self.weights(slice(start + block.start, start + block.stop)).sum(2)
+            cut = slice(start + block.start, start + block.stop)
+            last = self.stored - self.new + cut.stop if self.ordered else self.stored
+            found = self.upto(last).weights(cut).sum(2)
+            total = F.pad(found, (0, self.stored - last)) + total
         return self.by_cache_head(total)
+
+    def upto(self, last: int) -> "View":
+        """This view without the slots from `last` on: those that no query of a causal block sees."""
+        if last == self.stored:
+            return self
+        bias = None if self.bias is None else self.bias[..., :last]
+        cut = lambda rows: None if (seen := self.visible(rows)) is None else seen[..., :last]  # noqa: E731
+        return replace(self, k=self.k[:, :, :last], bias=bias, visible=cut)
 
     def age(self) -> Tensor:
         """[1|B, 1|G, n] how many tokens ago each stored token came; 0 for the newest."""

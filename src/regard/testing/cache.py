@@ -91,7 +91,7 @@ def ledgers(attached: attach) -> dict[int, LedgerLayer]:
 
 
 def tokens(group: Group, batch: int) -> tuple[Tensor, Tensor]:
-    """True index [B, g, n] of every slot, and which slots are tokens: merged ones stand for several or repeat an index."""
+    """True index [B, g, n] of every slot, and which are tokens: merged ones stand for several or repeat an index."""
     index = group.table().expand(batch, len(group.heads), -1)
     if group.count is None:
         return index, index >= 0
@@ -165,12 +165,19 @@ def watched(method: Method, now: dict[int, Read]) -> Method:
     return replace(method, page=replace(page, **watch))
 
 
-def play(model: Any, method: Method | None, feeds: list[dict], cache: Any = None) -> Tape:
-    """Run the script under the method and write down what every layer reads and holds."""
+def play(
+    model: Any,
+    method: Method | None,
+    feeds: list[dict],
+    others: Iterable = (),
+    cache: Cache | None = None,
+    **settings: Any,
+) -> Tape:
+    """Run the script under the method, with others beside it, and write down what every layer reads and holds."""
     tape, now = Tape(feeds), {}
-    cache = Cache(layer_class_to_replicate=DynamicLayer) if cache is None else cache
-    watch = None if method is None else watched(method, now)
-    with attach(model, watch) as attached, torch.no_grad():
+    cache = cache or Cache(layer_class_to_replicate=DynamicLayer)
+    methods = [*([] if method is None else [watched(method, now)]), *others]
+    with attach(model, methods, **settings) as attached, torch.no_grad():
         for feed in feeds:
             now.clear()
             batch, n = feed["input_ids"].shape
@@ -230,7 +237,12 @@ def turned(k: Tensor, by: Tensor, angle: Tensor) -> Tensor:
     return torch.cat([plane.real.to(k), plane.imag.to(k), k[..., 2 * pairs :]], -1)
 
 
-def oracle_function(model: Any, now: dict[int, Read]) -> Callable:
+Change = Callable[[int, str, Tensor, Tensor], Tensor]  # (layer, scores, weights or z; x; seen) -> x
+
+
+def oracle_function(model: Any, now: dict[int, Read], change: Change | None = None) -> Callable:
+    change = change or (lambda layer, quantity, x, seen: x)
+
     def oracle(module, query, key, value, attention_mask=None, *args, scaling=None, **kwargs):
         heads, layer = query.shape[1], module.layer_idx
         read = now.get(layer)
@@ -243,7 +255,7 @@ def oracle_function(model: Any, now: dict[int, Read]) -> Callable:
         s = torch.einsum("bhnd,bhmd->bhnm", query.float(), k.float()) * scaling
         if kwargs.get("softcap") is not None:
             s = kwargs["softcap"] * torch.tanh(s / kwargs["softcap"])
-        s = s.masked_fill(~seen, -math.inf)
+        s = change(layer, "scores", s, seen).masked_fill(~seen, -math.inf)
         if read is not None and read.merged is not None:
             mk, mv, count, index = (by_head(x, heads) for x in read.merged)
             more = (
@@ -260,19 +272,20 @@ def oracle_function(model: Any, now: dict[int, Read]) -> Callable:
         total = e.sum(-1, keepdim=True)
         if kwargs.get("s_aux") is not None:
             total = total + (sink - top).exp()
-        w = e / total.clamp(min=1e-30)
-        return torch.einsum("bhnm,bhme->bnhe", w, v.float()).to(query.dtype).contiguous(), w
+        w = change(layer, "weights", e / total.clamp(min=1e-30), seen)
+        z = change(layer, "z", torch.einsum("bhnm,bhme->bhne", w, v.float()), seen)
+        return z.to(query.dtype).transpose(1, 2).contiguous(), w
 
     return oracle
 
 
 @contextmanager
-def explicit_attention(model: Any, now: dict[int, Read]) -> Iterator[None]:
+def explicit_attention(model: Any, now: dict[int, Read], change: Change | None = None) -> Iterator[None]:
     """The model computes attention by `oracle_function` and reads, in layer i, only what now[i] says."""
     config = model.config.get_text_config()
     name, old = f"oracle/{id(now)}", config._attn_implementation_internal
     whole = dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    AttentionInterface.register(name, oracle_function(model, now))
+    AttentionInterface.register(name, oracle_function(model, now, change))
     AttentionMaskInterface.register(name, lambda *a, **k: sdpa_mask(*a, **{**k, **whole}))
     config._attn_implementation_internal = name
     try:
@@ -283,11 +296,20 @@ def explicit_attention(model: Any, now: dict[int, Read]) -> Iterator[None]:
         AttentionMaskInterface._global_mapping.pop(name)
 
 
-def hide(model: Any, feeds: list[dict], reads: list[dict[int, Read]] | None = None) -> list[Tensor]:
-    """Logits of the script on a full cache in which everything but `reads` is hidden; None: nothing is."""
+def hide(
+    model: Any,
+    feeds: list[dict],
+    reads: list[dict[int, Read]] | None = None,
+    change: Change | None = None,
+    cache: Cache | None = None,
+) -> list[Tensor]:
+    """Logits of the script on a full cache in which everything but `reads` is hidden; None: nothing is.
+
+    `change` is handed scores, weights and head outputs of every layer and gives what goes on.
+    """
     now: dict[int, Read] = {}
-    cache, outs = Cache(layer_class_to_replicate=DynamicLayer), []
-    with explicit_attention(model, now), torch.no_grad():
+    cache, outs = cache or Cache(layer_class_to_replicate=DynamicLayer), []
+    with explicit_attention(model, now, change), torch.no_grad():
         for i, feed in enumerate(feeds):
             now.clear()
             now.update(reads[i] if reads is not None else {})
@@ -429,15 +451,16 @@ def check_bytes(method: Method, family: str) -> None:
     model, _ = build(family)
     feeds = script(steps=(160, 1, 1, 1))
     tape = play(model, method, feeds)
-    full = full_bytes(model, feeds, len(PADS))
-    slots = sum(sum(layer) for layer in tape.stored[-1])
-    whole = sum(len(layer) for layer in tape.stored[-1]) * 163
-    room = sum(len(layer) * max(20, max(layer) // 4) for layer in tape.stored[-1])
-    tables = 2.5  # index, count, notes and first keys: beside keys of width 8 they weigh more than in life
-    need = tables * full * (slots + room) / whole
-    assert tape.bytes[-1] <= need, (
-        f"{method.label} on {family} holds {tape.bytes[-1]} bytes for {slots} of {whole} slots"
-    )
+    tables, seen = (
+        2.5,
+        0,
+    )  # index, count, notes and first keys: beside keys of width 8 they weigh more than in life
+    one_slot = full_bytes(model, feeds[:1], len(PADS)) / sum(160 * len(layer) for layer in tape.stored[0])
+    for feed, layers, found in zip(feeds, tape.stored, tape.bytes):
+        seen += feed["input_ids"].shape[1]
+        need = sum(slots + max(20, slots // 4) for layer in layers for slots in layer) * one_slot * tables
+        said = f"{method.label} on {family} holds {found} bytes for {sum(map(sum, layers))} slots of {seen} tokens"
+        assert found <= need, f"{said}, which need {need:.0f}"
 
 
 def generate(model: Any, feed: dict, **settings: Any) -> Any:

@@ -81,7 +81,7 @@ def parts(view: View, cfg: Config) -> list[Rows]:
     made = []
     for rows, (start, w, budget) in zip(each, kinds, strict=False):
         k = cfg.chunks if budget is None else max(3, budget // w)
-        made.append(Rows(rows, start, w, k, max(k * w, cfg.trained or 0)))
+        made.append(Rows(rows, start, w, k, max(k * w, budget or 0, cfg.trained or 0)))
     return made
 
 
@@ -89,8 +89,8 @@ def attend(view: View, cfg: Config) -> Tensor | None:
     """[B, H, N, E], or None while every query reads everything."""
     if view.bias is not None or view.stored != view.seen:
         raise Unsupported("LongHeads on a model with a position bias or on a cache that lacks tokens")
-    if windowed(view):
-        return None
+    if cfg.budget == 1.0 and isinstance(cfg.budget, float) or windowed(view):
+        return None  # nothing is ever left out
     groups = parts(view, cfg)
     remember(view, groups)
     if all(view.seen - part.start <= part.full for part in groups):
@@ -205,9 +205,10 @@ def gathered(view: View, part: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def blend(view: View, s: Tensor, seen: Tensor, v: Tensor) -> Tensor:
+    """[B, H, r, E] of products s [B, H, r, m]; every query sees at least its own token."""
     s = at_least_float32(s) * view.scale
     s = s if view.softcap is None else view.softcap * torch.tanh(s / view.softcap)
-    return mix(masked_softmax(s, seen, view.sinks), v)
+    return mix(masked_softmax(s.masked_fill(~seen, -torch.inf), None, view.sinks), v)
 
 
 METHOD = CachePage(

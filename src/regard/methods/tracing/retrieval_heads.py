@@ -23,13 +23,13 @@ from torch import Tensor
 
 from regard.core import Card, Edit, Observer, Site, TracingPage, require
 
-HOW = ("zero", "uniform")
+HOW = ("uniform", "zero")
 
 
 @dataclass(frozen=True)
 class Config:
     threshold: float = 0.1  # score from which a head is a retrieval head
-    how: str = "zero"  # a head that is switched off adds nothing; "uniform": attends to all places alike
+    how: str = "uniform"  # a head that is switched off attends to all places alike; "zero": adds nothing
 
     def __post_init__(self) -> None:
         require(self.how in HOW, f"how is one of {HOW}", how=self.how)
@@ -79,7 +79,7 @@ METHOD = TracingPage(
         neutral={"threshold": 2.0},
         caveat="released code adds 1/|needle| for every hit, so places hit twice count twice (here once, as defined), "
         "and averages over runs that answered right only (here over all). It switches a head off by setting its "
-        "queries to zero, which leaves uniform attention (how='uniform' here), and draws random heads from those "
+        "queries to zero, which leaves uniform attention (the default here), and draws random heads from those "
         "outside the top 100. Needs text-only prompts without padding",
     ),
 )

@@ -1,0 +1,61 @@
+"""LongHeads' claim on the shipped model, trained on 2,048 tokens: passkeys in texts of 8,192."""
+
+import torch
+
+from regard.core.claim import Claim, Measured
+from regard.models.attach import attach
+from regard.models.shipped import load_shipped
+from regard.tasks import Sample, task
+
+TRAINED, TIMES, DEPTHS = 2048, 4, 10
+CHUNK, CHUNKS = 128, 16  # the paper's 16 chunks, together the trained length
+
+
+@torch.no_grad()
+def answered(model, sample: Sample, *method, **settings) -> list[bool]:
+    """Which tokens of the answer are generated right."""
+    ids, size = torch.tensor([sample.prompt]), len(sample.answer)
+    fixed = {"max_new_tokens": size, "min_new_tokens": size, "do_sample": False}
+    with attach(model, *method, **settings):
+        said = model.generate(ids, attention_mask=torch.ones_like(ids), **fixed)[0, ids.shape[1] :]
+    return [a == b for a, b in zip(said.tolist(), sample.answer, strict=True)]
+
+
+@torch.no_grad()
+def difference(model, ids: torch.Tensor) -> float:
+    """Largest difference of logits up to the trained length, prompt and one step of decoding."""
+    alone = model(ids).logits
+    with attach(model, "longheads", chunk=CHUNK, chunks=CHUNKS):
+        out = model(ids[:, :-1])
+        last = model(ids[:, -1:], past_key_values=out.past_key_values)
+    return float((torch.cat([out.logits, last.logits], 1) - alone).abs().max())
+
+
+def measure() -> Measured:
+    model, tokenizer = load_shipped("lm")
+    inside = task("needle").samples(tokenizer, TRAINED, 1, seed=1)[0]
+    samples = task("needle").samples(tokenizer, TIMES * TRAINED, DEPTHS, seed=1)
+    full = [answered(model, s) for s in samples]
+    long = [answered(model, s, "longheads", chunk=CHUNK, chunks=CHUNKS) for s in samples]
+    share = {name: 100 * sum(map(all, rows)) / DEPTHS for name, rows in (("full", full), ("longheads", long))}
+    numbers = {
+        "difference_within": difference(model, torch.tensor([inside.prompt])),
+        "accuracy_full_at_8192": share["full"],
+        "accuracy_longheads_at_8192": share["longheads"],
+        "right_by_depth": [int(all(row)) for row in long],
+        "right_tokens_full": sum(map(sum, full)) / sum(map(len, full)),
+        "right_tokens_longheads": sum(map(sum, long)) / sum(map(len, long)),
+    }
+    holds = numbers["difference_within"] < 1e-5 and share["longheads"] >= share["full"] + 30
+    return Measured(holds, numbers)
+
+
+CLAIM = Claim(
+    name="longheads",
+    statement=(
+        "up to the trained length LongHeads is the identity; at four times that length it keeps passkey retrieval on "
+        "a small rotary model whose full attention breaks down"
+    ),
+    bound="logits differ < 1e-5 within 2,048 tokens; passkey accuracy at 8,192 >= full attention + 30 points",
+    measure=measure,
+)

@@ -1,0 +1,487 @@
+"""attach: exact undo, no drift, refusals by name, gradients, two caches, and what the model's own paths give."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
+
+from regard import catalog
+from regard.core import Edit, NeverFired, Observer, Site, Unreachable, Unsupported
+from regard.models.attach import attach
+from regard.models.ledger import LedgerLayer
+from regard.testing.zoo import UNREACHED, ZOO, build, ids, logits
+
+REACHED = [name for name in ZOO if name not in UNREACHED]
+EXPLICIT = ("gemma2", "gptoss")  # their own default is eager attention
+WRITERS = [n for n in REACHED if n not in ("bert", "vit", "clip")]  # those that generate
+STREAM = catalog.method("streaming_llm", budget=8)
+
+
+def state(model):
+    """All that an attachment may touch, in a form that compares."""
+    modules = dict(model.named_modules())
+    return {
+        "implementation": {
+            n: m.config._attn_implementation_internal
+            for n, m in modules.items()
+            if isinstance(m, PreTrainedModel)
+        },
+        "hooks": {
+            n: [list(getattr(m, kind)) for kind in vars(m) if kind.endswith("_hooks")]
+            for n, m in modules.items()
+        },
+        "attributes": {n: sorted(vars(m)) for n, m in modules.items()},
+        "forward": {n: m.forward.__func__ for n, m in modules.items()},
+        "registries": [sorted(x._global_mapping) for x in (AttentionInterface, AttentionMaskInterface)],
+        "config": model.config.to_dict(),
+    }
+
+
+def greedy(model, inputs, **settings):
+    asked = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with torch.no_grad():
+        return model.generate(**inputs, **{**asked, **settings})
+
+
+def run(model, inputs, **settings):
+    with torch.no_grad():
+        return logits(model(**inputs, **settings))
+
+
+# -- undo
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_nothing_is_left_behind(name):
+    model, inputs = build(name)
+    run(model, inputs)  # transformers puts its own capturing hooks on at the first call
+    before = state(model)
+    with attach(model):
+        run(model, inputs)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("method", [None, STREAM, Observer("last_row"), Edit(Site(layers=1), "scale", 0.5)])
+def test_undo_after_an_exception(method):
+    model, inputs = build("llama")
+    before = state(model)
+    with pytest.raises(ZeroDivisionError), attach(model, method):  # noqa: PT012
+        run(model, inputs)
+        1 / 0  # noqa: B018
+    with pytest.raises(ZeroDivisionError), attach(model, method):  # before anything ran: no NeverFired on top
+        1 / 0  # noqa: B018
+    assert state(model) == before
+
+
+def test_undo_when_entering_fails(monkeypatch):
+    model, _ = build("llama")
+    before = state(model)
+    monkeypatch.setattr(attach, "_hook", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError), attach(model):
+        pass
+    assert state(model) == before
+
+
+def test_one_attachment_after_another_and_two_models():
+    (a, inputs), (b, _) = build("llama"), build("qwen3")
+    before, own = (state(a), state(b)), run(b, inputs)
+    for _ in range(2):
+        with attach(a, STREAM):
+            greedy(a, inputs)
+            with attach(b):
+                assert torch.equal(run(b, inputs), own)
+            greedy(a, inputs)
+    assert (state(a), state(b)) == before
+
+
+def test_one_attachment_at_a_time():
+    model, inputs = build("llama")
+    before = state(model)
+    with attach(model) as outer:
+        inside = state(model)
+        with pytest.raises(Unsupported, match="attached already"), attach(model, STREAM):
+            pass
+        assert state(model) == inside
+        run(model, inputs)
+        assert outer.reached()
+    assert state(model) == before
+
+
+def test_a_model_of_the_same_configuration_object_is_left_alone():
+    model, inputs = build("llama")
+    other = type(model)(model.config).eval()
+    own = run(other, inputs)
+    with attach(model, STREAM) as attached:
+        assert torch.equal(run(other, inputs, use_cache=False), own)
+        assert attached.reached() == {}
+        greedy(model, inputs)
+
+
+def test_importing_changes_nothing():
+    assert not [
+        n for x in (AttentionInterface, AttentionMaskInterface) for n in x._global_mapping if "regard" in n
+    ]
+
+
+# -- no drift
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_forward_is_the_models_own(name):
+    model, inputs = build(name)
+    own = run(model, inputs)
+    with attach(model) as attached:
+        found = run(model, inputs)
+        assert attached.reached()
+    assert float((found - own).abs().max()) <= (1e-5 if name in EXPLICIT else 0)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_generate_is_the_models_own(name):
+    model, inputs = build(name)
+    inputs = {k: x for k, x in inputs.items() if not k.startswith("decoder")}
+    own = greedy(model, inputs)
+    with attach(model):
+        assert torch.equal(greedy(model, inputs), own)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "gemma3", "gptoss", "neox"])
+def test_static_cache_is_the_models_own(name, padded):
+    model, inputs = build(name)
+    if padded:
+        mask = torch.ones(2, 12, dtype=torch.long)
+        mask[0, :5] = 0
+        inputs = dict(input_ids=ids(2, 12), attention_mask=mask)
+    settings = dict(cache_implementation="static", disable_compile=True)
+    own = greedy(model, inputs, **settings)
+    with attach(model):
+        assert torch.equal(greedy(model, inputs, **settings), own)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gptoss", "gpt2"])
+def test_left_padded_batch_is_the_models_own(name):
+    model, _ = build(name)
+    tokens, mask = ids(2, 14), torch.ones(2, 14, dtype=torch.long)
+    mask[1, :5] = 0
+    inputs = dict(input_ids=tokens, attention_mask=mask)
+    own, written = run(model, inputs), greedy(model, inputs)
+    with attach(model):
+        assert float((run(model, inputs) - own)[mask.bool()].abs().max()) <= 1e-5
+        assert torch.equal(greedy(model, inputs), written)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "t5", "gptoss", "llava"])
+def test_gradients_are_the_models_own(name):
+    model, inputs = build(name)
+
+    def gradients():
+        model.zero_grad()
+        logits(model(**inputs)).square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    own = gradients()
+    with attach(model):
+        found = gradients()
+    assert own.keys() == found.keys()
+    for label, grad in own.items():
+        torch.testing.assert_close(found[label], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_training_with_dropout_is_the_models_own():
+    model, inputs = build("llama")
+    model.config.attention_dropout = 0.5
+    model = type(model)(model.config).train()
+    outs = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        if on:
+            with attach(model):
+                outs.append(run(model, inputs))
+        else:
+            outs.append(run(model, inputs))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_compiled_is_the_models_own(name):
+    model, inputs = build(name)
+    own = run(model, inputs, use_cache=False)
+    with attach(model):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        found = run(compiled, inputs, use_cache=False)
+    torch._dynamo.reset()
+    assert float((found - own).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gptoss", "bert", "vit", "gpt2", "neox", "deepseek3"])
+def test_output_attentions(name):
+    model, inputs = build(name)
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    with torch.no_grad():
+        own = other(**inputs, output_attentions=True)
+        with attach(model):
+            found = model(**inputs, output_attentions=True)
+    assert len(found.attentions) == len(own.attentions) > 0
+    for a, b in zip(found.attentions, own.attentions):
+        seen = torch.ones(a.shape[0], 1, a.shape[2], 1, dtype=torch.bool)
+        if name == "bert":
+            seen = inputs["attention_mask"][:, None, :, None].bool()
+        assert float((a - b).abs().masked_fill(~seen, 0).max()) <= 1e-5
+        if name != "gptoss":  # a part of the mass goes to its sinks
+            torch.testing.assert_close(a.sum(-1), torch.ones_like(a.sum(-1)))
+    assert float((logits(found) - logits(own)).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_a_mask_of_the_users_own(kind, name):
+    model, inputs = build(name)
+    seen = torch.ones(12, 12).tril().bool() & (torch.rand(12, 12) < 0.6) | torch.eye(12).bool()
+    low = torch.finfo(torch.float32).min
+    additive = torch.where(seen, 0.0, low)[None, None]
+    mask = seen[None, None] if kind == "bool" else additive
+    place = torch.arange(12)[None]
+    given = additive if name == "gemma2" else mask  # eager attention adds True as 1
+    own = run(model, dict(input_ids=inputs["input_ids"], attention_mask=given, position_ids=place))
+    with attach(model):
+        found = run(model, dict(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=place))
+    assert float((found - own).abs().max()) <= 1e-5
+
+
+# -- caches
+
+
+def test_two_caches_alternate():
+    model, _ = build("llama")
+    texts, outs = (ids(1, 15), ids(1, 19)), {}
+    for together in (False, True):
+        caches = [DynamicCache(), DynamicCache()]
+        with attach(model, STREAM):
+            outs[together] = [[], []]
+            order = (
+                [(t, i) for t in range(4) for i in (0, 1)]
+                if together
+                else [(t, i) for i in (0, 1) for t in range(4)]
+            )
+            for t, i in order:
+                piece = texts[i][:, :-3] if t == 0 else texts[i][:, t - 4 : t - 3 or None]
+                outs[together][i].append(run(model, dict(input_ids=piece), past_key_values=caches[i])[:, -1])
+    for a, b in zip(outs[False], outs[True]):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_roles_belong_to_their_cache():
+    model, _ = build("llama")
+    looks = {}
+    for together in (False, True):
+        texts = [torch.full((1, 8), 5), torch.full((1, 8), 6)]
+        texts[0][0, 2] = texts[1][0, 6] = 100
+        caches, seen = [DynamicCache(), DynamicCache()], [[], []]
+        edit = Edit(Site("weights", layers=2, keys="marked"), "scale", 0.0)
+        with attach(model, edit, roles={"marked": lambda t: t == 100}):
+            order = (
+                [(t, i) for t in range(2) for i in (0, 1)]
+                if together
+                else [(t, i) for i in (0, 1) for t in range(2)]
+            )
+            for t, i in order:
+                piece = texts[i][:, :5] if t == 0 else texts[i][:, 5:]
+                seen[i].append(run(model, dict(input_ids=piece), past_key_values=caches[i]))
+        looks[together] = seen
+    for a, b in zip(looks[False], looks[True]):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_reset_begins_again():
+    model, inputs = build("llama")
+    cache = DynamicCache()
+    with attach(model, STREAM) as attached:
+        first = run(model, inputs, past_key_values=cache)
+        assert attached.stored() == [[8, 8]] * 3
+        cache.reset()
+        assert attached.cache.get_seq_length() == 0
+        assert torch.equal(run(model, inputs, past_key_values=cache), first)
+
+
+def test_a_compressed_cache_cannot_go_on_alone():
+    model, inputs = build("llama")
+    caches = [DynamicCache(), DynamicCache()]
+    with attach(model, STREAM):
+        for cache in caches:
+            run(model, inputs, past_key_values=cache)
+    for cache in caches:  # the one used last, and the one before
+        with pytest.raises(Unsupported, match="compressed by an attachment that has ended"):
+            run(model, dict(input_ids=ids(1, 1)), past_key_values=cache)
+    with attach(model, STREAM) as attached:
+        run(model, dict(input_ids=ids(1, 1)), past_key_values=caches[0])
+        assert attached.stored() == [[8, 8]] * 3
+
+
+def test_an_untouched_cache_goes_on_alone():
+    model, inputs = build("mistral")
+    own, after = DynamicCache(), DynamicCache()
+    with attach(model):
+        run(model, inputs, past_key_values=after)
+    run(model, inputs, past_key_values=own)
+    assert isinstance(after.layers[0], LedgerLayer)
+    more = dict(input_ids=ids(1, 3))
+    assert (
+        float((run(model, more, past_key_values=after) - run(model, more, past_key_values=own)).abs().max())
+        <= 1e-6
+    )
+
+
+def test_a_cache_that_began_without():
+    model, inputs = build("llama")
+    one, other, more = DynamicCache(), DynamicCache(), dict(input_ids=ids(1, 1))
+    run(model, inputs, past_key_values=one)
+    with attach(model, STREAM) as attached:
+        found = run(model, more, past_key_values=one)
+        assert attached.stored() == [[8, 8]] * 3
+    run(model, inputs, past_key_values=other)
+    assert float((found - run(model, more, past_key_values=other)).abs().max()) <= 1e-6
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize("name", UNREACHED)
+def test_unreachable_models_are_named(name):
+    model, _ = build(name)
+    before = state(model)
+    with pytest.raises(Unreachable, match=type(model).__name__), attach(model):
+        pass
+    assert state(model) == before
+
+
+def test_no_vision_tower():
+    with (
+        pytest.raises(Unreachable, match="LlamaForCausalLM has no vision"),
+        attach(build("llama")[0], where="vision"),
+    ):
+        pass
+
+
+def test_a_policy_needs_a_cache():
+    model, inputs = build("llama")
+    with pytest.raises(Unsupported, match="use_cache=True"), attach(model, STREAM):
+        run(model, inputs, use_cache=False)
+
+
+@pytest.mark.parametrize("settings", [dict(prompt_lookup_num_tokens=3), dict(assistant=True)])
+def test_assisted_decoding_with_a_policy(settings):
+    model, _ = build("llama")
+    inputs = dict(input_ids=torch.tensor([[7, 8, 9, 10] * 5]))
+    if "assistant" in settings:
+        settings = dict(assistant_model=build("llama", seed=2)[0])
+    own = greedy(model, inputs, **settings)
+    with attach(model):
+        assert torch.equal(greedy(model, inputs, **settings), own)
+    for method in (STREAM, catalog.method("h2o", budget=8)):
+        with pytest.raises(Unsupported, match="assisted decoding"), attach(model, method):
+            greedy(model, inputs, max_new_tokens=20, **settings)
+
+
+@pytest.mark.parametrize("method", [STREAM, Observer("top1"), Edit(Site(), "scale", 2.0)])
+def test_generate_batch_is_refused(method):
+    model, _ = build("llama")
+    with pytest.raises(Unsupported, match="generate_batch"), attach(model, method):
+        model.generate_batch([[1, 2, 3]])
+    assert "generate_batch" not in vars(model)
+
+
+def test_static_cache_with_a_policy():
+    model, inputs = build("llama")
+    with pytest.raises(Unsupported, match="StaticLayer"), attach(model, STREAM):
+        run(model, inputs, past_key_values=StaticCache(model.config, max_cache_len=32))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("llama", STREAM), ("llama", Edit(Site(), "scale", 2.0)), ("gptoss", None), ("gemma2", None)],
+)
+def test_dropout_that_would_be_left_out(name, method):
+    config = build(name)[0].config
+    config.attention_dropout = 0.5
+    model = type(build(name)[0])(config).train()
+    with pytest.raises(Unsupported, match=r"model\.eval\(\)"), attach(model, method):
+        run(model, dict(input_ids=ids()))
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (Edit(Site(layers=9), "scale", 2.0), "layers=\\(9,\\)"),
+        (Edit(Site(layers=(1, 9)), "scale", 2.0), "layers \\[9\\]"),
+        (Edit(Site(heads=(0, 4)), "scale", 2.0), "heads \\[4\\]"),
+        (Edit(Site(rows=40), "scale", 2.0), "rows"),
+        (Edit(Site(keys=99), "scale", 2.0), "keys"),
+        (Edit(Site(phase="decode"), "block"), "decode"),
+        (Edit(Site(tower="vision"), "block"), "vision"),
+    ],
+)
+def test_an_edit_that_never_fires(edit, said):
+    model, inputs = build("llama")
+    before = state(model)
+    with pytest.raises(NeverFired, match=said), attach(model, edit):
+        run(model, inputs)
+    assert state(model) == before
+
+
+def test_a_policy_that_never_acts():
+    model, inputs = build("bert")
+    with pytest.raises(NeverFired, match="never saw a cache"), attach(model, STREAM):
+        run(model, inputs)
+
+
+def test_wrong_names_and_kinds():
+    model, inputs = build("llama")
+    with pytest.raises(KeyError, match="near names: streaming_llm"):
+        attach(model, "streaming_lm")
+    with pytest.raises(ValueError, match="has no setting 'windw'; near names: window"):
+        attach(model, "streaming_llm", windw=3)
+    with pytest.raises(ValueError, match="without a method's name"):
+        attach(model, None, window=3)
+    with pytest.raises(Unsupported, match="one cache method at a time, not streaming_llm, h2o"):
+        attach(model, ["streaming_llm", "h2o"])
+    with pytest.raises(Unsupported, match="is a mask"):
+        attach(model, "causal")
+    with pytest.raises(TypeError, match="names, methods, edits and observers"):
+        attach(model, [3])
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        attach(torch.nn.Linear(2, 2))
+    with (
+        pytest.raises(KeyError, match="no role is called 'image'"),
+        attach(model, Edit(Site(keys="image"), "block")),
+    ):
+        run(model, inputs)
+
+
+def test_a_mask_of_the_users_own_beside_a_policy():
+    model, inputs = build("llama")
+    mask = torch.ones(12, 12).tril().bool()[None, None]
+    with pytest.raises(Unsupported, match="4-D mask"), attach(model, STREAM):
+        run(model, dict(**inputs, attention_mask=mask))
+
+
+def test_bytes_and_slots():
+    model, _ = build("llama")
+    cache = DynamicCache()
+    with attach(model, STREAM) as attached:
+        run(model, dict(input_ids=ids(2, 100)), past_key_values=cache)
+        assert attached.stored() == [[8, 8]] * 3
+        assert (
+            attached.bytes_held() < 2 * 3 * 2 * 2 * 8 * 16 * 4
+        )  # keys and values, layers, rows, heads, slots, width
+        run(model, dict(input_ids=ids(2, 1)), past_key_values=cache)
+        assert attached.bytes_read() == 3 * 2 * 2 * 9 * 16 * 4

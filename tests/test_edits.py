@@ -1,0 +1,470 @@
+"""Edits and observers against explicit attention, row by row and key by key, and against the models' own weights."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from regard import catalog
+from regard.core import Edit, NeverFired, Observer, Site
+from regard.models.attach import attach
+from regard.testing.cache import (
+    NEAR,
+    explicit_attention,
+    feeds_of,
+    gap,
+    generate,
+    grown_mask,
+    hide,
+    play,
+    real,
+    script,
+)
+from regard.testing.zoo import build, ids, logits
+
+FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "gptoss", "gpt2", "neox", "deepseek3")
+MARK = {"marked": lambda tokens: tokens % 3 == 0}
+
+
+# -- the definition, by hand
+
+
+def keys_by_hand(keys, m, role):
+    """[B or 1, m] bool."""
+    if keys is None:
+        return torch.ones(1, m, dtype=torch.bool)
+    if isinstance(keys, str):
+        return role[:, :m]
+    return torch.tensor([[j in keys or j - m in keys for j in range(m)]])
+
+
+def by_hand(*edits, role=None):
+    """What `hide` calls: every edit carried out on its own head, row and keys, one after the other."""
+
+    def change(layer, quantity, x, seen):
+        x, (_, heads, n, m) = x.clone(), seen.shape
+        phase = "decode" if n == 1 and m > 1 else "prefill"
+        for edit in (e for e in edits if e.site.quantity == quantity and e.site.covers(layer, "text", phase)):
+            site = edit.site
+            rows = [r for r in range(n) if site.rows is None or r in site.rows or r - n in site.rows]
+            source = keys_by_hand(site.keys, m, role)
+            for h in range(heads) if site.heads is None else site.heads:
+                for r in rows:
+                    if quantity == "z":
+                        x[:, h, r] = verb_by_hand(edit, x[:, h, r], h, rows.index(r))
+                    elif edit.verb == "move":
+                        x[:, h, r] = move_by_hand(
+                            x[:, h, r], source, keys_by_hand(edit.to, m, role), edit.value, seen[:, h, r]
+                        )
+                    else:
+                        new = verb_by_hand(edit, x[:, h, r], h, rows.index(r))
+                        x[:, h, r] = torch.where(source & seen[:, h, r], new, x[:, h, r])
+        return x
+
+    return change
+
+
+def verb_by_hand(edit, row, h, place):
+    value = edit.value
+    if torch.is_tensor(value) and value.dim():
+        value = value.expand(row.shape[0], len(edit.site.heads), value.shape[2], row.shape[-1])
+        value = value[:, edit.site.heads.index(h), min(place, value.shape[2] - 1)]
+    if edit.verb == "block":
+        return torch.full_like(row, -torch.inf) if edit.site.quantity == "scores" else torch.zeros_like(row)
+    return row * value if edit.verb == "scale" else torch.zeros_like(row) + value
+
+
+def move_by_hand(row, source, to, share, seen):
+    row = row.clone()
+    for b in range(len(row)):
+        give = source.expand(row.shape)[b].clone()
+        take = to.expand(row.shape)[b] & seen[b]
+        if not take.any():
+            continue
+        there = row[b][take].clone()
+        taken = share * row[b][give].sum()
+        row[b][give] *= 1 - share
+        row[b][take] += taken * (there / there.sum() if there.sum() > 0 else 1 / int(take.sum()))
+    return row
+
+
+def site(quantity="weights", **where):
+    return Site(quantity, **where)
+
+
+EDITS = {
+    "scale scores": Edit(site("scores", layers=1, heads=(0, 3), keys=(2, 9, -1)), "scale", 0.3),
+    "replace scores": Edit(site("scores", heads=1, rows=(-1, 0), keys=(0, 7, -2)), "replace", 2.5),
+    "block scores": Edit(site("scores", layers=(0, 2), keys=(8, 10, 12)), "block"),
+    "scale weights": Edit(site(layers=2, heads=(1, 2), rows=(-1, -2)), "scale", 1.7),
+    "replace weights": Edit(site(layers=1, heads=2, keys=(3, 11)), "replace", 0.4),
+    "replace by a tensor": Edit(
+        site(layers=1, heads=(3, 1), rows=(-1,)), "replace", torch.tensor([0.1, 0.2]).view(1, 2, 1, 1)
+    ),
+    "block weights": Edit(site(heads=(0, 1), keys=(1, 10)), "block"),
+    "move": Edit(site(layers=(1, 2), heads=(1, 3), keys=(5, 9, 13)), "move", 0.6, to=(2, 10)),
+    "move to a role": Edit(site(rows=-1), "move", 0.5, to="marked"),
+    "move from a role": Edit(site(layers=0, keys="marked"), "move", 1.0, to=(-1, 9)),
+    "scale a role": Edit(site("scores", layers=1, keys="marked"), "scale", 0.1),
+    "in steps only": Edit(site(keys=(9, 12, -2), phase="decode"), "block"),
+    "in prompts only": Edit(site("scores", keys=(9, 12), phase="prefill"), "block"),
+    "scale z": Edit(site("z", layers=1, heads=(0, 2), rows=(0, -1)), "scale", -1.5),
+    "block z": Edit(site("z", layers=2, heads=3), "block"),
+    "replace z": Edit(site("z", layers=0, heads=(1, 2)), "replace", 0.2),
+}
+
+
+def role_of(feeds):
+    return torch.cat([f["input_ids"] for f in feeds], 1) % 3 == 0
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edit_is_its_definition(family, name):
+    model, _ = build(family)
+    feeds, edit = script(steps=(20, 1, 4, 1)), EDITS[name]
+    found = play(model, None, feeds, [edit], roles=MARK)
+    wanted = hide(model, feeds, change=by_hand(edit, role=role_of(feeds)))
+    assert gap(feeds, found.outs, wanted) <= NEAR
+    assert gap(feeds, hide(model, feeds), wanted) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["h2o", "snapkv", "recycled_attention"])
+@pytest.mark.parametrize(
+    "name", ["scale scores", "block scores", "replace weights", "move", "scale a role", "scale z"]
+)
+def test_edit_under_a_policy(method, name):
+    model, _ = build("llama")
+    small = dict(budget=10, **({"window": 3} if method == "snapkv" else {}))
+    feeds, edit = script(steps=(20, 1, 1, 4, 1)), EDITS[name]
+    tape = play(model, catalog.method(method, **small), feeds, [edit], roles=MARK)
+    change = by_hand(edit, role=role_of(feeds))
+    assert gap(feeds, tape.outs, hide(model, feeds, tape.reads, change)) <= NEAR
+    assert gap(feeds, tape.outs, hide(model, feeds, change=change)) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gptoss"])
+def test_edits_compose(family):
+    """All on the same heads and rows: scores first, then weights, then z, each kind in the order given."""
+    model, _ = build(family)
+    edits = [
+        Edit(site("z", layers=1, heads=(0, 1)), "scale", 0.5),
+        Edit(site(layers=1, heads=(0, 1), keys=(9, 10)), "scale", 3.0),
+        Edit(site("scores", layers=1, heads=(1, 2), keys=(11,)), "block"),
+        Edit(site(layers=1, heads=(1, 3), rows=(-1, -2), keys=(9, 10)), "move", 0.5, to=(12,)),
+        Edit(site("scores", layers=1, rows=(-2, 3), keys=(8, 13)), "scale", -1.0),
+        Edit(site("z", layers=1, heads=0, rows=-1), "replace", 0.3),
+    ]
+    feeds = script(steps=(20, 1, 4, 1))
+    for own in (edits, edits[::-1]):
+        assert (
+            gap(feeds, play(model, None, feeds, own).outs, hide(model, feeds, change=by_hand(*own))) <= NEAR
+        )
+
+
+def test_a_patch_of_many_rows():
+    """A tensor for chosen heads and scattered rows; a patch of a run's own weights changes nothing."""
+    model, inputs = build("llama")
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        own = eager(**inputs, output_attentions=True)
+    for layer, weights in enumerate(own.attentions):
+        patch = Edit(
+            Site(layers=layer, heads=(2, 0), rows=(11, 1, 5)), "replace", weights[:, [2, 0]][:, :, [1, 5, 11]]
+        )
+        with attach(model, patch), torch.no_grad():
+            assert float((model(**inputs).logits - own.logits).abs().max()) <= 1e-5
+    values = torch.rand(1, 2, 3, 12)
+    patch = Edit(Site(layers=1, heads=(2, 0), rows=(11, 1, 5)), "replace", values)
+    feeds = script(steps=(12,), pads=(0,))
+    assert (
+        gap(feeds, play(model, None, feeds, [patch]).outs, hide(model, feeds, change=by_hand(patch))) <= NEAR
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
+def test_z_is_the_input_of_the_projection(family):
+    """Against a hook on the output projection, which shares nothing with the attention function."""
+    model, inputs = build(family)
+    block = {"llama": "model.layers.1.self_attn.o_proj", "gpt2": "transformer.h.1.attn.c_proj"}
+    project = model.get_submodule(block.get(family, "gpt_neox.layers.1.attention.dense"))
+    seen = []
+
+    def cut(module, args):
+        seen.append(args[0].unflatten(-1, (4, 8)).transpose(1, 2).clone())
+        x = args[0].clone()
+        x[:, [2, 5], 8:16] *= 0.25  # rows 2 and 5 of head 1
+        return (x,)
+
+    hook = project.register_forward_pre_hook(cut)
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+    hook.remove()
+    with attach(model, Edit(Site("z", layers=1, heads=1, rows=(2, 5)), "scale", 0.25)), torch.no_grad():
+        assert float((model(**inputs).logits - wanted).abs().max()) <= 1e-6
+    with (
+        attach(model, Observer("z", Site(layers=1, heads=(0, 3), rows=(1, -1)))) as attached,
+        torch.no_grad(),
+    ):
+        model(**inputs)
+    ((layer, step, z),) = attached.records["z"]
+    assert (layer, step) == (1, 0)
+    torch.testing.assert_close(z, seen[0][:, [0, 3]][:, :, [1, 11]])
+
+
+# -- what is not touched stays
+
+
+@pytest.mark.parametrize("quantity", ["scores", "weights", "z"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "neox"])
+def test_other_rows_and_heads_are_bitwise_the_models_own(family, quantity):
+    model, inputs = build(family)
+    z = Observer("z", Site("z", layers=2))
+    with torch.no_grad():
+        own = logits(model(**inputs))
+        with attach(model, z) as before:
+            assert torch.equal(logits(model(**inputs)), own)
+        with attach(model, [Edit(Site(quantity, layers=2, heads=1, rows=(3, 4)), "scale", 0.5), z]) as after:
+            found = logits(model(**inputs))
+    others = [r for r in range(12) if r not in (3, 4)]
+    assert torch.equal(found[:, others], own[:, others])
+    assert not torch.equal(found[:, 3], own[:, 3])
+    a, b = before.records["z"][0][2], after.records["z"][0][2]
+    changed = (a != b).any(-1)
+    assert changed[:, 1, 3:5].all()
+    assert int(changed.sum()) == 2
+
+
+def test_gradients_go_through_edits():
+    model, inputs = build("llama")
+    edit = Edit(Site("scores", layers=1, heads=(0, 2), keys=(1, 4)), "scale", 0.3)
+    grads = []
+    for on in (True, False):
+        model.zero_grad()
+        change = by_hand(edit)
+        if on:
+            with attach(model, edit):
+                model(**inputs).logits.square().mean().backward()
+        else:
+            with explicit_attention(model, {}, change):
+                model(**inputs).logits.square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+# -- roles, phases, receipts
+
+
+@pytest.mark.parametrize("settings", [{}, dict(num_beams=3, output_scores=True)])
+def test_roles_grow_while_a_model_generates(settings):
+    model, _ = build("llama")
+    feed, edit = script(steps=(20,), pads=(0, 6))[0], Edit(Site("scores", keys="marked"), "scale", 0.2)
+    with attach(model, edit, roles=MARK) as attached:
+        out = generate(model, feed, max_new_tokens=8, **settings)
+    assert attached.receipts() == {str(edit): 8 * 3}
+    feeds = feeds_of(out.sequences[:, :-1], grown_mask(feed, 27), (20, *[1] * 7))
+    outs = hide(model, feeds, change=by_hand(edit, role=out.sequences % 3 == 0))
+    by_step = torch.stack([x[:, -1] for x in outs], 1)
+    if settings:
+        chosen = by_step.log_softmax(-1).gather(-1, out.sequences[:, 20:, None])[..., 0].mean(-1)
+        assert float((chosen - out.sequences_scores).abs().max()) <= NEAR
+    else:
+        assert float((by_step - torch.stack(out.logits, 1)).abs().max()) <= NEAR
+
+
+def test_image_tokens_of_a_vision_language_model():
+    model, inputs = build("llava")
+    edit = Edit(Site(tower="text", rows=-1, keys=None), "move", 0.7, to="image")
+    image = inputs["input_ids"] == 120
+    look = Observer("last_row", Site(tower="text"))
+    masses = []
+    for methods in ([look], [edit, look]):
+        with attach(model, methods, roles={"image": lambda t: (t == 120).long() * 2 - 1}) as attached:
+            generate(model, {**inputs}, max_new_tokens=3, pixel_values=inputs["pixel_values"])
+        assert len(attached.records["last_row"]) == 3 * 3
+        masses.append(
+            torch.stack([w[..., :25][..., image[0]].sum(-1) for _, _, w in attached.records["last_row"][:3]])
+        )
+    torch.testing.assert_close(masses[1][0], masses[0][0] + 0.7 * (1 - masses[0][0]), rtol=0, atol=1e-5)
+
+
+def test_receipts_and_phases():
+    model, inputs = build("llama")
+    edits = [
+        Edit(Site(layers=(0, 2), keys=0, phase="prefill"), "scale", 0.5),
+        Edit(Site(keys=13, phase="decode"), "scale", 0.5),
+        Edit(Site("z", heads=1), "scale", 0.5),
+    ]
+    with attach(model, edits) as attached:
+        generate(model, {**inputs, "attention_mask": torch.ones(1, 12)}, max_new_tokens=4)
+    assert list(attached.receipts().values()) == [2, 2 * 3, 4 * 3]
+
+
+def test_an_edit_of_keys_that_nobody_sees_never_fires():
+    """Key 2 lies outside every window of six by the time that tokens are generated."""
+    model, _ = build("mistral")
+    with pytest.raises(NeverFired):
+        play(model, None, script(steps=(20, 1, 1), pads=(0,)), [Edit(Site(keys=2, phase="decode"), "block")])
+
+
+def test_an_edit_that_leaves_its_keys_behind_never_fires():
+    model, _ = build("llama")
+    feeds = script(steps=(20, 1, 1), pads=(0,))
+    with pytest.raises(NeverFired):
+        play(
+            model,
+            catalog.method("streaming_llm", budget=8),
+            feeds,
+            [Edit(Site(keys=9, phase="decode"), "block")],
+        )
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: Site("weight"), "quantity is one of"),
+        (lambda: Edit(Site(), "scael", 2), "verb is one of"),
+        (lambda: Edit(Site("z", keys=1), "block"), "no keys"),
+        (lambda: Edit(Site("scores"), "move", 0.5, to=1), "move acts on weights"),
+        (lambda: Edit(Site(), "move", 1.5, to=1), "in \\[0, 1\\]"),
+        (lambda: Edit(Site(), "scale"), "takes a value"),
+        (lambda: Observer("mass_at"), "takes keys_of"),
+    ],
+)
+def test_wrong_edits(made, said):
+    with pytest.raises(ValueError, match=said):
+        made()
+
+
+# -- observers
+
+
+def eager_attentions(model, feeds):
+    """The weights that transformers' own eager attention returns, by forward and layer, on its own full cache."""
+    other, cache = copy.deepcopy(model), DynamicCache()
+    other.set_attn_implementation("eager")
+    with torch.no_grad():
+        return [other(**f, past_key_values=cache, output_attentions=True).attentions for f in feeds]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_observers_are_the_eager_weights(family):
+    model, _ = build(family)
+    feeds = script(steps=(20, 1, 4))
+    own = eager_attentions(model, feeds)
+    looks = [
+        Observer("last_row", Site(heads=(1, 3))),
+        Observer("top1"),
+        Observer("received", Site(rows=(-1, -3, 18))),
+        Observer("mass_at", Site(heads=(2, 0)), keys_of=lambda rows: rows - 1),
+    ]
+    with attach(model, looks) as attached, torch.no_grad():
+        cache = DynamicCache()
+        for feed in feeds:
+            model(**feed, past_key_values=cache)
+    records = attached.records
+    for i, (step, layer) in enumerate((s, x) for s in range(3) for x in range(3)):
+        w, seen = own[step][layer], real(feeds, step)[:, None, :]  # [B, H, N, M]
+        n, m = w.shape[2:]
+        for name in records:
+            assert records[name][i][:2] == (layer, step)
+        assert float((records["last_row"][i][2] - w[:, [1, 3], -1]).abs().max()) <= 1e-5
+        rows = [r for r in range(n) if r in (n - 1, n - 3, 18)]
+        assert float((records["received"][i][2] - w[:, :, rows].sum(2)).abs().max()) <= 1e-5
+        top = w.gather(-1, records["top1"][i][2][..., None])[..., 0]
+        assert float((top - w.amax(-1)).masked_fill(~seen, 0).abs().max()) <= 1e-5
+        before = [m - n + r - 1 for r in range(n)]
+        mass = torch.stack(
+            [w[:, [2, 0], r, j] if j >= 0 else torch.zeros(3, 2) for r, j in enumerate(before)], -1
+        )
+        assert float((records["mass_at"][i][2] - mass).masked_fill(~seen, 0).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["whisper", "t5"])
+@pytest.mark.parametrize("tower", ["encoder", "decoder", "cross"])
+def test_observers_of_an_encoder_and_a_decoder(family, tower):
+    model, inputs = build(family)
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = other(**inputs, output_attentions=True)
+        with attach(model, Observer("received", Site(tower=tower))) as attached:
+            model(**inputs)
+    own = {
+        "encoder": out.encoder_attentions,
+        "decoder": out.decoder_attentions,
+        "cross": out.cross_attentions,
+    }[tower]
+    assert [layer for layer, _, _ in attached.records["received"]] == [0, 1]
+    for (_, _, found), w in zip(attached.records["received"], own):
+        torch.testing.assert_close(found, w.sum(2), rtol=1e-4, atol=1e-5)
+
+
+def test_observers_under_a_policy_speak_of_true_tokens():
+    model, _ = build("llama")
+    feeds = script(steps=(20, 1, 1), pads=(0, 6))
+    look = [Observer("top1", Site(phase="decode")), Observer("last_row", Site(phase="decode"))]
+    policy = catalog.method("streaming_llm", budget=8, positions="text")
+    with attach(model, [policy, *look]) as attached, torch.no_grad():
+        cache = DynamicCache()
+        for feed in feeds:
+            model(**feed, past_key_values=cache)
+    for _, step, top in attached.records["top1"]:
+        for row, pad in enumerate((0, 6)):
+            held = {*range(pad, pad + 4), *range(20 + step - 5, 20 + step)}
+            assert set(top[row].flatten().tolist()) <= held
+    assert all(w.shape[-1] == 9 for _, _, w in attached.records["last_row"])
+
+
+def test_what_observers_and_attentions_show_is_what_the_model_used():
+    model, inputs = build("llama")
+    edit = Edit(Site(layers=1, heads=(0, 3), keys=(2, 5)), "block")
+    with attach(model, [edit, Observer("received", Site(layers=1))]) as attached, torch.no_grad():
+        out = model(**inputs, output_attentions=True)
+    received = attached.records["received"][0][2]
+    assert not received[:, [0, 3]][..., [2, 5]].any()
+    assert received[:, [1, 2]][..., [2, 5]].all()
+    torch.testing.assert_close(out.attentions[1].sum(2), received)
+
+
+# -- memory
+
+
+class Largest(TorchDispatchMode):
+    """The largest storage that any operation gave."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [Observer("received"), Observer("top1"), Observer("last_row")],
+        [Edit(Site("scores", rows=(-1, 7), keys=(1, 2)), "block")],
+        [Edit(Site(heads=1, keys=(1, 2)), "scale", 0.5)],
+        [catalog.method("h2o", budget=256)],
+    ],
+    ids=["observers", "two rows", "a head", "h2o"],
+)
+def test_nothing_holds_n_by_n(methods):
+    n = 4096
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=n,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    tokens = ids(1, n) % 32
+    with attach(model, methods), torch.no_grad(), Largest() as largest:
+        model(input_ids=tokens, use_cache=True)
+    assert 0 < largest.bytes <= n * n * 4 / 2  # half of what one head's scores would be
