@@ -20,7 +20,7 @@ from regard.testing.cache import NEAR, check_cache, gap, held, hide, ledgers, pl
 from regard.testing.zoo import build
 
 NAMES = catalog.find(kind="cache")
-HEADS = ((1, 0), (0, 1), (2, 0), (0, 0), (1, 1), (2, 1))
+HEADS = tuple((layer, head) for head in (0, 1, 2, 3) for layer in (1, 0, 2))
 SETTINGS = {  # where the general small settings leave a page nothing to do on a model of three layers
     "tidaldecode": dict(budget=8, full=1, select=(1,)),
     "razor_attention": dict(budget=8, sinks=1, window=3, heads=HEADS),

@@ -17,31 +17,34 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-KNOWN = (ValueError, KeyError, TypeError, OSError, RuntimeError)
+STOPPED = 130
+KNOWN = (ValueError, KeyError, OSError)
 
 
 def main() -> None:
     """Run the command; an error of the user's is one line, exit status 2; Ctrl-C ends with 130."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        err.print("\nstopped. Finished cells are kept; the same command goes on from there.")
-        sys.exit(130)
-    except KNOWN as error:
-        if hasattr(error, "format_message"):
-            error.show()
-            sys.exit(2)
-        said = error.args[0] if isinstance(error, KeyError) and error.args else error
-        err.print(f"regard: {said}", style="red", markup=False, highlight=False)
-        sys.exit(2)
+        status = app(standalone_mode=False) or 0  # a typer.Exit comes back as its status
+    except (KeyboardInterrupt, typer.Abort):
+        status = STOPPED
     except Exception as error:
-        if not hasattr(error, "show"):
-            raise
+        status = complain(error)
+    if status == STOPPED:
+        err.print("\nstopped. Finished cells are kept; the same command goes on from there.")
+    sys.exit(status)
+
+
+def complain(error: Exception) -> int:
+    """Say an error of the user's in one line; anything else is a fault of ours and keeps its traceback."""
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own: a wrong option, an unknown command
         error.show()
-        sys.exit(getattr(error, "exit_code", 2))
+        return error.exit_code
+    if not isinstance(error, KNOWN) and not type(error).__module__.startswith("regard."):
+        raise error
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    err.print(f"regard: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return 2
 
 
 def say_json(data: Any) -> None:

@@ -47,7 +47,8 @@ def masked_softmax(s: Tensor, mask: Tensor | None = None, sinks: Tensor | None =
     if sinks is not None:
         column = at_least_float32(sinks).view(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], 1)
         return torch.cat([s, column.to(s.dtype)], dim=-1).softmax(-1)[..., :-1]
-    if mask is None or bool((alive := mask.any(-1, keepdim=True)).all()):
+    alive = None if mask is None else mask.any(-1, keepdim=True)
+    if alive is None or (not torch.compiler.is_compiling() and bool(alive.all())):
         return s.softmax(-1)
     return torch.where(alive, s, 0).softmax(-1).masked_fill(~mask, 0)  # a dead row has finite gradients too
 

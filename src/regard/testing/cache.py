@@ -401,7 +401,10 @@ def check_budget(method: Method, family: str, budget: int | float | str, since: 
     selecting policy reads, beyond its budget, what was generated since the prompt.
     """
     model, _ = build(family)
-    method, feeds = method.with_(budget=budget), script()
+    method, feeds = (
+        method.with_(budget=budget),
+        script(pads=(0, 6, 3)),
+    )  # no row too short for sinks and a window
     tape = play(model, method, feeds)
     one_token = full_bytes(model, feeds[:1], len(PADS)) // feeds[0]["input_ids"].shape[1]
     evicts = method.page.keep is not None or method.page.score is not None
@@ -598,7 +601,7 @@ def check_cache(
     since: bool = False,
     budgets: Iterable = (8, 0.4, "bytes"),
 ) -> dict[str, float]:
-    """Every check of a cache page on tiny models of these families; "bytes" is a third of the full cache's.
+    """Every check of a cache page on tiny models of these families; "bytes" is half of the full prompt's.
 
     Returns how far the policy moved the logits, by family: a policy that moves none was not tested. Raises
     AssertionError with the check, the method and the family.
@@ -620,7 +623,7 @@ def check_cache(
         check_neutral(method, family)
     if any(f.name == "budget" for f in fields(method.config)):
         for budget in budgets:
-            some = full_bytes(build(first)[0], script()[:1], len(PADS)) // 3
+            some = full_bytes(build(first)[0], script()[:1], len(PADS)) // 2
             check_budget(method, first, f"{some}B" if budget == "bytes" else budget, since)
     for check in (check_bytes, check_turns, check_ways, check_bfloat16):
         check(method, first)

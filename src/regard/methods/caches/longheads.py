@@ -89,7 +89,7 @@ def attend(view: View, cfg: Config) -> Tensor | None:
     """[B, H, N, E], or None while every query reads everything."""
     if view.bias is not None or view.stored != view.seen:
         raise Unsupported("LongHeads on a model with a position bias or on a cache that lacks tokens")
-    if cfg.budget == 1.0 and isinstance(cfg.budget, float) or windowed(view):
+    if (cfg.budget == 1.0 and isinstance(cfg.budget, float)) or windowed(view):
         return None  # nothing is ever left out
     groups = parts(view, cfg)
     remember(view, groups)
@@ -200,7 +200,9 @@ def gathered(view: View, part: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (gather_rows(x, slots.clamp(max=last)) for x in (k, v))
     s = (k.unflatten(2, (-1, w)) @ turned[:, :, 0, :, :, None]).flatten(2)  # [B, H, k·w]
     # what this step reads of the layer, in the place of all that is stored
-    view.step["bytes", view.layer] = len(view.q) // len(q) * (k.nbytes + v.nbytes) + view.memory["keys"].nbytes
+    view.step["bytes", view.layer] = (
+        len(view.q) // len(q) * (k.nbytes + v.nbytes) + view.memory["keys"].nbytes
+    )
     return blend(view, s[:, :, None], (slots <= last)[:, :, None], v)
 
 
