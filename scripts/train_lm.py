@@ -31,7 +31,7 @@ from regard.tasks.recall import RECALL, Fact, near_keys, weave, words
 # (share of the tokens, length): until this share, sequences have this length
 STAGES = ((0.40, 128), (0.55, 256), (0.70, 512), (0.85, 1024), (1.0, 2048))
 BATCH_TOKENS, WARM_UP, EVERY = 8192, 50, 100
-FACT, ANSWER, TEXT = 0.3, 3.0, 1.0  # weight of a token in the loss
+FACT, TEXT = 0.3, 1.0  # weight of a token in the loss, on a page of facts and in running text
 # after this share of the tokens, facts and questions have no weight, so that free text does not break into them
 SPOKEN = 0.3
 
@@ -58,6 +58,7 @@ class Mix:
     tokenizer: object
     prose: torch.Tensor
     code: torch.Tensor
+    answer: float
 
     def __post_init__(self) -> None:
         self.pieces = Pieces(self.tokenizer)
@@ -108,7 +109,7 @@ class Mix:
             weights[start : start + len(statement)] = [spoken] * len(statement)
         for question, answer in questions:
             ids += question + answer + stop
-            weights += [spoken] * len(question) + [ANSWER] * len(answer) + [FACT]
+            weights += [spoken] * len(question) + [self.answer] * len(answer) + [FACT]
         return ids, weights
 
     def draw(self, rng: random.Random, number: int) -> list[Fact]:
@@ -192,7 +193,7 @@ def train(run: Run, mix: Mix, held: torch.Tensor, args: argparse.Namespace) -> N
     began, before = time.monotonic(), run.seconds
     while run.tokens < min(args.tokens, args.until):
         share = run.tokens / args.tokens
-        length = next(size for until, size in STAGES if share < until)
+        length = args.length or next(size for until, size in STAGES if share < until)
         loss = run.update(*mix.batch(args.seed, run.step, length, share), rate(share, run.step))
         run.seconds = before + time.monotonic() - began
         bar = "#" * int(30 * run.tokens / args.tokens)
@@ -217,7 +218,10 @@ def report(run: Run, tokenizer, held: torch.Tensor, length: int, loss: float, ou
     }
     row["held_out"] = round(text_loss(run.model, held, tokenizer.bos_token_id), 4)
     for task in (NEEDLE, RECALL):
-        row |= {f"{task.name}_{n}": round(exact(run.model, task, tokenizer, n, 32), 3) for n in (256, 512)}
+        row |= {
+            f"{task.name}_{n}": round(exact(run.model, task, tokenizer, n, 32), 3)
+            for n in (256, max(512, length))
+        }
     run.model.train()
     with (out / "curve.jsonl").open("a") as curve:
         curve.write(json.dumps(row) + "\n")
@@ -232,6 +236,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=float, default=30e6, help="training tokens (default 30e6)")
     parser.add_argument(
         "--until", type=float, default=math.inf, help="stop after this many of them, to resume"
+    )
+    parser.add_argument("--length", type=int, help="train at this length only (default: from 128 to 2,048)")
+    parser.add_argument(
+        "--answer-weight", type=float, default=3.0, help="weight of an answer's tokens in the loss"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
@@ -261,7 +269,7 @@ def main() -> None:
     run = Run(model, optimizers(model, args.optimizer))
     if args.resume:
         run.take_up(args.out / "checkpoint.pt")
-    train(run, Mix(tokenizer, prose, code), held, args)
+    train(run, Mix(tokenizer, prose, code, args.answer_weight), held, args)
     save(model, tokenizer, args.out / "model")
 
 

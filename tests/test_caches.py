@@ -312,6 +312,14 @@ def test_heads_of_unequal_length_part():
     assert layer.bytes_held() < stored_layer().bytes_held()
 
 
+def test_a_merged_slot_takes_the_index_of_the_first_token_held():
+    """Index 0 may be padding in a left-padded row, and would hide it."""
+    layer = stored_layer()
+    slots, one = torch.tensor([[[0, 4]], [[2, 4]]]), torch.ones(2, 2, 1, 4)
+    layer.keep(layer.groups[0], Kept(slots, (one, one, torch.tensor([[[3.0], [3.0]], [[2.0], [0.0]]]))))
+    assert layer.groups[0].table()[..., -1].tolist() == [[0, 0], [2, -1]]
+
+
 def test_every_cache_length_reads_seen():
     layer = stored_layer()
     layer.keep(layer.groups[0], Kept(torch.tensor([[[0, 4]]])))

@@ -37,7 +37,9 @@ def main() -> None:
 
 def complain(error: Exception) -> int:
     """Say an error of the user's in one line; anything else is a fault of ours and keeps its traceback."""
-    if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own: a wrong option, an unknown command
+    if hasattr(error, "show") and hasattr(
+        error, "exit_code"
+    ):  # click's own: a wrong option, an unknown command
         error.show()
         return error.exit_code
     if not isinstance(error, KNOWN) and not type(error).__module__.startswith("regard."):

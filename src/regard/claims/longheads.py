@@ -7,7 +7,7 @@ from regard.models.attach import attach
 from regard.models.shipped import load_shipped
 from regard.tasks import Sample, task
 
-TRAINED, TIMES, DEPTHS = 2048, 4, 10
+TRAINED, TIMES, DEPTHS = 2048, 4, 12
 CHUNK, CHUNKS = 128, 16  # the paper's 16 chunks, together the trained length
 
 
@@ -24,11 +24,14 @@ def answered(model, sample: Sample, *method, **settings) -> list[bool]:
 @torch.no_grad()
 def difference(model, ids: torch.Tensor) -> float:
     """Largest difference of logits up to the trained length, prompt and one step of decoding."""
-    alone = model(ids).logits
+
+    def logits() -> torch.Tensor:
+        out = model(ids[:, :-1], use_cache=True)
+        return torch.cat([out.logits, model(ids[:, -1:], past_key_values=out.past_key_values).logits], 1)
+
+    alone = logits()
     with attach(model, "longheads", chunk=CHUNK, chunks=CHUNKS):
-        out = model(ids[:, :-1])
-        last = model(ids[:, -1:], past_key_values=out.past_key_values)
-    return float((torch.cat([out.logits, last.logits], 1) - alone).abs().max())
+        return float((logits() - alone).abs().max())
 
 
 def measure() -> Measured:

@@ -1,53 +1,69 @@
 """Retrieval Head's claim on the shipped model: which heads does needle recall live in?
 
 Detected on one seed, ablated on another. As in the released code the prompt is read in full, heads are switched off
-by uniform attention while the answer is generated, and random heads are drawn from those that do not retrieve.
+by uniform attention while the answer is generated, and random heads are drawn from those that do not retrieve. Five
+draws of 2 heads out of some 18 are a matter of luck when one of them is needed: all pairs are measured as well, and
+both means must hold.
 """
 
 import random
+from itertools import combinations
 from math import ceil
 
 from regard.core.claim import Claim, Measured
 from regard.methods.tracing.retrieval_heads import Config, ablate
 from regard.models.shipped import load_shipped
-from regard.models.trace import Read, Retrieval, accuracy, read_all, scored
+from regard.models.trace import Read, accuracy, read_all, scored
 from regard.tasks import task
 
 LENGTHS, DEPTHS, DRAWS = (256, 512, 1024), 16, 5
 MASKED = 0.05  # share of the heads that is switched off, as in the paper's figure: rounded up, 2 of 24
+
+Heads = tuple[tuple[int, int], ...]
 
 
 def texts(model, tokenizer, seed: int) -> list[Read]:
     return read_all(model, [task("needle").samples(tokenizer, n, DEPTHS, seed) for n in LENGTHS])
 
 
-def ablated(model, asked: list[Read], found: Retrieval, how: str) -> tuple[float, list[float]]:
-    """Accuracy without the top heads, and without as many random heads that do not retrieve."""
-    cfg, ranked = Config(how=how), found.ranked()
-    count, keeping = ceil(MASKED * len(ranked)), round(found.share(cfg.threshold) * len(ranked))
-    draws = [random.Random(seed).sample(ranked[keeping:], count) for seed in range(DRAWS)]
-    return accuracy(model, asked, ablate(ranked[:count], cfg)), [
-        accuracy(model, asked, ablate(heads, cfg)) for heads in draws
-    ]
+def drops(model, asked: list[Read], sets: list[Heads], how: str = "uniform") -> dict[Heads, float]:
+    """Points of accuracy lost without each set of heads."""
+    full = accuracy(model, asked)
+    return {heads: 100 * (full - accuracy(model, asked, ablate(heads, Config(how=how)))) for heads in sets}
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def measure() -> Measured:
     model, tokenizer = load_shipped("lm")
     found, asked = scored(model, texts(model, tokenizer, seed=0)), texts(model, tokenizer, seed=1)
-    full = accuracy(model, asked)
+    ranked, share = found.ranked(), found.share(Config().threshold)
+    count, others = ceil(MASKED * len(ranked)), ranked[round(share * len(ranked)) :]
+    top, pairs = tuple(ranked[:count]), list(combinations(others, count))
+    five = [tuple(random.Random(seed).sample(others, count)) for seed in range(DRAWS)]
+    lost, zero = drops(model, asked, [top, *five, *pairs]), drops(model, asked, [top, *five], "zero")
+    by_head = {head: mean(lost[pair] for pair in pairs if head in pair) for head in others}
+    worst = max(by_head, key=by_head.get)
     numbers = {
-        "accuracy": full,
-        "share_of_heads_at_0.1": found.share(0.1),
-        "top_heads": [list(head) for head in found.ranked()[:4]],
+        "accuracy": accuracy(model, asked),
+        "share_of_heads_at_0.1": share,
+        "heads": len(ranked),
+        "masked": count,
+        "top_heads": [list(head) for head in top],
         "top_scores": found.scores.flatten().sort(descending=True).values[:8].tolist(),
-        "heads": found.scores.numel(),
-        "masked": ceil(MASKED * found.scores.numel()),
+        "drop_top": lost[top],
+        "drop_random_5_draws": mean(lost[heads] for heads in five),
+        "drop_random_all_pairs": mean(lost[pair] for pair in pairs),
+        "worst_other_head": list(worst),
+        "drop_random_pairs_without_worst": mean(lost[pair] for pair in pairs if worst not in pair),
+        "drop_top_zero": zero[top],
+        "drop_random_5_draws_zero": mean(zero[heads] for heads in five),
     }
-    for how in ("uniform", "zero"):
-        top, others = ablated(model, asked, found, how)
-        numbers[f"drop_top_{how}"] = 100 * (full - top)
-        numbers[f"drop_random_{how}"] = 100 * (full - sum(others) / DRAWS)
-    return Measured(numbers["drop_top_uniform"] >= 50 and numbers["drop_random_uniform"] <= 10, numbers)
+    few = max(numbers["drop_random_5_draws"], numbers["drop_random_all_pairs"])
+    return Measured(numbers["drop_top"] >= 50 and few <= 10, numbers)
 
 
 CLAIM = Claim(
@@ -56,6 +72,14 @@ CLAIM = Claim(
         "in a small model trained to copy from its context, switching off the top-scoring 5 % of the heads destroys "
         "needle recall, while switching off as many random heads that do not retrieve does not"
     ),
-    bound="accuracy drop >= 50 points (top heads) and <= 10 (mean of 5 random draws); share of heads >= 0.1 reported",
+    bound=(
+        "accuracy drop >= 50 points (top heads) and <= 10 (mean of 5 random draws, and mean of all possible draws); "
+        "share of heads >= 0.1 reported"
+    ),
     measure=measure,
+    contradicted=(
+        "the top 2 heads carry all recall, but a model of 24 heads has no spare ones: a head of layer 1 that retrieves "
+        "nothing forms the query while the answer is generated, and pairs that contain it lose nearly everything. Five "
+        "fixed draws may miss it and lose nothing; the mean over all pairs stays above 10 points"
+    ),
 )

@@ -12,7 +12,7 @@ from regard.models.attach import attach
 
 TRAINED = 2048  # T
 CACHE = 1024  # tokens held: sinks and window together
-CHUNK = 16  # tokens fed at once; each sees the cache as it was after the last chunk
+CHUNK = 32  # tokens fed at once; each sees the cache as it was after the last chunk
 LENGTHS = 20
 
 

@@ -3,8 +3,8 @@
 from regard import catalog
 from regard.claims._lm import runs, samples, watch
 from regard.core import Claim, Measured
-from regard.methods.caches.tokenselect import Config, middle, split
-from regard.ops import View
+from regard.methods.caches.tokenselect import Config, split, votes
+from regard.ops import View, top_slots
 
 LENGTH = 1024
 BUDGET = 0.06
@@ -19,7 +19,8 @@ def measure() -> Measured:
         weights = view.weights()[:, :, 0]  # [B, H, n]
         ends = weights[..., :init].sum(-1) + weights[..., n - local :].sum(-1)
         for vote in ("soft", "raw"):
-            chosen = middle(view, Config(vote=vote), init, n - local, k).expand(-1, weights.shape[1], -1)
+            voted = votes(view, Config(vote=vote))[..., init : n - local]
+            chosen = (top_slots(voted, k) + init).expand(-1, weights.shape[1], -1)
             found = ends + weights.gather(-1, chosen).sum(-1)
             mass.setdefault((view.layer, vote), []).append(float(found.mean()))
 

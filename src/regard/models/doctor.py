@@ -67,8 +67,7 @@ def watched(model: nn.Module, inputs: dict) -> tuple[Tensor, list[str]]:
     hooks = [
         m.register_forward_hook(lambda mod, a, o, n=n: ran.setdefault(n))
         for n, m in model.named_modules()
-        if (ATTENTION.search(type(m).__name__)
-        and any(isinstance(c, nn.Module) for c in m.children()))
+        if (ATTENTION.search(type(m).__name__) and any(isinstance(c, nn.Module) for c in m.children()))
         or isinstance(m, nn.MultiheadAttention)
     ]
     try:

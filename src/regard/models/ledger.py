@@ -163,8 +163,9 @@ class Group:
             self.count = self.keys.new_ones(self.keys.shape[:3], dtype=torch.float32)
         start, wide = self.n, (*self.keys.shape[:2], -1)
         self.index = self.index.expand(*wide).contiguous()
+        held = self.table()  # a merged slot takes the index of the first token held, which no padding hides
+        first = torch.where(held >= 0, held, held.amax() + 1).amin(-1, keepdim=True)
         self.append(k.to(self.keys.dtype), v.to(self.values.dtype), 0)
-        first = torch.where(self.table() >= 0, self.table(), self.table().amax() + 1).amin(-1, keepdim=True)
         self.index[..., start : self.n] = torch.where(count > 0, first, -1).int()
         self.count[..., start : self.n] = count
 

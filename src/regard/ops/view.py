@@ -63,6 +63,10 @@ class View:
             return self.stored > int(self.budget.min())
         return bool((self.real.sum(-1) > self.budget[:, None]).any())
 
+    def fits(self, more: int = 0) -> bool:
+        """Whether every row's budget, and `more`, covers all the real tokens that it stores."""
+        return bool((self.budget + more >= self.hold().sum(-1).amax(-1)).all())
+
     def by_cache_head(self, x: Tensor) -> Tensor:
         """Sum a quantity of query heads over those that share a cache head: [B, H, ...] -> [B, G, ...]."""
         return x.unflatten(1, (self.groups, -1)).sum(2)

@@ -14,7 +14,6 @@ retrieval heads as it pays for, the rest shared by the others.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from regard.core import CachePage, Card, require
@@ -55,14 +54,22 @@ def share(cfg: Config, budget: int, real: int, total: int) -> tuple[int, int]:
 def keep(view: View, cfg: Config) -> Kept | None:
     """Heads of one layer (or of one group of it) part here, once; afterwards each group is asked alone."""
     held = view.hold()
-    real = int(view.seen - view.first().min()) if view.real is not None else view.seen
-    full, tokens = share(cfg, int(view.budget.max()), real, view.total_heads)
-    razed = torch.tensor([(view.layer, h) not in cfg.heads[:full] for h in view.heads], device=view.q.device)
-    window = tokens - cfg.sinks - cfg.compensate
+    rows = len(view.budget) if view.real is not None else 1
+    real = (
+        (view.seen - view.first()).expand(rows)
+        if view.real is not None
+        else view.budget.new_tensor([view.seen])
+    )
+    shares = [share(cfg, b, r, view.total_heads) for b, r in zip(view.budget.tolist(), real.tolist())]
+    full, tokens = view.budget.new_tensor(shares).unbind(-1)  # [1|B]
+    best = {head: i for i, head in enumerate(cfg.heads)}
+    order = view.budget.new_tensor([best.get((view.layer, h), view.total_heads) for h in view.heads])
+    razed = ((order >= full[:, None]) & (tokens < real)[:, None])[..., None]  # [1|B, G, 1]
+    window = (tokens - cfg.sinks - int(cfg.compensate))[:, None, None]
     recent = (view.age() < window) | (view.rank() < cfg.sinks)
     if view.count is not None:
         recent = recent & (view.count <= 1)
-    stays = held & (recent | ~razed[None, :, None])
+    stays = held & (recent | ~razed)
     gone = held & ~stays
     if not bool((gone if view.count is None else gone & (view.count <= 1)).any()):
         return None

@@ -41,14 +41,15 @@ def due(view: View, cfg: Config) -> bool:
 
 
 def select(view: View, cfg: Config) -> Tensor | None:
-    memory, count = view.memory, int(view.budget.max())
-    if view.phase != "decode" or count >= view.stored:
+    memory = view.memory
+    if view.phase != "decode" or view.fits():
         memory.pop("slots", None)
         return None
     if due(view, cfg):
         received = view.by_cache_head(view.weights()[:, :, 0])  # [B, G, n]
         received = received.masked_fill(~view.hold(), -torch.inf)
-        memory.update(slots=top_slots(received, count), steps=1, query=view.q[:, :, -1], mark=view.stored)
+        slots = top_slots(received, view.budget[:, None])
+        memory.update(slots=slots, steps=1, query=view.q[:, :, -1], mark=view.stored)
         return None
     memory["steps"] += 1
     since = torch.arange(memory["mark"], view.stored, device=view.q.device)

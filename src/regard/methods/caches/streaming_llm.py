@@ -46,7 +46,8 @@ def keep(view: View, cfg: Config) -> Kept | None:
     if not view.over():
         return None
     budget = view.budget[:, None, None] if view.real is not None else view.budget[:1, None, None]
-    _, stays = rank(view.index, view.seen, cfg.sinks, (budget - cfg.sinks).clamp(min=1), view.rank())
+    sinks = (budget - 1).clamp(max=cfg.sinks)
+    _, stays = rank(view.index, view.seen, sinks, budget - sinks, view.rank())
     return Kept(slots_of(stays & view.hold()))
 
 

@@ -32,12 +32,10 @@ class Config:
 
 
 def select(view: View, cfg: Config) -> Tensor | None:
-    if view.phase != "decode":
+    if view.phase != "decode" or view.fits():
         return None
-    count = int(view.budget.max())
     if view.layer in cfg.select:
-        step_scores = view.visible_scores()[:, :, 0]  # [B, H, n]
-        view.step["tidal"] = top_slots(step_scores, count) if count < view.stored else None
+        view.step["tidal"] = top_slots(view.visible_scores()[:, :, 0], view.budget[:, None])  # [B, H, k]
         return None
     return view.step.get("tidal") if view.layer >= cfg.full else None
 

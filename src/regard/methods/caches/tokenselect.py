@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.core import CachePage, Card, require
-from regard.ops import View, top_slots
+from regard.ops import View, slots_of, top_slots
 
 
 @dataclass(frozen=True)
@@ -57,31 +57,39 @@ def votes(view: View, cfg: Config) -> Tensor:
     return (s.softmax(-1) if cfg.vote == "soft" else s).sum(1, keepdim=True)
 
 
-def similar(view: View, cfg: Config) -> bool:
+def similar(view: View, cfg: Config) -> Tensor:
+    """[B] bool: rows whose query is close to the one that chose last."""
     q, old = view.q[:, :, -1].flatten(1), view.memory.get("query")
-    if cfg.reuse is not None and old is not None and old.shape == q.shape:
-        return bool((F.cosine_similarity(q.float(), old.float()) >= cfg.reuse).all())
-    return False
+    if cfg.reuse is None or old is None or old.shape != q.shape:
+        return torch.zeros(len(q), dtype=torch.bool, device=q.device)
+    return F.cosine_similarity(q.float(), old.float()) >= cfg.reuse
 
 
 def select(view: View, cfg: Config) -> Tensor | None:
-    n, new = view.stored, view.new
-    budget = int(view.budget.max()) + new - 1
-    if budget >= n or (view.phase == "prefill" and new == view.seen):
+    new, held = view.new, view.hold()
+    if view.fits(new - 1) or (view.phase == "prefill" and new == view.seen):
         return None
-    init, local, k = split(budget - new + 1, cfg)
-    local = max(local, 1) + new - 1
-    if not similar(view, cfg) or "middle" not in view.memory:
-        view.memory["middle"] = middle(view, cfg, init, n - local, k)
-        view.memory["query"] = view.q[:, :, -1].flatten(1)
-    ends = torch.cat([torch.arange(init), torch.arange(n - local, n)]).to(view.q.device)
-    chosen = view.memory["middle"]
-    return torch.cat([ends.expand(*chosen.shape[:2], -1), chosen], -1)
+    rows = view.budget if view.real is not None else view.budget[:1]
+    shares = view.budget.new_tensor([split(b, cfg) for b in rows.tolist()])
+    init, local, k = shares[:, None, None].unbind(-1)  # [1|B, 1, 1]
+    ends = held & ((view.rank() < init) | (view.age() < local + new - 1))
+    return torch.cat(
+        [slots_of(ends).expand(len(view.q), -1, -1), middle(view, cfg, held & ~ends, k[..., 0])], -1
+    )
 
 
-def middle(view: View, cfg: Config, start: int, stop: int, k: int) -> Tensor:
-    """[B, 1, k] best-voted slots in [start, stop)."""
-    return top_slots(votes(view, cfg)[..., start:stop], k) + start
+def middle(view: View, cfg: Config, open_: Tensor, k: Tensor) -> Tensor:
+    """[B, 1, k] best-voted slots among the open ones; a row whose query hardly changed reads its last choice again."""
+    again, q, old = similar(view, cfg), view.q[:, :, -1].flatten(1), view.memory.get("middle")
+    if old is None or not bool(again.all()):
+        fresh = top_slots(votes(view, cfg).masked_fill(~open_, -torch.inf), k.expand(len(q), 1))
+        if old is not None:
+            wide = max(old.shape[-1], fresh.shape[-1])
+            old, fresh = (F.pad(x, (0, wide - x.shape[-1]), value=-1) for x in (old, fresh))
+            fresh = torch.where(again[:, None, None], old, fresh)
+            q = torch.where(again[:, None], view.memory["query"], q)
+        view.memory.update(middle=fresh, query=q)
+    return view.memory["middle"]
 
 
 METHOD = CachePage(
