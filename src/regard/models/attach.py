@@ -35,8 +35,12 @@ class attach:
     roles    name -> function(input_ids [B, N]) -> bool or int labels [B, N], for sites that name roles
     config   settings of the method, when it was given by its name
 
-    >>> with regard.attach(model, "streaming_llm", sinks=4, window=512) as attached:  # doctest: +SKIP
-    ...     model.generate(**inputs)
+    >>> from regard.testing.zoo import build
+    >>> model, inputs = build("llama")
+    >>> with attach(model, "streaming_llm", sinks=1, window=3) as attached:
+    ...     out = model(**inputs)
+    >>> attached.stored()  # slots by layer and KV head
+    [[4, 4], [4, 4], [4, 4]]
     """
 
     def __init__(

@@ -179,12 +179,13 @@ def choose(view: View, part: Rows, q: Tensor, first: int) -> tuple[Tensor, Tenso
 
 def dense(view: View, part: Rows, q: Tensor, first: int, k: Tensor, v: Tensor) -> Tensor:
     """[B, H, r, E]: scores against all chunks, each with the query of the rank that the chunk has for it."""
-    w, groups, width = part.chunk, k.shape[1], q.shape[-1]
-    chosen, turned = choose(view, part, q, first)
-    rank = (chosen.cumsum(-1) - 1)[..., None].expand(*chosen.shape, width)
-    by_chunk = turned.gather(3, rank).unflatten(1, (groups, -1))  # [B, G, H/G, r, C, D]
-    packed = by_chunk.permute(0, 1, 4, 2, 3, 5).flatten(3, 4)  # [B, G, C, H/G·r, D]
-    s = (packed @ k.unflatten(2, (-1, w)).mT).unflatten(3, by_chunk.shape[2:4])  # [B, G, C, H/G, r, w]
+    w, k_heads, (chosen, turned) = part.chunk, k.shape[1], choose(view, part, q, first)
+    rows = torch.arange(chosen[..., 0].numel(), device=q.device).view(*chosen.shape[:3], 1) * part.chunks
+    at = (
+        (rows + chosen.cumsum(-1) - 1).unflatten(1, (k_heads, -1)).permute(0, 1, 4, 2, 3)
+    )  # [B, G, C, H/G, r]
+    packed = turned.flatten(0, 3).index_select(0, at.flatten()).view(*at.shape[:3], -1, q.shape[-1])
+    s = (packed @ k.unflatten(2, (-1, w)).mT).unflatten(3, at.shape[3:])  # [B, G, C, H/G, r, w]
     s = s.permute(0, 1, 3, 4, 2, 5).flatten(4).flatten(1, 2)  # [B, H, r, C·w]
     place = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
     seen = chosen.repeat_interleave(w, -1) & (torch.arange(k.shape[2], device=q.device) <= place)
