@@ -1,6 +1,6 @@
 """Measure the shipped language model and write its CARD.md: recall, text loss, n-grams, attention sinks.
 
-PYTHONPATH=src python scripts/lm_card.py src/regard/models/lm --command "python scripts/train_lm.py ..."
+python scripts/lm_card.py src/regard/models/lm --command "python scripts/train_lm.py ..." [--command ...]
 """
 
 import argparse
@@ -12,8 +12,7 @@ import lm_corpus
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from regard.tasks import Task, task
-from regard.tasks.base import encode
+from regard.tasks import Source, Task, held_out, task
 
 LENGTHS = (256, 512, 1024, 2048)
 QUESTIONS, WINDOW, SINKS = 64, 256, 4
@@ -87,8 +86,8 @@ def sink_mass(model, rows: torch.Tensor) -> list[list[float]]:
 
 
 def measure(model, tokenizer, tell: Callable = print) -> dict:
-    held = torch.tensor(encode(tokenizer, (lm_corpus.DATA / "heldout.txt").read_text(encoding="utf-8")))
-    prose = torch.tensor(encode(tokenizer, lm_corpus.assemble().prose))
+    held = torch.tensor(held_out().ids(tokenizer))
+    prose = torch.tensor(Source("prose", lm_corpus.assemble().prose).ids(tokenizer))
     first, found = tokenizer.bos_token_id, {"held_out_tokens": len(held)}
     found["unigram"], found["bigram"] = ngrams(prose, held, len(tokenizer))
     for length in (512, 2048):
@@ -111,7 +110,7 @@ CARD = """# A small language model that can retrieve
 LLaMA-type decoder, {layers} layers, width {width}, {heads} query heads on {kv} key-value heads,
 {size:.2f} M weights (kept in half precision, opened in float32), vocabulary {vocab} (byte-level BPE,
 digits one by one, `<s>` in front by default), context 2,048. Trained from nothing on {tokens:.1f} M
-tokens in {minutes:.0f} minutes on two CPU cores:
+tokens in {minutes:.0f} minutes on two CPU cores that were shared with other work:
 
     {command}
 
@@ -119,6 +118,9 @@ Half of the tokens are documentation and source code that come with pinned Pytho
 (`tasks/data/corpus.json` names versions and hash), the other half facts with questions about them and
 random tokens that repeat. The held-out text, `tasks/data/heldout.txt`, shares no paragraph with the
 training text. Every training sequence begins with `<s>`. The curve of the training is in `curve.jsonl`.
+
+The texts are the documentation of Python (PSF licence) and of numpy, scipy, scikit-learn, statsmodels,
+networkx, pandas and torch (BSD licences).
 
 It is an instrument, not an assistant: it knows documentation's English and the one form of question of
 its tasks.
@@ -177,13 +179,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="directory of the checkpoint; CARD.md is written there")
-    parser.add_argument("--command", default="python scripts/train_lm.py", help="the command that trained it")
+    parser.add_argument("--command", action="append", default=[], help="a command that trained it, in order")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     found = measure(model, tokenizer)
     last = json.loads((args.model / "curve.jsonl").read_text().splitlines()[-1])
-    (args.model / "CARD.md").write_text(card(found, model, last, args.command), encoding="utf-8")
+    (args.model / "CARD.md").write_text(
+        card(found, model, last, "\n    ".join(args.command)), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

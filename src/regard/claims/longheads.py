@@ -7,8 +7,10 @@ from regard.models.attach import attach
 from regard.models.shipped import load_shipped
 from regard.tasks import Sample, task
 
-TRAINED, TIMES, DEPTHS = 2048, 4, 12
-CHUNK, CHUNKS = 128, 16  # the paper's 16 chunks, together the trained length
+TRAINED, TIMES, DEPTHS = 2048, 4, 8
+# together the trained length, as in the paper; its chunks of 256 are told apart by keys of 128 numbers, not of 32:
+# on an earlier checkpoint at 4 times 1,024, chunks of 64 found 40 %, of 32 found 40 %, of 16 found 80 %
+CHUNK, CHUNKS = 16, 128
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class MaskRule:
 
     def dense(self) -> Tensor:
         whole = {**self.arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return sdpa_mask(**whole)
+        return sdpa_mask(**whole)  # type: ignore[return-value]
 
     def at(self, rows: slice, index: Tensor) -> Tensor:
         """[b, g, rows, n] bool: whether these queries see the tokens with true index [b, g, n] (-1: nobody does)."""
@@ -131,7 +131,8 @@ def lazy_mask(
         batch_size,
         q_length,
         kv_length,
-        *frozen,
+        frozen[0],
+        frozen[1],
         mask_function,
         attention_mask,
         arguments,

@@ -165,7 +165,7 @@ def rebuilt(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(state, Tensor):
         return change(state)
     if isinstance(state, Mapping):
-        return type(state)({name: rebuilt(part, change) for name, part in state.items()})
+        return {name: rebuilt(part, change) for name, part in state.items()}
     if isinstance(state, tuple | list):
         parts = [rebuilt(part, change) for part in state]
         return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
