@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.core.claim import Claim, Measured
-from regard.tasks.mqar import mqar
+from regard.tasks.zoology_mqar import mqar
 
 VOCAB, LENGTH, PAIRS = 64, 128, 16
 WIDTH, LAYERS = 64, 2

@@ -22,10 +22,22 @@ tensor([[ 3, 13,  4, 14,  3,  0,  0,  0,  4,  0,  0,  0]])
 tensor([[-100, -100, -100, -100,   13, -100, -100, -100,   14, -100, -100, -100]])
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from regard.core import require
+from regard.core import Card, TaskPage, require
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab: int = 8192
+    length: int = 128
+    pairs: int = 16
+    power: float = 0.01
+    filler: bool = True
+
 
 ROWS = 512  # examples made at once; the examples depend on it, the memory too
 
@@ -77,3 +89,25 @@ def _filler(others: Tensor, half: int, vocab: int, length: int, g: torch.Generat
         return drawn + half
     key = others.gather(1, drawn.clamp(max=unused - 1))
     return torch.where(drawn < unused, key, drawn - unused + half)
+
+
+def generate(cfg: Config, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Inputs and labels [count, length] of a configuration."""
+    return mqar(cfg.vocab, cfg.length, cfg.pairs, count, seed, cfg.power, filler=cfg.filler)
+
+
+METHOD = TaskPage(
+    config=Config,
+    generate=generate,
+    patterns=("causal_self",),
+    card=Card(
+        title="Multi-query associative recall (MQAR)",
+        paper="Zoology: Measuring and Improving Recall in Efficient Language Models (ICLR 2024)",
+        year=2023,
+        idea="key-value pairs, then the keys again at power-law distances; the label of a key is its value",
+        cost="none",
+        state="2 pairs of tokens to remember",
+        caveat="released code draws the filler from global random numbers and lets it repeat a key; here it is seeded "
+        "and never does",
+    ),
+)
