@@ -179,7 +179,10 @@ def quality(cell: Cell, samples: list[Sample], runs: list[Run], full: list[Run],
     spread = [value(pick) for pick in draws]
     shown = [
         dict(
-            depth=s.depth, score=float(c), answer=tokenizer.decode(s.answer), generated=said(b, s, tokenizer)
+            depth=s.depth if s.evidence[1] else None,
+            score=float(c),
+            answer=tokenizer.decode(s.answer),
+            generated=said(b, s, tokenizer),
         )
         for s, c, b in zip(samples, scores, best)
     ]

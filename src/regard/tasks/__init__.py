@@ -3,10 +3,10 @@
 from regard.core import unknown
 from regard.tasks.base import Sample, Task
 from regard.tasks.corpus import Source, held_out
-from regard.tasks.zoology_mqar import mqar
 from regard.tasks.needle import NEEDLE
 from regard.tasks.perplexity import PERPLEXITY
 from regard.tasks.recall import RECALL
+from regard.tasks.zoology_mqar import mqar
 
 __all__ = ["TASKS", "Sample", "Source", "Task", "held_out", "mqar", "task"]
 

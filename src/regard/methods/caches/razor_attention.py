@@ -19,6 +19,8 @@ from torch import Tensor
 from regard.core import CachePage, Card, require
 from regard.ops import Kept, View, at_least_float32, slots_of
 
+SPARE = 16  # a cut goes at most so far below the share
+
 
 @dataclass(frozen=True)
 class Config:
@@ -51,29 +53,33 @@ def share(cfg: Config, budget: int, real: int, total: int) -> tuple[int, int]:
     return full, max(rest, cfg.sinks + 1 + cfg.compensate)
 
 
-def keep(view: View, cfg: Config) -> Kept | None:
-    """Heads of one layer (or of one group of it) part here, once; afterwards each group is asked alone."""
-    held = view.hold()
-    rows = len(view.budget) if view.real is not None else 1
-    real = (
-        (view.seen - view.first()).expand(rows)
-        if view.real is not None
-        else view.budget.new_tensor([view.seen])
-    )
+def cuts(view: View, cfg: Config) -> tuple[Tensor, Tensor]:
+    """(heads that are cut [1|B, G, 1], tokens that each of them may hold [1|B])."""
+    seen = view.budget.new_tensor([view.seen])
+    real = seen if view.real is None else (view.seen - view.first()).expand(len(view.budget))
     shares = [share(cfg, b, r, view.total_heads) for b, r in zip(view.budget.tolist(), real.tolist())]
-    full, tokens = view.budget.new_tensor(shares).unbind(-1)  # [1|B]
+    full, tokens = view.budget.new_tensor(shares).unbind(-1)
     best = {head: i for i, head in enumerate(cfg.heads)}
     order = view.budget.new_tensor([best.get((view.layer, h), view.total_heads) for h in view.heads])
-    razed = ((order >= full[:, None]) & (tokens < real)[:, None])[..., None]  # [1|B, G, 1]
-    window = (tokens - cfg.sinks - int(cfg.compensate))[:, None, None]
+    return ((order >= full[:, None]) & (tokens < real)[:, None])[..., None], tokens
+
+
+def keep(view: View, cfg: Config) -> Kept | None:
+    """Heads of one layer (or of one group of it) part here, once; afterwards each group is asked alone.
+
+    A head that is over its share is cut a few tokens below it, so that not every step has to cut again.
+    """
+    held, (razed, tokens) = view.hold(), cuts(view, cfg)
+    crowded = razed & (held.sum(-1) > tokens[:, None])[..., None]
+    if not bool(crowded.any()):
+        return None
+    window = tokens - cfg.sinks - int(cfg.compensate)
+    window = (window - (window // 8).clamp(max=SPARE))[:, None, None]
     recent = (view.age() < window) | (view.rank() < cfg.sinks)
     if view.count is not None:
         recent = recent & (view.count <= 1)
-    stays = held & (recent | ~razed)
-    gone = held & ~stays
-    if not bool((gone if view.count is None else gone & (view.count <= 1)).any()):
-        return None
-    return Kept(slots_of(stays), compensation(view, gone) if cfg.compensate else None)
+    stays = held & (recent | ~crowded)
+    return Kept(slots_of(stays), compensation(view, held & ~stays) if cfg.compensate else None)
 
 
 def compensation(view: View, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
