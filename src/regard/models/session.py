@@ -181,10 +181,11 @@ class Session:
 
     def read(self, layer: LedgerLayer, group: Group, view: View, reading: View) -> None:
         """Note how many bytes of keys and values this step reads from a layer, scoring for a selection included."""
+        number = self.layers.index(layer)
         read = reading.k.nbytes + reading.v.nbytes
         if reading is not view and view.known is not None:
             read += view.k.nbytes
-        number = self.layers.index(layer)
+        read = view.step.get(("bytes", number), read)  # a page with an attention of its own says it itself
         before = self.bytes_read.get(number, 0) if group is not layer.groups[0] else 0
         self.bytes_read[number] = before + read
 

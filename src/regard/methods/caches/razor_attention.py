@@ -47,7 +47,7 @@ def share(cfg: Config, budget: int, real: int, total: int) -> tuple[int, int]:
     """(heads with the full cache, tokens in each of the others) of `total` KV heads in the model."""
     full = round(cfg.retrieval * total)
     if cfg.budget is None:
-        return full, cfg.sinks + max(cfg.window, real // 5)
+        return full, cfg.sinks + max(cfg.window, real // 5) + cfg.compensate
     full = min(full, budget * total // real)
     rest = (budget * total - full * real) // max(1, total - full)
     return full, max(rest, cfg.sinks + 1 + cfg.compensate)
@@ -84,7 +84,7 @@ def keep(view: View, cfg: Config) -> Kept | None:
 
 def compensation(view: View, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(k̂ [B, G, 1, D], v̂ [B, G, 1, E], N_d [B, G, 1]): means of what goes, earlier compensation by its weight."""
-    weight = gone.expand(*view.k.shape[:3]).float()
+    weight = gone.expand(*view.k.shape[:3]).to(at_least_float32(view.k).dtype)
     weight = weight if view.count is None else weight * view.count
     count = weight.sum(-1, keepdim=True)  # [B, G, 1]
     mean = [
