@@ -89,8 +89,11 @@ def disk_error(error: OSError, path: Path) -> OSError:
 def write_whole(path: Path, text: str) -> None:
     """Write beside and move into place, so that a reader never sees half a file."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def keys_of(rows: dict[str, Any], retry: bool) -> set[str]:

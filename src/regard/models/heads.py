@@ -78,7 +78,8 @@ def repeated(model: PreTrainedModel, length: int, repeats: int, seed: int) -> Te
         unit = usable[torch.randperm(len(usable), generator=draw)[:length]]  # no token twice
     else:
         unit = usable[torch.randint(len(usable), (length,), generator=draw)]
-    first = config.bos_token_id if isinstance(config.bos_token_id, int) else int(unit[-1])
+    begin = config.bos_token_id
+    first = begin if isinstance(begin, int) and 0 <= begin < config.vocab_size else int(unit[-1])
     return torch.cat([torch.tensor([first]), unit.repeat(repeats)])[None]
 
 

@@ -262,9 +262,10 @@ def said_winner(kept: list[dict[str, Any]], where: str) -> str:
     reads_less = cost("read")(reader) < cost("read")(best)
     claim = f"is the cheapest that keeps 95 % of full attention's quality {where}"
     said = f"{clean(name(best))} {claim}: {described(best)}."
-    worst = min(best["tasks"], key=lambda task: best["tasks"][task] or 0)
-    if len(best["tasks"]) > 1 and (best["tasks"][worst] or 0) < KEEPS - 1e-9:
-        said += f" That is a mean: on {clean(worst)} it keeps {percent(best['tasks'][worst])}."
+    known = {task: kept for task, kept in best["tasks"].items() if kept is not None}
+    worst = min(known, key=lambda task: known[task])
+    if len(known) > 1 and known[worst] < KEEPS - 1e-9:
+        said += f" That is a mean: on {clean(worst)} it keeps {percent(known[worst])}."
     if cost("held")(best) >= (1.0,):
         said += " It holds no fewer bytes than full attention; nothing that does keeps 95 %."
     if reads_less:
