@@ -1,6 +1,7 @@
 """Mathematics that two or more pages share."""
 
 from regard.ops.budget import Budget, parse_budget
+from regard.ops.pattern import carried, dense_mask, seen_by
 from regard.ops.softmax import (
     at_least_float32,
     attend,
@@ -27,6 +28,8 @@ __all__ = [
     "at_least_float32",
     "attend",
     "best",
+    "carried",
+    "dense_mask",
     "explicit",
     "few_rows",
     "finish",
@@ -42,6 +45,7 @@ __all__ = [
     "per_query_head",
     "row_blocks",
     "scores",
+    "seen_by",
     "slots_of",
     "top_slots",
 ]

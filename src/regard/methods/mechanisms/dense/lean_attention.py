@@ -28,9 +28,8 @@ from itertools import accumulate, pairwise
 import torch
 
 from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.mask import Mask
 from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, finish, lower_right, masked_softmax, merge, mix, partial, scores
+from regard.ops import at_least_float32, carried, finish, masked_softmax, merge, mix, partial, scores, seen_by
 
 Span = tuple[int, int, int]  # unit, first tile, past the last tile
 
@@ -73,20 +72,6 @@ def loads(work: list[list[Span]]) -> list[int]:
     return [sum(stop - start for _, start, stop in spans) for spans in work]
 
 
-def prepare(q: Q, k: K, v: V, pattern: str, mask, state, roles) -> tuple:
-    """All keys and values so far, what each query sees of them, and the state that carries them on."""
-    require(pattern in PATTERNS, f"pattern is one of {PATTERNS}", pattern=pattern)
-    require(state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern)
-    if state is not None:
-        k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
-    n, m = q.shape[2], k.shape[2]
-    if isinstance(mask, Mask):
-        mask = mask.dense(n, m, heads=q.shape[1], roles=roles, device=q.device)
-    if pattern == "causal_self" and (n > 1 or mask is not None):
-        mask = lower_right(n, m, q.device) if mask is None else mask & lower_right(n, m, q.device)
-    return k, v, mask, (k, v) if pattern == "causal_self" else None
-
-
 def reference(
     q: Q,
     k: K,
@@ -100,7 +85,8 @@ def reference(
     params=None,
     x=None,
 ) -> tuple[Out, tuple | None]:
-    k, v, mask, state = prepare(q, k, v, pattern, mask, state, roles)
+    k, v, state = carried(k, v, pattern, state)
+    mask = seen_by(mask, q, k, roles, pattern)
     q_h, k_h, v_h = (at_least_float32(x) for x in (q, k, v))
     s = scores(q_h, k_h, q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale)
     return mix(masked_softmax(s, mask), v_h).to(v.dtype), state
@@ -119,7 +105,8 @@ def fast(
     params=None,
     x=None,
 ) -> tuple[Out, tuple | None]:
-    k, v, mask, state = prepare(q, k, v, pattern, mask, state, roles)
+    k, v, state = carried(k, v, pattern, state)
+    mask = seen_by(mask, q, k, roles, pattern)
     (batch, heads, n, _), (_, groups, m, _) = q.shape, k.shape
     scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
     sees = None if mask is None else mask.expand(batch, heads, n, m)

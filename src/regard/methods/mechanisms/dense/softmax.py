@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.mask import Mask
 from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, attend, lower_right
+from regard.ops import at_least_float32, attend, carried, dense_mask, seen_by
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,6 @@ class Config:
 
 def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return {"sinks": torch.zeros(dims["heads"])} if cfg.sinks else {}
-
-
-def stored(k: K, v: V, pattern: str, state: tuple | None) -> tuple[K, V, tuple | None]:
-    """All keys and values so far, and the state that carries them on."""
-    require(pattern in PATTERNS, f"pattern is one of {PATTERNS}", pattern=pattern)
-    require(state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern)
-    if state is not None:
-        k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
-    return k, v, (k, v) if pattern == "causal_self" else None
-
-
-def dense(mask: Mask | Tensor | None, q: Q, k: K, roles) -> Tensor | None:
-    if not isinstance(mask, Mask):
-        return mask
-    return mask.dense(q.shape[2], k.shape[2], heads=q.shape[1], roles=roles, device=q.device)
 
 
 def learned(cfg: Config, params: dict | None) -> Tensor | None:
@@ -79,14 +63,16 @@ def reference(
     params=None,
     x=None,
 ) -> tuple[Out, tuple | None]:
-    k, v, state = stored(k, v, pattern, state)
+    k, v, state = carried(k, v, pattern, state)
     share, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
     q_h, k_h, v_h = (at_least_float32(x) for x in (q, k, v))
     k_h, v_h = (x.repeat_interleave(share, dim=1) for x in (k_h, v_h))
     s = torch.einsum("bhnd,bhmd->bhnm", q_h, k_h) * scale
     if cfg.softcap is not None:
         s = cfg.softcap * torch.tanh(s / cfg.softcap)
-    sees = torch.ones_like(s, dtype=torch.bool) if mask is None else dense(mask, q, k, roles).expand_as(s)
+    sees = (
+        torch.ones_like(s, dtype=torch.bool) if mask is None else dense_mask(mask, q, k, roles).expand_as(s)
+    )
     if pattern == "causal_self":
         sees = sees.tril(s.shape[3] - s.shape[2])  # the last query is that of the last key
     sink = learned(cfg, params)
@@ -113,12 +99,9 @@ def fast(
     params=None,
     x=None,
 ) -> tuple[Out, tuple | None]:
-    k, v, state = stored(k, v, pattern, state)
-    mask, n, m = dense(mask, q, k, roles), q.shape[2], k.shape[2]
-    square = pattern == "causal_self" and mask is None and n == m
-    if pattern == "causal_self" and not square and (n > 1 or mask is not None):
-        lower = lower_right(n, m, q.device)
-        mask = lower if mask is None else mask & lower
+    k, v, state = carried(k, v, pattern, state)
+    square = pattern == "causal_self" and mask is None and q.shape[2] == k.shape[2]
+    mask = None if square else seen_by(mask, q, k, roles, pattern)
     scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
     sinks = learned(cfg, params)
     out = attend(q, k, v, scale=scale, mask=mask, causal=square, softcap=cfg.softcap, sinks=sinks)
