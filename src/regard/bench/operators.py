@@ -75,15 +75,12 @@ def bench(name: str, quick: bool = False, told: Callable[[str], None] | None = N
 
 
 def read_bandwidth() -> float:
-    """Bytes per second at which this machine reads: the best of summing 256 MB and of a matrix times a vector."""
-    wide = torch.ones(64 << 20)
-    square, vector = (
-        torch.ones(16, 4096, 2048, dtype=torch.bfloat16),
-        torch.ones(16, 2048, 1, dtype=torch.bfloat16),
-    )
-    summed = min(seconds(wide.sum) for _ in range(5))
-    product = min(seconds(lambda: square @ vector) for _ in range(5))
-    return max(wide.nbytes / summed, square.nbytes / product)
+    """Bytes per second between this machine's memory and its cores: the best of a sum and of a copy of 1 GiB."""
+    source = torch.ones(256 << 20)
+    target = torch.empty_like(source)
+    summed = min(seconds(source.sum) for _ in range(5))
+    copied = min(seconds(lambda: target.copy_(source)) for _ in range(5))
+    return max(source.nbytes / summed, 2 * source.nbytes / copied)
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LOW = (torch.bfloat16, torch.float16)
+LONG = 4096  # stored tokens from which on a head is worth a product of its own; changes the speed only
 BLOCK = 1 << 20  # numbers in one block of scores: bounds the memory, never changes the result
 
 
@@ -24,16 +26,32 @@ def per_query_head(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
+def times(a: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
+    """a @ x, or a @ xᵀ, for stored keys or values x [B, G, n, D] that may be a part of a longer buffer.
+
+    a is [B, G, r, ...]. Batched products in low precision on a CPU are 12 times slower when the batch is not dense
+    (docs/log.md): a short x is copied, a long one is taken head by head.
+    """
+    slow = x.device.type == "cpu" and x.dtype in LOW and not x.is_contiguous() and a.shape[:2] == x.shape[:2]
+    if slow and x.shape[2] >= LONG:
+        heads = [
+            own @ (part.mT if transposed else part) for own, part in zip(a.flatten(0, 1), x.flatten(0, 1))
+        ]
+        return torch.stack(heads).unflatten(0, a.shape[:2])
+    x = x.contiguous() if slow else x
+    return a @ (x.mT if transposed else x)
+
+
 def scores(
     q: Tensor, k: Tensor, scale: float, softcap: float | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """[B, H, N, M] scaled scores in float32 at least: the product in the input's dtype, the rest above it."""
     groups, rows = k.shape[1], q.shape[2]
     if groups in (1, q.shape[1]):
-        found = q @ k.mT
+        found = times(q, k, transposed=True)
     else:
         packed = q.reshape(q.shape[0], groups, -1, q.shape[-1])  # [B, G, (H/G)·N, D]
-        found = (packed @ k.mT).view(q.shape[0], q.shape[1], rows, -1)
+        found = times(packed, k, transposed=True).view(q.shape[0], q.shape[1], rows, -1)
     found = at_least_float32(found) * scale
     if softcap is not None:
         found = softcap * torch.tanh(found / softcap)
@@ -58,9 +76,9 @@ def mix(weights: Tensor, v: Tensor) -> Tensor:
     weights = weights.to(v.dtype)
     heads, groups = weights.shape[1], v.shape[1]
     if groups in (1, heads):
-        return weights @ v
+        return times(weights, v)
     packed = weights.reshape(weights.shape[0], groups, -1, weights.shape[-1])
-    return (packed @ v).view(*weights.shape[:3], v.shape[-1])
+    return times(packed, v).view(*weights.shape[:3], v.shape[-1])
 
 
 def row_blocks(rows: int, per_row: int) -> Iterator[slice]:
@@ -107,7 +125,7 @@ def fused(
 
 def few_rows(q: Tensor, k: Tensor) -> bool:
     """Whether two matrix products beat SDPA: a handful of queries on a CPU in low precision (docs/log.md)."""
-    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] <= 8
+    return q.device.type == "cpu" and q.dtype in LOW and q.shape[2] <= 8
 
 
 def attend(
