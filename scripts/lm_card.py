@@ -12,10 +12,10 @@ import lm_corpus
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from regard.tasks import Source, Task, held_out, task
+from regard.tasks import Source, Task, held_out, recall, task
 
 LENGTHS = (256, 512, 1024, 2048)
-QUESTIONS, WINDOW, SINKS = 64, 256, 4
+QUESTIONS, WINDOW, SINKS = 128, 256, 4
 
 
 @torch.no_grad()
@@ -102,7 +102,17 @@ def measure(model, tokenizer, tell: Callable = print) -> dict:
         for length in LENGTHS:
             found[f"{name}_{length}"] = generated(model, tokenizer, task(name), length)
             tell(name, length, found[f"{name}_{length}"])
+    found["recall_of_32"] = crowded(model, tokenizer)
     return found
+
+
+def crowded(model, tokenizer) -> float:
+    """Recall at 2,048 tokens among more facts than the task has."""
+    usual, recall.MOST_FACTS = recall.MOST_FACTS, 32
+    try:
+        return generated(model, tokenizer, recall.RECALL, 2048)
+    finally:
+        recall.MOST_FACTS = usual
 
 
 CARD = """# A small language model that can retrieve
@@ -131,6 +141,9 @@ its tasks.
 |---|---|---|---|---|
 | needle, exact match | {needle} |
 | recall among similar keys, exact match | {recall} |
+
+Facts per page of recall: 4, 8, 16, 24. With 32 facts at 2,048 tokens, for which `curve.jsonl` has the numbers:
+{recall_of_32:.1%}.
 
 | held-out text, {held_out_tokens:,} tokens | nats per token |
 |---|---|

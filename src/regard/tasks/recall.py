@@ -4,7 +4,7 @@
     ... Question: the code of quiet garden is            -> " paper window"
 
 The keys are pairs of words drawn from a small grid, so that most keys share a word with others: who finds
-only half of the key answers with a distractor. There is one fact for 64 tokens, at least 4 and at most 32.
+only half of the key answers with a distractor. There is one fact for 64 tokens, at least 4 and at most 24.
 """
 
 import random
@@ -19,7 +19,7 @@ from regard.core import require
 from regard.tasks.base import Frame, Sample, Task, continuation, encode, even, fill
 from regard.tasks.corpus import Source, held_out
 
-TOKENS_PER_FACT, MOST_FACTS = 64, 32
+TOKENS_PER_FACT, MOST_FACTS = 64, 24
 
 
 @dataclass(frozen=True)
