@@ -63,10 +63,10 @@ def gather_rows(x: Tensor, slots: Tensor) -> Tensor:
     batch, groups, n, width = x.shape
     heads = max(groups, slots.shape[1])
     slots = slots.clamp(min=0)
-    if slots.shape[0] == 1 and slots.shape[1] == 1:
+    dense = x.stride() == (groups * x.stride(1), x.stride(1), width, 1) and not torch.is_grad_enabled()
+    if not dense and slots.shape[:2] == (1, 1):
         return x.index_select(2, slots[0, 0])
-    if x.stride() != (groups * x.stride(1), x.stride(1), width, 1) or torch.is_grad_enabled():
-        x = x.contiguous()
+    x = x if dense else x.contiguous()
     step = x.stride(1) // width
     flat = x.as_strided(((batch * groups - 1) * step + n, width), (width, 1))
     first = torch.arange(batch, device=x.device)[:, None] * groups
