@@ -1,9 +1,13 @@
-"""Tests run on one thread each, without a network, and treat warnings as errors (pyproject.toml)."""
+"""Tests run on one thread each, without a network; shapes are checked, warnings are errors (pyproject.toml)."""
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
+from jaxtyping import install_import_hook
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+
+# shapes and types of these are checked while tests run; what torch.compile traces is left as it is
+CHECKED = ["regard.methods.caches", "regard.ops.budget", "regard.ops.topk", "regard.ops.view"]
+install_import_hook(CHECKED, "beartype.beartype")

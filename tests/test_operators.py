@@ -25,7 +25,7 @@ def test_decode_rows():
     ]  # fmt: skip
     for row in rows[:4]:
         assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"])
-        assert 0 < row["of_bound"]
+        assert row["of_bound"] > 0
         assert {"case", "ratio", "of_bound", "spread", "target", "holds"} <= set(row)
     assert rows[4]["ratio"] > 1
 

@@ -36,7 +36,9 @@ class Config:
         require(self.positions in ("slot", "text"), 'positions is "slot" or "text"', positions=self.positions)
 
 
-def rank(index: Tensor, seen: int, sinks: int, window: int | Tensor, place: Tensor | None = None):
+def rank(
+    index: Tensor, seen: int, sinks: int | Tensor, window: int | Tensor, place: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Place in the text and whether a token stays: the first `sinks` by place and the last `window` by age."""
     place = index if place is None else place
     return place, (place < sinks) | (seen - 1 - index < window)
