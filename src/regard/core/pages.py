@@ -128,6 +128,7 @@ class CachePage(Page):
     attend: Callable | None = (
         None  # (view, cfg) -> [B, H, N, E] or None: the page's own attention, as a last resort
     )
+    turns: bool = False  # the page uses view.turn where the model has rotary positions, and None elsewhere
     calibrate: str = ""  # what is measured on the model when the page is attached without it: "induction"
     phase: str = (
         "both"  # when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")

@@ -121,7 +121,8 @@ class attach:
             if ATTENTION.search(type(module).__name__):
                 hooks.append(module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
         self._undo.extend(h.remove for h in hooks)
-        if s.policy is not None and (s.policy.page.place is not None or s.policy.page.attend is not None):
+        page = None if s.policy is None else s.policy.page
+        if page is not None and (page.place is not None or page.attend is not None or page.turns):
             s.rotary = Rotary(self.model)
             self._undo.append(s.rotary.remove)
         acts = s.policy is not None or s.receipts or s.observers

@@ -37,6 +37,13 @@ class Rotary:
         for hook in self.hooks:
             hook.remove()
 
+    def can(self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether `turn` is possible for this attention module."""
+        if cos_sin is None or "kv_b_proj" in attention._modules or cos_sin[0].data_ptr() not in self.calls:
+            return False
+        kind = getattr(self.calls[cos_sin[0].data_ptr()][0], "rope_type", "default")
+        return not any(k in MOVING for k in (kind.values() if isinstance(kind, dict) else [kind]))
+
     def turn(
         self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None, x: Tensor, by: Tensor
     ) -> Tensor:

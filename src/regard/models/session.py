@@ -160,8 +160,12 @@ class Session:
         if self.policy is not None:
             self.acted += 1
             view.budget = self.budget(view, group, rule)
-            if self.policy.page.place is not None or self.policy.page.attend is not None:
-                table = self.tables.get(id(module))
+            table, page = self.tables.get(id(module)), self.policy.page
+            if (
+                page.place is not None
+                or page.attend is not None
+                or (page.turns and self.rotary.can(module, table))
+            ):
                 view.turn = lambda x, by: self.rotary.turn(module, table, x, by)
         return view
 

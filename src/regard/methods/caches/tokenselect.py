@@ -4,7 +4,8 @@
 
 where the softmax inside each head's vote keeps a head with large raw scores from deciding alone, and one shared
 set lets whole rows be gathered. While the query stays similar, cos(q_t, q_s) ≥ reuse, the set of step s is read
-again and no scores are computed (the paper's Selection Cache). A chunk of a prompt selects by its mean query.
+again and no scores are computed (the paper's Selection Cache); a rotated q_s is first carried to today's position,
+since its rotation alone is no change of the query. A chunk of a prompt selects by its mean query.
 
 >>> split(2688, Config())
 (128, 512, 2048)
@@ -58,11 +59,15 @@ def votes(view: View, cfg: Config) -> Tensor:
 
 
 def similar(view: View, cfg: Config) -> Tensor:
-    """[B] bool: rows whose query is close to the one that chose last."""
-    q, old = view.q[:, :, -1].flatten(1), view.memory.get("query")
+    """[B] bool: rows whose query is close to the one that chose last, rotated on to today's place in the text."""
+    q, old = view.q[:, :, -1:], view.memory.get("query")  # [B, H, 1, D]
     if cfg.reuse is None or old is None or old.shape != q.shape:
         return torch.zeros(len(q), dtype=torch.bool, device=q.device)
-    return F.cosine_similarity(q.float(), old.float()) >= cfg.reuse
+    asked = view.memory["asked"]
+    if view.turn is not None:
+        old = view.turn(old, (view.seen - asked)[:, None, None])
+    near = F.cosine_similarity(q.flatten(1).float(), old.flatten(1).float()) >= cfg.reuse
+    return near & (asked >= 0)
 
 
 def select(view: View, cfg: Config) -> Tensor | None:
@@ -80,21 +85,35 @@ def select(view: View, cfg: Config) -> Tensor | None:
 
 def middle(view: View, cfg: Config, open_: Tensor, k: Tensor) -> Tensor:
     """[B, 1, k] best-voted slots among the open ones; a row whose query hardly changed reads its last choice again."""
-    again, q, old = similar(view, cfg), view.q[:, :, -1].flatten(1), view.memory.get("middle")
-    if old is None or not bool(again.all()):
-        fresh = top_slots(votes(view, cfg).masked_fill(~open_, -torch.inf), k.expand(len(q), 1))
-        if old is not None:
-            wide = max(old.shape[-1], fresh.shape[-1])
-            old, fresh = (F.pad(x, (0, wide - x.shape[-1]), value=-1) for x in (old, fresh))
-            fresh = torch.where(again[:, None, None], old, fresh)
-            q = torch.where(again[:, None], view.memory["query"], q)
-        view.memory.update(middle=fresh, query=q)
-    return view.memory["middle"]
+    memory, calm = (
+        view.memory,
+        view.budget + view.new - 1 >= view.hold().sum(-1).amax(-1),
+    )  # [B] nothing to choose
+    again = similar(view, cfg) & ~calm
+    if bool(again.all()):
+        return memory["middle"]
+    fresh = top_slots(votes(view, cfg).masked_fill(~open_, -torch.inf), k.expand(len(again), 1))
+    asked = torch.full_like(again, view.seen, dtype=torch.long)
+    now = {"middle": fresh, "query": view.q[:, :, -1:], "asked": asked}
+    old = {name: memory.get(name, now[name]) for name in now}
+    if "asked" not in memory:
+        old["asked"] = torch.full_like(asked, -1)
+    wide = max(old["middle"].shape[-1], fresh.shape[-1])
+    for which in (old, now):
+        which["middle"] = F.pad(which["middle"], (0, wide - which["middle"].shape[-1]), value=-1)
+    memory.update({name: by_row(again | calm, old[name], now[name]) for name in now})
+    return by_row(again, old["middle"], now["middle"])
+
+
+def by_row(first: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Rows of the batch from `one` where `first`, else from `other`."""
+    return torch.where(first.view(-1, *[1] * (one.dim() - 1)), one, other)
 
 
 METHOD = CachePage(
     config=Config,
     select=select,
+    turns=True,
     budget=lambda cfg: cfg.init + cfg.local + cfg.k,
     patterns=("causal_self",),
     card=Card(
