@@ -172,6 +172,9 @@ def compare(
     retry: Annotated[
         bool, typer.Option("--retry", help="Run failed cells of an earlier start again.")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1; none: the GPU where there is one.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
     as_json: Json = False,
 ) -> None:
@@ -185,7 +188,8 @@ def compare(
     with watching(as_json) as progress:
         result = run(
             model, regroup(given), split(tasks), wide, asked, out=folder, samples=samples, seed=seed, text=text,
-            workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, progress=progress,
+            workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, device=device,
+            progress=progress,
         )  # fmt: skip
     if as_json:
         say_json(

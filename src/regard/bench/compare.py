@@ -46,6 +46,7 @@ def compare(
     workers: int = 2,
     limit: float = 600.0,
     retry: bool = False,
+    device: str | None = None,
     trust_remote_code: bool = False,
     executor: Executor | None = None,
     progress: Callable[[dict | None, int, int], None] | None = None,
@@ -57,6 +58,7 @@ def compare(
     lengths  prompt lengths in tokens     budgets  tokens, fractions in (0, 1] or texts like "64MB"
     text     a file of your own to draw filler and perplexity text from
     workers  local processes of one thread each; a loaded model is measured in this process
+    device   where a model that is loaded by path goes; None: the GPU where there is one
     limit    seconds a cell may take      retry    run failed cells of an earlier start again
     progress called with (row, done, total) as cells end, and with (None, done, total) at the start
 
@@ -64,7 +66,7 @@ def compare(
     """
     cells = grid(methods, tasks, lengths, budgets, samples, seed, text, chat)
     folder = Folder(Path(out))
-    name, load_model = loader(model, trust_remote_code)
+    name, load_model = loader(model, trust_remote_code, device)
     done = folder.open(header(name, cells))
     kept = keys_of(done, retry)
     todo = [c for c in cells if c.key not in kept]
@@ -137,7 +139,9 @@ def literal(text: str) -> Any:
         return text
 
 
-def loader(model: Any, trust_remote_code: bool) -> tuple[str, Callable[[], tuple[Any, Any]]]:
+def loader(
+    model: Any, trust_remote_code: bool, device: str | None = None
+) -> tuple[str, Callable[[], tuple[Any, Any]]]:
     """A name for the run's header, and a function that gives (model, tokenizer) in any process."""
     if model is None or model in SHIPPED:
         return f"the shipped model {model or 'lm'!r}", partial(load_shipped, model or "lm")
@@ -149,7 +153,7 @@ def loader(model: Any, trust_remote_code: bool) -> tuple[str, Callable[[], tuple
     require(
         not local or (path / "config.json").exists(), "the model path holds a config.json", path=str(model)
     )
-    return str(model), partial(load, str(model), trust_remote_code=trust_remote_code)
+    return str(model), partial(load, str(model), trust_remote_code=trust_remote_code, device=device)
 
 
 def header(name: str, cells: Sequence[Cell]) -> dict:
