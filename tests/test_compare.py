@@ -242,3 +242,8 @@ def test_a_stopped_run_loses_nothing_that_ended_and_resumes(tmp_path, how):
     assert len(after) == 6
     assert len(json.loads(again.stdout)["rows"]) == 6
     assert (folder / "report.html").exists()
+
+
+def test_nothing_to_compare_is_said():
+    with pytest.raises(ValueError, match="at least one task and one length"):
+        grid(None, (), None, None, 2, 0, None, None)

@@ -1,6 +1,7 @@
 """doctor, the shipped model, and compressed caches on disk."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +109,12 @@ def test_a_folder_without_a_model(tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match="the model path is there"):
         load("/no/such/folder")
+
+
+def test_the_readme_runs():
+    """The ten lines of Python in README.md do what they say."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
+    code = text.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    assert names["attached"].receipts() == {"block z at layers=(2,), heads=(1,)": 1}

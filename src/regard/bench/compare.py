@@ -28,7 +28,6 @@ from regard.tasks import TASKS
 BUDGETS = (0.1, 0.25, 0.5)
 LENGTHS = (256, 512, 1024)
 SAMPLES = 8
-LATER = ("timeout", "memory", "failed")
 
 
 def compare(
@@ -82,9 +81,7 @@ def compare(
 
 def report(folder: Folder) -> Result:
     """Draw the report of what the folder holds: report.html and report.md."""
-    rows = list(folder.rows().values())
     result = Result.load(folder.path)
-    result = Result(run=result.run, rows=rows)
     folder.write("report.html", to_html(result))
     folder.write("report.md", to_markdown(result))
     return result
@@ -100,6 +97,7 @@ def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Ce
     for name in tasks:
         if name not in TASKS:
             raise unknown("task", name, TASKS)
+    require(tasks and lengths, "there is at least one task and one length", tasks=tasks, lengths=lengths)
     require(samples >= 1, "samples >= 1", samples=samples)
     require(all(n >= 2 for n in lengths), "lengths are at least 2 tokens", lengths=lengths)
     chosen = [parsed(m) for m in (catalog.find(kind="cache") if methods is None else methods)]
@@ -167,6 +165,7 @@ def header(name: str, cells: Sequence[Cell]) -> dict:
         "samples": cells[0].samples,
         "seed": cells[0].seed,
         "text": cells[0].text,
+        "chat": cells[0].chat,
     }
     packages = ("regard", "torch", "transformers", "numpy")
     return {

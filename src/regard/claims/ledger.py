@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -64,12 +64,3 @@ def record(rows: Iterable[dict]) -> None:
         json.dumps(newest[name], ensure_ascii=False, default=float) + "\n" for name in sorted(newest)
     )
     LEDGER.write_text(text, encoding="utf8")
-
-
-def measure_all(chosen: Iterable[str], told: Callable[[str], None]) -> list[dict]:
-    """Measure claims one after the other; `told` hears each name before it starts."""
-    rows = []
-    for name in chosen:
-        told(name)
-        rows.append(measure(name))
-    return rows

@@ -75,7 +75,7 @@ def native(session: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mas
     if call.get("output_attentions"):
         weights = view.weights()
         return (weights.to(v.dtype) @ per_query_head(v, q.shape[1])).transpose(1, 2).contiguous(), weights
-    return run(view, module, call).transpose(1, 2).contiguous(), None
+    return run(view).transpose(1, 2).contiguous(), None
 
 
 def acted(session: Any, module, q, k, v, mask, call, layer: LedgerLayer | None, touching):
@@ -119,7 +119,7 @@ def one_group(session, module, q, k, v, mask, call, layer, group, touching):
         out, weights = native(session, module, q, k, v, mask, call)
         out = out.transpose(1, 2)
     else:
-        out = run(reading, module, call)
+        out = run(reading)
     if touching:
         out = apply_edits(reading, out, touching)
         observe(reading, out, touching)
@@ -171,7 +171,7 @@ def narrow(view: View, slots: Tensor, mask: Any, moved: Tensor | None) -> View:
         v=v,
         index=index,
         real=real,
-        visible=seer(mask, view.q, index, real, view.scale),
+        visible=seer(mask, view.q, index, real),
     )
 
 
@@ -224,7 +224,7 @@ def make_view(session, module, q, k, v, mask, call, layer: LedgerLayer | None, g
     else:
         causal = call.get("is_causal")
         causal = getattr(module, "is_causal", False) if causal is None else causal
-        visible = seer(mask, q, index, real, scale, causal=bool(causal))
+        visible = seer(mask, q, index, real, causal=bool(causal))
     first = layer is None or layer.seen == q.shape[2]
     view = View(
         q=q, k=k, v=v, index=index, real=real, scale=scale, visible=visible, bias=bias,
@@ -238,7 +238,7 @@ def make_view(session, module, q, k, v, mask, call, layer: LedgerLayer | None, g
     return view if layer is None else session.complete(view, module, layer, group, rule)
 
 
-def seer(mask: Any, q: Tensor, index: Tensor, real: Tensor | None, scale: float, causal: bool = False):
+def seer(mask: Any, q: Tensor, index: Tensor, real: Tensor | None, causal: bool = False):
     """A function rows -> [B, 1|H, rows, n] bool, or None where every query of the step sees every slot."""
     new, heads = q.shape[2], q.shape[1]
 
@@ -259,7 +259,7 @@ def seer(mask: Any, q: Tensor, index: Tensor, real: Tensor | None, scale: float,
     return visible
 
 
-def run(view: View, module: nn.Module, call: dict) -> Tensor:
+def run(view: View) -> Tensor:
     """[B, H, N, E]: attention over what the view holds, in blocks of rows when the mask would be large."""
     if view.known is not None:
         return mix(view.weights(), view.v)

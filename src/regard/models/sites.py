@@ -2,9 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from regard.core import Unreachable
@@ -65,21 +63,3 @@ def refuse_unreachable(model: PreTrainedModel, found: list[tuple[str, PreTrained
             f"{type(model).__name__}: {', '.join(bad)} computes attention in its own code and never calls "
             "transformers' AttentionInterface, so nothing attached would act; regard.doctor(model) lists the sites"
         )
-
-
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that look like attention and hold projections, innermost first in case of nesting."""
-    named = {n: m for n, m in model.named_modules() if ATTENTION.search(type(m).__name__)}
-    return {n: m for n, m in named.items() if not any(o != n and o.startswith(n + ".") for o in named)}
-
-
-def own_function(module: nn.Module) -> bool:
-    """Whether this module's file asks the attention interface at all."""
-    import inspect
-    import sys
-
-    source: Any = sys.modules.get(type(module).__module__)
-    try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(source)
-    except (OSError, TypeError):
-        return False
