@@ -9,6 +9,7 @@ import time
 import torch
 from torch import Tensor
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import aaren as page
 
@@ -48,24 +49,19 @@ def stepped() -> dict[str, float | int]:
 
 
 def measure() -> Measured:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            q, k, v, params = drawn(700)
-            wanted, cfg = of_each_prefix(k, v, params["query"]), page.Config()
-            scan = page.fast(q, k, v, cfg, params=params)[0]
-            recurrence = page.reference(q, k, v, cfg, params=params)[0]
-            apart = [(found - wanted).abs().max().item() for found in (scan, recurrence)]
-            huge = k / (k @ params["query"][:, :, None]).abs() * 1e4 * WIDTH**0.5  # scores of ±1e4
-            at_huge = [path(q, huge, v, cfg, params=params) for path in (page.fast, page.reference)]
-            finite = all(t.isfinite().all() for out, state in at_huge for t in (out, *state))
-            apart_huge = max(
-                (out - of_each_prefix(huge, v, params["query"])).abs().max().item() for out, _ in at_huge
-            )
-            steps = stepped()
-    finally:
-        torch.set_num_threads(threads)
+    with threads(1), torch.no_grad():
+        q, k, v, params = drawn(700)
+        wanted, cfg = of_each_prefix(k, v, params["query"]), page.Config()
+        scan = page.fast(q, k, v, cfg, params=params)[0]
+        recurrence = page.reference(q, k, v, cfg, params=params)[0]
+        apart = [(found - wanted).abs().max().item() for found in (scan, recurrence)]
+        huge = k / (k @ params["query"][:, :, None]).abs() * 1e4 * WIDTH**0.5  # scores of ±1e4
+        at_huge = [path(q, huge, v, cfg, params=params) for path in (page.fast, page.reference)]
+        finite = all(t.isfinite().all() for out, state in at_huge for t in (out, *state))
+        apart_huge = max(
+            (out - of_each_prefix(huge, v, params["query"])).abs().max().item() for out, _ in at_huge
+        )
+        steps = stepped()
     ratio = steps["step_us_10k"] / steps["step_us_10"]
     holds = max(apart) < 1e-5 and finite and steps["bytes_1"] == steps["bytes_10k"] and 0.8 <= ratio <= 1.2
     numbers = {"difference_scan": apart[0], "difference_recurrence": apart[1], "finite_at_1e4": int(finite)}

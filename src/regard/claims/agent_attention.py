@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import agent_attention as page
 
@@ -45,19 +46,14 @@ def measure() -> Measured:
         "softmax": F.scaled_dot_product_attention,
     }
     taken = {(name, n): [] for n in (SHORT, LONG) for name in sides}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            asked = {n: drawn(n) for n in (SHORT, LONG)}
-            for turn in range(9):
-                for (name, n), times in taken.items():
-                    start = time.perf_counter()
-                    sides[name](*asked[n])
-                    if turn:  # the first warms up
-                        times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
+    with threads(1), torch.no_grad():
+        asked = {n: drawn(n) for n in (SHORT, LONG)}
+        for turn in range(9):
+            for (name, n), times in taken.items():
+                start = time.perf_counter()
+                sides[name](*asked[n])
+                if turn:  # the first warms up
+                    times.append(time.perf_counter() - start)
     middle = {key: statistics.median(times) for key, times in taken.items()}
     grown = {name: middle[name, LONG] / middle[name, SHORT] for name in sides}
     holds = apart < 1e-5 and grown["agents"] <= 5 and grown["softmax"] >= 10

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import flowformer as page
 
@@ -64,19 +65,14 @@ def measure() -> Measured:
         wanted = quadratic(q.double(), k[:, :, :m].double(), v[:, :, :m].double())
         found = page.fast(q, k[:, :, :m], v[:, :, :m], cfg, pattern=pattern)[0]
         differences.append((found - wanted).abs().max().item())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            grown = exponents(
-                {
-                    "flow": lambda q, k, v: page.fast(q, k, v, cfg, pattern="self"),
-                    "flow_causal": lambda q, k, v: page.fast(q, k, v, cfg, pattern="causal_self"),
-                    "sdpa": scaled_dot_product_attention,
-                }
-            )
-    finally:
-        torch.set_num_threads(threads)
+    with threads(1), torch.no_grad():
+        grown = exponents(
+            {
+                "flow": lambda q, k, v: page.fast(q, k, v, cfg, pattern="self"),
+                "flow_causal": lambda q, k, v: page.fast(q, k, v, cfg, pattern="causal_self"),
+                "sdpa": scaled_dot_product_attention,
+            }
+        )
     holds = conserved < 1e-4 and max(differences) < 1e-5
     holds = holds and grown["flow"] <= 1.2 and grown["flow_causal"] <= 1.2 and grown["sdpa"] > 1.6
     numbers = {"flow_error": conserved, "difference_cross": differences[0], "difference_self": differences[1]}

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.bench.threads import threads
 from regard.catalog import get
-from regard.claims.vssd import KEPT, on_one_thread
+from regard.claims.vssd import KEPT
 from regard.core.claim import Claim, Measured
 from regard.tasks import held_out
 from regard.tasks.zoology_mqar import mqar
@@ -170,7 +171,8 @@ def measured() -> tuple:
 
 
 def measure() -> Measured:
-    times, by_rate, recalled = on_one_thread(measured)
+    with threads(1):
+        times, by_rate, recalled = measured()
     gam, transformer = (min(by_rate[name]) for name in MAKERS)
     growth, against = (
         times["gam_8192_ms"] / times["gam_2048_ms"],

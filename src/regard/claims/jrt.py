@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard import catalog
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 
 WORDS, LONG, SHORT = 48, 24, 3
@@ -137,12 +138,8 @@ def parallel_against_recurrent() -> float:
 
 
 def measure() -> Measured:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small
-    try:
+    with threads(1):  # the matrices are small
         own, softmax = readings(True), readings(False)
-    finally:
-        torch.set_num_threads(threads)
     apart = parallel_against_recurrent()
     numbers = {f"{kind}_{name}": value for kind, found in (("recurrent", own), ("softmax", softmax))
                for name, value in found.items()}  # fmt: skip

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, SmolLM3Config, SmolLM3ForCausalLM
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.models.attach import attach
 from regard.models.convert import convert, language_loss
@@ -114,9 +115,7 @@ def recurrent_against_parallel(
 
 
 def measure() -> Measured:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two threads that share small matrices are slower than one
-    try:
+    with threads(1):  # two threads that share small matrices are slower than one
         model = teacher()
         found: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
         for seed in SEEDS:
@@ -135,8 +134,6 @@ def measure() -> Measured:
                 if name == "full" and seed == SEEDS[0]:
                     apart, logits_apart = recurrent_against_parallel(model, own, 4 * LENGTH)
         before = [accuracy(model, None, n * LENGTH) for n in (1, 4, 8)]
-    finally:
-        torch.set_num_threads(threads)
     means = {name: torch.tensor(rows).mean(0).tolist() for name, rows in found.items()}
     numbers = {"teacher_L_4L_8L": before, "recurrent_against_parallel": apart}
     numbers["logits_recurrent_against_parallel"] = logits_apart

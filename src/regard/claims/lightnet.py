@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import lightnet as page
 from regard.ops import linear
@@ -73,13 +74,8 @@ def measure() -> Measured:
         wanted = cumulative(q, wide * k, v)
         for form, path in (("recurrent", page.reference), ("chunked", page.fast)):
             apart[f"{form}_{said}"] = (path(q, wide * k, v, page.Config())[0] - wanted).abs().max().item()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            grown = {pattern: exponent(pattern) for pattern in ("self", "causal_self")}
-    finally:
-        torch.set_num_threads(threads)
+    with threads(1), torch.no_grad():
+        grown = {pattern: exponent(pattern) for pattern in ("self", "causal_self")}
     holds = change["additive"] < 1e-5 and change["decay"] > 1e-2 and max(apart.values()) < 1e-5
     holds = holds and max(grown.values()) <= 1.2
     numbers = {f"reordering_{name}": value for name, value in change.items()}

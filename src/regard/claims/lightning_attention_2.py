@@ -12,6 +12,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import lightning_attention_2 as page
 
@@ -76,12 +77,8 @@ def measure() -> Measured:
     configs = [page.Config(d, layer=layer, layers=4) for d in ("paper", "slopes") for layer in (0, 3)]
     differences = [worst_differences(cfg) for cfg in configs]
     forward, backward = (max(column) for column in zip(*differences, strict=True))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # both sides on one core: a busy second one would measure the machine
-    try:
+    with threads(1):  # both sides on one core: a busy second one would measure the machine
         ours, theirs = rates(lightning, ROUNDS), rates(softmax, ROUNDS)
-    finally:
-        torch.set_num_threads(threads)
     kept, drop = ours[1] / ours[0], theirs[0] / theirs[1]
     numbers = {
         "difference_forward": forward,

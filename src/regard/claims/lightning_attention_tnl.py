@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.methods.blocks import lightning_attention_tnl as page
 
@@ -165,16 +166,10 @@ def decoding(model: Model) -> dict[str, float | list]:
 
 
 def measure() -> Measured:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # the matrices are small: two threads that share two busy cores are many times slower
-    try:
+    with threads(1):  # the matrices are small: two threads that share two busy cores are many times slower
         theirs, their_trials, baseline = best(Softmax)
         ours, our_trials, model = best(Tnl)
         decode = decoding(model)
-    finally:
-        torch.set_num_threads(threads)
     numbers = {
         "tnl_loss": round(ours, 4),
         "softmax_loss": round(theirs, 4),

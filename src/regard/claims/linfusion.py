@@ -6,6 +6,7 @@ import time
 import torch
 from torch import Tensor
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import linfusion as page
 from regard.ops import linear
@@ -36,20 +37,16 @@ def measure() -> Measured:
         phi_q, phi_k = page.features(q_n, k_n, cfg, "self", params, x_n)
         sums.append(linear(phi_q, phi_k, v_n, pattern="self")[0])
     ratio = (sums[1].norm() / sums[0].repeat_interleave(4, dim=2).norm()).item()
-    threads, taken = torch.get_num_threads(), {SHORT: [], LONG: []}
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            asked = {n: drawn(n) for n in taken}
-            for turn in range(10):
-                for n, times in taken.items():
-                    *qkv, x_n = asked[n]
-                    start = time.perf_counter()
-                    page.fast(*qkv, cfg, pattern="self", params=params, x=x_n)
-                    if turn:  # the first warms up
-                        times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
+    taken: dict[int, list[float]] = {SHORT: [], LONG: []}
+    with threads(1), torch.no_grad():
+        asked = {n: drawn(n) for n in taken}
+        for turn in range(10):
+            for n, times in taken.items():
+                *qkv, x_n = asked[n]
+                start = time.perf_counter()
+                page.fast(*qkv, cfg, pattern="self", params=params, x=x_n)
+                if turn:  # the first warms up
+                    times.append(time.perf_counter() - start)
     short, long = (statistics.median(times) for times in taken.values())
     holds = change < 1e-5 and abs(ratio - 4) <= 0.1 and long / short <= 5
     return Measured(

@@ -18,6 +18,7 @@ as the one that meets it and a Gaussian one as one that does not.
 import torch
 from torch import Tensor
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 
 WIDTH, LENGTH = 5, 100  # d, T
@@ -97,12 +98,8 @@ def compared(kind: str) -> dict[str, float]:
 
 
 def measure() -> Measured:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         found = {kind: compared(kind) for kind in RATES}
-    finally:
-        torch.set_num_threads(threads)
     numbers = {f"{name}_{kind}": n for kind, result in found.items() for name, n in result.items()}
     ratio = found["sparse"]["error"] / found["gaussian"]["error"]
     alike = min(found[kind]["cosine"] for kind in ("gaussian", "sparse"))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.api import attend
-from regard.claims.vssd import on_one_thread
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.ops import linear
 
@@ -81,7 +81,8 @@ def found() -> tuple[dict[str, list[int]]]:
 
 
 def measure() -> Measured:
-    (stored,) = on_one_thread(found)
+    with threads(1):
+        (stored,) = found()
     stored["delta"] = [max(row) for row in zip(*(stored[f"delta_{share}"] for share in SHARES), strict=True)]
     rate = slope(stored["hebbian"])
     more = all(

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import tensor_attention as page
 
@@ -60,13 +61,8 @@ def exponent(repeats: int = 7) -> float:
 
 def measure() -> Measured:
     (same_1, near), (same_3, far) = routes(1.0), routes(3.0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            grown = exponent()
-    finally:
-        torch.set_num_threads(threads)
+    with threads(1), torch.no_grad():
+        grown = exponent()
     holds = max(same_1, same_3) < 1e-6 and near < 1e-2 and far > 10 * near and grown <= 1.3
     numbers = {
         "difference_from_dense": max(same_1, same_3),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import transnormerllm as page
 
@@ -94,9 +95,7 @@ def naive_share(n: int) -> float:
 
 @torch.inference_mode()
 def measure() -> Measured:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         differences = [difference(layer) for layer in range(LAYERS)]
         cfg = page.Config(layer=0, layers=LAYERS)
         params, ends = params_of(cfg), {}
@@ -104,8 +103,6 @@ def measure() -> Measured:
             q, k, v, x = drawn(n, seed=n)
             ends[n] = page.fast(q, k, v, cfg, params=params, x=x)[1]
         short, long = milliseconds(dict(ends), cfg, params)
-    finally:
-        torch.set_num_threads(threads)
     numbers = {
         "relative_difference_by_layer": differences,
         "ms_per_token_at_1k": round(short, 4),

@@ -9,13 +9,13 @@ every run, and the slope is that of the allocator (1.1 to 1.25 in such runs, 0.9
 
 import math
 import time
-from collections.abc import Callable
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from regard.api import attend
+from regard.bench.threads import threads
 from regard.catalog import get
 from regard.core.claim import Claim, Measured
 
@@ -76,20 +76,12 @@ def exponent() -> tuple[float, list[float]]:
     return torch.linalg.lstsq(a, b).solution[0].item(), [1000 * t for t in found]
 
 
-def on_one_thread(measure: Callable) -> tuple:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return measure()
-    finally:
-        torch.set_num_threads(threads)
-
-
 def measure() -> Measured:
     noncausal = change_under_permutation("vssd", "self")
     causal = change_under_permutation("ssd", "causal_self")
     quadratic = quadratic_form()
-    slope, times = on_one_thread(exponent)
+    with threads(1):
+        slope, times = exponent()
     numbers = {
         "noncausal_change": noncausal,
         "causal_change": causal,

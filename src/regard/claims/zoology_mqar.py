@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.bench.threads import threads
 from regard.core.claim import Claim, Measured
 from regard.tasks.zoology_mqar import mqar
 
@@ -82,14 +83,8 @@ def train(mixer: type[nn.Module], rate: float, steps: int = STEPS) -> float:
 
 
 def measure() -> Measured:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # the matrices are small: two threads that share two busy cores are many times slower
-    try:
+    with threads(1):  # the matrices are small: two threads that share two busy cores are many times slower
         found = {mixer: [train(mixer, rate) for rate in RATES] for mixer in (Attention, GatedConvolution)}
-    finally:
-        torch.set_num_threads(threads)
     attention, convolution = (max(accuracies) for accuracies in found.values())
     numbers = {
         "attention": attention,

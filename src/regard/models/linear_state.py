@@ -18,36 +18,14 @@ from transformers.cache_utils import DynamicLayer
 from regard.core import Mechanism, Method, Unsupported, require
 from regard.models.lazy import LazyMask
 from regard.models.ledger import LedgerLayer
+from regard.ops.states import leaves, mapped
 
 REFUSED = {"softcap": "a softcap", "s_aux": "attention sinks", "position_bias": "a learned position bias"}
-
-
-def each(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same state with every tensor changed."""
-    if isinstance(state, Tensor):
-        return change(state)
-    if isinstance(state, Mapping):
-        return {name: each(part, change) for name, part in state.items()}
-    if isinstance(state, tuple | list):
-        parts = [each(part, change) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
-    return state
 
 
 def own(t: Tensor) -> Tensor:
     """The tensor, or a copy where it is a part of a larger one that it would keep in memory."""
     return t if t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
-
-
-def tensors(state: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def keep(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
-
-    each(state, keep)
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +85,7 @@ class StateLayer(LedgerLayer):
 
     def _rows(self, rows: Tensor) -> None:
         if "state" in self.memory:
-            self.state = each(self.state, lambda t: t.index_select(0, rows.to(t.device)))
+            self.state = mapped(lambda t: t.index_select(0, rows.to(t.device)), self.state)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._rows(torch.arange(self._batch()).repeat_interleave(repeats))
@@ -116,10 +94,10 @@ class StateLayer(LedgerLayer):
         self._rows(torch.arange(self._batch())[indices.cpu()])
 
     def _batch(self) -> int:
-        return next((t.shape[0] for t in tensors(self.state)), 0)
+        return next((t.shape[0] for t in leaves(self.state)), 0)
 
     def bytes_held(self) -> int:
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(self.state)}
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in leaves(self.state)}
         return sum(held.values())
 
     def stored(self) -> list[int]:
@@ -263,7 +241,7 @@ class Running(Mixer):
             state=None if site.layer is None else site.layer.state, params=params, x=site.x if page.x else None,
         )  # fmt: skip
         if site.layer is not None:
-            site.layer.state = each(state, own)
+            site.layer.state = mapped(own, state)
         return out
 
 

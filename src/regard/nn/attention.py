@@ -17,6 +17,7 @@ from regard import catalog
 from regard.core import Mechanism, Method, Unsupported, require, unknown
 from regard.core.shapes import PATTERNS
 from regard.nn.layers import RMSNorm, ShortConvolution, rotate
+from regard.ops.states import leaves, mapped
 
 
 class LayerState(NamedTuple):
@@ -27,31 +28,18 @@ class LayerState(NamedTuple):
     tail: Tensor | None = None  # [B, conv - 1, C], inputs of the short convolution
     there: Tensor | None = None  # [B, tokens so far] bool, where keys are stored and some are padding
 
-    def select(self, rows: Tensor) -> "LayerState":
-        """These rows of the batch, for beam search."""
-        return LayerState(*(picked(part, rows) for part in self))
-
     def nbytes(self) -> int:
-        return sum(size_of(part) for part in self)
+        return size_of(self)
 
 
-def picked(part: Any, rows: Tensor) -> Any:
-    if isinstance(part, Tensor):
-        return part.index_select(0, rows)
-    if isinstance(part, dict):
-        return {name: picked(p, rows) for name, p in part.items()}
-    if isinstance(part, tuple | list):
-        parts = [picked(p, rows) for p in part]
-        return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)
-    return part
+def picked(state: Any, rows: Tensor) -> Any:
+    """These rows of the batch."""
+    return mapped(lambda t: t.index_select(0, rows), state)
 
 
-def size_of(part: Any) -> int:
-    if isinstance(part, Tensor):
-        return part.nbytes
-    if isinstance(part, dict):
-        part = list(part.values())
-    return sum(map(size_of, part)) if isinstance(part, tuple | list) else 0
+def size_of(state: Any) -> int:
+    """Bytes."""
+    return sum(t.nbytes for t in leaves(state))
 
 
 class Attention(nn.Module):

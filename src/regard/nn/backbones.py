@@ -40,6 +40,7 @@ from regard import catalog
 from regard.core import BlockPage, Mechanism, Method, Unsupported, require
 from regard.nn.attention import Attention, picked, size_of
 from regard.nn.layers import RMSNorm, SwiGLU
+from regard.ops.states import mapped
 
 
 class RegardConfig(PretrainedConfig):
@@ -119,17 +120,7 @@ class StateCache(Cache):
 
 
 def repeated(state: Any, repeats: int) -> Any:
-    rows = batch_of(state)
-    return state if rows is None else picked(state, torch.arange(rows).repeat_interleave(repeats))
-
-
-def batch_of(state: Any) -> int | None:
-    if isinstance(state, Tensor):
-        return state.shape[0]
-    parts = (
-        list(state.values()) if isinstance(state, dict) else state if isinstance(state, tuple | list) else ()
-    )
-    return next((b for b in map(batch_of, parts) if b is not None), None)
+    return mapped(lambda t: t.repeat_interleave(repeats, dim=0), state)
 
 
 class BlockLayer(nn.Module):

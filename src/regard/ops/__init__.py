@@ -2,7 +2,7 @@
 
 from regard.ops.budget import Budget, parse_budget
 from regard.ops.features import elu_plus_one, taylor
-from regard.ops.linear import dense_linear, inputs_of_keys, key_mask, linear, shown
+from regard.ops.linear import dense_linear, inputs_of_keys, key_mask, linear, shown, undecayed
 from regard.ops.pattern import carried, dense_mask, seen_by
 from regard.ops.softmax import (
     at_least_float32,
@@ -57,4 +57,5 @@ __all__ = [
     "slots_of",
     "taylor",
     "top_slots",
+    "undecayed",
 ]

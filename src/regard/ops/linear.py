@@ -28,7 +28,7 @@ from regard.core.shapes import PATTERNS
 from regard.ops.backend import causal, on_triton
 from regard.ops.chunk import LOWEST
 from regard.ops.pattern import dense_mask
-from regard.ops.softmax import at_least_float32, per_query_head
+from regard.ops.softmax import at_least_float32, lower_right, per_query_head
 
 CHUNK = 64
 
@@ -121,6 +121,17 @@ def dense_linear(
         out = out + (q * total[:, :, m - n :].exp()) @ state.to(q.dtype)
         end = end + total[:, :, -1].exp()[..., None] * state.to(q.dtype)
     return finished(out, normalise, eps, dtype), end
+
+
+def undecayed(q: Tensor, k: Tensor, v: Tensor, *, pattern: str, mask: Tensor | None) -> Tensor:
+    """(Q Kᵀ) V over the keys that a query may see, what linear attention is without feature map, decay and
+    denominator: the base of pages that add to it."""
+    weights = at_least_float32(q) @ at_least_float32(per_query_head(k, q.shape[1])).mT
+    if pattern == "causal_self":
+        lower = lower_right(q.shape[2], k.shape[2], q.device)
+        mask = lower if mask is None else mask & lower
+    weights = weights if mask is None else weights.masked_fill(~mask, 0)
+    return (weights @ at_least_float32(per_query_head(v, q.shape[1]))).to(v.dtype)
 
 
 def linear(

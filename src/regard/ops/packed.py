@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.core import require
+from regard.ops.states import leaves, mapped
 
 
 def borders(cu_seqlens: Tensor | list[int], tokens: int, name: str) -> list[int]:
@@ -90,20 +91,5 @@ def merged(ends: list[Any]) -> Any:
     return joined(ends) if len({sizes_of(end) for end in ends}) == 1 else ends
 
 
-def sizes_of(state: Any) -> Any:
-    shapes: list[tuple[int, ...]] = []
-    mapped(lambda t: shapes.append(tuple(t.shape)), state)
-    return tuple(shapes)
-
-
-def mapped(change: Callable, *states: Any) -> Any:
-    """The same structure with `change` of the tensors at each place."""
-    first = states[0]
-    if isinstance(first, Tensor):
-        return change(*states)
-    if isinstance(first, dict):
-        return {name: mapped(change, *(s[name] for s in states)) for name in first}
-    if isinstance(first, tuple | list):
-        parts = [mapped(change, *ps) for ps in zip(*states, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return first
+def sizes_of(state: Any) -> tuple:
+    return tuple(tuple(t.shape) for t in leaves(state))

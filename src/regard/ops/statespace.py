@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from regard.core import Unsupported, require
+from regard.ops.states import leaves, mapped
 
 
 class System(NamedTuple):
@@ -130,17 +131,14 @@ def inverse(keep: Tensor) -> Tensor:
     return torch.linalg.pinv(keep)
 
 
-def leaves(state: Any) -> list[Tensor]:
+def reals(state: Any) -> list[Tensor]:
     """The tensors of real numbers in a state, each with its rows first."""
-    if isinstance(state, Tensor):
-        return [state] if state.is_floating_point() else []
-    parts = state.values() if isinstance(state, dict) else state if isinstance(state, tuple | list) else ()
-    return [leaf for part in parts for leaf in leaves(part)]
+    return [leaf for leaf in leaves(state) if leaf.is_floating_point()]
 
 
 def flat(state: Any) -> Tensor:
     """[P, numbers of the state]."""
-    found = [leaf.flatten(1) for leaf in leaves(state)]
+    found = [leaf.flatten(1) for leaf in reals(state)]
     return torch.cat(found, dim=1) if found else torch.zeros(1, 0, dtype=torch.float64)
 
 
@@ -150,19 +148,12 @@ def moved(state: Any, h: Tensor, rows: int) -> Any:
     every[1 + torch.arange(len(h)), h] += 1
     start = 0
 
-    def rebuilt(part: Any) -> Any:
+    def cut(part: Tensor) -> Tensor:
         nonlocal start
-        if isinstance(part, Tensor):
-            if not part.is_floating_point():
-                return part.expand(rows, *part.shape[1:]) if part.dim() else part
-            cut = every[:, start : start + part.numel()]
-            start += part.numel()
-            return cut.reshape(rows, *part.shape[1:]).to(part.dtype)
-        if isinstance(part, dict):
-            return {name: rebuilt(of) for name, of in part.items()}
-        if isinstance(part, tuple | list):
-            made = [rebuilt(of) for of in part]
-            return type(part)(*made) if hasattr(part, "_fields") else type(part)(made)
-        return part
+        if not part.is_floating_point():
+            return part.expand(rows, *part.shape[1:]) if part.dim() else part
+        own = every[:, start : start + part.numel()]
+        start += part.numel()
+        return own.reshape(rows, *part.shape[1:]).to(part.dtype)
 
-    return rebuilt(state)
+    return mapped(cut, state)

@@ -1,7 +1,7 @@
 """What a law asks of a mechanism: small random inputs, a page with its settings and pattern, and how to compare."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.core import Mechanism, Unsupported
 from regard.core.roles import Roles
+from regard.ops.states import leaves, mapped
 
 B, H, D, E, C = 2, 2, 4, 6, 5  # E becomes D, where a page takes values of the keys' width only
 GARBAGE = 1e3
@@ -171,27 +172,9 @@ def value_width(case: Case) -> int:
     return E
 
 
-def leaves(state: Any) -> list[Tensor]:
-    """The tensors of a state, whatever it is made of."""
-    if isinstance(state, Tensor):
-        return [state]
-    if isinstance(state, Mapping):
-        state = list(state.values())
-    if isinstance(state, tuple | list):
-        return [leaf for part in state for leaf in leaves(part)]
-    return []
-
-
 def rebuilt(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same state with every tensor changed."""
-    if isinstance(state, Tensor):
-        return change(state)
-    if isinstance(state, Mapping):
-        return {name: rebuilt(part, change) for name, part in state.items()}
-    if isinstance(state, tuple | list):
-        parts = [rebuilt(part, change) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
-    return state
+    return mapped(change, state)
 
 
 def stores(case: Case) -> bool:

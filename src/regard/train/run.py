@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from regard.bench.folder import Folder
+from regard.bench.threads import threads as taking
 from regard.core import require
 from regard.nn.backbones import RegardForCausalLM
 from regard.report.training import training_page
@@ -44,7 +45,7 @@ def train(plan: Plan, out: str | Path, progress: Progress | None = None, threads
     rows = recovered(folder)
     if (folder.path / "result.json").exists():
         return json.loads((folder.path / "result.json").read_text(encoding="utf8"))
-    with using(threads or (1 if plan.width < 256 else torch.get_num_threads())):
+    with taking(threads or (1 if plan.width < 256 else torch.get_num_threads())):
         for rate in plan.rates:
             under_way = checkpoint_facts(folder.path / LAST)
             if final(rows, rate, plan) is not None and (under_way is None or under_way["rate"] != rate):
@@ -127,16 +128,6 @@ def evaluate(model: RegardForCausalLM, plan: Plan) -> float:
     ]
     model.train()
     return sum(p[0] for p in parts) / sum(p[1] for p in parts)
-
-
-@contextmanager
-def using(threads: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # checkpoints

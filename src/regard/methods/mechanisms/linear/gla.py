@@ -29,8 +29,8 @@ from regard.ops import (
     dense_linear,
     inputs_of_keys,
     linear,
-    lower_right,
     per_query_head,
+    undecayed,
 )
 
 
@@ -77,16 +77,6 @@ def fast(
     return linear(q, k, v, gates, pattern=pattern, chunk=cfg.chunk, **told)
 
 
-def ungated(q: Q, k: K, v: V, *, pattern: str, mask: Tensor | None) -> Out:
-    """(Q Kᵀ) V over the keys that a query may see, what is left where nothing is forgotten."""
-    weights = at_least_float32(q) @ at_least_float32(per_query_head(k, q.shape[1])).mT
-    if pattern == "causal_self":
-        lower = lower_right(q.shape[2], k.shape[2], q.device)
-        mask = lower if mask is None else mask & lower
-    weights = weights if mask is None else weights.masked_fill(~mask, 0)
-    return (weights @ at_least_float32(per_query_head(v, q.shape[1]))).to(v.dtype)
-
-
 METHOD = Mechanism(
     config=Config,
     reference=reference,
@@ -98,7 +88,7 @@ METHOD = Mechanism(
     normed=True,
     speed=("chunk",),
     tries=({"rank": 2, "tau": 1.0},),
-    base=ungated,
+    base=undecayed,
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     card=Card(
         title="Gated linear attention (GLA)",

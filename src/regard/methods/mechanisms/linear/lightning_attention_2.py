@@ -27,7 +27,7 @@ from torch import Tensor
 
 from regard.core import Card, K, Mechanism, Out, Q, V, require
 from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, dense_linear, linear, lower_right, per_query_head
+from regard.ops import dense_linear, linear, undecayed
 from regard.ops.lightning import DECAYS, layer_decay
 
 
@@ -57,16 +57,6 @@ def fast(q: Q, k: K, v: V, cfg: Config, *, params=None, x=None, **told) -> tuple
     return linear(q, k, v, log_decay(q, cfg), chunk=cfg.chunk, **told)
 
 
-def plain(q: Q, k: K, v: V, *, pattern: str, mask: Tensor | None) -> Out:
-    """(Q Kᵀ) V over the keys that a query may see, what is left without decay."""
-    weights = at_least_float32(q) @ at_least_float32(per_query_head(k, q.shape[1])).mT
-    if pattern == "causal_self":
-        lower = lower_right(q.shape[2], k.shape[2], q.device)
-        mask = lower if mask is None else mask & lower
-    weights = weights if mask is None else weights.masked_fill(~mask, 0)
-    return (weights @ at_least_float32(per_query_head(v, q.shape[1]))).to(v.dtype)
-
-
 METHOD = Mechanism(
     config=Config,
     reference=reference,
@@ -76,7 +66,7 @@ METHOD = Mechanism(
     normed=True,
     speed=("chunk",),
     tries=({"layer": 1, "layers": 2}, {"decay": "slopes", "layer": 1, "layers": 3}, {"decay": "none"}),
-    base=plain,
+    base=undecayed,
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     card=Card(
         title="Lightning Attention-2",
