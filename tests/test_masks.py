@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regard import methods
-from regard.claims import cca_concentric, power_attention, s2_attention
+from regard.claims.mask import power_attention, s2_attention
+from regard.claims.position import cca_concentric
 from regard.core import mask as mask_module
 from regard.core import roles as roles_module
 from regard.core.mask import Mask, causal, first, predicate, window

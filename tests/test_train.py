@@ -10,7 +10,7 @@ from regard.cli import app
 from regard.nn import RegardForCausalLM
 from regard.train import Plan, train
 from regard.train.plan import TASKS
-from regard.train.run import LAST, pace
+from regard.train.run import LAST
 
 SMALL = dict(steps=40, rates=(1e-2, 3e-3), every=20, length=32, pairs=4, vocab=32, tested=64, width=16)
 
@@ -74,11 +74,6 @@ def test_text_is_measured_in_bits_per_byte(tmp_path):
     result = train(plan, tmp_path)
     assert 2 < result["score"] < 8
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["text_sha256"]
-
-
-def test_the_pace_rises_and_falls():
-    rates = [pace(i, 100) for i in range(100)]
-    assert max(rates) == rates[9] == 1.0 and rates[0] == 0.1 and rates[-1] < 0.01
 
 
 def test_the_command(tmp_path):

@@ -1,1 +1,1 @@
-"""Claims: one file per row of the catalogue, each with the paper's claim and how it is measured here."""
+"""Claims: one file per row of the catalogue, in the folder of its page's kind, and beside it what was measured last."""

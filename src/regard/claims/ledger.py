@@ -1,53 +1,68 @@
-"""The ledger of last measured claims: one JSON object a line in ledger.jsonl, the newest of a name counts."""
+"""The ledger of claims: found by where they lie, each with its last measured result in a .json of its name beside it.
+
+claims/<kind>/<name>.py     the claim on the page of that kind and name; in findings/ are claims that are of no page
+claims/<kind>/<name>.json   what `regard claims <name> --record` measured last
+"""
 
 import json
 import platform
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from regard.core import Claim, unknown
+from regard.core import Claim, require, unknown
 
 HERE = Path(__file__).parent
-LEDGER = HERE / "ledger.jsonl"
-NOT_CLAIMS = ("__init__", "ledger")
+
+
+@cache
+def paths() -> dict[str, Path]:
+    """Name -> file of every claim, in alphabetical order."""
+    listed: dict[str, Path] = {}
+    for path in sorted(HERE.glob("*/[!_]*.py"), key=lambda p: p.stem):
+        require(path.stem not in listed, "two claims share a name", one=listed.get(path.stem), other=path)
+        listed[path.stem] = path
+    return listed
+
+
+def path_of(name: str) -> Path:
+    if name not in paths():
+        raise unknown("claim", name, paths())
+    return paths()[name]
 
 
 def names() -> list[str]:
-    """Names of all rows that have a claim."""
-    return sorted(p.stem for p in HERE.glob("[!_]*.py") if p.stem not in NOT_CLAIMS)
+    """Names of all claims."""
+    return list(paths())
 
 
 def claim(name: str) -> Claim:
-    if name not in names():
-        raise unknown("claim", name, names())
-    return import_module(f"regard.claims.{name}").CLAIM
+    return import_module(f"regard.claims.{path_of(name).parent.name}.{name}").CLAIM
 
 
 def measured() -> dict[str, dict]:
-    """The last measured result of each claim."""
-    if not LEDGER.exists():
-        return {}
-    rows = [json.loads(line) for line in LEDGER.read_text(encoding="utf8").splitlines() if line.strip()]
-    return {row["name"]: row for row in rows}
+    """The last measured result of each claim that has one."""
+    results = {name: path.with_suffix(".json") for name, path in paths().items()}
+    return {n: json.loads(p.read_text(encoding="utf8")) for n, p in results.items() if p.exists()}
 
 
 def measure(name: str) -> dict:
     """Measure one claim now: name, statement, bound, measured, verdict, seconds, versions."""
-    found = claim(name)
+    chosen = claim(name)
     start = time.perf_counter()
-    result = found.measure()
+    result = chosen.measure()
     seconds = time.perf_counter() - start
     return {
         "name": name,
-        "statement": found.statement,
-        "bound": found.bound,
+        "statement": chosen.statement,
+        "bound": chosen.bound,
         "measured": dict(result.numbers),
-        "verdict": found.verdict(result),
-        "note": found.contradicted,
+        "verdict": chosen.verdict(result),
+        "note": chosen.contradicted,
         "seconds": round(seconds, 1),
         "versions": {
             "python": platform.python_version(),
@@ -58,9 +73,7 @@ def measure(name: str) -> dict:
 
 
 def record(rows: Iterable[dict]) -> None:
-    """Put rows into the ledger in place of older ones of their names."""
-    newest = {**measured(), **{row["name"]: row for row in rows}}
-    text = "".join(
-        json.dumps(newest[name], ensure_ascii=False, default=float) + "\n" for name in sorted(newest)
-    )
-    LEDGER.write_text(text, encoding="utf8")
+    """Write each result beside its claim, in place of the older one."""
+    for row in rows:
+        text = json.dumps(row, indent=2, ensure_ascii=False, default=float) + "\n"
+        path_of(row["name"]).with_suffix(".json").write_text(text, encoding="utf8")

@@ -34,6 +34,7 @@ from regard.models.ledger import LedgerLayer
 from regard.models.linear_state import Converted, Mixer, Site, put_in, sizes
 from regard.models.shipped import load
 from regard.ops import lower_right, masked_softmax, scores
+from regard.train.loop import already_there, cosine_to, fit, only_parameters
 
 FORMAT = "regard-converted-1"
 TARGETS = {"hedgehog": "weights"}  # what the transfer matches; of all others the output
@@ -243,20 +244,21 @@ def transfer(
     tell: Progress,
 ) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
     """(params by attention module, mean loss over the layers by step)."""
-    teacher, curve = Teacher(method, target, seed), []
+    teacher = Teacher(method, target, seed)
     with evaluating(model), torch.no_grad(), attach(model, teacher):
         model(draw(0)[0][:1], use_cache=False)  # every module makes its parameters
         require(teacher.params, "attention modules that were reached", found=0)
         learned = [p for own in teacher.params.values() for p in own.values() if p.requires_grad]
-        optimizer = torch.optim.Adam(learned, rate)
         teacher.teaching = True
-        for step in range(steps):
-            slow(optimizer, rate, step, steps)
+
+        def loss_at(step: int) -> Tensor:
             model(draw(step)[0], use_cache=False)
-            optimizer.step()
-            optimizer.zero_grad()
-            curve.append(sum(teacher.losses.values()) / len(teacher.losses))
-            tell("transfer", step + 1, steps, curve[-1])
+            return torch.tensor(sum(teacher.losses.values()) / len(teacher.losses), dtype=torch.float64)
+
+        curve = fit(
+            torch.optim.Adam(learned, rate), loss_at, steps, schedule=cosine_to(0.05, max(1, steps // 20)), clip=None,
+            gradients=already_there, after_step=lambda step, loss: tell("transfer", step + 1, steps, loss),
+        )  # fmt: skip
     return {name: {n: p.detach() for n, p in own.items()} for name, own in teacher.params.items()}, curve
 
 
@@ -270,25 +272,21 @@ def tune(
         for name, parts in params.items()
     }
     leaves, merged = changes(model, params, how, rank, seed)
-    groups = [{"params": list(leaves), "peak": rate}]
-    groups.append({"params": [p for parts in own.values() for p in parts.values()], "peak": rate})
-    every, curve = [p for group in groups for p in group["params"]], []
-    optimizer = torch.optim.AdamW(groups, rate, weight_decay=0.0)
+    groups = [{"params": list(leaves)}, {"params": [p for parts in own.values() for p in parts.values()]}]
+
+    def loss_at(step: int) -> Tensor:
+        ids, weights = draw(start + step)
+        wanted = taught(model, ids) if soft else None
+        with torch.enable_grad(), attach(model, Converted(method, own)):
+            logits = functional_call(model, merged(), kwargs=dict(input_ids=ids, use_cache=False)).logits
+            return language_loss(logits, ids, weights, wanted)
+
     with evaluating(model):
-        for step in range(steps):
-            slow(optimizer, rate, step, steps)
-            ids, weights = draw(start + step)
-            wanted = taught(model, ids) if soft else None
-            with torch.enable_grad(), attach(model, Converted(method, own)):
-                logits = functional_call(model, merged(), kwargs=dict(input_ids=ids, use_cache=False)).logits
-                loss = language_loss(logits, ids, weights, wanted)
-                gradients = torch.autograd.grad(loss, every, allow_unused=True)
-            for leaf, gradient in zip(every, gradients, strict=True):
-                leaf.grad = gradient
-            torch.nn.utils.clip_grad_norm_(every, 1.0)
-            optimizer.step()
-            curve.append(loss.item())
-            tell("finetune", step + 1, steps, curve[-1])
+        curve = fit(
+            torch.optim.AdamW(groups, rate, weight_decay=0.0), loss_at, steps,
+            schedule=cosine_to(0.05, max(1, steps // 20)), gradients=only_parameters,
+            after_step=lambda step, loss: tell("finetune", step + 1, steps, loss),
+        )  # fmt: skip
     with torch.no_grad():
         changed = {name: t.detach().clone() for name, t in merged().items()}
     return {name: {n: p.detach() for n, p in parts.items()} for name, parts in own.items()}, changed, curve
@@ -328,15 +326,6 @@ def language_loss(
         return each.mean()
     weights = weights[:, 1:].flatten()
     return (each * weights).sum() / weights.sum().clamp(min=TINY)
-
-
-def slow(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:
-    """A warm-up over a twentieth of the steps, then a cosine down to a twentieth of the rate."""
-    up = min(1.0, (step + 1) / max(1, steps // 20))
-    for group in optimizer.param_groups:
-        group["lr"] = (
-            group.get("peak", rate) * up * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        )
 
 
 class evaluating:

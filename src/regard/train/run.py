@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from regard.bench.folder import Folder
-from regard.bench.threads import threads as taking
+from regard.ops.threads import threads as taking
 from regard.core import require
 from regard.nn.backbones import RegardForCausalLM
 from regard.report.training import training_page
+from regard.train.loop import cosine, fit
 from regard.train.plan import TASKS, Plan
 
 LAST = "last.safetensors"
@@ -65,9 +66,10 @@ def train_rate(plan: Plan, rate: float, folder: Folder, rows: list[dict], progre
     model, task = plan.model(), TASKS[plan.task]
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1)
     start = resume(folder.path / LAST, model, optimizer, rate)
-    losses, began = [], time.perf_counter()
-    for step in range(start, plan.steps):
-        loss = one_step(model, optimizer, task.batch(plan, step), rate * pace(step, plan.steps))
+    losses, began = list[float](), time.perf_counter()
+
+    def after_step(step: int, loss: float) -> None:
+        nonlocal began
         losses.append(loss)
         require(math.isfinite(loss), "the loss is finite; a smaller learning rate may help", loss=loss, rate=rate,
                 step=step)  # fmt: skip
@@ -81,10 +83,14 @@ def train_rate(plan: Plan, rate: float, folder: Folder, rows: list[dict], progre
             checkpoint(folder.path / LAST, model, optimizer, row)
             folder.add(row)
             rows.append(row)
-            losses, began = [], time.perf_counter()
+            losses.clear()
+            began = time.perf_counter()
         if progress:
             done = plan.rates.index(rate) * plan.steps + step + 1
             progress({"rate": rate, "step": step + 1, "done": done, "loss": loss, "score": score})
+
+    loss_at = lambda step: loss_of(model, *task.batch(plan, step))  # noqa: E731
+    fit(optimizer, loss_at, plan.steps, schedule=cosine(), start=start, after_step=after_step)
     return model
 
 
@@ -97,24 +103,8 @@ def recovered(folder: Folder) -> list[dict]:
     return list(rows.values())
 
 
-def one_step(model: RegardForCausalLM, optimizer: Any, batch: tuple[Tensor, Tensor], rate: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    inputs, labels = batch
-    loss = F.cross_entropy(model(inputs, use_cache=False).logits.flatten(0, 1).float(), labels.flatten())
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return loss.item()
-
-
-def pace(step: int, steps: int, warm: float = 0.1) -> float:
-    """The share of the peak rate at a step: up in a tenth of the steps, down by half a cosine."""
-    rise = max(1, int(warm * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+def loss_of(model: RegardForCausalLM, inputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs, use_cache=False).logits.flatten(0, 1).float(), labels.flatten())
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Claims that are of no page: what papers say of whole families."""

@@ -1,0 +1,69 @@
+"""Agent attention's claim: it is linear attention whose feature maps are softmaxes, and costs as such."""
+
+import statistics
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.ops.threads import threads
+from regard.core.claim import Claim, Measured
+from regard.methods.mechanisms.linear import agent_attention as page
+
+HEADS, WIDTH, SHORT, LONG = 2, 32, 4_096, 16_384
+DIMS = {"heads": HEADS, "kv_heads": HEADS, "key": WIDTH, "value": WIDTH, "width": HEADS * WIDTH}
+
+
+def drawn(n: int) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, HEADS, n, WIDTH, generator=g) for _ in range(3))
+
+
+def generalised_linear(q: Tensor, k: Tensor, v: Tensor, cfg, params: dict[str, Tensor]) -> Tensor:
+    """φ_q(Q) (φ_k(K)ᵀ V) with torch's own pooling and interpolation, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    bias_1, bias_2 = (
+        F.interpolate(params[name].double(), q.shape[2], mode="linear", align_corners=False)
+        for name in ("bias_1", "bias_2")
+    )
+    agents = F.adaptive_avg_pool1d(q[0].mT, cfg.agents).mT[None]
+    phi_q = (q @ agents.mT * WIDTH**-0.5 + bias_2.mT).softmax(-1)  # [.., N, n], a softmax over the agents
+    phi_k = (k @ agents.mT * WIDTH**-0.5 + bias_1.mT).softmax(-2)  # [.., N, n], a softmax over the keys
+    return phi_q @ (phi_k.mT @ v)
+
+
+def measure() -> Measured:
+    cfg, mixing = page.Config(), page.Config(conv=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        params = page.init(cfg, DIMS)
+    q, k, v = drawn(600)
+    found = page.fast(q, k, v, mixing, pattern="self", params=params)[0]
+    apart = (found - generalised_linear(q, k, v, mixing, params)).abs().max().item()
+    sides = {
+        "agents": lambda q, k, v: page.fast(q, k, v, cfg, pattern="self", params=params),
+        "softmax": F.scaled_dot_product_attention,
+    }
+    taken = {(name, n): [] for n in (SHORT, LONG) for name in sides}
+    with threads(1), torch.no_grad():
+        asked = {n: drawn(n) for n in (SHORT, LONG)}
+        for turn in range(9):
+            for (name, n), times in taken.items():
+                start = time.perf_counter()
+                sides[name](*asked[n])
+                if turn:  # the first warms up
+                    times.append(time.perf_counter() - start)
+    middle = {key: statistics.median(times) for key, times in taken.items()}
+    grown = {name: middle[name, LONG] / middle[name, SHORT] for name in sides}
+    holds = apart < 1e-5 and grown["agents"] <= 5 and grown["softmax"] >= 10
+    numbers = {"difference": apart} | {f"time_ratio_16k_4k_{name}": ratio for name, ratio in grown.items()}
+    return Measured(holds, numbers | {f"ms_16k_{name}": 1e3 * middle[name, LONG] for name in sides})
+
+
+CLAIM = Claim(
+    name="agent_attention",
+    statement="it equals φ_q(Q) (φ_k(K)ᵀ V) with softmax maps through the agents, and its time is linear in N",
+    bound="difference < 1e-5; time(16k) / time(4k) <= 5, that of softmax attention >= 10",
+    measure=measure,
+)
