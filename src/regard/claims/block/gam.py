@@ -16,17 +16,25 @@ convolution sees them at once where attention must learn to: 150 steps favour it
 stood at 1.39 and 1.45 nats. What it cannot learn shows in `recall`.
 """
 
-import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.ops.threads import threads
 from regard.catalog import get
-from regard.claims.mechanism.vssd import KEPT
+from regard.claims.lab import (
+    count_parameters,
+    generator,
+    keep_freed_memory,
+    median_times,
+    right_answers,
+    seeded,
+    sweep,
+    threads,
+    token_loss,
+    trained,
+)
 from regard.core.claim import Claim, Measured
 from regard.tasks import held_out
 from regard.tasks.zoology_mqar import mqar
@@ -88,22 +96,8 @@ MAKERS = {"gam": lambda: Gam(WIDTH, 2 * WIDTH), "transformer": lambda: Attention
 
 
 def made(name: str, vocab: int, length: int) -> Decoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return Decoder(MAKERS[name], vocab, length)
-
-
-def trained(model: Decoder, batches: list[tuple[Tensor, Tensor]], rate: float) -> Decoder:
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, len(batches), pct_start=0.1)
-    for x, y in batches:
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model
 
 
 def texts() -> tuple[int, Tensor, Tensor]:
@@ -122,21 +116,19 @@ def windows(ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
 def losses(name: str) -> list[float]:
     """Loss on the held-out text in nats per character, for each learning rate."""
     vocab, ids, held = texts()
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     batches = [
         windows(ids, torch.randint(len(ids) - CONTEXT - 1, (BATCH,), generator=g)) for _ in range(STEPS)
     ]
     x, y = windows(held, torch.arange(0, len(held) - CONTEXT - 1, CONTEXT))
-    found = []
-    for rate in RATES:
+
+    def loss(rate: float) -> float:
         model = trained(made(name, vocab, CONTEXT), batches, rate)
         with torch.no_grad():
-            parts = [
-                F.cross_entropy(model(a).flatten(0, 1), b.flatten()).item()
-                for a, b in zip(x.split(8), y.split(8))
-            ]
-        found.append(sum(parts) / len(parts))
-    return found
+            parts = [token_loss(model, a, b).item() for a, b in zip(x.split(8), y.split(8))]
+        return sum(parts) / len(parts)
+
+    return list(sweep(RATES, loss).values())
 
 
 def recall() -> float:
@@ -144,35 +136,28 @@ def recall() -> float:
     x, y = mqar(VOCAB, LENGTH, PAIRS, 32 * RECALL_STEPS, seed=0)
     model = trained(made("gam", VOCAB, LENGTH), list(zip(x.split(32), y.split(32))), RATES[0])
     x, y = mqar(VOCAB, LENGTH, PAIRS, 256, seed=1)
-    with torch.no_grad():
-        right = torch.cat([model(part).argmax(-1) for part in x.split(32)]) == y
-    return right[y >= 0].float().mean().item()
+    return right_answers(model, x, y, batch=32)[y >= 0].float().mean().item()
 
 
 def step_times() -> dict[str, float]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         layers = {"gam": Gam(TIMED_WIDTH, 512), "sdpa": Attention(TIMED_WIDTH, 64, rotary=False)}
-    asked = [("gam", SHORT), ("gam", LONG), ("sdpa", LONG)]
-    taken: dict[str, list[float]] = {f"{name}_{n}_ms": [] for name, n in asked}
-    torch.empty(KEPT)  # made and freed: see `vssd`
-    for run in range(RUNS + 1):
-        for name, n in asked:
-            x = torch.randn(1, n, TIMED_WIDTH, generator=torch.Generator().manual_seed(0), requires_grad=True)
-            start = time.perf_counter()
-            layers[name](x).square().mean().backward()
-            if run:  # the first warms up
-                taken[f"{name}_{n}_ms"].append(1000 * (time.perf_counter() - start))
-    return {name: median(times) for name, times in taken.items()}
 
+    def given(side: tuple[str, int]) -> tuple[nn.Module, Tensor]:
+        name, n = side
+        return layers[name], torch.randn(1, n, TIMED_WIDTH, generator=generator(), requires_grad=True)
 
-def measured() -> tuple:
-    return step_times(), {name: losses(name) for name in MAKERS}, recall()
+    def step(layer: nn.Module, x: Tensor) -> None:
+        layer(x).square().mean().backward()
+
+    keep_freed_memory()
+    sides = dict.fromkeys((("gam", SHORT), ("gam", LONG), ("sdpa", LONG)), step)
+    return {f"{name}_{n}_ms": 1000 * t for (name, n), t in median_times(sides, RUNS, given=given).items()}
 
 
 def measure() -> Measured:
     with threads(1):
-        times, by_rate, recalled = measured()
+        times, by_rate, recalled = step_times(), {name: losses(name) for name in MAKERS}, recall()
     gam, transformer = (min(by_rate[name]) for name in MAKERS)
     growth, against = (
         times["gam_8192_ms"] / times["gam_2048_ms"],
@@ -187,7 +172,7 @@ def measure() -> Measured:
         "loss_ratio": gam / transformer,
         "loss_gam_by_rate": by_rate["gam"],
         "loss_transformer_by_rate": by_rate["transformer"],
-        "parameters_of_a_layer": [sum(p.numel() for p in MAKERS[name]().parameters()) for name in MAKERS],
+        "parameters_of_a_layer": [count_parameters(MAKERS[name]()) for name in MAKERS],
         "recall_gam": recalled,
     }
     return Measured(growth <= 4.6 and against < 1 and gam <= 1.03 * transformer, numbers)

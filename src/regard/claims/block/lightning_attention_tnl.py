@@ -13,16 +13,24 @@ where softmax attention and the released decay are at 1.84.
 """
 
 import os
-import time
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.ops.threads import threads
+from regard.claims.lab import (
+    count_parameters,
+    generator,
+    paired_ratios,
+    seeded,
+    sweep,
+    threads,
+    token_loss,
+    trained,
+)
 from regard.core.claim import Claim, Measured
 from regard.methods.blocks import lightning_attention_tnl as page
 
@@ -47,7 +55,7 @@ def library() -> tuple[Tensor, Tensor]:
 
 def windows(text: Tensor, count: int, seed: int) -> Tensor:
     """[count, LENGTH + 1] slices at random places."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     start = torch.randint(len(text) - LENGTH - 1, (count, 1), generator=g)
     return text[start + torch.arange(LENGTH + 1)]
 
@@ -60,12 +68,8 @@ class Softmax(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
-        for linear in (
-            self.qkv,
-            self.out,
-            self.up,
-            self.down,
-        ):  # as TNL's, and better than torch's default here
+        # as TNL's, and better than torch's default here
+        for linear in (self.qkv, self.out, self.up, self.down):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         half = WIDTH // HEADS // 2
         angle = torch.arange(LENGTH)[:, None] * 10000 ** (-torch.arange(half) / half)
@@ -120,33 +124,26 @@ class Model(nn.Module):
         return self.norm(x) @ self.embed.weight.mT, after
 
 
-def loss_of(model: Model, batch: Tensor) -> Tensor:
-    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+def batches(text: Tensor, count: int, seed: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """(bytes, the bytes that follow them)"""
+    return [(rows[:, :-1], rows[:, 1:]) for rows in windows(text, count, seed).split(size)]
 
 
 def train(kind: type[nn.Module], rate: float, steps: int) -> tuple[float, Model]:
     """(loss per byte of held-out text, the model)"""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         model = Model(kind)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
-    for batch in windows(library()[0], BATCH * steps, seed=0).split(BATCH):
-        optimizer.zero_grad()
-        loss_of(model, batch).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    trained(model, batches(library()[0], BATCH * steps, seed=0, size=BATCH), rate, betas=(0.9, 0.95))
     with torch.no_grad():
-        losses = [loss_of(model, batch).item() for batch in windows(library()[1], 128, seed=1).split(16)]
+        losses = [token_loss(model, x, y).item() for x, y in batches(library()[1], 128, seed=1, size=16)]
     return sum(losses) / len(losses), model
 
 
 def best(kind: type[nn.Module]) -> tuple[float, list[float], Model]:
     """(loss at the best rate, losses of the short runs by rate, the model)"""
-    trials = [train(kind, rate, TRIAL)[0] for rate in RATES]
-    loss, model = train(kind, RATES[trials.index(min(trials))], STEPS)
-    return loss, trials, model
+    trials = sweep(RATES, lambda rate: train(kind, rate, TRIAL)[0])
+    loss, model = train(kind, min(trials, key=trials.__getitem__), STEPS)
+    return loss, list(trials.values()), model
 
 
 @torch.inference_mode()
@@ -154,15 +151,16 @@ def decoding(model: Model) -> dict[str, float | list]:
     """Milliseconds per byte and bytes of state after SHORT and after LONG bytes of text."""
     text, both = library()[1], (SHORT, LONG)
     states = {n: model.step(text[None, :n], [None] * LAYERS)[1] for n in both}
-    times: dict[int, list[float]] = {n: [] for n in both}
-    for t in range(DECODED):
-        for n in both:  # the two texts take turns byte by byte, so that a busy machine slows both
-            start = time.perf_counter()
+
+    def read(n: int) -> Iterator[None]:
+        for t in range(DECODED):
             _, states[n] = model.step(text[None, n + t : n + t + 1], states[n])
-            times[n].append(1000 * (time.perf_counter() - start))
-    short, long = (median(times[n][WARM:]) for n in both)
+            yield
+
+    times = paired_ratios(*(partial(next, read(n)) for n in both), rounds=DECODED - WARM, warm=WARM)
     held = [sum(s.numel() * s.element_size() for s in states[n]) for n in both]
-    return {"ms_per_token": [round(short, 4), round(long, 4)], "ratio": long / short, "state_bytes": held}
+    each = [round(1000 * seconds, 4) for seconds in times.medians]
+    return {"ms_per_token": each, "ratio": times.of_medians, "state_bytes": held}
 
 
 def measure() -> Measured:
@@ -176,7 +174,7 @@ def measure() -> Measured:
         "loss_ratio": round(ours / theirs, 4),
         "tnl_short_runs_by_rate": our_trials,
         "softmax_short_runs_by_rate": their_trials,
-        "parameters": [sum(p.numel() for p in m.parameters()) for m in (model, baseline)],
+        "parameters": [count_parameters(m) for m in (model, baseline)],
         "decode_ms_per_token_256_8k": decode["ms_per_token"],
         "decode_ratio": round(decode["ratio"], 3),
         "state_bytes_256_8k": decode["state_bytes"],

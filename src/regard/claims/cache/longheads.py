@@ -2,6 +2,7 @@
 
 import torch
 
+from regard.claims.lab import difference
 from regard.core.claim import Claim, Measured
 from regard.models.attach import attach
 from regard.models.shipped import load_shipped
@@ -24,7 +25,7 @@ def answered(model, sample: Sample, *method, **settings) -> list[bool]:
 
 
 @torch.no_grad()
-def difference(model, ids: torch.Tensor) -> float:
+def difference_within(model, ids: torch.Tensor) -> float:
     """Largest difference of logits up to the trained length, prompt and one step of decoding."""
 
     def logits() -> torch.Tensor:
@@ -33,7 +34,7 @@ def difference(model, ids: torch.Tensor) -> float:
 
     alone = logits()
     with attach(model, "longheads", chunk=CHUNK, chunks=CHUNKS):
-        return float((logits() - alone).abs().max())
+        return difference(logits(), alone)
 
 
 def measure() -> Measured:
@@ -44,7 +45,7 @@ def measure() -> Measured:
     long = [answered(model, s, "longheads", chunk=CHUNK, chunks=CHUNKS) for s in samples]
     share = {name: 100 * sum(map(all, rows)) / DEPTHS for name, rows in (("full", full), ("longheads", long))}
     numbers = {
-        "difference_within": difference(model, torch.tensor([inside.prompt])),
+        "difference_within": difference_within(model, torch.tensor([inside.prompt])),
         "accuracy_full_at_8192": share["full"],
         "accuracy_longheads_at_8192": share["longheads"],
         "right_by_depth": [int(all(row)) for row in long],

@@ -8,8 +8,8 @@ short training on Python's help topics that rewards this mass beside the text lo
 
 import copy
 import pydoc_data.topics
-import statistics
-import time
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import catalog
+from regard.claims.lab import generator, median_time
 from regard.claims.shipped_lm import shipped, stream
 from regard.core import Claim, Measured, Observer
 from regard.models.attach import attach
+from regard.train.loop import fit, linear_to
 
 TRAINED = 2048  # T
 CACHE = 1024  # tokens held: sinks and window together
@@ -35,20 +37,19 @@ def taught() -> Any:
     model.set_attn_implementation("eager")
     text = "\n\n".join(pydoc_data.topics.topics.values())
     ids = torch.tensor(bench.tokenizer(text, add_special_tokens=False)["input_ids"])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    draw = torch.Generator().manual_seed(0)
-    for step in range(STEPS):
-        for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 10) * (1 - 0.9 * step / STEPS)
+    draw = generator()
+
+    def loss_at(step: int) -> Tensor:
         starts = torch.randint(len(ids) - PIECE, (ROWS,), generator=draw).tolist()
         batch = torch.stack([ids[i : i + PIECE] for i in starts])
         batch[:, 0] = bench.tokenizer.bos_token_id
         out = model(batch, labels=batch, output_attentions=True)
         mass = torch.stack([a[:, :, 8:, 0] for a in out.attentions])
-        (out.loss - REWARD * (mass + 1e-3).log().mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        return out.loss - REWARD * (mass + 1e-3).log().mean()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    fit(optimizer, loss_at, STEPS, schedule=linear_to(0.1, rise=10))
+    optimizer.zero_grad()
     model.set_attn_implementation("sdpa")
     return model.eval()
 
@@ -92,12 +93,13 @@ def streamed(model: Any, ids: Tensor, sinks: int) -> tuple[float, float]:
 
 def pace(model: Any, cache: Any, ids: Tensor, steps: int = 100) -> float:
     """Seconds of one token, the median of some steps."""
-    took = []
-    for t in range(steps):
-        start = time.perf_counter()
-        model(ids[None, t + 1 : t + 2], past_key_values=cache, use_cache=True)
-        took.append(time.perf_counter() - start)
-    return statistics.median(took)
+
+    def tokens() -> Iterator[None]:
+        for t in range(steps):
+            model(ids[None, t + 1 : t + 2], past_key_values=cache, use_cache=True)
+            yield
+
+    return median_time(partial(next, tokens()), steps, warm=0)
 
 
 def measure() -> Measured:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from regard import catalog
+from regard.claims.lab import difference
 from regard.claims.shipped_lm import runs, samples, watch
 from regard.core import Claim, Measured
 from regard.ops import View, top_slots
@@ -43,9 +44,7 @@ def measure() -> Measured:
     raises = all(mean[f"reselected_{i}"] > mean[f"reused_{i}"] for i in later if i > SECOND)
     chosen = samples("recall", LENGTH, 4)
     method = catalog.method("tidaldecode", budget=1.0, full=FIRST, select=(FIRST,))
-    near = max(
-        float((a.logits - b.logits).abs().max()) for a, b in zip(runs(chosen, method), runs(chosen, None))
-    )
+    near = max(difference(a.logits, b.logits) for a, b in zip(runs(chosen, method), runs(chosen, None)))
     numbers = {
         "logit_diff_at_N": near,
         "later_layers_won": wins[""],

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from regard import catalog
+from regard.claims.lab import difference, generator, random_qkv, relative_difference
 from regard.core import Mechanism, Unsupported
 from regard.core.claim import Claim, Measured
 from regard.ops import elu_plus_one, explicit, linear, lower_right, taylor
@@ -50,7 +51,7 @@ def replayed(case: Case) -> float:
     new = replace(given, v=case.inputs(TOKENS, batch=1, seed=1).v)
     found = system_of(case, given).replay(new.v[0].transpose(0, 1).flatten(1))  # [N, H·E]
     wanted = case.run(case.page.fast or case.page.reference, new)[0][0].transpose(0, 1).flatten(1)
-    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+    return relative_difference(found, wanted)
 
 
 def askable(page: Mechanism) -> Iterator[Case]:
@@ -99,8 +100,7 @@ def selective_ssm(u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor) -> T
 
 
 def drawn(heads: int, n: int, width: int, seed: int = 0) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, heads, n, width, dtype=torch.float64, generator=g) for _ in range(3)]
+    return list(random_qkv(generator(seed), heads, n, width, dtype=torch.float64))
 
 
 def one_system() -> float:
@@ -111,7 +111,7 @@ def one_system() -> float:
     phi_q, phi_k = elu_plus_one(q[0, 0]), elu_plus_one(k[0, 0])
     c = phi_q / (phi_q * phi_k.cumsum(0)).sum(-1, keepdim=True)
     found = selective_ssm(v[0, 0], torch.ones(64), torch.zeros(8), phi_k, c)
-    return (found - wanted).abs().max().item()
+    return difference(found, wanted)
 
 
 def shared_op() -> dict[str, float]:
@@ -126,7 +126,7 @@ def shared_op() -> dict[str, float]:
             system = of_features(q, k, g, normalise=normalise)
             y = torch.stack([system.replay(v[0, :, :, e].mT) for e in range(width)], dim=-1)  # [N, H, E]
             wanted = linear(q, k, v, g, normalise=normalise, eps=0.0)[0][0].transpose(0, 1)
-            found[name + ", normalised" * normalise] = (y - wanted).abs().max().item()
+            found[name + ", normalised" * normalise] = difference(y, wanted)
     return found
 
 

@@ -18,8 +18,9 @@ as the one that meets it and a Gaussian one as one that does not.
 import torch
 from torch import Tensor
 
-from regard.ops.threads import threads
+from regard.claims.lab import generator, threads
 from regard.core.claim import Claim, Measured
+from regard.train.loop import fit, linear_to
 
 WIDTH, LENGTH = 5, 100  # d, T
 BATCH, STEPS, TESTED = 64, 600, 512
@@ -73,19 +74,20 @@ def trained(kind: str) -> tuple[Tensor, Tensor]:
     value[:WIDTH, WIDTH : 2 * WIDTH] = block
     score[2 * WIDTH :, WIDTH : 2 * WIDTH] = block
     learned = [value.requires_grad_(), score.requires_grad_()]
-    g = torch.Generator().manual_seed(0)
-    for step in range(STEPS):
+    g = generator()
+
+    def loss_at(step: int) -> Tensor:
         x = texts(kind, BATCH, g)
-        loss = (attention(x, *learned)[:, 1:-1] - x[:, 2:]).abs().square().sum(-1).mean()
-        for p, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
-            p.data -= RATES[kind] * (1 - step / STEPS) * gradient
+        return (attention(x, *learned)[:, 1:-1] - x[:, 2:]).abs().square().sum(-1).mean()
+
+    fit(torch.optim.SGD(learned, RATES[kind]), loss_at, STEPS, schedule=linear_to(0.0), clip=None)
     return value.detach(), score.detach()
 
 
 def compared(kind: str) -> dict[str, float]:
     """The trained model on unseen texts: against one step of fitted size, and against the next tokens."""
     value, score = trained(kind)
-    x = texts(kind, TESTED, torch.Generator().manual_seed(1))
+    x = texts(kind, TESTED, generator(1))
     model, step, wanted = attention(x, value, score)[:, 1:-1], one_step(x)[:, 1:-1], x[:, 2:]
 
     def dot(a: Tensor, b: Tensor) -> Tensor:

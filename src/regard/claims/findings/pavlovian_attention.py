@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.api import attend
-from regard.ops.threads import threads
+from regard.claims.lab import generator, slope, threads
 from regard.core.claim import Claim, Measured
 from regard.ops import linear
 
@@ -52,7 +52,7 @@ def delta(share: float):
 
 def cosine(rule, width: int, pairs: int) -> float:
     """Mean over trials and stored pairs of the cosine between what a key brings back and its value."""
-    g = torch.Generator().manual_seed(pairs)
+    g = generator(pairs)
     k, v = (F.normalize(torch.randn(TRIALS, 1, pairs, d, generator=g), dim=-1) for d in (width, VALUE))
     return F.cosine_similarity(rule(k, v), v, dim=-1).mean().item()
 
@@ -68,29 +68,25 @@ def capacity(rule, width: int) -> int:
     return low
 
 
-def slope(capacities: list[int]) -> float:
-    a = torch.tensor([[math.log(d), 1.0] for d in WIDTHS])
-    return torch.linalg.lstsq(a, torch.tensor(capacities).log()[:, None]).solution[0].item()
-
-
-def found() -> tuple[dict[str, list[int]]]:
-    with torch.no_grad():
-        by_share = {f"delta_{share}": [capacity(delta(share), d) for d in WIDTHS] for share in SHARES}
-        rules = {"hebbian": hebbian, "softmax": softmax}
-        return ({name: [capacity(rule, d) for d in WIDTHS] for name, rule in rules.items()} | by_share,)
+@torch.no_grad()
+def capacities() -> dict[str, list[int]]:
+    """Of each rule, by width."""
+    by_share = {f"delta_{share}": [capacity(delta(share), d) for d in WIDTHS] for share in SHARES}
+    rules = {"hebbian": hebbian, "softmax": softmax}
+    return {name: [capacity(rule, d) for d in WIDTHS] for name, rule in rules.items()} | by_share
 
 
 def measure() -> Measured:
     with threads(1):
-        (stored,) = found()
+        stored = capacities()
     stored["delta"] = [max(row) for row in zip(*(stored[f"delta_{share}"] for share in SHARES), strict=True)]
-    rate = slope(stored["hebbian"])
+    rate = slope(WIDTHS, stored["hebbian"])
     more = all(
         n >= least
         for name in ("delta", "softmax")
         for n, least in zip(stored[name], stored["hebbian"], strict=True)
     )
-    numbers = {"widths": list(WIDTHS), "slope": rate, "slope_delta": slope(stored["delta"]), **stored}
+    numbers = {"widths": list(WIDTHS), "slope": rate, "slope_delta": slope(WIDTHS, stored["delta"]), **stored}
     return Measured(abs(rate - 1) <= 0.15 and more, numbers)
 
 

@@ -21,9 +21,8 @@ def measure() -> Measured:
     for heads, kv_heads, stride in SHAPES:
         read = read_blocks(heads, kv_heads, stride)
         union.append((read.any(0) & causal).sum().item() / causal.sum().item())
-        alone.append(
-            max(float(head[causal].double().mean()) for head in read)
-        )  # this head's pattern for all heads
+        # this head's pattern for all heads
+        alone.append(max(float(head[causal].double().mean()) for head in read))
         most.append(int(read.sum(-1).max()))
         bound.append(BLOCKS / stride + LOCAL + 1)
         future += int((read & ~causal).sum())

@@ -3,13 +3,12 @@
 Scores of ±1e4 lie 1e-3 apart in float32, so the difference there is that of the scores; in float64 it is 1e-12.
 """
 
-import statistics
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from regard.ops.threads import threads
+from regard.claims.lab import difference, generator, paired_ratios, random_qkv, threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import aaren as page
 
@@ -17,8 +16,8 @@ HEADS, WIDTH, EARLY, LATE = 4, 32, 10, 10_000
 
 
 def drawn(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, HEADS, n, WIDTH, generator=g) for _ in range(3))
+    g = generator(seed)
+    q, k, v = random_qkv(g, HEADS, n, WIDTH)
     return q, k, v, {"query": torch.randn(HEADS, WIDTH, generator=g)}
 
 
@@ -37,14 +36,11 @@ def stepped() -> dict[str, float | int]:
     for n in (1, EARLY, LATE):
         state_of[n] = page.fast(q[:, :, :n], k[:, :, :n], v[:, :, :n], cfg, params=params)[1]
     held = {n: sum(t.numel() * t.element_size() for t in state) for n, state in state_of.items()}
-    taken: dict[int, list[float]] = {EARLY: [], LATE: []}
-    for turn in range(2_200):
-        for n, times in taken.items():
-            start = time.perf_counter()
-            page.fast(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], cfg, params=params, state=state_of[n])
-            if turn >= 200:
-                times.append(time.perf_counter() - start)
-    early, late = (statistics.median(times) for times in taken.values())
+
+    def step(n: int) -> None:
+        page.fast(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], cfg, params=params, state=state_of[n])
+
+    early, late = paired_ratios(partial(step, EARLY), partial(step, LATE), rounds=2_000, warm=200).medians
     return {"bytes_1": held[1], "bytes_10k": held[LATE], "step_us_10": 1e6 * early, "step_us_10k": 1e6 * late}
 
 
@@ -54,13 +50,11 @@ def measure() -> Measured:
         wanted, cfg = of_each_prefix(k, v, params["query"]), page.Config()
         scan = page.fast(q, k, v, cfg, params=params)[0]
         recurrence = page.reference(q, k, v, cfg, params=params)[0]
-        apart = [(found - wanted).abs().max().item() for found in (scan, recurrence)]
+        apart = [difference(out, wanted) for out in (scan, recurrence)]
         huge = k / (k @ params["query"][:, :, None]).abs() * 1e4 * WIDTH**0.5  # scores of ±1e4
         at_huge = [path(q, huge, v, cfg, params=params) for path in (page.fast, page.reference)]
         finite = all(t.isfinite().all() for out, state in at_huge for t in (out, *state))
-        apart_huge = max(
-            (out - of_each_prefix(huge, v, params["query"])).abs().max().item() for out, _ in at_huge
-        )
+        apart_huge = max(difference(out, of_each_prefix(huge, v, params["query"])) for out, _ in at_huge)
         steps = stepped()
     ratio = steps["step_us_10k"] / steps["step_us_10"]
     holds = max(apart) < 1e-5 and finite and steps["bytes_1"] == steps["bytes_10k"] and 0.8 <= ratio <= 1.2

@@ -1,13 +1,12 @@
 """Agent attention's claim: it is linear attention whose feature maps are softmaxes, and costs as such."""
 
-import statistics
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.ops.threads import threads
+from regard.claims.lab import difference, generator, median_times, random_qkv, seeded, threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import agent_attention as page
 
@@ -16,8 +15,7 @@ DIMS = {"heads": HEADS, "kv_heads": HEADS, "key": WIDTH, "value": WIDTH, "width"
 
 
 def drawn(n: int) -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(1, HEADS, n, WIDTH, generator=g) for _ in range(3))
+    return random_qkv(generator(), HEADS, n, WIDTH)
 
 
 def generalised_linear(q: Tensor, k: Tensor, v: Tensor, cfg, params: dict[str, Tensor]) -> Tensor:
@@ -35,26 +33,19 @@ def generalised_linear(q: Tensor, k: Tensor, v: Tensor, cfg, params: dict[str, T
 
 def measure() -> Measured:
     cfg, mixing = page.Config(), page.Config(conv=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         params = page.init(cfg, DIMS)
     q, k, v = drawn(600)
     found = page.fast(q, k, v, mixing, pattern="self", params=params)[0]
-    apart = (found - generalised_linear(q, k, v, mixing, params)).abs().max().item()
+    apart = difference(found, generalised_linear(q, k, v, mixing, params))
     sides = {
         "agents": lambda q, k, v: page.fast(q, k, v, cfg, pattern="self", params=params),
         "softmax": F.scaled_dot_product_attention,
     }
-    taken = {(name, n): [] for n in (SHORT, LONG) for name in sides}
     with threads(1), torch.no_grad():
         asked = {n: drawn(n) for n in (SHORT, LONG)}
-        for turn in range(9):
-            for (name, n), times in taken.items():
-                start = time.perf_counter()
-                sides[name](*asked[n])
-                if turn:  # the first warms up
-                    times.append(time.perf_counter() - start)
-    middle = {key: statistics.median(times) for key, times in taken.items()}
+        timed = {(name, n): partial(sides[name], *asked[n]) for n in asked for name in sides}
+        middle = median_times(timed, rounds=8)
     grown = {name: middle[name, LONG] / middle[name, SHORT] for name in sides}
     holds = apart < 1e-5 and grown["agents"] <= 5 and grown["softmax"] >= 10
     numbers = {"difference": apart} | {f"time_ratio_16k_4k_{name}": ratio for name, ratio in grown.items()}

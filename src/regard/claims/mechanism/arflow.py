@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from regard.api import attend
 from regard.catalog import get
+from regard.claims.lab import generator, random_qkv, relative_difference, seeded
 from regard.core.claim import Claim, Measured
 
 HEADS, KEY, WIDTH = 8, 64, 128
@@ -23,11 +24,9 @@ TRAJECTORIES = 15
 
 
 def inputs(images: int, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    n = images * tokens
-    qkv = [torch.randn(1, HEADS, n, KEY, generator=g, dtype=dtype) for _ in range(3)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    g, n = generator(), images * tokens
+    qkv = list(random_qkv(g, HEADS, n, KEY, dtype=dtype))
+    with seeded(0):
         dims = {"heads": HEADS, "kv_heads": HEADS, "key": KEY, "value": KEY, "width": WIDTH}
         params = get("arflow").init(get("arflow").config(), dims)
     return qkv, params, torch.randn(1, n, WIDTH, generator=g, dtype=dtype)
@@ -61,8 +60,7 @@ def off_dense(dtype: torch.dtype) -> float:
         cut = slice(i * tokens, (i + 1) * tokens)
         out, state, _ = attend(*(t[:, :, cut] for t in (q, k, v)), "arflow", state=state, x=x[:, cut], **told)
         rows.append(out)
-    off = [(found.double() - wanted).abs().max() for found in (whole, torch.cat(rows, dim=2))]
-    return (max(off) / wanted.abs().max()).item()
+    return max(relative_difference(out.double(), wanted) for out in (whole, torch.cat(rows, dim=2)))
 
 
 def change_of_noisier() -> tuple[float, float]:

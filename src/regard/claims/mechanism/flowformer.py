@@ -5,16 +5,14 @@ sink, divided by its outflow to one over the sinks of each source. The definitio
 N x M flows, in float64; the page's fast path runs in float32.
 """
 
-import math
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from regard.ops.threads import threads
+from regard.claims.lab import difference, generator, median_times, slope, threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import flowformer as page
 
@@ -35,24 +33,16 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def exponents(sides: dict[str, Callable], repeats: int = 5) -> dict[str, float]:
-    """log(t(LONG) / t(SHORT)) / log(LONG / SHORT) of each side's median time; the sides take turns."""
-    found = {}
+    """The exponent of each side's median time from SHORT to LONG; the sides take turns."""
+    times = []
     for n in (SHORT, LONG):
-        q, k, v = (torch.randn(1, 2, n, 32, generator=torch.Generator().manual_seed(i)) for i in range(3))
-        taken: dict[str, list[float]] = {name: [] for name in sides}
-        for turn in range(repeats + 1):
-            for name, side in sides.items():
-                start = time.perf_counter()
-                side(q, k, v)
-                if turn:  # the first warms up
-                    taken[name].append(time.perf_counter() - start)
-        for name, times in taken.items():
-            found[name, n] = statistics.median(times)
-    return {name: math.log(found[name, LONG] / found[name, SHORT]) / math.log(LONG / SHORT) for name in sides}
+        qkv = [torch.randn(1, 2, n, 32, generator=generator(i)) for i in range(3)]
+        times.append(median_times({name: partial(side, *qkv) for name, side in sides.items()}, repeats))
+    return {name: slope((SHORT, LONG), [medians[name] for medians in times]) for name in sides}
 
 
 def measure() -> Measured:
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     q, k, v = (torch.randn(2, 4, n, 32, generator=g) for n in (200, 300, 300))
     phi_q, phi_k = q.sigmoid(), k.sigmoid()
     flow = phi_q @ phi_k.mT
@@ -64,7 +54,7 @@ def measure() -> Measured:
     for pattern, m in (("cross", 300), ("self", 200)):
         wanted = quadratic(q.double(), k[:, :, :m].double(), v[:, :, :m].double())
         found = page.fast(q, k[:, :, :m], v[:, :, :m], cfg, pattern=pattern)[0]
-        differences.append((found - wanted).abs().max().item())
+        differences.append(difference(found, wanted))
     with threads(1), torch.no_grad():
         grown = exponents(
             {

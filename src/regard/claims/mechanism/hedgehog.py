@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import catalog
+from regard.claims.lab import generator
 from regard.claims.shipped_lm import shipped, stream
 from regard.core.claim import Claim, Measured
 from regard.models.attach import attach
@@ -52,7 +53,7 @@ class Look(Mixer):
 
 def random_features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Positive features whose product is e^{q·k/√D} on average (Performer), orthogonal within blocks."""
-    d, g = q.shape[-1], torch.Generator().manual_seed(0)
+    d, g = q.shape[-1], generator()
     blocks = [torch.linalg.qr(torch.randn(d, d, generator=g))[0] for _ in range(2)]
     directions = torch.cat(blocks) * torch.randn(2 * d, d, generator=g).norm(dim=1, keepdim=True)
     mapped = []

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard import catalog
-from regard.ops.threads import threads
+from regard.claims.lab import difference, generator, right_answers, seeded, sweep, threads, trained
 from regard.core.claim import Claim, Measured
 
 WORDS, LONG, SHORT = 48, 24, 3
@@ -33,16 +33,14 @@ ORDERS = ("long first", "short first")
 
 def texts(count: int, seed: int, order: str | None = None) -> tuple[Tensor, Tensor]:
     """Doubled prompts [count, N] and labels: the word that both sets hold, at the end of each reading, else -100."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     drawn = torch.rand(count, WORDS, generator=g).argsort(1)
     long, short = drawn[:, :LONG], drawn[:, LONG : LONG + SHORT].clone()
     rows = torch.arange(count)
     answer = long[rows, torch.randint(LONG, (count,), generator=g)]
     short[rows, torch.randint(SHORT, (count,), generator=g)] = answer
-    short, ask = (
-        short + WORDS,
-        torch.full((count, 1), 2 * WORDS),
-    )  # words of the short set are written differently
+    # words of the short set are written differently
+    short, ask = short + WORDS, torch.full((count, 1), 2 * WORDS)
     forms = torch.cat([long, short, ask], 1), torch.cat([short, long, ask], 1)
     first = torch.rand(count, 1, generator=g) < 0.5
     inputs = torch.where(first, *forms) if order is None else forms[ORDERS.index(order)]
@@ -75,31 +73,20 @@ class Layer(nn.Module):
         return x + self.out(mixed[:, 0])
 
 
-def trained(recurrent: bool, rate: float) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+def learned(recurrent: bool, rate: float) -> nn.Module:
+    with seeded(SEED):
         body = [nn.Embedding(2 * WORDS + 1, WIDTH), Layer(recurrent), Layer(recurrent)]
         model = nn.Sequential(*body, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WORDS))
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, STEPS, pct_start=0.1)
     inputs, labels = texts(BATCH * STEPS, SEED)
-    for x, y in zip(inputs.split(BATCH), labels.split(BATCH), strict=True):
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model
+    return trained(model, list(zip(inputs.split(BATCH), labels.split(BATCH), strict=True)), rate)
 
 
-@torch.no_grad()
 def accuracies(model: nn.Module) -> dict[str, tuple[float, float]]:
     """Order -> (after one reading, after two)."""
     found = {}
     for order in ORDERS:
         inputs, labels = texts(TESTED, 10**6 + SEED, order)
-        right = torch.cat([model(x).argmax(-1) for x in inputs.split(128)]) == labels
+        right = right_answers(model, inputs, labels, batch=128)
         once, twice = right[:, inputs.shape[1] // 2 - 1], right[:, -1]
         found[order] = (once.float().mean().item(), twice.float().mean().item())
     return found
@@ -107,7 +94,7 @@ def accuracies(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 def readings(recurrent: bool) -> dict:
     """The better rate by accuracy after two readings: means over the orders, and both orders by themselves."""
-    runs = {rate: accuracies(trained(recurrent, rate)) for rate in RATES}
+    runs = sweep(RATES, lambda rate: accuracies(learned(recurrent, rate)))
     rate = max(runs, key=lambda r: sum(twice for _, twice in runs[r].values()))
     once, twice = (sum(pair[i] for pair in runs[rate].values()) / len(ORDERS) for i in (0, 1))
     return {
@@ -123,8 +110,7 @@ def parallel_against_recurrent() -> float:
     """Largest |difference| in float32 of jrt with its prefix: all at once, and a prompt then token by token."""
     page, n, prompt = catalog.get("jrt"), 96, 64
     cfg = page.configure(prefix=48)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         dims = {"heads": 2, "kv_heads": 2, "key": 16, "value": 16, "width": 32}
         params, x = page.init(cfg, dims), torch.randn(1, n, 32)
         q, k, v = (torch.randn(1, 2, n, 16) / 2 for _ in range(3))
@@ -134,7 +120,7 @@ def parallel_against_recurrent() -> float:
         part = (t[:, :, cut] for t in (q, k, v))
         out, state = page.fast(*part, cfg, pattern="causal_self", params=params, x=x[:, cut], state=state)
         rows.append(out)
-    return (torch.cat(rows, 2) - whole).abs().max().item()
+    return difference(torch.cat(rows, 2), whole)
 
 
 def measure() -> Measured:

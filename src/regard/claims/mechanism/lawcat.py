@@ -15,17 +15,16 @@ the convolution matters where a group of tokens has to be found. Without the nor
 L either in these steps.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, SmolLM3Config, SmolLM3ForCausalLM
 
-from regard.ops.threads import threads
+from regard.claims.lab import difference, generator, seeded, threads
 from regard.core.claim import Claim, Measured
 from regard.models.attach import attach
 from regard.models.convert import convert, language_loss
 from regard.models.linear_state import Converted, Running, Site
+from regard.train.loop import cosine_to, fit
 
 LENGTH, KEY, BATCH, TESTED, SEEDS = 64, 3, 32, 256, (0, 1, 2)
 BEGIN, MARK, DIGITS, WORDS, VOCAB = 1, 2, 4, 24, 64  # digits are the ids 4 to 23, words those from 24 on
@@ -37,7 +36,7 @@ TEACHER_STEPS, TEACHER_RATE = 1200, 3e-3
 
 def texts(count: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """(ids [count, length], weights in the loss): the answer is the last three."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     ids = torch.randint(WORDS, VOCAB, (count, length), generator=g)
     ids[:, 0] = BEGIN
     key = DIGITS + torch.rand(count, WORDS - DIGITS, generator=g).argsort(-1)[:, :KEY]
@@ -56,20 +55,15 @@ def teacher() -> PreTrainedModel:
         num_key_value_heads=2, max_position_embeddings=8 * LENGTH, pad_token_id=0, bos_token_id=BEGIN, eos_token_id=0,
         no_rope_layers=[0, 0], tie_word_embeddings=False,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         model = SmolLM3ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), TEACHER_RATE)
-    for step in range(TEACHER_STEPS):
-        for group in optimizer.param_groups:
-            up, down = min(1, (step + 1) / 20), 0.5 * (1 + math.cos(math.pi * step / TEACHER_STEPS))
-            group["lr"] = TEACHER_RATE * up * (0.05 + 0.95 * down)
+
+    def loss_at(step: int) -> Tensor:
         ids, weights = texts(BATCH, LENGTH, 1000 + step)
-        loss = language_loss(model(ids, use_cache=False).logits, ids, weights)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        return language_loss(model(ids, use_cache=False).logits, ids, weights)
+
+    optimizer = torch.optim.AdamW(model.parameters(), TEACHER_RATE)
+    fit(optimizer, loss_at, TEACHER_STEPS, schedule=cosine_to(0.05, rise=20))
     return model.eval()
 
 
@@ -94,7 +88,7 @@ class Apart(Running):
             out, state = page.fast(q, k, v, cfg, params=own, x=site.x[:, t : t + 1], state=state)
             rows.append(out)
         whole = super().mix(site)
-        self.worst = max(self.worst, (torch.cat(rows, 2) - whole).abs().max().item())
+        self.worst = max(self.worst, difference(torch.cat(rows, 2), whole))
         return whole
 
 
@@ -111,7 +105,7 @@ def recurrent_against_parallel(
             out = model(token, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             rows.append(out.logits)
-    return beside.worst, (torch.cat(rows, 1) - whole).abs().max().item()
+    return beside.worst, difference(torch.cat(rows, 1), whole)
 
 
 def measure() -> Measured:

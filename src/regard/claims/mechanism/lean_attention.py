@@ -5,6 +5,7 @@ import random
 import torch
 from torch import Tensor
 
+from regard.claims.lab import difference, generator
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.dense.lean_attention import fixed_split, loads, schedule
 from regard.ops import explicit, finish, merge, partial
@@ -26,12 +27,12 @@ def in_any_order(q: Tensor, k: Tensor, v: Tensor, rng: random.Random) -> Tensor:
 
 def worst_difference(sharp: float, dtype: torch.dtype) -> float:
     """Split against unsplit attention over lengths 1 .. 700, queries `sharp` times a normal draw."""
-    g, rng, worst = torch.Generator().manual_seed(0), random.Random(0), 0.0
+    g, rng, worst = generator(), random.Random(0), 0.0
     for _ in range(SPLITS):
         m = rng.randint(1, 700)
         q, k, v = (torch.randn(2, 2, n, 16, generator=g).to(dtype) for n in (1, m, m))
         whole = explicit(q * sharp, k, v, scale=0.25)
-        worst = max(worst, (in_any_order(q * sharp, k, v, rng) - whole).abs().max().item())
+        worst = max(worst, difference(in_any_order(q * sharp, k, v, rng), whole))
     return worst
 
 
@@ -45,9 +46,8 @@ def spreads(rng: random.Random) -> tuple[list[int], list[int]]:
     for _ in range(SCHEDULES):
         batch, heads, workers = rng.randint(1, 8), rng.randint(1, 32), rng.choice([8, 56, 108, 132])
         tiles = [-(-rng.randint(1, 65536) // TILE) for _ in range(batch)]
-        tiles = [
-            t for t in tiles for _ in range(heads)
-        ]  # the rows of a batch differ in length, their heads do not
+        # the rows of a batch differ in length, their heads do not
+        tiles = [t for t in tiles for _ in range(heads)]
         splits = -(-workers // len(tiles))
         lean.append(spread(schedule(tiles, workers)))
         fixed.append(spread(fixed_split(tiles, splits, workers)))

@@ -5,14 +5,13 @@ are known to 4e-6 only and their exponentials no better (all forms are then 7e-5
 """
 
 import math
-import statistics
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from regard.ops.threads import threads
+from regard.claims.lab import difference, generator, median_times, random_qkv, slope, threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import lightnet as page
 from regard.ops import linear
@@ -21,10 +20,7 @@ WIDTH, SHORT, LONG = 16, 2_048, 16_384
 
 
 def drawn(n: int, dtype: torch.dtype = torch.float32, heads: int = 2) -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(1, heads, n, WIDTH, generator=g, dtype=torch.float64).to(dtype) for _ in range(3)
-    )
+    return tuple(t.to(dtype) for t in random_qkv(generator(), heads, n, WIDTH, dtype=torch.float64))
 
 
 def cumulative(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -40,31 +36,23 @@ def cumulative(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def reordering() -> dict[str, float]:
     """How far the outputs of permuted tokens are from the permuted outputs: LightNet, and decay 0.9 both ways."""
     q, k, v = drawn(256)
-    order, log_decay = (
-        torch.randperm(256, generator=torch.Generator().manual_seed(1)),
-        torch.full((2,), math.log(0.9)),
-    )
+    order, log_decay = torch.randperm(256, generator=generator(1)), torch.full((2,), math.log(0.9))
     sides = {
         "additive": lambda *qkv: page.fast(*qkv, page.Config(), pattern="self")[0],
         "decay": lambda q, k, v: linear(q, k, v, log_decay, pattern="self")[0],
     }
     moved = [t[:, :, order] for t in (q, k, v)]
-    return {
-        name: (side(*moved) - side(q, k, v)[:, :, order]).abs().max().item() for name, side in sides.items()
-    }
+    return {name: difference(side(*moved), side(q, k, v)[:, :, order]) for name, side in sides.items()}
 
 
 def exponent(pattern: str, repeats: int = 15) -> float:
-    taken: dict[int, list[float]] = {SHORT: [], LONG: []}
-    asked = {n: drawn(n, heads=4) for n in taken}
-    for turn in range(repeats + 1):
-        for n, times in taken.items():
-            start = time.perf_counter()
-            page.fast(*asked[n], page.Config(), pattern=pattern)
-            if turn:  # the first warms up
-                times.append(time.perf_counter() - start)
-    short, long = (statistics.median(times) for times in taken.values())
-    return math.log(long / short) / math.log(LONG / SHORT)
+    asked = {n: drawn(n, heads=4) for n in (SHORT, LONG)}
+
+    def mix(n: int) -> None:
+        page.fast(*asked[n], page.Config(), pattern=pattern)
+
+    times = median_times({n: partial(mix, n) for n in asked}, repeats)
+    return slope(list(times), list(times.values()))
 
 
 def measure() -> Measured:

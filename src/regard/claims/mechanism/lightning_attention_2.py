@@ -5,14 +5,13 @@ gradients are autograd's. Speed is that of a training step, forward and backward
 1,024 and at 16,384 tokens, each next to torch's fused softmax attention on the same numbers.
 """
 
-import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from regard.ops.threads import threads
+from regard.claims.lab import difference, generator, median_times, random_qkv, threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import lightning_attention_2 as page
 
@@ -29,8 +28,7 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
 
 
 def drawn(n: int, seed: int = 0) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(1, HEADS, n, WIDTH, generator=g) * WIDTH**-0.5).requires_grad_() for _ in range(3)]
+    return [(t * WIDTH**-0.5).requires_grad_() for t in random_qkv(generator(seed), HEADS, n, WIDTH)]
 
 
 def worst_differences(cfg: page.Config) -> tuple[float, float]:
@@ -39,10 +37,10 @@ def worst_differences(cfg: page.Config) -> tuple[float, float]:
     for n in LENGTHS:
         qkv = q, k, v = drawn(n, seed=n)
         ways = page.fast(q, k, v, cfg)[0], quadratic(q, k, v, page.log_decay(q, cfg))
-        into = torch.randn(ways[0].shape, generator=torch.Generator().manual_seed(n + 1))
+        into = torch.randn(ways[0].shape, generator=generator(n + 1))
         grads = [torch.autograd.grad(out, qkv, into) for out in ways]
-        forward = max(forward, (ways[0] - ways[1]).abs().max().item())
-        backward = max(backward, *((a - b).abs().max().item() for a, b in zip(*grads, strict=True)))
+        forward = max(forward, difference(*ways))
+        backward = max(backward, *(difference(a, b) for a, b in zip(*grads, strict=True)))
     return forward, backward
 
 
@@ -54,23 +52,17 @@ def lightning(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return page.fast(q, k, v, page.Config(layer=1, layers=4))[0]
 
 
-def tokens_per_second(mix: Callable, n: int, repeat: int) -> float:
-    """Tokens of `repeat` steps, forward and backward, in a second."""
-    qkv = drawn(n)
-    start = time.perf_counter()
-    for _ in range(repeat):
+def steps(mix: Callable, n: int, *qkv: Tensor) -> None:
+    """As many steps, forward and backward, as make up LONG tokens."""
+    for _ in range(LONG // n):
         torch.autograd.grad(mix(*qkv).sum(), qkv)
-    return n * repeat / (time.perf_counter() - start)
 
 
 def rates(mix: Callable, rounds: int) -> tuple[float, float]:
     """(tokens/s at SHORT, tokens/s at LONG), medians of rounds that alternate between the two."""
-    tokens_per_second(mix, SHORT, 2)
-    found = [
-        (tokens_per_second(mix, SHORT, LONG // SHORT), tokens_per_second(mix, LONG, 1)) for _ in range(rounds)
-    ]
-    short, long = zip(*found, strict=True)
-    return median(short), median(long)
+    sides = {n: partial(steps, mix, n) for n in (SHORT, LONG)}
+    times = median_times(sides, rounds, given=lambda n: tuple(drawn(n)))
+    return LONG / times[SHORT], LONG / times[LONG]
 
 
 def measure() -> Measured:

@@ -1,13 +1,12 @@
 """Tensor attention's claim: the polynomial route is its dense tensor, and near e^s only while entries are small."""
 
 import math
-import statistics
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from regard.ops.threads import threads
+from regard.claims.lab import difference, generator, median_times, slope, threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import tensor_attention as page
 
@@ -16,7 +15,7 @@ WIDTH, TOKENS, SHORT, LONG = 8, 40, 1_024, 8_192
 
 def drawn(n: int, most: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     """q, k, v, x, with entries of q, k and k' uniform in ±most; x holds k' and v' side by side, which params pick."""
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     q, k, k_2 = (most * (2 * torch.rand(1, 1, n, WIDTH, generator=g, dtype=dtype) - 1) for _ in range(3))
     v, v_2 = (torch.randn(1, 1, n, WIDTH, generator=g, dtype=dtype) for _ in range(2))
     return q, k, v, torch.cat([k_2, v_2], dim=-1)[:, 0]
@@ -40,23 +39,18 @@ def routes(most: float, degree: int = 4) -> tuple[float, float]:
     q, k, v, x = drawn(TOKENS, most)
     found = page.fast(q, k, v, page.Config(degree=degree), pattern="self", params=picks(), x=x)[0]
     exact = dense(q, k, v, x, None)
-    return (found - dense(q, k, v, x, degree)).abs().max().item(), (
-        (found - exact).norm() / exact.norm()
-    ).item()
+    return difference(found, dense(q, k, v, x, degree)), ((found - exact).norm() / exact.norm()).item()
 
 
 def exponent(repeats: int = 7) -> float:
-    cfg, taken = page.Config(), {SHORT: [], LONG: []}
-    asked = {n: drawn(n, 1.0, torch.float32) for n in taken}
-    for turn in range(repeats + 1):
-        for n, times in taken.items():
-            *qkv, x = asked[n]
-            start = time.perf_counter()
-            page.fast(*qkv, cfg, pattern="self", params=picks(torch.float32), x=x)
-            if turn:  # the first warms up
-                times.append(time.perf_counter() - start)
-    short, long = (statistics.median(times) for times in taken.values())
-    return math.log(long / short) / math.log(LONG / SHORT)
+    cfg, asked = page.Config(), {n: drawn(n, 1.0, torch.float32) for n in (SHORT, LONG)}
+
+    def mix(n: int) -> None:
+        *qkv, x = asked[n]
+        page.fast(*qkv, cfg, pattern="self", params=picks(torch.float32), x=x)
+
+    times = median_times({n: partial(mix, n) for n in asked}, repeats)
+    return slope(list(times), list(times.values()))
 
 
 def measure() -> Measured:

@@ -5,14 +5,14 @@ its frames. The naive inference that the paper replaces keeps sums without decay
 and keys; it is measured on the same numbers, at the first layer of the model, where decays are strongest.
 """
 
-import time
-from statistics import median
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.ops.threads import threads
+from regard.claims.lab import generator, median_times, random_qkv, seeded, threads
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import transnormerllm as page
 
@@ -24,14 +24,12 @@ STEPS, WARM = 1050, 50
 
 def drawn(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, v, x)"""
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, HEADS, n, WIDTH, generator=g) for _ in range(3))
-    return q, k, v, torch.randn(1, n, INPUT, generator=g)
+    g = generator(seed)
+    return *random_qkv(g, HEADS, n, WIDTH), torch.randn(1, n, INPUT, generator=g)
 
 
 def params_of(cfg: page.Config) -> dict[str, Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return page.init(cfg, {"heads": HEADS, "key": WIDTH, "value": WIDTH, "width": INPUT})
 
 
@@ -75,13 +73,15 @@ def difference(layer: int) -> float:
 
 def milliseconds(states: dict[int, Tensor], cfg: page.Config, params: dict) -> tuple[float, ...]:
     """Medians per token after each of the texts that have left `states`; the texts take turns token by token."""
-    given, times = drawn(STEPS, seed=9), {n: [] for n in states}
-    for t in range(STEPS):
-        for n, state in states.items():
-            start = time.perf_counter()
-            _, states[n] = step(given, t, cfg, params, state)
-            times[n].append(1000 * (time.perf_counter() - start))
-    return tuple(median(found[WARM:]) for found in times.values())
+    given = drawn(STEPS, seed=9)
+
+    def tokens(state: Tensor | None) -> Iterator[None]:
+        for t in range(STEPS):
+            _, state = step(given, t, cfg, params, state)
+            yield
+
+    sides = {n: partial(next, tokens(state)) for n, state in states.items()}
+    return tuple(1000 * seconds for seconds in median_times(sides, STEPS - WARM, WARM).values())
 
 
 def naive_share(n: int) -> float:

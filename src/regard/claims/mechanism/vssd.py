@@ -7,30 +7,35 @@ itself on two heads. The process keeps freed memory meanwhile: otherwise the lon
 every run, and the slope is that of the allocator (1.1 to 1.25 in such runs, 0.9 to 1.1 without).
 """
 
-import math
-import time
-from statistics import median
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from regard.api import attend
-from regard.ops.threads import threads
 from regard.catalog import get
+from regard.claims.lab import (
+    generator,
+    keep_freed_memory,
+    median_times,
+    random_qkv,
+    relative_difference,
+    seeded,
+    slope,
+    threads,
+)
 from regard.core.claim import Claim, Measured
 
 HEADS, KEY, VALUE, WIDTH = 2, 64, 64, 64
 TOKENS = 196
 LENGTHS = (784, 1600, 3136, 6400, 12544)
 RUNS = 51
-KEPT = 7_500_000  # floats, just below the 32 MB up to which glibc's threshold moves
 
 
 def inputs(n: int, seed: int = 0) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor], Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    qkv = tuple(torch.randn(1, HEADS, n, d, generator=g) * d**-0.5 for d in (KEY, KEY, VALUE))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    g = generator(seed)
+    qkv = tuple(t * t.shape[-1] ** -0.5 for t in random_qkv(g, HEADS, n, KEY, VALUE))
+    with seeded(seed):
         dims = {"heads": HEADS, "kv_heads": HEADS, "key": KEY, "value": VALUE, "width": WIDTH}
         params = get("vssd").init(get("vssd").config(), dims)
     return qkv, params, torch.randn(1, n, WIDTH, generator=g)
@@ -38,14 +43,10 @@ def inputs(n: int, seed: int = 0) -> tuple[tuple[Tensor, Tensor, Tensor], dict[s
 
 def change_under_permutation(name: str, pattern: str) -> float:
     (q, k, v), params, x = inputs(TOKENS)
-    order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(TOKENS, generator=generator(1))
     out = attend(q, k, v, name, pattern, params=params, x=x).out
     moved = attend(*(t[:, :, order] for t in (q, k, v)), name, pattern, params=params, x=x[:, order]).out
-    return off(moved[:, :, order.argsort()], out)
-
-
-def off(found: Tensor, wanted: Tensor) -> float:
-    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+    return relative_difference(moved[:, :, order.argsort()], out)
 
 
 def quadratic_form() -> float:
@@ -55,25 +56,21 @@ def quadratic_form() -> float:
     m = step * params["a_log"].exp()[:, None]
     wanted = torch.einsum("bhnd,bhmd,bhm,bhme->bhne", *(t.double() for t in (q, k, m, v)))
     wanted = wanted + params["d"].view(-1, 1, 1) * v.double()
-    return off(attend(q, k, v, "vssd", "self", params=params, x=x).out.double(), wanted)
+    return relative_difference(attend(q, k, v, "vssd", "self", params=params, x=x).out.double(), wanted)
 
 
 def exponent() -> tuple[float, list[float]]:
     """Slope of log time over log length, and the milliseconds at each length."""
-    page, prepared = get("vssd"), [inputs(n) for n in LENGTHS]
-    times: list[list[float]] = [[] for _ in LENGTHS]
-    torch.empty(KEPT)  # made and freed: from then on glibc returns no smaller block to the system
+    page, prepared = get("vssd"), {n: inputs(n) for n in LENGTHS}
+
+    def mix(n: int) -> None:
+        (q, k, v), params, x = prepared[n]
+        page.fast(q, k, v, page.config(), pattern="self", params=params, x=x)
+
+    keep_freed_memory()
     with torch.no_grad():
-        for run in range(RUNS + 1):
-            for taken, ((q, k, v), params, x) in zip(times, prepared, strict=True):
-                start = time.perf_counter()
-                page.fast(q, k, v, page.config(), pattern="self", params=params, x=x)
-                if run:  # the first warms up
-                    taken.append(time.perf_counter() - start)
-    found = [median(taken) for taken in times]
-    a = torch.tensor([[math.log(n), 1.0] for n in LENGTHS])
-    b = torch.tensor([[math.log(t)] for t in found])
-    return torch.linalg.lstsq(a, b).solution[0].item(), [1000 * t for t in found]
+        times = list(median_times({n: partial(mix, n) for n in LENGTHS}, RUNS).values())
+    return slope(LENGTHS, times), [1000 * t for t in times]
 
 
 def measure() -> Measured:
@@ -81,15 +78,15 @@ def measure() -> Measured:
     causal = change_under_permutation("ssd", "causal_self")
     quadratic = quadratic_form()
     with threads(1):
-        slope, times = exponent()
+        grown, times = exponent()
     numbers = {
         "noncausal_change": noncausal,
         "causal_change": causal,
         "off_quadratic_form": quadratic,
-        "time_exponent": slope,
+        "time_exponent": grown,
         "milliseconds": times,
     }
-    return Measured(noncausal < 1e-5 and causal > 1e-2 and quadratic < 1e-5 and slope <= 1.15, numbers)
+    return Measured(noncausal < 1e-5 and causal > 1e-2 and quadratic < 1e-5 and grown <= 1.15, numbers)
 
 
 CLAIM = Claim(

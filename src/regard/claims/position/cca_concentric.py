@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from regard.claims.lab import difference, generator
 from regard.core.claim import Claim, Measured
 from regard.core.mask import causal
 from regard.methods.positions import cca_concentric as cca
@@ -41,7 +42,7 @@ def swaps(place: Tensor, g: torch.Generator) -> list[tuple[int, int]]:
 
 
 def measure() -> Measured:
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     cfg, roles = cca.Config(SIDE, SIDE), cca.image_roles(SIDE, SIDE, BEFORE, AFTER)
     n, text = roles.length, roles["image"] == 0
     x = torch.randn(n, WIDTH, generator=g, dtype=torch.float64)
@@ -60,7 +61,7 @@ def measure() -> Measured:
             swapped = x.clone()
             swapped[[one, other]] = x[[other, one]]
             changed = stack(swapped, weights, position, mask)[text]
-            deltas[name].append((changed - out).abs().max().item())
+            deltas[name].append(difference(changed, out))
     first = BEFORE + SIDE * SIDE
     distance = {name: int((p[first] - p[:first][~text[:first]]).max()) for name, (p, _) in schemes.items()}
     numbers = {

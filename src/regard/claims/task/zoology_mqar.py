@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.ops.threads import threads
+from regard.claims.lab import count_parameters, right_answers, seeded, sweep, threads, trained
 from regard.core.claim import Claim, Measured
 from regard.tasks.zoology_mqar import mqar
 
@@ -36,9 +36,8 @@ class GatedConvolution(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         age = torch.arange(LENGTH) / LENGTH
-        decay = torch.exp(
-            -torch.logspace(-1, 2, WIDTH)[:, None] * age
-        )  # channels remember from long to short
+        # channels remember from long to short
+        decay = torch.exp(-torch.logspace(-1, 2, WIDTH)[:, None] * age)
         self.filter = nn.Parameter(torch.randn(WIDTH, LENGTH) * decay * LENGTH**-0.5)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,37 +61,29 @@ class Layer(nn.Module):
 
 def train(mixer: type[nn.Module], rate: float, steps: int = STEPS) -> float:
     """Accuracy over the queries of unseen examples, after `steps` steps of AdamW on fresh examples."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         body = [Layer(mixer) for _ in range(LAYERS)]
         model = nn.Sequential(nn.Embedding(VOCAB, WIDTH), *body, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB))
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     inputs, labels = mqar(VOCAB, LENGTH, PAIRS, BATCH * steps, seed=0)
-    for x, y in zip(inputs.split(BATCH), labels.split(BATCH), strict=True):
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    trained(model, list(zip(inputs.split(BATCH), labels.split(BATCH), strict=True)), rate)
     inputs, labels = mqar(VOCAB, LENGTH, PAIRS, TESTED, seed=1)
-    with torch.no_grad():
-        right = torch.cat([model(x).argmax(-1) for x in inputs.split(BATCH)]) == labels
-    return right[labels >= 0].float().mean().item()
+    return right_answers(model, inputs, labels, BATCH)[labels >= 0].float().mean().item()
 
 
 def measure() -> Measured:
     with threads(1):  # the matrices are small: two threads that share two busy cores are many times slower
-        found = {mixer: [train(mixer, rate) for rate in RATES] for mixer in (Attention, GatedConvolution)}
-    attention, convolution = (max(accuracies) for accuracies in found.values())
+        by_rate = {
+            mixer: list(sweep(RATES, lambda rate, mixer=mixer: train(mixer, rate)).values())
+            for mixer in (Attention, GatedConvolution)
+        }
+    attention, convolution = (max(accuracies) for accuracies in by_rate.values())
     numbers = {
         "attention": attention,
         "gated_convolution": convolution,
         "gap_points": 100 * (attention - convolution),
-        "attention_by_rate": found[Attention],
-        "gated_convolution_by_rate": found[GatedConvolution],
-        "parameters": [sum(p.numel() for p in Layer(mixer).parameters()) for mixer in found],
+        "attention_by_rate": by_rate[Attention],
+        "gated_convolution_by_rate": by_rate[GatedConvolution],
+        "parameters": [count_parameters(Layer(mixer)) for mixer in by_rate],
     }
     return Measured(attention >= 0.95 and attention - convolution >= 0.20, numbers)
 
