@@ -5,7 +5,7 @@ them, and reads medians. A training uses the loop of `train.loop`; `sweep` gives
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -26,6 +26,8 @@ __all__ = [
     "difference",
     "generator",
     "keep_freed_memory",
+    "mean",
+    "mean_loss",
     "median_time",
     "median_times",
     "paired_ratios",
@@ -68,7 +70,7 @@ def random_qkv(
     return q, k, v
 
 
-# differences
+# numbers
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -79,6 +81,11 @@ def difference(a: Tensor, b: Tensor) -> float:
 def relative_difference(a: Tensor, wanted: Tensor) -> float:
     """Largest |a - wanted| over the largest |wanted|."""
     return ((a - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
 
 
 # times
@@ -189,6 +196,11 @@ def trained(
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1, **adamw)
     fit(optimizer, lambda step: token_loss(model, *batches[step]), len(batches), schedule=one_cycle())
     return model
+
+
+@torch.no_grad()
+def mean_loss(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    return mean(token_loss(model, x, y).item() for x, y in batches)
 
 
 def sweep(rates: Sequence[float], train: Callable[[float], T]) -> dict[float, T]:

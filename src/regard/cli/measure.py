@@ -70,7 +70,9 @@ def claims(
     ledger_only: Annotated[
         bool, typer.Option("--ledger", help="The last measured results; measure nothing.")
     ] = False,
-    record: Annotated[bool, typer.Option("--record", help="Write what is measured into the ledger.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write what is measured beside the claim.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Does the paper's claim hold here, now? Exit status 0 only if all hold."""

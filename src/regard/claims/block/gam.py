@@ -27,12 +27,12 @@ from regard.claims.lab import (
     count_parameters,
     generator,
     keep_freed_memory,
+    mean_loss,
     median_times,
     right_answers,
     seeded,
     sweep,
     threads,
-    token_loss,
     trained,
 )
 from regard.core.claim import Claim, Measured
@@ -124,9 +124,7 @@ def losses(name: str) -> list[float]:
 
     def loss(rate: float) -> float:
         model = trained(made(name, vocab, CONTEXT), batches, rate)
-        with torch.no_grad():
-            parts = [token_loss(model, a, b).item() for a, b in zip(x.split(8), y.split(8))]
-        return sum(parts) / len(parts)
+        return mean_loss(model, zip(x.split(8), y.split(8), strict=True))
 
     return list(sweep(RATES, loss).values())
 

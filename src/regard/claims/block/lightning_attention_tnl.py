@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from regard.claims.lab import (
     count_parameters,
     generator,
+    mean_loss,
     paired_ratios,
     seeded,
     sweep,
     threads,
-    token_loss,
     trained,
 )
 from regard.core.claim import Claim, Measured
@@ -134,9 +134,7 @@ def train(kind: type[nn.Module], rate: float, steps: int) -> tuple[float, Model]
     with seeded(0):
         model = Model(kind)
     trained(model, batches(library()[0], BATCH * steps, seed=0, size=BATCH), rate, betas=(0.9, 0.95))
-    with torch.no_grad():
-        losses = [token_loss(model, x, y).item() for x, y in batches(library()[1], 128, seed=1, size=16)]
-    return sum(losses) / len(losses), model
+    return mean_loss(model, batches(library()[1], 128, seed=1, size=16)), model
 
 
 def best(kind: type[nn.Module]) -> tuple[float, list[float], Model]:

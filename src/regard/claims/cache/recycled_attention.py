@@ -3,6 +3,7 @@
 import torch
 
 from regard import catalog
+from regard.claims.lab import mean
 from regard.claims.shipped_lm import accuracy, samples, shipped, stream
 from regard.core import Claim, Measured
 from regard.models.attach import attach
@@ -23,7 +24,7 @@ def greedy(method, steps: int = 48) -> tuple[list[int], float]:
             tokens.append(int(out.logits[0, -1].argmax()))
             out = model(torch.tensor([[tokens[-1]]]), past_key_values=cache)
             shares.append(attached.bytes_read() / attached.bytes_stored())
-    return tokens, sum(shares) / len(shares)
+    return tokens, mean(shares)
 
 
 def measure() -> Measured:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from regard import catalog
-from regard.claims.lab import difference
+from regard.claims.lab import difference, mean
 from regard.claims.shipped_lm import runs, samples, watch
 from regard.core import Claim, Measured
 from regard.ops import View, top_slots
@@ -32,16 +32,16 @@ def watched() -> dict[str, float]:
             mass.setdefault(f"recent_{view.layer}", []).append(float(weights[..., -count:].sum(-1).mean()))
 
     watch(look, LENGTH, steps=24)
-    return {name: sum(values) / len(values) for name, values in sorted(mass.items())}
+    return {name: mean(values) for name, values in sorted(mass.items())}
 
 
 def measure() -> Measured:
-    mean, later = watched(), range(FIRST + 1, 4)
+    means, later = watched(), range(FIRST + 1, 4)
     wins = {
-        how: sum(mean[f"reused{how}_{i}"] > mean[f"recent_{i}"] for i in later) / len(later)
+        how: sum(means[f"reused{how}_{i}"] > means[f"recent_{i}"] for i in later) / len(later)
         for how in ("", "_shared")
     }
-    raises = all(mean[f"reselected_{i}"] > mean[f"reused_{i}"] for i in later if i > SECOND)
+    raises = all(means[f"reselected_{i}"] > means[f"reused_{i}"] for i in later if i > SECOND)
     chosen = samples("recall", LENGTH, 4)
     method = catalog.method("tidaldecode", budget=1.0, full=FIRST, select=(FIRST,))
     near = max(difference(a.logits, b.logits) for a, b in zip(runs(chosen, method), runs(chosen, None)))
@@ -51,7 +51,7 @@ def measure() -> Measured:
         "later_layers_won_by_shared_sets": wins["_shared"],
     }
     return Measured(
-        near < 1e-5 and wins[""] >= 0.75 and raises, {**numbers, "reselection_raises": str(raises), **mean}
+        near < 1e-5 and wins[""] >= 0.75 and raises, {**numbers, "reselection_raises": str(raises), **means}
     )
 
 

@@ -1,7 +1,7 @@
 """TokenSelect on the shipped model: exact at full budget, and the soft vote against raw sums."""
 
 from regard import catalog
-from regard.claims.lab import difference
+from regard.claims.lab import difference, mean
 from regard.claims.shipped_lm import runs, samples, watch
 from regard.core import Claim, Measured
 from regard.methods.caches.tokenselect import Config, split, votes
@@ -26,13 +26,13 @@ def measure() -> Measured:
             mass.setdefault((view.layer, vote), []).append(float(found.mean()))
 
     watch(look, LENGTH, steps=24)
-    mean = {key: sum(values) / len(values) for key, values in mass.items()}
-    layers = sorted({layer for layer, _ in mean})
-    wins = sum(mean[i, "soft"] > mean[i, "raw"] for i in layers) / len(layers)
+    means = {key: mean(values) for key, values in mass.items()}
+    layers = sorted({layer for layer, _ in means})
+    wins = sum(means[i, "soft"] > means[i, "raw"] for i in layers) / len(layers)
     chosen = samples("recall", LENGTH, 4)
     ours, full = runs(chosen, catalog.method("tokenselect", budget=1.0)), runs(chosen, None)
     near = max(difference(a.logits, b.logits) for a, b in zip(ours, full))
-    numbers = {f"mass_{vote}_{layer}": value for (layer, vote), value in sorted(mean.items())}
+    numbers = {f"mass_{vote}_{layer}": value for (layer, vote), value in sorted(means.items())}
     return Measured(near < 1e-5 and wins >= 0.7, {"diff_at_N": near, "layers_soft_wins": wins, **numbers})
 
 

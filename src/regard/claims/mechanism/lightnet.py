@@ -61,7 +61,7 @@ def measure() -> Measured:
         q, k, v = drawn(300, dtype)
         wanted = cumulative(q, wide * k, v)
         for form, path in (("recurrent", page.reference), ("chunked", page.fast)):
-            apart[f"{form}_{said}"] = (path(q, wide * k, v, page.Config())[0] - wanted).abs().max().item()
+            apart[f"{form}_{said}"] = difference(path(q, wide * k, v, page.Config())[0], wanted)
     with threads(1), torch.no_grad():
         grown = {pattern: exponent(pattern) for pattern in ("self", "causal_self")}
     holds = change["additive"] < 1e-5 and change["decay"] > 1e-2 and max(apart.values()) < 1e-5

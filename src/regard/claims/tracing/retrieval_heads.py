@@ -10,6 +10,7 @@ import random
 from itertools import combinations
 from math import ceil
 
+from regard.claims.lab import mean
 from regard.core.claim import Claim, Measured
 from regard.methods.tracing.retrieval_heads import Config, ablate
 from regard.models.shipped import load_shipped
@@ -30,11 +31,6 @@ def drops(model, asked: list[Read], sets: list[Heads], how: str = "uniform") -> 
     """Points of accuracy lost without each set of heads."""
     full = accuracy(model, asked)
     return {heads: 100 * (full - accuracy(model, asked, ablate(heads, Config(how=how)))) for heads in sets}
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def measure() -> Measured:
