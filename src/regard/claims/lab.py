@@ -1,7 +1,7 @@
 """What claims share: seeds, random inputs, differences, times of sides that take turns, and small trainings.
 
-A measurement of time keeps to one thread (`threads`), lets its sides take turns so that a busy machine slows all of
-them, and reads medians. A training uses the loop of `train.loop`; `sweep` gives each side its own best learning rate.
+Sides that are timed take turns, so that a busy machine slows all of them, and their medians count; `threads(1)` keeps
+them to one core. Trainings use the loop of `train.loop`; `sweep` lets each side have the best of some learning rates.
 """
 
 import time

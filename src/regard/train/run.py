@@ -89,7 +89,9 @@ def train_rate(plan: Plan, rate: float, folder: Folder, rows: list[dict], progre
             done = plan.rates.index(rate) * plan.steps + step + 1
             progress({"rate": rate, "step": step + 1, "done": done, "loss": loss, "score": score})
 
-    loss_at = lambda step: loss_of(model, *task.batch(plan, step))  # noqa: E731
+    def loss_at(step: int) -> Tensor:
+        return loss_of(model, *task.batch(plan, step))
+
     fit(optimizer, loss_at, plan.steps, schedule=cosine(), start=start, after_step=after_step)
     return model
 
