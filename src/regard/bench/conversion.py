@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.attaching.convert import convert, help_pages, state_bytes
+from regard.attaching.converted import Converted
 from regard.bench.cell import Bench, Cell, batches
 from regard.core import require
-from regard.models.convert import convert, help_pages, state_bytes
-from regard.models.linear_state import Converted
 from regard.models.shipped import SHIPPED, load, load_shipped
 from regard.tasks import Source, task
 from regard.tasks.base import first_token

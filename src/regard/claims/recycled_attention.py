@@ -3,9 +3,9 @@
 import torch
 
 from regard import catalog
+from regard.attaching.attachment import attach
 from regard.claims._lm import accuracy, samples, shipped, stream
 from regard.core import Claim, Measured
-from regard.models.attach import attach
 
 LENGTH = 1024
 STRIDE = 8

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import catalog
+from regard.attaching.attachment import attach
 from regard.claims._lm import shipped, stream
 from regard.core import Claim, Measured, Observer
-from regard.models.attach import attach
 
 TRAINED = 2048  # T
 CACHE = 1024  # tokens held: sinks and window together
