@@ -9,9 +9,9 @@ from transformers import DynamicCache
 
 from regard import catalog
 from regard.attaching.attachment import attach
-from regard.attaching.convert import convert, state_bytes
+from regard.attaching.convert import convert
 from regard.attaching.converted import Converted, load_converted, read_converted
-from regard.attaching.replacement import sizes
+from regard.attaching.replacement import sizes, state_bytes
 from regard.attaching.store import save_cache
 from regard.bench.conversion import convert_folder
 from regard.core import Edit, Observer, Site, Unsupported

@@ -27,7 +27,7 @@ from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted
 from regard.attaching.function import native
 from regard.attaching.ledger import LedgerLayer
-from regard.attaching.replacement import Replacement, sizes
+from regard.attaching.replacement import Replacement
 from regard.core import Method, Unsupported, require
 from regard.ops import lower_right, masked_softmax, scores
 
@@ -343,12 +343,3 @@ class evaluating:
 
     def __exit__(self, *_: Any) -> None:
         self.model.train(self.training)
-
-
-# what it saves
-
-
-def state_bytes(model: nn.Module, converted: Converted, tokens: int, bytes_each: int = 4) -> int:
-    """Bytes that one row of the batch holds after so many tokens."""
-    count = converted.method.page.state_size(converted.method.config, sizes(model), tokens)
-    return count * bytes_each * len(converted.params)

@@ -49,21 +49,20 @@ def make_function(context: Context) -> Callable[..., Attended]:
         **kwargs: Any,
     ) -> Attended:
         options = dict(scaling=scaling, dropout=dropout, **kwargs)
-        given = module, query, key, value, attention_mask, options
-        if module not in context.sites:  # another model that shares the configuration
-            return native(foreign_call(*given))
-        return answer(context, own_call(context, *given))
+        ours = module in context.sites  # or it is of another model that shares the configuration
+        site = context.sites.of(module) if ours else ModuleSite(type(module).__name__, "text", 0)
+        call = AttentionCall(module, site, query, key, value, attention_mask, options, context.step)
+        if not ours:
+            return native(call)
+        complete(context, call)
+        return answer(context, call)
 
     return regard_attention
 
 
-def foreign_call(module: nn.Module, *given: Any) -> AttentionCall:
-    return AttentionCall(module, ModuleSite(type(module).__name__, "text", 0), *given, Step())
-
-
-def own_call(context: Context, module: nn.Module, *given: Any) -> AttentionCall:
-    """The call with what the attachment knows of its module."""
-    call = AttentionCall(module, context.sites.of(module), *given, context.step)
+def complete(context: Context, call: AttentionCall) -> None:
+    """Fill in what the attachment knows of the call's module."""
+    module = call.module
     context.sites.count(call.site)
     call.layer, call.layers = context.caches.written(), context.caches.layers
     if call.options.get("indices") is not None:
@@ -75,7 +74,6 @@ def own_call(context: Context, module: nn.Module, *given: Any) -> AttentionCall:
     call.x, call.rotary = context.inputs.pop(id(module), None), context.rotary
     if any(actor.reads_roles for actor in context.actors):
         call.labels = text_labels(call.layer, context.step, context.roles, call.q.shape[2])
-    return call
 
 
 def answer(context: Context, call: AttentionCall) -> Attended:

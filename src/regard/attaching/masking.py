@@ -49,7 +49,7 @@ class AttachedMask(Actor):
 
     def narrow(self, call: AttentionCall) -> AttentionCall:
         self.acted += 1
-        rule = call.rule
+        rule = call.mask.rule
         both = replace(rule, narrowings=(*rule.narrowings, self._narrowing(call)))
         return replace(call, mask=LazyMask.of(both))
 

@@ -235,3 +235,9 @@ def grows(method: Method, dims: dict[str, int]) -> bool:
 def acts_on_keys(method: Method, model: PreTrainedModel) -> bool:
     """Whether the ledger's keys are all that the mechanism goes on from: its state stores keys, and no inputs."""
     return grows(method, sizes(model)) and not method.page.x
+
+
+def state_bytes(model: nn.Module, converted: Converted, tokens: int, bytes_each: int = 4) -> int:
+    """Bytes that one row of the batch holds after so many tokens."""
+    count = converted.method.page.state_size(converted.method.config, sizes(model), tokens)
+    return count * bytes_each * len(converted.params)

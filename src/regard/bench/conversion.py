@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.attaching.convert import convert, help_pages, state_bytes
+from regard.attaching.convert import convert, help_pages
 from regard.attaching.converted import Converted
+from regard.attaching.replacement import state_bytes
 from regard.bench.cell import Bench, Cell, batches
 from regard.core import require
 from regard.models.shipped import SHIPPED, load, load_shipped

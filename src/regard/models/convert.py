@@ -2,4 +2,6 @@
 
 from regard.models._moved import forward
 
-__getattr__ = forward(__name__, "regard.attaching.convert", "regard.attaching.converted")
+__getattr__ = forward(
+    __name__, "regard.attaching.convert", "regard.attaching.converted", "regard.attaching.replacement"
+)
