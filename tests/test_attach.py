@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from regard import catalog
+from regard.attaching.attachment import attach
+from regard.attaching.ledger import LedgerLayer
 from regard.core import Edit, NeverFired, Observer, Site, Unreachable, Unsupported
-from regard.models.attach import attach
-from regard.models.ledger import LedgerLayer
 from regard.testing.zoo import UNREACHED, ZOO, build, ids, logits
 
 REACHED = [name for name in ZOO if name not in UNREACHED]
@@ -454,8 +454,8 @@ def test_wrong_names_and_kinds():
         attach(model, None, window=3)
     with pytest.raises(Unsupported, match="one cache method at a time, not streaming_llm, h2o"):
         attach(model, ["streaming_llm", "h2o"])
-    with pytest.raises(Unsupported, match="is a mask"):
-        attach(model, "causal")
+    with pytest.raises(Unsupported, match="is a tracing"):
+        attach(model, "retrieval_heads")
     with pytest.raises(TypeError, match="names, methods, edits and observers"):
         attach(model, [3])
     with pytest.raises(TypeError, match="PreTrainedModel"):

@@ -7,13 +7,14 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from regard import catalog
+from regard.attaching import slots, views
+from regard.attaching.attachment import attach
+from regard.attaching.lazy_mask import MaskRule
+from regard.attaching.ledger import LedgerLayer
+from regard.attaching.policy import CachePolicy
+from regard.attaching.rotary import Rotary
+from regard.attaching.slots import Group
 from regard.core import CachePage, Card, Method, Unsupported
-from regard.models import attention, ledger
-from regard.models.attach import attach
-from regard.models.lazy import MaskRule
-from regard.models.ledger import Group, LedgerLayer
-from regard.models.rotary import Rotary
-from regard.models.session import Session
 from regard.ops import Kept, View, gather_rows, keep_best, slots_of, top_slots
 from regard.testing import cache as checks
 from regard.testing.cache import NEAR, check_cache, gap, held, hide, ledgers, play, script, small
@@ -200,7 +201,7 @@ def stored_length(self):
     return self.groups[0].n if self.groups else 0
 
 
-def padded_budget(self, view, group, rule, budget=Session.budget):
+def padded_budget(self, view, group, rule, budget=CachePolicy.budget):
     return budget(self, view, group, None)
 
 
@@ -223,13 +224,13 @@ STREAM = catalog.method("streaming_llm", budget=8)
 MACHINE_FAULTS = {
     "mask off by one": (MaskRule, "at", shifted_mask, page(keep=window), "gemma3"),
     "query heads beside the wrong KV heads": (
-        attention,
+        views,
         "per_query_head",
         tiled_heads,
         page(keep=important),
         "gemma3",
     ),
-    "keys of another head": (ledger, "gather_rows", swapped_heads, page(keep=window), "llama"),
+    "keys of another head": (slots, "gather_rows", swapped_heads, page(keep=window), "llama"),
     "the wrong slot goes": (Group, "_drop_one", wrong_hole, page(keep=window), "llama"),
     "keys stay when beams change": (Group, "select_rows", other_rows, page(keep=important), "llama"),
     "notes stay when beams change": (Group, "select_rows", other_notes, page(keep=fickle), "llama"),
@@ -240,8 +241,8 @@ MACHINE_FAULTS = {
         page(keep=window),
         "llama",
     ),
-    "padding in the budget": (Session, "budget", padded_budget, page(keep=window), "llama"),
-    "nothing is freed": (ledger, "gather_rows", hoard, page(keep=window), "llama"),
+    "padding in the budget": (CachePolicy, "budget", padded_budget, page(keep=window), "llama"),
+    "nothing is freed": (slots, "gather_rows", hoard, page(keep=window), "llama"),
     "positions off by one": (Rotary, "turn", one_further, STREAM, "llama"),
     "new keys under other heads": (Group, "append", late_keys, page(keep=window), "llama"),
 }

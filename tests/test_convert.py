@@ -8,13 +8,14 @@ from tests.test_attach import greedy, run, state
 from transformers import DynamicCache
 
 from regard import catalog
+from regard.attaching.attachment import attach
+from regard.attaching.converted import Converted, load_converted, read_converted
+from regard.attaching.replacement import sizes, state_bytes
+from regard.attaching.store import save_cache
 from regard.bench.conversion import convert_folder
 from regard.core import Edit, Observer, Site, Unsupported
-from regard.models.attach import attach
-from regard.models.convert import convert, load_converted, read_converted, state_bytes
-from regard.models.linear_state import Converted, sizes
-from regard.models.store import save_cache
 from regard.testing.zoo import build, ids, logits
+from regard.train.convert import convert
 
 PLAIN = ("llama", "qwen3", "gpt2", "neox", "deepseek3", "qwen3next", "llava", "qwen25vl")
 REFUSES = {

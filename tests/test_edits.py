@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from regard import catalog
+from regard.attaching.attachment import attach
 from regard.core import Edit, NeverFired, Observer, Site
-from regard.models.attach import attach
 from regard.testing.cache import (
     NEAR,
     explicit_attention,

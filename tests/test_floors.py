@@ -3,14 +3,18 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 SRC = Path(__file__).parents[1] / "src"
 FLOORS = {
-    "core": 0, "ops": 1, "report": 1, "methods": 2, "catalog": 3, "api": 4, "nn": 4, "models": 4, "tasks": 5,
-    "testing": 6, "bench": 6, "train": 6, "claims": 7, "cli": 8,
-    "train.loop": 1,  # trains whatever has parameters, so models may use it
+    "core": 0, "ops": 1, "report": 1, "methods": 2, "catalog": 3, "api": 4, "nn": 4, "attaching": 5, "models": 5,
+    "tasks": 5, "explain": 6, "testing": 6, "bench": 6, "train": 6, "claims": 7, "cli": 8,
 }  # fmt: skip
+MOVED = {"attach", "convert", "store", "trace"}  # old names in models/, which forward to where things are now
 PAGES = ("core", "ops")  # all that a page may import, beside torch
 
 
@@ -55,6 +59,75 @@ def test_imports_go_down():
     assert not bad, "\n".join(bad)
 
 
+def graph() -> dict[str, set[str]]:
+    """File -> files of the package that it imports, by dotted name; an import of a room means its __init__."""
+    files = {".".join(p.relative_to(SRC).with_suffix("").parts): p for p in (SRC / "regard").rglob("*.py")}
+    edges = {}
+    for here, path in files.items():
+        found = {target(name, files) for _, name in imports(path)}
+        edges[here] = found - {None, here}
+    return edges
+
+
+def target(name: str, files: Mapping[str, object]) -> str | None:
+    """The file that an imported name lies in: the module itself, the room, or the module that defines it."""
+    for module in (name, f"{name}.__init__", name.rpartition(".")[0], f"{name.rpartition('.')[0]}.__init__"):
+        if module in files:
+            return module
+    return None
+
+
+def circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
+    """Files that reach each other: the strongly connected components of more than one file."""
+    below = {file: reach(file, edges) for file in edges}
+    rings = {frozenset({f, *(g for g in below[f] if f in below[g])}) for f in edges}
+    return sorted(sorted(ring) for ring in rings if len(ring) > 1)
+
+
+def reach(start: str, edges: Mapping[str, set[str]]) -> set[str]:
+    seen, open_ = set(), [start]
+    while open_:
+        for file in edges.get(open_.pop(), set()) - seen:
+            seen.add(file)
+            open_.append(file)
+    return seen
+
+
+def test_no_files_import_each_other():
+    rings = circles(graph())
+    assert not rings, "\n".join(" <-> ".join(ring) for ring in rings)
+
+
+def test_a_planted_circle_is_found():
+    edges = graph()
+    step, ledger = "regard.attaching.step", "regard.attaching.ledger"
+    assert ledger in edges[step]
+    edges[ledger] = edges[ledger] | {"regard.attaching.function"}
+    ring = next(ring for ring in circles(edges) if ledger in ring)
+    assert {step, "regard.attaching.function"} <= set(ring)
+
+
+def test_imports_inside_functions_count(tmp_path):
+    path = tmp_path / "late.py"
+    path.write_text("def late():\n    from regard.attaching.function import native\n    return native\n")
+    assert imports(path) == [(2, "regard.attaching.function.native")]
+
+
+def test_old_names_forward_with_a_warning():
+    for old in MOVED:
+        module = import_module(f"regard.models.{old}")
+        name = {
+            "attach": "attach",
+            "convert": "load_converted",
+            "store": "save_cache",
+            "trace": "retrieval_heads",
+        }[old]
+        with pytest.warns(DeprecationWarning, match=f"{name} is now regard"):
+            assert callable(getattr(module, name))
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            module.nothing  # noqa: B018
+
+
 def test_every_room_has_a_floor():
     rooms = {p.stem for p in (SRC / "regard").iterdir() if p.is_dir() or p.suffix == ".py"}
     assert rooms - {"__init__", "__pycache__"} <= set(FLOORS)
@@ -63,11 +136,10 @@ def test_every_room_has_a_floor():
 def test_a_planted_import_is_found():
     assert wrong("regard.core.mask", "regard.ops.softmax")
     assert wrong("regard.methods.caches.h2o", "regard.methods.caches.snapkv")
-    assert wrong("regard.methods.caches.h2o", "regard.models.attach")
-    assert wrong("regard.models.convert", "regard.train.run.train")
-    assert wrong("regard.train.loop", "regard.models.attach")
-    assert not wrong("regard.models.attach", "regard.catalog")
-    assert not wrong("regard.models.convert", "regard.train.loop.fit")
+    assert wrong("regard.methods.caches.h2o", "regard.attaching.attachment")
+    assert wrong("regard.attaching.attachment", "regard.explain.retrieval")
+    assert wrong("regard.attaching.attachment", "regard.train.loop")
+    assert not wrong("regard.attaching.attachment", "regard.catalog")
 
 
 def test_pages_never_import_transformers():

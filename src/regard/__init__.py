@@ -14,15 +14,15 @@ __version__ = "0.1.0"
 
 WHERE = {
     "attend": "regard.api",
-    "attach": "regard.models.attach",
+    "attach": "regard.attaching.attachment",
     "compare": "regard.bench.compare",
     "doctor": "regard.models.doctor",
     "find": "regard.catalog",
-    "load_cache": "regard.models.store",
+    "load_cache": "regard.attaching.store",
     "load_shipped": "regard.models.shipped",
     "method": "regard.catalog",
     "pages": "regard.catalog",
-    "save_cache": "regard.models.store",
+    "save_cache": "regard.attaching.store",
     "Edit": "regard.core",
     "Mask": "regard.core.mask",
     "Observer": "regard.core",
@@ -31,14 +31,14 @@ WHERE = {
 
 if TYPE_CHECKING:
     from regard.api import attend
+    from regard.attaching.attachment import attach
+    from regard.attaching.store import load_cache, save_cache
     from regard.bench.compare import compare
     from regard.catalog import find, method, pages
     from regard.core import Edit, Observer, Site
     from regard.core.mask import Mask
-    from regard.models.attach import attach
     from regard.models.doctor import doctor
     from regard.models.shipped import load_shipped
-    from regard.models.store import load_cache, save_cache
 
 __all__ = [
     "Edit",

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from regard.attaching import calibrate as heads
+from regard.explain import retrieval as trace
 from regard.methods.tracing import retrieval_heads as page
-from regard.models import heads, trace
 from regard.testing import zoo
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regard import catalog
-from regard.models.attach import attach
+from regard.attaching.attachment import attach
 from regard.tasks import Sample, Source, task
 
 FULL = "full"

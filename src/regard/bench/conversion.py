@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.attaching.converted import Converted
+from regard.attaching.replacement import state_bytes
 from regard.bench.cell import Bench, Cell, batches
 from regard.core import require
-from regard.models.convert import convert, help_pages, state_bytes
-from regard.models.linear_state import Converted
 from regard.models.shipped import SHIPPED, load, load_shipped
 from regard.tasks import Source, task
 from regard.tasks.base import first_token
 from regard.tasks.perplexity import CONTINUATION
+from regard.train.convert import convert, help_pages
 
 TASKS = ("perplexity", "needle", "recall")
 FACTS, ANSWER = 0.1, 4.0  # weight of a token of a page of facts, and of an answer; running text has 1

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import catalog
-from regard.bench.operators import paired, row, seconds
+from regard.bench.timing import paired, row, seconds
 from regard.core import Method
 from regard.nn import RegardConfig, RegardForCausalLM
 

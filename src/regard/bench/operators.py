@@ -7,7 +7,6 @@ of the ratio over the repetitions), ms, baseline_ms, target, holds, note.
 
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 
 from regard import catalog
+from regard.attaching.attachment import attach
+from regard.attaching.ledger import LedgerLayer
+from regard.bench import mechanisms
+from regard.bench.timing import paired, row, seconds
 from regard.core import unknown
-from regard.models.attach import attach
-from regard.models.ledger import LedgerLayer
 
-REPEATS = 7
 TOKEN = 7
 
 
@@ -69,8 +69,6 @@ def bench(name: str, quick: bool = False, told: Callable[[str], None] | None = N
     """Rows of one benchmark: "decode", "attach" or "mechanisms"."""
     known = {"decode": decode, "attach": attached}
     if name == "mechanisms":
-        from regard.bench import mechanisms  # it measures with what stands here
-
         return mechanisms.rows(quick, told or (lambda text: None))
     if name not in known:
         raise unknown("benchmark", name, [*known, "mechanisms", "efficiency"])
@@ -87,12 +85,6 @@ def read_bandwidth() -> float:
     return max(source.nbytes / summed, 2 * source.nbytes / copied)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def step(model: Any, cache: Any, method: Any, facts: dict) -> float:
     """Seconds of one decode step under an attachment; `facts` hears the bytes it read and holds."""
     tokens = torch.tensor([[TOKEN]])
@@ -101,22 +93,6 @@ def step(model: Any, cache: Any, method: Any, facts: dict) -> float:
         facts.update(read=att.bytes_read(), held=att.bytes_held())
         facts.setdefault("reads", []).append(facts["read"])
     return took
-
-
-def paired(ours: Callable[[], float], theirs: Callable[[], float], repeats: int = REPEATS) -> dict:
-    """Alternate the two; median times, ratio of the medians, half the range of the ratio."""
-    ours(), theirs()
-    pairs = [(ours(), theirs()) for _ in range(repeats)]
-    mine, base = (statistics.median(x) for x in zip(*pairs))
-    ratios = sorted(b / a for a, b in pairs)
-    return dict(ratio=base / mine, spread=(ratios[-1] - ratios[0]) / 2, ms=1e3 * mine, baseline_ms=1e3 * base)
-
-
-def row(case: str, times: dict, bound: float | None, target: float, note: str = "") -> dict:
-    """A row of the table; `bound` is the least number of seconds that the bytes allow."""
-    share = None if bound is None else bound / (times["ms"] / 1e3)
-    holds = times["ratio"] >= target and (share is None or share >= 0.5)
-    return {"case": case, **times, "of_bound": share, "target": target, "holds": holds, "note": note}
 
 
 def decode(shape: Shape, told: Callable[[str], None]) -> list[dict]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.attaching.attachment import attach
 from regard.bench.cell import Bench, Cell, Run, batches
 from regard.core import CachePage, Card, Method
-from regard.models.attach import attach
 from regard.models.shipped import load_shipped
 from regard.ops import View
 from regard.tasks import Sample, held_out, task

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from regard.models.attach import attach
-from regard.models.sites import ATTENTION, towers
+from regard.attaching.attachment import attach
+from regard.attaching.sites import ATTENTION, towers
 
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")
 

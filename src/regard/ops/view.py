@@ -34,20 +34,22 @@ class View:
     softcap: float | None = None
     sinks: Tensor | None = None  # [H] learned sink scores of the model (not the first tokens)
     bias: Tensor | None = None
-    visible: Callable[[slice], Tensor | None] = lambda rows: (
-        None
-    )  # queries -> [B, 1|H, rows, n] bool or None: all
+    # queries -> [B, 1|H, rows, n] bool or None: all
+    visible: Callable[[slice], Tensor | None] = lambda rows: None
     count: Tensor | None = None  # [B, G, n] tokens that a merged slot stands for; None: one each
     total_heads: int = 1  # cache heads of the whole model, over all layers
     ordered: bool = False  # slot i is token i and no query sees a later one
     known: Tensor | None = None  # scores of a single-query step, once somebody asked for them
     heads: tuple[int, ...] = ()  # the cache heads of this view, where a layer keeps different lengths by head
-    notes: Callable[[str], Tensor] = None  # type: ignore[assignment]  # name -> [B, G, n] float32 that stay with their slot
+    # name -> [B, G, n] float32 that stay with their slot
+    notes: Callable[[str], Tensor] = None  # type: ignore[assignment]
     memory: dict = field(default_factory=dict)  # this layer's own, over the steps of a sequence
-    step: dict = field(default_factory=dict)  # shared by the layers of this step
-    turn: Callable[[Tensor, Tensor], Tensor] | None = (
-        None  # (x [B, h, m, D], by [.., h, m]) -> x rotated further
-    )
+    # what a layer hands on to those above it in this step, by a name of the page
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    # a page with an attention of its own says how many bytes this step reads of the layer, in the place of all stored
+    report_bytes: Callable[[int], None] = lambda n: None
+    # (x [B, h, m, D], by [.., h, m]) -> x rotated further
+    turn: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def stored(self) -> int:

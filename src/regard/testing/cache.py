@@ -18,9 +18,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from regard import catalog
+from regard.attaching.attachment import attach
+from regard.attaching.ledger import LedgerLayer
+from regard.attaching.slots import Group
 from regard.core import CachePage, Method, Unsupported
-from regard.models.attach import attach
-from regard.models.ledger import Group, LedgerLayer
 from regard.ops import parse_budget
 from regard.testing.zoo import DECODERS, build
 

@@ -2,9 +2,9 @@
 
 import torch
 
+from regard.attaching.attachment import attach
 from regard.claims.lab import difference
 from regard.core.claim import Claim, Measured
-from regard.models.attach import attach
 from regard.models.shipped import load_shipped
 from regard.tasks import Sample, task
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from regard import catalog
+from regard.attaching.attachment import attach
+from regard.attaching.calibrate import induction_heads
 from regard.claims.lab import difference, generator
 from regard.core.claim import Claim, Measured
 from regard.core.pages import Method
 from regard.methods.caches import razor_attention as page
-from regard.models.attach import attach
-from regard.models.heads import induction_heads
 from regard.models.shipped import load_shipped
 from regard.ops import View, attend
 from regard.tasks import Sample, task

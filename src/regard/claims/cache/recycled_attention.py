@@ -3,10 +3,10 @@
 import torch
 
 from regard import catalog
+from regard.attaching.attachment import attach
 from regard.claims.lab import mean
 from regard.claims.shipped_lm import accuracy, samples, shipped, stream
 from regard.core import Claim, Measured
-from regard.models.attach import attach
 
 LENGTH = 1024
 STRIDE = 8

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import catalog
+from regard.attaching.attachment import attach
 from regard.claims.lab import generator, median_time
 from regard.claims.shipped_lm import shipped, stream
 from regard.core import Claim, Measured, Observer
-from regard.models.attach import attach
 from regard.train.loop import fit, linear_to
 
 TRAINED = 2048  # T

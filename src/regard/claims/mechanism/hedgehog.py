@@ -12,7 +12,7 @@ help pages of Python), with the cross-entropy of the paper, 128 tokens at a time
 elu + 1, ReLU, and positive random features of the softmax kernel, as many as Hedgehog has.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -20,35 +20,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import catalog
+from regard.attaching.actors import AttentionCall
+from regard.attaching.attachment import attach
+from regard.attaching.converted import Converted
+from regard.attaching.function import native
+from regard.attaching.ledger import LedgerLayer
+from regard.attaching.replacement import Replacement
 from regard.claims.lab import generator
 from regard.claims.shipped_lm import shipped, stream
 from regard.core.claim import Claim, Measured
-from regard.models.attach import attach
-from regard.models.attention import native
-from regard.models.convert import convert
-from regard.models.ledger import LedgerLayer
-from regard.models.linear_state import Converted, Mixer, Site
 from regard.ops import elu_plus_one, lower_right, per_query_head
+from regard.train.convert import convert
 
 LENGTH, ROWS, FIRST, FLOOR = 256, 8, 16, 1e-9
 TRANSFER = dict(steps=300, batch=8, length=128, rate=1e-2)
 
 
-class Look(Mixer):
+class Look(Replacement):
     """The model's own attention; queries and keys of every layer are kept."""
 
     name, layer = "look", LedgerLayer
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights: Mapping[str, Tensor] = {}
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def mix(self, site: Site) -> Tensor:
+    def compute(self, site: AttentionCall) -> Tensor:
         self.seen[site.name] = (site.q, per_query_head(site.k, site.q.shape[1]))
-        return native(site.session, site.module, site.q, site.k, site.v, site.mask, site.call)[0].transpose(
-            1, 2
-        )
+        return native(site)[0].transpose(1, 2)
 
 
 def random_features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

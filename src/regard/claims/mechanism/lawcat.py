@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, SmolLM3Config, SmolLM3ForCausalLM
 
+from regard.attaching.actors import AttentionCall
+from regard.attaching.attachment import attach
+from regard.attaching.converted import Converted
+from regard.attaching.replacement import MechanismReplacement
 from regard.claims.lab import difference, generator, seeded, threads
 from regard.core.claim import Claim, Measured
-from regard.models.attach import attach
-from regard.models.convert import convert, language_loss
-from regard.models.linear_state import Converted, Running, Site
+from regard.train.convert import convert, language_loss
 from regard.train.loop import cosine_to, fit
 
 LENGTH, KEY, BATCH, TESTED, SEEDS = 64, 3, 32, 256, (0, 1, 2)
@@ -75,19 +77,19 @@ def accuracy(model: PreTrainedModel, method: Converted | None, length: int) -> f
     return (torch.cat(rows) == ids[:, -KEY:]).all(-1).float().mean().item()
 
 
-class Apart(Running):
+class Apart(MechanismReplacement):
     """A converted mechanism that runs each call a second time, token by token from the state, and compares."""
 
     worst = 0.0
 
-    def mix(self, site: Site) -> Tensor:
+    def compute(self, site: AttentionCall) -> Tensor:
         page, cfg, own = self.method.page, self.method.config, self.converted.params[site.name]
         rows, state = [], None
         for t in range(site.q.shape[2]):
             q, k, v = (x[:, :, t : t + 1] for x in (site.scaled(), site.k, site.v))
             out, state = page.fast(q, k, v, cfg, params=own, x=site.x[:, t : t + 1], state=state)
             rows.append(out)
-        whole = super().mix(site)
+        whole = super().compute(site)
         self.worst = max(self.worst, difference(torch.cat(rows, 2), whole))
         return whole
 

@@ -12,9 +12,9 @@ from math import ceil
 
 from regard.claims.lab import mean
 from regard.core.claim import Claim, Measured
+from regard.explain.retrieval import Read, accuracy, read_all, scored
 from regard.methods.tracing.retrieval_heads import Config, ablate
 from regard.models.shipped import load_shipped
-from regard.models.trace import Read, accuracy, read_all, scored
 from regard.tasks import task
 
 LENGTHS, DEPTHS, DRAWS = (256, 512, 1024), 16, 5

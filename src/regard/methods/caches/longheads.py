@@ -200,10 +200,7 @@ def gathered(view: View, part: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     slots = (chunks * w + torch.arange(w, device=q.device)).flatten(2)  # [B, H, k·w]
     k, v = (gather_rows(x, slots.clamp(max=last)) for x in (k, v))
     s = (k.unflatten(2, (-1, w)) @ turned[:, :, 0, :, :, None]).flatten(2)  # [B, H, k·w]
-    # what this step reads of the layer, in the place of all that is stored
-    view.step["bytes", view.layer] = (
-        len(view.q) // len(q) * (k.nbytes + v.nbytes) + view.memory["keys"].nbytes
-    )
+    view.report_bytes(len(view.q) // len(q) * (k.nbytes + v.nbytes) + view.memory["keys"].nbytes)
     return blend(view, s[:, :, None], (slots <= last)[:, :, None], v)
 
 

@@ -35,9 +35,9 @@ def select(view: View, cfg: Config) -> Tensor | None:
     if view.phase != "decode" or view.fits():
         return None
     if view.layer in cfg.select:
-        view.step["tidal"] = top_slots(view.visible_scores()[:, :, 0], view.budget[:, None])  # [B, H, k]
+        view.shared["tidal"] = top_slots(view.visible_scores()[:, :, 0], view.budget[:, None])  # [B, H, k]
         return None
-    return view.step.get("tidal") if view.layer >= cfg.full else None
+    return view.shared.get("tidal") if view.layer >= cfg.full else None
 
 
 METHOD = CachePage(

@@ -6,7 +6,7 @@
 
 Softmax weights are spiky and grow with q·k; those of fixed positive maps are flat. An exponential per feature brings
 the spikes back, W learns where they stand: it begins as the identity and is fitted to the cross-entropy of the softmax
-weights against Σ_j φ(q)φ(k_j) (regard.models.convert does this), then the whole model is fine-tuned.
+weights against Σ_j φ(q)φ(k_j) (regard.train.convert does this), then the whole model is fine-tuned.
 
 Worked by hand: D = F = 1, W = 1. A query 0 has features (1/2, 1/2), so its weights are equal whatever the keys are; a
 query log 2 has (4, 1)/5, keys 0 and log 2 have (1/2, 1/2) and (4, 1)/5, products 1/2 and 17/25: the second gets 34/59.

@@ -1,8 +1,9 @@
-"""Which attention modules a model has, what they are called, and how they are switched."""
+"""Which attention modules a model has, what they are called, and which of them an attachment can reach."""
 
 import re
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from regard.core import Unreachable
@@ -12,7 +13,7 @@ VISION = re.compile(r"(^|\.)(vision\w*|visual|image_\w+|vit|vpm)(\.|$)")
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleSite:
     """An attention module: its dotted name, its tower, its layer number (the first number in the name)."""
 
     name: str
@@ -20,7 +21,7 @@ class Place:
     layer: int
 
 
-def place_of(name: str, cross: bool = False) -> Place:
+def site_of(name: str, cross: bool = False) -> ModuleSite:
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     if cross or re.search(r"cross|encoder_attn|EncDec", name, re.IGNORECASE):
         tower = "cross"
@@ -30,7 +31,28 @@ def place_of(name: str, cross: bool = False) -> Place:
         tower = "encoder" if re.search(r"(^|\.)encoder\.", name) else "decoder"
     else:
         tower = "text"
-    return Place(name, tower, int(number[1]) if number else 0)
+    return ModuleSite(name, tower, int(number[1]) if number else 0)
+
+
+class Sites:
+    """The attention modules of a model, by identity, and how often each was called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {id(m): n for n, m in model.named_modules()}
+        self.reached: dict[str, int] = {}
+        self._sites: dict[int, ModuleSite] = {}
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return id(module) in self.names
+
+    def of(self, module: nn.Module) -> ModuleSite:
+        key = id(module)
+        if key not in self._sites:
+            self._sites[key] = site_of(self.names[key])
+        return self._sites[key]
+
+    def count(self, site: ModuleSite) -> None:
+        self.reached[site.name] = self.reached.get(site.name, 0) + 1
 
 
 def towers(model: PreTrainedModel, where: str | None) -> list[tuple[str, PreTrainedModel]]:

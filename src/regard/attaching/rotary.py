@@ -20,7 +20,8 @@ class Rotary:
     """Watches the rotary modules of a model; `turn` replays the one that made a layer's cos and sin."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.calls: dict[int, tuple[nn.Module, list, dict]] = {}
+        self.calls: dict[int, tuple[nn.Module, list, dict, list[str]]] = {}
+        self.tables: dict[int, tuple[Tensor, Tensor]] = {}  # cos and sin by attention module
         self.hooks = [
             m.register_forward_hook(self._saw, with_kwargs=True)
             for m in model.modules()

@@ -5,6 +5,7 @@ one byte that remembers how the mask would be built: `native()` is what the mode
 `at(rows, index)` the same rule at any stored tokens. Any other use turns it into the dense tensor.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +13,17 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+# (seen [b, g, rows, n] by the rules before, query index [1, 1, rows, 1], key index [b, g, n]) -> what is left of it
+Narrowing = Callable[[Tensor, Tensor, Tensor], Tensor]
 KEEP = {torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.detach, torch.Tensor.clone}
 
 
 @dataclass
 class MaskRule:
-    """What the mask of one layer type is made of. `q_offset` is the true index of the first query."""
+    """What the mask of one layer type is made of. `q_offset` is the true index of the first query.
+
+    `narrowings` are masks attached beside it; `native` and `dense` are the model's own mask without them.
+    """
 
     batch: int
     queries: int
@@ -29,11 +35,17 @@ class MaskRule:
     arguments: dict
     device: torch.device
     made: dict = field(default_factory=dict)
+    narrowings: tuple[Narrowing, ...] = ()
+
+    @property
+    def model_causal(self) -> bool:
+        """The model's own mask is plain causal."""
+        return self.function is causal_mask_function
 
     @property
     def causal(self) -> bool:
         """Plain causal, nothing else."""
-        return self.function is causal_mask_function
+        return self.model_causal and not self.narrowings
 
     def pad(self) -> Tensor | None:
         """[B, seen] True = a real token; None when all are."""
@@ -56,13 +68,15 @@ class MaskRule:
         """[b, g, rows, n] bool: whether these queries see the tokens with true index [b, g, n] (-1: nobody does)."""
         start, stop, _ = rows.indices(self.queries)
         q = torch.arange(start, stop, device=index.device)[None, None, :, None] + self.q_offset
-        place = index.clamp(min=0)[:, :, None]  # [b, g, 1, n]
+        keys = index.clamp(min=0)[:, :, None]  # [b, g, 1, n]
         batch = self.batch if index.shape[0] == 1 and not self.causal else index.shape[0]
         b = torch.arange(batch, device=index.device)[:, None, None, None]
         h = torch.arange(index.shape[1], device=index.device)[None, :, None, None]
-        seen = self.function(b, h, q, place) & (index >= 0)[:, :, None]
+        seen = self.function(b, h, q, keys) & (index >= 0)[:, :, None]
         if self.pad() is not None:
             seen = seen & self.real(index)[:, :, None]
+        for narrow in self.narrowings:
+            seen = narrow(seen, q, index)
         return seen
 
     def real(self, index: Tensor) -> Tensor:

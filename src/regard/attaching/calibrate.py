@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regard.attaching.attachment import attach
+from regard.attaching.policy import CALIBRATORS
 from regard.core import Observer, Site, Unsupported, require
-from regard.models.attach import attach
 
 LENGTH, REPEATS = 512, 4
 KNOWN: WeakKeyDictionary[PreTrainedModel, tuple[int, tuple]] = WeakKeyDictionary()
@@ -113,3 +114,6 @@ def by_kv_head(model: PreTrainedModel, scores: Tensor) -> tuple[tuple[int, int],
     best = scores.unflatten(1, (groups, -1)).amax(-1)  # [layers, G]
     order = best.flatten().argsort(descending=True, stable=True).tolist()
     return tuple((i // groups, i % groups) for i in order)
+
+
+CALIBRATORS["induction"] = induction_heads

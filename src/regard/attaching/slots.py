@@ -1,18 +1,15 @@
-"""The ledger cache: every stored key knows which token of the text it is.
+"""Slots of a cache layer: heads that store equally many tokens, each slot with the true index of its token.
 
-A layer stores keys and values in one or more groups of heads (more than one only after heads were cut to
-different lengths), each with growing room at its end. Its tables travel with the slots: `index` (true place in
-the text, padding counted, -1 = empty), `count` (tokens a merged slot stands for) and named notes of policies.
-Tables have size 1 in place of batch or heads where all agree. `get_seq_length` is the number of tokens SEEN.
+Buffers have growing room at their end. The tables travel with the slots: `index` (true place in the text, padding
+counted, -1 = empty), `count` (tokens a merged slot stands for) and named notes of policies. Tables have size 1 in
+place of batch or heads where all agree.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
-from regard.core import Unsupported, require
 from regard.ops import Kept, gather_rows
 
 SLACK = 16  # room for at least so many tokens whenever a buffer grows; beyond, an eighth of its length
@@ -28,18 +25,6 @@ def grown(x: Tensor, n: int, extra: int, dim: int) -> Tensor:
     return wide
 
 
-def picked(memory: dict, rows: Tensor) -> dict:
-    """A layer's memory for these rows of the batch: its tensors, those of nested dicts too, lead with 1 or B."""
-    return {
-        name: picked(x, rows)
-        if isinstance(x, dict)
-        else x.index_select(0, rows)
-        if isinstance(x, Tensor) and x.dim() and x.shape[0] > 1
-        else x
-        for name, x in memory.items()
-    }
-
-
 @dataclass(eq=False)
 class Group:
     """Heads of one layer that store equally many slots. Buffers are longer than `n`; only the first n count."""
@@ -51,9 +36,8 @@ class Group:
     index: Tensor | None = None  # [1|B, 1|g, room] int32; None: slot i holds token i
     count: Tensor | None = None  # [B, g, room] float32; None: every slot is one token
     notes: dict[str, Tensor] = field(default_factory=dict)  # [B, g, room] float32
-    origin: Tensor | None = (
-        None  # [B, g, s, D] keys of the first s slots before they were turned to a new place
-    )
+    # [B, g, s, D] keys of the first s slots before they were moved to other positions
+    origin: Tensor | None = None
 
     def k(self) -> Tensor:
         return self.keys[:, :, : self.n]
@@ -195,148 +179,3 @@ class Group:
         self.count = None if self.count is None else self.count.index_select(0, rows)
         self.origin = None if self.origin is None else self.origin.index_select(0, rows)
         self.notes = {name: t.index_select(0, rows) for name, t in self.notes.items()}
-
-
-class LedgerLayer(DynamicLayer):
-    """A cache layer whose tokens may be evicted, by row and by head, while the model keeps its true positions."""
-
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-        self.groups: list[Group] = []
-        self.memory: dict = {}
-        self.labels: dict[str, Tensor] = {}  # [B, seen] bool by role
-        self.pending: list | None = None  # where an attachment looks for the layer that was just written
-        self.compressed = False  # whether anything was evicted, merged or turned
-
-    @property
-    def plain(self) -> bool:
-        """Nothing was evicted: slot i is token i."""
-        return not self.compressed
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.pending is None and self.compressed:
-            raise Unsupported(
-                "this cache was compressed by an attachment that has ended; attach the method again to go on with it"
-            )
-        if not self.groups:
-            self._start(key_states, value_states)
-        else:
-            for group in self.groups:
-                own = (
-                    (key_states, value_states)
-                    if len(self.groups) == 1
-                    else self._cut(key_states, value_states, group)
-                )
-                group.append(*own, self.seen)
-            self.seen += key_states.shape[2]
-        if self.pending is not None:
-            self.pending.append(self)
-        if len(self.groups) == 1:
-            return self.groups[0].k(), self.groups[0].v()
-        return key_states, value_states
-
-    def _start(self, k: Tensor, v: Tensor) -> None:
-        self.is_initialized, self.dtype, self.device = True, k.dtype, k.device
-        n, heads = k.shape[2], tuple(range(k.shape[1]))
-        if torch.is_grad_enabled() and k.requires_grad:
-            self.groups = [Group(heads, k, v, n)]
-        else:
-            self.groups = [Group(heads, grown(k, n, 0, 2), grown(v, n, 0, 2), n)]
-        self.seen += n
-
-    @staticmethod
-    def _cut(k: Tensor, v: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-        return k[:, list(group.heads)], v[:, list(group.heads)]
-
-    def keep(self, group: Group, kept: Kept) -> None:
-        """Carry out a policy's answer for one group; heads of unequal length part into groups of their own."""
-        self.compressed = True
-        slots = kept.slots
-        if slots.shape[1] > 1:
-            lengths = (slots >= 0).sum(-1).amax(0).tolist()
-            if len(set(lengths)) > 1:
-                at = self.groups.index(group)
-                self.groups[at : at + 1] = group.split(lengths, kept)
-                return
-        group.keep(kept)
-
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        return self.groups[0].k() if self.groups else None
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        require(value is None, "keys of a ledger layer are written by update only", value=value)
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        return self.groups[0].v() if self.groups else None
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        require(value is None, "values of a ledger layer are written by update only", value=value)
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self.groups, self.memory, self.labels = [], {}, {}
-        self.seen, self.compressed, self.is_initialized = 0, False, False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens: possible while nothing was evicted, an error afterwards."""
-        if tokens_to_remove == 0 or not self.groups:
-            return
-        if self.compressed or self.memory:
-            raise Unsupported(
-                "assisted decoding and crop need to take tokens back, and a policy has already acted on this cache; "
-                "generate without an assistant or prompt lookup, or attach no cache method"
-            )
-        require(
-            tokens_to_remove < 0, "crop takes the negative number of tokens to remove", given=tokens_to_remove
-        )
-        self.groups[0].n += tokens_to_remove
-        self.seen += tokens_to_remove
-        self.labels = {name: label[:, : self.seen] for name, label in self.labels.items()}
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.groups:
-            batch = self.groups[0].keys.shape[0]
-            self._rows(torch.arange(batch, device=self.device).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.groups:
-            batch = self.groups[0].keys.shape[0]
-            self._rows(torch.arange(batch, device=self.device)[indices])
-
-    def _rows(self, rows: Tensor) -> None:
-        rows = rows.to(self.device) if self.groups else rows
-        for group in self.groups:
-            group.select_rows(rows)
-        self.memory, self.labels = picked(self.memory, rows), picked(self.labels, rows)
-
-    def bytes_held(self) -> int:
-        """Bytes of memory behind this layer, room and tables included, each storage once."""
-        stores = {}
-        for group in self.groups:
-            for t in group.tensors().values():
-                stores[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return sum(stores.values())
-
-    def stored(self) -> list[int]:
-        """Slots held by each head."""
-        of = {head: group.n for group in self.groups for head in group.heads}
-        return [of[head] for head in sorted(of)]

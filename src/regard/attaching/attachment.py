@@ -1,0 +1,207 @@
+"""`with regard.attach(model, method) as attached:` puts masks, methods, edits and observers on a Hugging Face model.
+
+Five things are registered together and all undone on exit: an attention function, a mask function, ledger cache
+layers, a pre-hook on attention modules (cache, rotary tables) and a pre-hook on the model (input ids).
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from regard.attaching.caches import Caches
+from regard.attaching.converted import swap_weights
+from regard.attaching.edits import Edits
+from regard.attaching.function import Context, make_function
+from regard.attaching.given import Attachable, actors_of
+from regard.attaching.lazy_mask import lazy_mask
+from regard.attaching.masking import AttachedMask
+from regard.attaching.observers import Observers, Record
+from regard.attaching.policy import CachePolicy
+from regard.attaching.replacement import Replacement
+from regard.attaching.rotary import Rotary
+from regard.attaching.sites import ATTENTION, Sites, refuse_unreachable, towers
+from regard.attaching.step import RoleRule
+from regard.core import Unsupported, show
+
+NUMBERS = itertools.count()
+
+
+class attach:
+    """Attach methods to a model for the length of a `with` block.
+
+    model    a transformers model whose code asks the attention interface; others raise Unreachable by name
+    methods  a method's name, a configured `regard.method(...)`, a Mask, an Edit, an Observer, or a list of them;
+             None attaches the bare machinery (the ledger cache and native attention)
+    where    "text", "vision" or None for all towers; what changes the cache, the mask or the mechanism goes to the
+             text tower by itself
+    roles    name -> function(input_ids [B, N]) -> bool or int labels [B, N], for sites and masks that name roles
+    config   settings of the method, when it was given by its name
+
+    What acts together: any number of masks, edits and observers, and one cache method. A mask narrows what queries
+    see beside the model's own mask, at the true indices of tokens, also where a cache method evicts. A mechanism whose
+    state stores keys takes the place of attention beside all of these, and leaves single tokens to a cache method if
+    there is one; a mechanism with a state of fixed size is attached alone.
+
+    >>> from regard.testing.zoo import build
+    >>> model, inputs = build("llama")
+    >>> with attach(model, "streaming_llm", sinks=1, window=3) as attached:
+    ...     out = model(**inputs)
+    >>> attached.stored()  # slots by layer and KV head
+    [[4, 4], [4, 4], [4, 4]]
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        methods: Attachable | Iterable[Attachable] | None = None,
+        *,
+        where: str | None = None,
+        roles: dict[str, RoleRule] | None = None,
+        strict: bool = True,
+        **config: Any,
+    ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"attach takes a transformers PreTrainedModel, not {show(type(model).__name__)}")
+        self.model, self.strict = model, strict
+        self.actors = actors_of(model, methods, config)
+        for actor in self.actors:
+            actor.check(model)
+        on_text = any(isinstance(a, CachePolicy | Replacement | AttachedMask) for a in self.actors)
+        self.where = where or ("text" if on_text and not model.config.is_encoder_decoder else None)
+        self.context = Context(Sites(model), Caches(model, self.actors), self.actors, roles or {})
+        self.records: dict[str, list[Record]] = {}
+        for actor in self.actors:
+            if isinstance(actor, Observers):
+                self.records = actor.records
+        self._undo: list[Callable[[], Any]] = []
+
+    def __enter__(self) -> "attach":
+        reachable = towers(self.model, self.where)
+        if self.strict:
+            refuse_unreachable(self.model, reachable)
+        for actor in self.actors:
+            if isinstance(actor, CachePolicy):
+                actor.calibrate(self.model)
+        try:
+            self._switch(reachable)
+            self._hook()
+            for actor in self.actors:
+                if isinstance(actor, Replacement):
+                    self._undo.extend(swap_weights(self.model, actor.changed_weights))
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+        forwards = self.context.step.number + 1
+        if kind is None and forwards:
+            for actor in self.actors:
+                actor.check_fired(forwards)
+
+    def _leave(self) -> None:
+        self.context.caches.release()
+        while self._undo:
+            self._undo.pop()()
+
+    def _switch(self, reachable: list[tuple[str, PreTrainedModel]]) -> None:
+        name = f"regard/{next(NUMBERS)}"  # never contains sdpa, flash, flex_attention or "paged|"
+        AttentionInterface.register(name, make_function(self.context))
+        AttentionMaskInterface.register(name, lazy_mask)
+        self._undo.append(lambda: AttentionInterface._global_mapping.pop(name, None))
+        self._undo.append(lambda: AttentionMaskInterface._global_mapping.pop(name, None))
+        for _, module in reachable:
+            config, old = module.config, module.config._attn_implementation_internal
+            if str(old).startswith("regard/"):
+                raise Unsupported(
+                    f"{type(module).__name__} is attached already, or shares its configuration with a model that is; "
+                    "give all methods to one attach(model, [...]), or copy.deepcopy the second model"
+                )
+            self._undo.append(lambda c=config, o=old: setattr(c, "_attn_implementation_internal", o))
+            config._attn_implementation_internal = name
+
+    def _hook(self) -> None:
+        hooks = [self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        for module in self.model.modules():
+            if ATTENTION.search(type(module).__name__):
+                hooks.append(module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+        self._undo.extend(h.remove for h in hooks)
+        if any(actor.needs_rotary for actor in self.actors):
+            self.context.rotary = Rotary(self.model)
+            self._undo.append(self.context.rotary.remove)
+        if self.actors and hasattr(self.model, "generate_batch"):
+            self.model.generate_batch = refuse_batch  # type: ignore[method-assign]
+            self._undo.append(lambda: self.model.__dict__.pop("generate_batch", None))
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        context = self.context
+        context.caches.pending.clear()
+        context.step = context.step.next(named(args, kwargs), context.roles)
+        for actor in self.actors:
+            actor.begin(context.step)
+
+    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        context = self.context
+        if any(actor.needs_input for actor in self.actors):
+            context.inputs[id(module)] = kwargs.get("hidden_states", args[0] if args else None)
+        for value in (*kwargs.values(), *args):
+            if isinstance(value, Cache | EncoderDecoderCache):
+                context.caches.adopt(value, context.step)
+            elif context.rotary is not None and is_rotary_table(value):
+                context.rotary.tables[id(module)] = value
+
+    # what a user asks while it is attached, or after
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache of the latest forward, its layers ledger layers."""
+        return self.context.caches.cache
+
+    def receipts(self) -> dict[str, int]:
+        """How often each edit changed something."""
+        return {str(r.edit): r.fired for a in self.actors if isinstance(a, Edits) for r in a.receipts}
+
+    def reached(self) -> dict[str, int]:
+        """Calls by attention site."""
+        return dict(self.context.sites.reached)
+
+    def bytes_held(self) -> int:
+        """Bytes of memory behind the cache of the latest forward, measured on its storages."""
+        return sum(layer.bytes_held() for layer in self.context.caches.layers)
+
+    def bytes_stored(self) -> int:
+        """Bytes of the keys and values in the cache of the latest forward, without room to grow and tables."""
+        return sum(layer.bytes_stored() for layer in self.context.caches.layers)
+
+    def bytes_read(self) -> int:
+        """Bytes of keys and values that the latest step read, over all layers."""
+        selects = any(isinstance(actor, CachePolicy) for actor in self.actors)
+        return sum(self.context.step.bytes_read.values()) if selects else self.bytes_stored()
+
+    def stored(self) -> list[list[int]]:
+        """Slots held: a list by layer of a list by head."""
+        return [layer.stored() for layer in self.context.caches.layers]
+
+
+def named(args: tuple, kwargs: dict) -> dict:
+    """Keyword arguments of a forward, its first positional one read as input_ids."""
+    return {"input_ids": args[0], **kwargs} if args else kwargs
+
+
+def is_rotary_table(value: Any) -> bool:
+    """Whether an argument of an attention module is its (cos, sin)."""
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, Tensor) for x in value)
+
+
+def refuse_batch(*args: Any, **kwargs: Any) -> None:
+    raise Unsupported(
+        "generate_batch pages its own cache and would leave the attached method out; use generate"
+    )

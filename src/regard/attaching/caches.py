@@ -1,0 +1,83 @@
+"""The cache in use: ledger layers in the place of dynamic ones, and which of them was written last."""
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakSet
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+
+from regard.attaching.actors import Actor
+from regard.attaching.ledger import LedgerLayer, as_ledger
+from regard.attaching.state_layer import StateLayer
+from regard.attaching.step import Step
+from regard.core import Unsupported
+
+
+class Caches:
+    """The caches that a model is given while something is attached to it.
+
+    `update` of a ledger layer puts itself on `pending`; the attention function that is called next takes it from there.
+    """
+
+    def __init__(self, model: PreTrainedModel, actors: Sequence[Actor]) -> None:
+        self.model, self.actors = model, actors
+        self.cache: Cache | None = None
+        self.layers: list[LedgerLayer] = []
+        self.pending: list[LedgerLayer] = []
+        self._adopted: WeakSet[LedgerLayer] = WeakSet()
+
+    def written(self) -> LedgerLayer | None:
+        """The ledger layer that the current attention module has just written, if any."""
+        layer = self.pending[-1] if self.pending else None
+        self.pending.clear()
+        return layer
+
+    def adopt(self, cache: Any, step: Step) -> None:
+        """Put ledger layers in the place of dynamic ones; refuse the kinds an actor cannot work on."""
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        step.caching = step.caching or isinstance(cache, Cache)
+        if not isinstance(cache, Cache) or (cache is self.cache and len(self.layers) == len(ledgers(cache))):
+            return
+        if any(getattr(layer, "pending", None) not in (None, self.pending) for layer in cache.layers):
+            raise Unsupported("this cache is in use by another attachment")
+        if cache.layer_class_to_replicate is not None and not cache.layers:
+            count = getattr(self.model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+            cache.layers.extend(cache.layer_class_to_replicate() for _ in range(count))
+        for i, layer in enumerate(cache.layers):
+            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+                cache.layers[i] = self._in_place_of(layer)
+            else:
+                self._check(layer)
+        self.cache, self.layers = cache, ledgers(cache)
+        for layer in self.layers:
+            layer.pending = self.pending
+            self._adopted.add(layer)
+
+    def _in_place_of(self, old: DynamicLayer) -> LedgerLayer:
+        for actor in self.actors:
+            layer = actor.cache_layer(old)
+            if layer is not None:
+                return layer
+        return as_ledger(old)
+
+    def _check(self, layer: Any) -> None:
+        keeps_state = any(actor.keeps_state for actor in self.actors)
+        if isinstance(layer, LedgerLayer) and isinstance(layer, StateLayer) != keeps_state:
+            raise Unsupported(
+                "a cache goes on under the kind of attachment that began it: keys under a cache method, the "
+                "state of a mechanism under that mechanism"
+            )
+        needy = [actor.name for actor in self.actors if actor.needs_cache]
+        if needy and not isinstance(layer, LedgerLayer) and "Linear" not in type(layer).__name__:
+            raise Unsupported(f"{needy[0]} cannot act on a {type(layer).__name__}; use a dynamic cache")
+
+    def release(self) -> None:
+        """Leave nothing behind in caches that outlive the attachment."""
+        for layer in self._adopted:
+            layer.pending = None
+
+
+def ledgers(cache: Cache) -> list[LedgerLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, LedgerLayer)]

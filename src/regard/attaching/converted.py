@@ -1,0 +1,116 @@
+"""`Converted`: a mechanism with learned parts for a model, in memory and on disk.
+
+It has the parts of every attention module and, where the model was fine-tuned around them, the weights that changed.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from regard import catalog
+from regard.core import Method, require
+from regard.models.shipped import load
+
+FORMAT = "regard-converted-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Converted:
+    """A mechanism for a model: `regard.attach(model, converted)`.
+
+    params   by the name of an attention module: what the page's init gave there, trained; empty for a page without any
+    weights  by the name of a parameter: what takes its place while attached, and is taken out again on leaving
+    report   what was measured when it was made
+    """
+
+    method: Method
+    params: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path, model: nn.Module | None = None, tokenizer: Any = None) -> None:
+        """Write it to a folder: with the model an ordinary Hugging Face folder of the changed weights beside it."""
+        save(self, folder, model, tokenizer)
+
+
+def swap_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Callable[[], Any]]:
+    """Put changed weights in the place of the model's own; what undoes it."""
+    named = dict(model.named_parameters())
+    undo: list[Callable[[], Any]] = []
+    missing = sorted(set(weights) - set(named))
+    require(not missing, "the changed weights are parameters of this model", missing=missing)
+    for name, new in weights.items():
+        at, old = named[name], named[name].data
+        require(new.shape == old.shape, "a changed weight has the shape of the model's", name=name, new=new)
+        undo.append(partial(setattr, at, "data", old))
+        at.data = new.detach().to(old.device, old.dtype)
+    return undo
+
+
+def save(
+    converted: Converted, folder: str | Path, model: nn.Module | None = None, tokenizer: Any = None
+) -> None:
+    """All files into a folder beside it that takes its name at the end: nothing is ever half-written."""
+    folder = Path(folder)
+    ours = folder / "regard.json"
+    require(not folder.exists() or ours.exists() or not any(folder.iterdir()),
+            "the folder is new, empty, or an earlier conversion", folder=str(folder))  # fmt: skip
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write(converted, part, model, tokenizer)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.replace(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def write(converted: Converted, folder: Path, model: nn.Module | None, tokenizer: Any) -> None:
+    own = {f"params/{at}/{n}": p for at, parts in converted.params.items() for n, p in parts.items()}
+    if model is None:
+        own |= {f"weights/{n}": p for n, p in converted.weights.items()}
+    else:
+        undo = swap_weights(model, converted.weights)
+        try:
+            model.save_pretrained(folder)
+        finally:
+            for back in undo:
+                back()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    save_file({n: p.detach().cpu().contiguous() for n, p in own.items()}, str(folder / "regard.safetensors"))
+    facts = {"format": FORMAT, "method": converted.method.name, "config": asdict(converted.method.config)}
+    facts["report"] = dict(converted.report)
+    (folder / "regard.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def load_converted(folder: str | Path, device: str | None = None) -> tuple[Any, Any, Converted]:
+    """(model with the changed weights, tokenizer, converted), ready for `with regard.attach(model, converted):`."""
+    model, tokenizer = load(folder, device=device)
+    return model, tokenizer, read_converted(folder, device=model.device)
+
+
+def read_converted(folder: str | Path, device: Any = "cpu") -> Converted:
+    """What `save` wrote, without the model."""
+    facts_at = Path(folder) / "regard.json"
+    require(facts_at.exists(), "a conversion's folder holds a regard.json", folder=str(folder))
+    facts = json.loads(facts_at.read_text(encoding="utf-8"))
+    require(facts.get("format") == FORMAT, f"a conversion of the format {FORMAT}", format=facts.get("format"))
+    own = load_file(str(Path(folder) / "regard.safetensors"), device=str(device))
+    params: dict[str, dict[str, Tensor]] = {}
+    for key, p in own.items():
+        kind, _, rest = key.partition("/")
+        if kind == "params":
+            at, _, name = rest.rpartition("/")
+            params.setdefault(at, {})[name] = p
+    weights = {k.partition("/")[2]: p for k, p in own.items() if k.startswith("weights/")}
+    return Converted(catalog.method(facts["method"], **facts["config"]), params, weights, facts["report"])

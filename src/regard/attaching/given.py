@@ -1,0 +1,88 @@
+"""From what `attach` was given to what acts, in the order in which it acts; what cannot act together is refused."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from regard import catalog
+from regard.attaching.actors import Actor
+from regard.attaching.converted import Converted
+from regard.attaching.edits import Edits
+from regard.attaching.masking import AttachedMask
+from regard.attaching.observers import Observers
+from regard.attaching.policy import CachePolicy
+from regard.attaching.replacement import MechanismOnKeys, MechanismReplacement, Replacement, acts_on_keys
+from regard.core import Edit, Method, Observer, Unsupported, show
+from regard.core.mask import Mask
+
+Attachable = str | Method | Mask | Converted | Replacement | Edit | Observer
+
+
+def actors_of(
+    model: PreTrainedModel, methods: Attachable | Iterable[Attachable] | None, config: dict[str, Any]
+) -> list[Actor]:
+    """Masks, a mechanism, a cache policy, edits and observers, in this order."""
+    given = [methods] if isinstance(methods, Attachable) else list(methods or [])
+    if config and not any(isinstance(x, str) for x in given):
+        raise ValueError(f"settings without a method's name: {', '.join(config)}")
+    items = [catalog.method(x, **config) if isinstance(x, str) else x for x in given]
+    by_kind: dict[str, list] = {kind: [] for kind in ("mask", "mechanism", "cache", "edit", "observer")}
+    for item in items:
+        by_kind[kind_of(item)].append(item)
+    policies = [CachePolicy(x) for x in by_kind["cache"]]
+    if len(policies) > 1:
+        raise Unsupported(f"one cache method at a time, not {', '.join(p.name for p in policies)}")
+    actors: list[Actor] = [as_mask(x) for x in by_kind["mask"]]
+    if by_kind["mechanism"]:
+        actors.append(replacement(model, by_kind["mechanism"], len(items) > 1, policies))
+    actors += policies
+    if by_kind["edit"]:
+        actors.append(Edits(by_kind["edit"]))
+    if by_kind["observer"]:
+        actors.append(Observers(by_kind["observer"]))
+    return actors
+
+
+def kind_of(item: Any) -> str:
+    """Which kind of actor this becomes."""
+    if isinstance(item, Edit):
+        return "edit"
+    if isinstance(item, Observer):
+        return "observer"
+    if isinstance(item, Mask):
+        return "mask"
+    if isinstance(item, Converted | Replacement):
+        return "mechanism"
+    if not isinstance(item, Method):
+        raise TypeError(f"attach takes masks, names, methods, edits and observers, not {show(item)}")
+    if item.page.kind not in ("mask", "mechanism", "cache"):
+        raise Unsupported(
+            f"{item.name} is a {item.page.kind}; attach takes masks, mechanisms, cache methods, edits and observers"
+        )
+    return item.page.kind
+
+
+def as_mask(item: Mask | Method) -> AttachedMask:
+    if isinstance(item, Mask):
+        return AttachedMask(item)
+    return AttachedMask(item.page.build(item.config), item.label)
+
+
+def replacement(
+    model: PreTrainedModel, items: list, beside: bool, policies: list[CachePolicy]
+) -> Replacement:
+    """The mechanism, which acts on the keys of the ledger where anything is attached beside it."""
+    item = Converted(items[0]) if isinstance(items[0], Method) else items[0]
+    if not beside:
+        return item if isinstance(item, Replacement) else MechanismReplacement(item)
+    name = item.name if isinstance(item, Replacement) else item.method.name
+    if len(items) > 1 or not isinstance(item, Converted) or not acts_on_keys(item.method, model):
+        raise Unsupported(
+            f"{name} takes the place of attention: no mask, cache method, edit, observer or second mechanism acts "
+            "beside it (only beside a mechanism whose state stores keys)"
+        )
+    for policy in policies:
+        if policy.page.attend is not None:
+            raise Unsupported(f"{policy.name} has an attention of its own, and {name} would take its place")
+    return MechanismOnKeys(item, prefill=bool(policies))

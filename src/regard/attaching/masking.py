@@ -1,0 +1,73 @@
+"""A mask beside the model's own: a query sees what both show, at the true indices of the tokens, evicted or not."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
+from regard.attaching.lazy_mask import LazyMask, Narrowing
+from regard.core import NeverFired, Unsupported, require
+from regard.core.mask import Mask, Place
+from regard.core.roles import Roles
+from regard.ops import per_query_head
+
+
+class AttachedMask(Actor):
+    """A core Mask, or that of a mask page. A query that is left with nothing gives zeros."""
+
+    reads_roles = True
+
+    def __init__(self, mask: Mask, name: str = "") -> None:
+        self.mask, self.name = mask, name or repr(mask)
+        self.acted = 0
+
+    def check(self, model: PreTrainedModel) -> None:
+        refuse_encoder_decoder(f"the mask {self.name}", model)
+
+    def check_fired(self, forwards: int) -> None:
+        if self.acted == 0:
+            raise NeverFired(f"the mask {self.name} was never asked in {forwards} forwards")
+
+    def check_call(self, call: AttentionCall) -> None:
+        if call.rule is None:
+            given = (
+                "a 4-D mask of your own; join them by &" if call.own_mask else "attention without a mask rule"
+            )
+            raise Unsupported(f"the mask {self.name} at {call.where} beside {given}")
+        wide = call.q.shape[1]
+        require(self.mask.heads in (None, wide), "the heads of the mask are the heads of the layer",
+                mask=self.mask.heads, layer=wide)  # fmt: skip
+        for role in self.mask.needs:
+            if role not in call.labels:
+                known = ", ".join(call.labels) or "none"
+                raise KeyError(f"{self.name} needs the role {role!r}; roles here: {known}")
+
+    def acts_on(self, call: AttentionCall) -> bool:
+        return True
+
+    def narrow(self, call: AttentionCall) -> AttentionCall:
+        self.acted += 1
+        rule = call.mask.rule
+        both = replace(rule, narrowings=(*rule.narrowings, self._narrowing(call)))
+        return replace(call, mask=LazyMask.of(both))
+
+    def _narrowing(self, call: AttentionCall) -> Narrowing:
+        roles = Roles(**{name: call.labels[name] for name in self.mask.needs})
+        device, wide = call.q.device, call.q.shape[1]
+        batch = call.q.shape[0] if self.mask.needs else 1
+        b = torch.arange(batch, device=device)[:, None, None, None]
+        heads = range(wide) if call.heads is None else call.heads
+        h = torch.tensor(heads if self.mask.heads else [0], device=device)[None, :, None, None]
+
+        def narrow(seen: Tensor, q: Tensor, index: Tensor) -> Tensor:
+            if self.mask.heads:
+                seen, index = per_query_head(seen, wide), per_query_head(index, wide)
+            if self.mask.needs:
+                top = int(index.max()) if index.numel() else -1
+                require(top < roles.length, "every token has its labels: index < labelled",
+                        index=top, labelled=roles.length)  # fmt: skip
+            return seen & self.mask(Place(b, h, q, index.clamp(min=0)[:, :, None], (roles, roles)))
+
+        return narrow

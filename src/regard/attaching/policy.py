@@ -1,0 +1,181 @@
+"""A cache policy at work: budgets, what is selected, its own attention, moved positions, and what stays."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regard.attaching.actors import Actor, AttentionCall
+from regard.attaching.lazy_mask import MaskRule
+from regard.attaching.slots import Group
+from regard.attaching.views import visibility
+from regard.core import CachePage, Method, NeverFired, Unsupported
+from regard.ops import Kept, View, gather_rows, keep_best, parse_budget, per_query_head
+
+# what a page may ask to be measured on the model: name -> the setting `heads` that it finds
+CALIBRATORS: dict[str, Callable[[PreTrainedModel], Any]] = {}
+
+
+class CachePolicy(Actor):
+    """A cache page and its settings."""
+
+    needs_cache = True
+
+    def __init__(self, method: Method) -> None:
+        self.method, self.name = method, method.name
+        self.acted = 0
+        page = self.page
+        self.needs_rotary = page.place is not None or page.attend is not None or page.turns
+
+    @property
+    def page(self) -> CachePage:
+        return self.method.page
+
+    def check(self, model: PreTrainedModel) -> None:
+        self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+
+    def calibrate(self, model: PreTrainedModel) -> None:
+        """Measure on the model what the page asks for and was not given."""
+        if self.page.calibrate and self.method.config.heads is None:
+            self.method = self.method.with_(heads=CALIBRATORS[self.page.calibrate](model))
+
+    def check_fired(self, forwards: int) -> None:
+        if self.acted == 0:
+            raise NeverFired(f"{self.name} never saw a cache in {forwards} forwards")
+
+    def check_call(self, call: AttentionCall) -> None:
+        if call.layer is None and self._decodes(call):
+            raise Unsupported(
+                f"{self.name} acts on a cache of its own kind and this forward has none here; call with "
+                "use_cache=True, without gradient checkpointing, and with a dynamic cache (not static or quantised)"
+            )
+        if call.layer is not None and call.own_mask:
+            raise Unsupported(
+                "a 4-D mask of your own beside a cache method: slots and columns would not agree"
+            )
+
+    def _decodes(self, call: AttentionCall) -> bool:
+        """Whether this is self-attention of a decoder."""
+        causal = bool(getattr(call.module, "is_causal", True))
+        return call.site.tower == "text" and not self.encoder_decoder and causal
+
+    def acts_on(self, call: AttentionCall) -> bool:
+        return call.layer is not None
+
+    def select(self, call: AttentionCall, view: View) -> View:
+        """Show the page what is stored; the view of what it reads."""
+        self.acted += 1
+        page, cfg = self.page, self.method.config
+        self._prepare(call, view)
+        if page.observe is not None:
+            page.observe(view, cfg)
+        slots = page.select(view, cfg) if page.select is not None else None
+        if slots is not None:
+            moved = None if page.place is None else page.place(view, slots, cfg)
+            return narrowed(call, view, slots, moved)
+        if page.place is not None:
+            move_first(view, page.place(view, None, cfg), call.group)
+        return view
+
+    def _prepare(self, call: AttentionCall, view: View) -> None:
+        """Fill in what a page may ask beyond the tensors."""
+        layer, group, step = call.layer, call.group, call.step
+        if view.layer == 0 and group is layer.groups[0]:
+            step.restart()
+        view.shared, view.memory = step.shared, memory_of(call, view)
+        view.report_bytes = lambda n: step.reported.__setitem__(view.layer, n)
+        if view.seen not in step.budgets:
+            step.budgets[view.seen] = self.budget(view, group, call.rule)
+        view.budget = step.budgets[view.seen]
+        rotary, module = call.rotary, call.module
+        if rotary is not None:
+            table = rotary.tables.get(id(module))
+            must = self.page.place is not None or self.page.attend is not None
+            if must or rotary.can(module, table):
+                view.turn = lambda x, by: rotary.turn(module, table, x, by)
+
+    def budget(self, view: View, group: Group, rule: MaskRule | None) -> Tensor:
+        """[B] tokens that may stay or be read in each row of this step."""
+        own = getattr(self.method.config, "budget", None)
+        asked = parse_budget(self.page.budget(self.method.config) if own is None else own)
+        real = torch.full((view.q.shape[0],), view.seen, device=view.q.device)
+        if rule is not None and rule.pad() is not None:
+            real = rule.pad()[:, : view.seen].sum(-1)
+        per_slot = (group.keys.shape[-1] + group.values.shape[-1]) * group.keys.element_size()
+        return asked.resolve(real, per_slot * view.total_heads * view.q.shape[0])
+
+    def attend(self, call: AttentionCall, view: View) -> Tensor | None:
+        if self.page.attend is None:
+            return None
+        if call.rule is not None and call.rule.narrowings:
+            raise Unsupported(
+                f"{self.name} has an attention of its own, which would leave an attached mask out"
+            )
+        return self.page.attend(call.view, self.method.config)
+
+    def evict(self, call: AttentionCall, view: View) -> None:
+        self._count_bytes(call, view)
+        page, cfg, whole = self.page, self.method.config, call.view
+        if page.phase == "prefill" and whole.phase != "prefill":
+            return
+        kept: Kept | None = None
+        if page.keep is not None:
+            kept = page.keep(whole, cfg)
+        elif page.score is not None and whole.over():
+            kept = keep_best(whole, page.score(whole, cfg))
+        if kept is not None:
+            call.layer.keep(call.group, kept)
+
+    def _count_bytes(self, call: AttentionCall, read: View) -> None:
+        """Note how many bytes of keys and values this step reads, scoring for a selection included."""
+        whole, step, layer = call.view, call.step, call.layer
+        size = read.k.nbytes + read.v.nbytes
+        if read is not whole and whole.known is not None:
+            size += whole.k.nbytes
+        before = 0 if call.group is layer.groups[0] else step.bytes_read.get(whole.layer, 0)
+        step.bytes_read[whole.layer] = before + step.reported.get(whole.layer, size)
+
+
+def memory_of(call: AttentionCall, view: View) -> dict:
+    """What the page remembers of this layer, or of this group of its heads where they hold different lengths."""
+    layer = call.layer
+    if "first" not in layer.memory:
+        pad = None if call.rule is None else call.rule.pad()
+        layer.memory["first"] = view.index.new_zeros(1) if pad is None else pad.int().argmax(-1)
+    if len(layer.groups) == 1:
+        return layer.memory
+    return layer.memory.setdefault(call.group.heads, {"first": layer.memory.get("first")})
+
+
+def narrowed(call: AttentionCall, view: View, slots: Tensor, moved: Tensor | None) -> View:
+    """The view restricted to slots [b, h, m]; `moved` turns the chosen keys to other positions."""
+    k, v = gather_rows(view.k, slots), gather_rows(view.v, slots)
+    if moved is not None:
+        k = view.turn(k, moved)
+    pick = slots.clamp(min=0)
+    lead = [max(view.index.shape[i], slots.shape[i]) for i in (0, 1)]
+    several = slots.shape[1] > view.index.shape[1] > 1
+    spread = per_query_head(view.index, slots.shape[1]) if several else view.index
+    index = spread.expand(*lead, -1).gather(-1, pick.expand(*lead, -1)).masked_fill(slots < 0, -1)
+    real = None if view.real is None and bool((slots >= 0).all()) else index >= 0
+    if view.real is not None:
+        real = call.rule.real(index)
+    if view.bias is not None:
+        raise Unsupported("selecting tokens in a model with a position bias or under merged slots")
+    visible = visibility(call.mask, view.q, index, real)
+    return replace(view, known=None, k=k, v=v, index=index, real=real, visible=visible)
+
+
+def move_first(view: View, by: Tensor | None, group: Group) -> None:
+    """Turn the first keys of a group in place; their keys as they first were are kept, so errors never add up."""
+    if by is None:
+        group.restore()
+        return
+    s = by.shape[-1]
+    if group.origin is None:
+        group.origin = group.keys[:, :, :s].clone()
+    group.keys[:, :, :s] = view.turn(group.origin, by)
+    view.known = None

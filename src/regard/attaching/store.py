@@ -1,0 +1,110 @@
+"""A compressed cache on disk: keys, values and their ledger in one safetensors file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from regard.attaching.ledger import LedgerLayer
+from regard.attaching.slots import Group
+from regard.core import Unsupported, require
+
+FORMAT = "regard-cache-1"
+MEMORY = (int, float, bool, str)
+
+
+def save_cache(cache: Cache, path: str | Path) -> None:
+    """Write a cache of ledger layers; `load_cache` brings it back to go on with, in another process too."""
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, LedgerLayer):
+            raise Unsupported(
+                f"layer {i} is a {type(layer).__name__}; only caches of an attachment can be saved"
+            )
+        facts = {"seen": layer.seen, "compressed": layer.compressed, "memory": {}, "groups": []}
+        for g, group in enumerate(layer.groups):
+            facts["groups"].append({"heads": group.heads, "n": group.n})
+            for name, t in group.tensors().items():
+                cut = t if name == "origin" else t[:, :, : group.n]
+                tensors[f"{i}.{g}.{name}"] = cut.contiguous().clone()
+        write_memory(layer.memory, f"{i}.memory", facts["memory"], tensors)
+        layers.append(facts)
+    save_file(tensors, str(path), metadata={"format": FORMAT, "layers": json.dumps(layers)})
+
+
+def write_memory(memory: dict, prefix: str, facts: dict, tensors: dict[str, Tensor]) -> None:
+    for name, value in memory.items():
+        key = json.dumps(name)
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}.{key}"] = value.contiguous().clone()
+        elif isinstance(value, dict):
+            facts[key] = {}
+            write_memory(value, f"{prefix}.{key}", facts[key], tensors)
+        elif isinstance(value, MEMORY):
+            facts[key] = value
+        elif isinstance(value, list) and all(isinstance(v, Tensor) for v in value):
+            tensors.update({f"{prefix}.{key}#{n}": v.contiguous().clone() for n, v in enumerate(value)})
+        else:
+            raise Unsupported(f"a policy's memory of type {type(value).__name__} ({name!r}) cannot be saved")
+
+
+def load_cache(path: str | Path, device: str | torch.device = "cpu") -> Cache:
+    """The cache that `save_cache` wrote, ready for `model(..., past_key_values=cache)` under the same method."""
+    require(Path(path).exists(), "the cache file is there", path=str(path))
+    with safe_open(str(path), framework="pt", device=str(device)) as file:
+        meta = file.metadata() or {}
+        require(
+            meta.get("format") == FORMAT, f"the file is a {FORMAT}", path=str(path), format=meta.get("format")
+        )
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (a safetensors handle)
+    cache = Cache(layers=[])
+    for i, facts in enumerate(json.loads(meta["layers"])):
+        cache.layers.append(restored(i, facts, tensors))
+    return cache
+
+
+def restored(i: int, facts: dict, tensors: dict[str, Tensor]) -> LedgerLayer:
+    layer = LedgerLayer()
+    layer.seen, layer.compressed = facts["seen"], facts["compressed"]
+    for g, own in enumerate(facts["groups"]):
+        prefix = f"{i}.{g}."
+        named: dict[str, Any] = {
+            k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
+        }
+        notes = {k.removeprefix("note."): t for k, t in named.items() if k.startswith("note.")}
+        rest = {k: named.get(k) for k in ("index", "count", "origin")}
+        layer.groups.append(
+            Group(tuple(own["heads"]), named["keys"], named["values"], own["n"], notes=notes, **rest)
+        )
+    if layer.groups:
+        layer.is_initialized = True
+        layer.dtype, layer.device = layer.groups[0].keys.dtype, layer.groups[0].keys.device
+    layer.memory = read_memory(f"{i}.memory", facts["memory"], tensors)
+    return layer
+
+
+def read_memory(prefix: str, facts: dict, tensors: dict[str, Tensor]) -> dict:
+    found: dict = {}
+    for key, value in facts.items():
+        name = as_key(json.loads(key))
+        found[name] = read_memory(f"{prefix}.{key}", value, tensors) if isinstance(value, dict) else value
+    nested = tuple(f"{prefix}.{key}." for key, value in facts.items() if isinstance(value, dict))
+    for key, t in tensors.items():
+        if not key.startswith(prefix + ".") or key.startswith(nested or ("\0",)):
+            continue
+        name, _, place = key.removeprefix(prefix + ".").partition("#")
+        if place:
+            found.setdefault(as_key(json.loads(name)), []).append(t)
+        else:
+            found[as_key(json.loads(name))] = t
+    return found
+
+
+def as_key(name: Any) -> Any:
+    return tuple(name) if isinstance(name, list) else name

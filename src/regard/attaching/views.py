@@ -1,0 +1,112 @@
+"""The view of one attention call: its tensors, and who sees what at the true indices of what is stored."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from regard.attaching.actors import AttentionCall
+from regard.attaching.lazy_mask import LazyMask
+from regard.core import Unsupported
+from regard.ops import View, attend, mix, per_query_head, row_blocks
+
+
+def make_view(call: AttentionCall) -> View:
+    """All that is stored, as the model itself would attend to it under the call's mask."""
+    index = slot_index(call)
+    real, bias = real_slots(call, index), slot_bias(call)
+    mask, q, scaling = call.mask, call.q, call.options.get("scaling")
+    if isinstance(mask, Tensor) and not isinstance(mask, LazyMask) and mask.dtype != torch.bool:
+        bias, visible = mask if bias is None else bias + mask, lambda rows: None
+    else:
+        visible = visibility(mask, q, index, real, causal=is_causal(call))
+    first = call.layer is None or call.layer.seen == q.shape[2]
+    group, rule = call.group, call.rule
+    view = View(
+        q=q, k=call.k, v=call.v, index=index, real=real, visible=visible, bias=bias,
+        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        seen=call.k.shape[2] if call.layer is None else call.layer.seen,
+        budget=index.new_full((q.shape[0],), call.k.shape[2]),
+        groups=call.k.shape[1] if group is None else group.keys.shape[1],
+        phase="prefill" if first or q.shape[2] > 1 else "decode",
+        ordered=rule is not None and rule.causal and (group is None or group.index is None),
+        softcap=call.options.get("softcap"), sinks=call.options.get("s_aux"),
+        count=None if group is None or group.count is None else group.count[..., : call.k.shape[2]],
+    )  # fmt: skip
+    if call.layer is not None and group is not None:
+        view.layer, view.layers = call.number, len(call.layers)
+        view.heads, view.notes = group.heads, group.note
+        view.total_heads = sum(len(g.heads) for g in call.layer.groups) * len(call.layers)
+    return view
+
+
+def slot_index(call: AttentionCall) -> Tensor:
+    """[1|B, 1|G, n] true index of every stored token."""
+    if call.group is not None:
+        return call.group.table()
+    # a static sliding cache begins at its own offset
+    return torch.arange(call.k.shape[2], device=call.k.device)[None, None] + (
+        0 if call.rule is None else call.rule.kv_offset
+    )
+
+
+def real_slots(call: AttentionCall, index: Tensor) -> Tensor | None:
+    if call.rule is not None and call.rule.pad() is not None:
+        return call.rule.real(index)
+    if call.group is not None and call.group.index is not None and bool((index < 0).any()):
+        return index >= 0
+    return None
+
+
+def slot_bias(call: AttentionCall) -> Tensor | None:
+    """What is added to the scores: the model's position bias, or the weight of merged slots."""
+    bias, group = call.options.get("position_bias"), call.group
+    if bias is not None and call.layer is not None and not call.layer.plain:
+        raise Unsupported("evicting from a model with a learned position bias")
+    if group is not None and group.count is not None:
+        return per_query_head(group.count[..., : call.k.shape[2]].log()[:, :, None], call.q.shape[1])
+    return bias
+
+
+def is_causal(call: AttentionCall) -> bool:
+    causal = call.options.get("is_causal")
+    return bool(getattr(call.module, "is_causal", False) if causal is None else causal)
+
+
+def visibility(
+    mask: Tensor | None, q: Tensor, index: Tensor, real: Tensor | None, causal: bool = False
+) -> Callable[[slice], Tensor | None]:
+    """A function rows -> [B, 1|H, rows, n] bool, or None where every query of the step sees every slot."""
+    new, heads = q.shape[2], q.shape[1]
+
+    def visible(rows: slice) -> Tensor | None:
+        if isinstance(mask, LazyMask):
+            rule = mask.rule
+            if rule.causal and new == 1 and real is None:
+                return None
+            return per_query_head(rule.at(rows, index), heads)
+        if mask is not None:
+            return mask[..., rows, : index.shape[-1]]
+        if causal and new > 1:
+            start, stop, _ = rows.indices(new)
+            last = index.shape[-1] - new
+            return index[:, :, None] <= torch.arange(start, stop, device=q.device)[:, None] + last
+        return None if real is None else per_query_head(real[:, :, None], heads)
+
+    return visible
+
+
+def run(view: View) -> Tensor:
+    """[B, H, N, E]: attention over what the view holds, in blocks of rows when the mask would be large."""
+    if view.known is not None:
+        return mix(view.weights(), view.v)
+    parts = []
+    for rows in row_blocks(view.new, 4 * view.q.shape[0] * view.k.shape[2]):
+        bias = view.bias if view.bias is None or view.bias.shape[-2] == 1 else view.bias[..., rows, :]
+        parts.append(
+            attend(
+                view.q[:, :, rows], view.k, view.v, scale=view.scale, mask=view.visible(rows),
+                softcap=view.softcap, bias=bias, sinks=view.sinks,
+            )
+        )  # fmt: skip
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]

@@ -1,0 +1,1 @@
+"""Explanations of Hugging Face models: what heads do while a model answers."""

@@ -1,0 +1,127 @@
+"""Tracing on Hugging Face models: what heads do while a model answers a task."""
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from regard.attaching.attachment import attach
+from regard.core import Edit, Observer, require
+from regard.methods.tracing import retrieval_heads as page
+
+BATCH_TOKENS = 16384  # tokens of prompts read at once: bounds the memory, never changes the result
+
+
+class Question(Protocol):
+    """What is asked of the model: a sample of a task (regard.tasks) has these."""
+
+    prompt: list[int]
+    answer: list[int]
+    evidence: tuple[int, int]  # first and past-the-last position of the needed fact
+
+
+@dataclass(frozen=True)
+class Read:
+    """Prompts of one length, all but their last token in the cache."""
+
+    samples: Sequence[Question]
+    ids: Tensor  # [B, n]
+    cache: Cache
+
+    @property
+    def answers(self) -> Tensor:
+        return torch.tensor([s.answer for s in self.samples], device=self.ids.device)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Scores [layers, query heads] in the order of `layers`, and the share of right answers they come from."""
+
+    scores: Tensor
+    layers: tuple[int, ...]
+    accuracy: float
+
+    def ranked(self) -> list[tuple[int, int]]:
+        """(layer, query head), the highest score first."""
+        order = self.scores.flatten().argsort(descending=True, stable=True).tolist()
+        return [(self.layers[i // self.scores.shape[1]], i % self.scores.shape[1]) for i in order]
+
+    def share(self, threshold: float = 0.1) -> float:
+        """The share of heads that are retrieval heads."""
+        return (self.scores >= threshold).float().mean().item()
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, samples: Sequence[Question]) -> Read:
+    """Read all but the last token of each prompt, without anything attached; prompts of one length."""
+    ids = torch.tensor([s.prompt for s in samples], device=model.device)
+    require(ids.shape[1] >= 2, "a prompt has two tokens", length=ids.shape[1])
+    return Read(samples, ids, model.base_model(ids[:, :-1], use_cache=True).past_key_values)
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel, text: Read, methods: Iterable[Edit | Observer] = ()
+) -> tuple[Tensor, dict]:
+    """Greedy answers [B, T] under edits and observers, and the records; the cache of `text` stays as it is."""
+    cache, ids, said = deepcopy(text.cache), text.ids[:, -1:], []
+    with attach(model, list(methods) or None) as attached:
+        for _ in range(len(text.samples[0].answer)):
+            out = model(ids, past_key_values=cache, use_cache=True)
+            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            said.append(ids)
+    return torch.cat(said, 1), attached.records
+
+
+def accuracy(model: PreTrainedModel, texts: Iterable[Read], edits: Iterable[Edit] = ()) -> float:
+    """Share of the prompts answered exactly while these edits act on every generated token."""
+    right = [(answer(model, t, edits)[0] == t.answers).all(-1) for t in texts]
+    return torch.cat(right).float().mean().item()
+
+
+def read_all(model: PreTrainedModel, groups: Iterable[Sequence[Question]]) -> list[Read]:
+    """Groups of questions, each of one length, read in batches of bounded size."""
+    texts = []
+    for samples in groups:
+        size = max(1, BATCH_TOKENS // len(samples[0].prompt))
+        texts += [read(model, samples[i : i + size]) for i in range(0, len(samples), size)]
+    return texts
+
+
+def retrieval_heads(model: PreTrainedModel, groups: Iterable[Sequence[Question]]) -> Retrieval:
+    """Retrieval scores of every query head (methods/tracing/retrieval_heads.py); mean over all questions.
+
+    groups   questions of one length each: `[task("needle").samples(tokenizer, n, 10, seed=0) for n in lengths]`
+    """
+    return scored(model, read_all(model, groups))
+
+
+def scored(model: PreTrainedModel, texts: Iterable[Read]) -> Retrieval:
+    """Retrieval scores from prompts that were already read."""
+    rows, right, layers = [], [], ()
+    for text in texts:
+        said, records = answer(model, text, [page.observer()])
+        by_layer: dict[int, list[Tensor]] = {}
+        for layer, _, top in records["retrieval"]:
+            by_layer.setdefault(layer, []).append(top)
+        layers, where = tuple(sorted(by_layer)), [place(s) for s in text.samples]
+        tops = [torch.cat(by_layer[layer], -1) for layer in layers]  # [B, H, T] each
+        rows.append(torch.stack([page.measure(top, text.ids, said, where) for top in tops], 1))
+        right.append((said == text.answers).all(-1))
+    return Retrieval(torch.cat(rows).mean(0), layers, torch.cat(right).float().mean().item())
+
+
+def place(sample: Question) -> tuple[int, int]:
+    """Where the answer stands in the evidence: (first, past the last)."""
+    first, last = sample.evidence
+    for i in range(first, last - len(sample.answer) + 1):
+        if sample.prompt[i : i + len(sample.answer)] == sample.answer:
+            return i, i + len(sample.answer)
+    raise ValueError(
+        f"the answer stands in the evidence as the same tokens: {sample.answer} not in {first}..{last}"
+    )
