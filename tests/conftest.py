@@ -7,6 +7,9 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+# what torch.empty gives is filled with NaN, so that scratch which is read before it is written shows
+torch.use_deterministic_algorithms(True)
+assert torch.utils.deterministic.fill_uninitialized_memory
 
 # shapes and types of these are checked while tests run; what torch.compile traces is left as it is
 CHECKED = ["regard.methods.caches", "regard.ops.budget", "regard.ops.topk", "regard.ops.view"]

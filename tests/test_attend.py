@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+import regard
 from regard import catalog
 from regard.api import attend
-from regard.core import Card, Mechanism, Method, Unsupported
+from regard.core import Card, Method, Unsupported
 from regard.core.mask import causal, predicate, window
-from regard.core.pages import MaskPage
 from regard.core.roles import Roles
+from regard.kinds.mechanism import Mechanism
+from regard.nn import Attention
 
 
 def draw(n=5, m=5, heads=4, groups=2, d=8, e=6, **told):
@@ -27,7 +29,7 @@ class Config:
     pass
 
 
-def mean(q, k, v, cfg, *, pattern, mask, state, roles, params, x):
+def mean(q, k, v, cfg, call):
     return v.mean(2, keepdim=True).expand(-1, -1, q.shape[2], -1), None, {"seen": v.shape[2]}
 
 
@@ -35,7 +37,7 @@ MEAN = Mechanism(
     config=Config,
     reference=mean,
     patterns=("self",),
-    refuses={"cross": "a mean asks nobody"},
+    unsupported={"cross": "a mean asks nobody"},
     card=Card("Mean", "none", 2024, "the mean of the values"),
 )
 METHOD = Method("mean", MEAN, Config())
@@ -48,15 +50,16 @@ def test_result():
     torch.testing.assert_close(out, result.out)
     assert out.shape == (2, 4, 5, 6)
     assert torch.equal(state[0], k)
+    assert torch.equal(result.final_state[1], v)
     assert aux == {}
 
 
 def test_state_carries_on():
     q, k, v = draw()
     whole = attend(q, k, v, "softmax").out
-    state = attend(q[:, :, :3], k[:, :, :3], v[:, :, :3], "softmax").state
+    state = attend(q[:, :, :3], k[:, :, :3], v[:, :, :3], "softmax").final_state
     mask = torch.ones(1, 1, 1, 5, dtype=torch.bool)  # of all keys, those of the state first
-    rest = attend(q[:, :, 3:], k[:, :, 3:], v[:, :, 3:], "softmax", state=state, mask=mask).out
+    rest = attend(q[:, :, 3:], k[:, :, 3:], v[:, :, 3:], "softmax", initial_state=state, mask=mask).out
     torch.testing.assert_close(rest, whole[:, :, 3:])
 
 
@@ -187,22 +190,76 @@ WRONG = {
         ValueError,
         r"mask=bool\[4, 5\], B=2, H=4",
     ),
-    "mask name": (q, k, v, "softmax", {"mask": "window"}, ValueError, r"a Mask such as .*mask='window'"),
+    "mask name": (
+        q,
+        k,
+        v,
+        "softmax",
+        {"mask": "windw"},
+        KeyError,
+        r"no method is called 'windw'; near names: window",
+    ),
+    "mask kind": (q, k, v, "softmax", {"mask": "h2o"}, ValueError, r"a mask is a mask page.*page='h2o'"),
+    "params": (
+        q,
+        k,
+        v,
+        "softmax",
+        {"params": {"sink": q}},
+        ValueError,
+        r"no parameter 'sink' .*learns nothing",
+    ),
+    "input": (q, k, v, "softmax", {"x": torch.ones(2, 5, 8)}, ValueError, r"this one does not"),
+    "input's shape": (
+        q,
+        k,
+        v,
+        "ssd",
+        {"x": torch.ones(2, 4, 8)},
+        ValueError,
+        r"x \[B, M, C\] stands beside the keys",
+    ),
+    "params' shape": (
+        q,
+        k,
+        v,
+        "softmax",
+        {"sinks": True, "params": {"sinks": torch.ones(3)}},
+        ValueError,
+        r"params\['sinks'\] has the shape \(4,\)",
+    ),
+    "pairs": (
+        q,
+        k,
+        v,
+        "linear_attention",
+        {"mask": torch.ones(5, 5).tril(1) > 0},
+        Unsupported,
+        r"a mask of pairs",
+    ),
     "state": (
         q,
         k,
         v,
         "softmax",
-        {"pattern": "cross", "state": (k, v)},
+        {"pattern": "cross", "initial_state": (k, v)},
         ValueError,
         r"only causal_self carries",
     ),
-    "sinks": (q, k, v, "softmax", {"sinks": True}, ValueError, r"sinks=True takes params\['sinks'\] \[H\]"),
+    "sinks": (
+        q,
+        k,
+        v,
+        "softmax",
+        {"sinks": True},
+        ValueError,
+        r"params holds sinks, as init gives them \(missing=\['sinks'\]",
+    ),
     "x": (
         q,
         k,
         v,
-        Method("mean", replace(MEAN, x=True), Config()),
+        Method("mean", replace(MEAN, needs_x=True), Config()),
         {"pattern": "self"},
         ValueError,
         r"x=\[B, N, C\]",
@@ -221,8 +278,35 @@ def test_wrong_input(case):
         assert f"pattern {told.get('pattern', 'causal_self')!r}" in text
 
 
-def test_a_mask_page_is_no_mask():
-    page = catalog.get("window")
-    assert isinstance(page, MaskPage)
-    mask = page.build(page.config(window=3))
-    assert attend(q, k, v, "softmax", mask=mask).out.shape == (2, 4, 5, 6)
+def test_a_mask_page_is_a_mask():
+    wanted = attend(q, k, v, "softmax", mask=window(3)).out
+    assert torch.equal(attend(q, k, v, "softmax", mask=catalog.method("window", window=3)).out, wanted)
+    assert torch.equal(attend(q, k, v, "softmax", mask="causal").out, attend(q, k, v, "softmax").out)
+    assert not torch.allclose(wanted, attend(q, k, v, "softmax").out)
+
+
+def test_old_names_work_and_say_so():
+    with pytest.warns(DeprecationWarning, match="initial_state="):
+        out = attend(q[:, :, 3:], k[:, :, 3:], v[:, :, 3:], "softmax", state=(k[:, :, :3], v[:, :, :3]))
+    with pytest.warns(DeprecationWarning, match="final_state"):
+        assert out.state[0].shape[2] == 5
+    with pytest.raises(ValueError, match="not both"):
+        attend(q, k, v, "softmax", state=(k, v), initial_state=(k, v))
+    with pytest.warns(DeprecationWarning, match="list_methods"):
+        assert regard.find(kind="mask") == regard.list_methods(kind="mask")
+
+
+def test_every_way_to_ask_gives_one_answer():
+    """attend, nn.Attention and the page itself build the same call, and refuse the same things."""
+    layer = Attention(8, 4, "gla", kv_heads=2).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        parts = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
+        own = [t.unflatten(-1, (-1, 2)).transpose(1, 2) for t in parts]
+        out = attend(*own, "gla", params=dict(layer.params), x=x).out
+        wanted = layer.o_proj(layer.norm(out).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(layer(x)[0], wanted)
+    with pytest.raises(ValueError, match="impl is one of"):
+        Attention(8, 4, "softmax", impl="nonsense")
+    with pytest.raises(ValueError, match="impl is one of"):
+        attend(q, k, v, "softmax", impl="nonsense")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from regard import catalog
-from regard.core import BlockPage, Card
+from regard.core import Card
+from regard.kinds.block import BlockPage
 from regard.testing.block import check_block, examine_block
 
 NAMES = [name for name, page in catalog.every() if isinstance(page, BlockPage)]
@@ -22,19 +23,21 @@ class Config:
     chunk: int = 64
 
 
-def init(cfg, dims, layer, layers):
+def init(cfg, dims):
     return {"mix": torch.randn(dims["width"], dims["width"])}
 
 
-def running(x, cfg, *, params, mask=None, state=None, layer=0, layers=1):
+def running(x, cfg, call):
     """x plus a map of the running mean of the tokens so far: a block that is small enough to be wrong on purpose."""
     full = x if x.dtype == torch.float64 else x.float()
-    there = torch.ones_like(full[..., :1]) if mask is None else mask[..., None].to(full.dtype)
+    there = torch.ones_like(full[..., :1])
+    if call.key_mask is not None:
+        there = call.key_mask[:, 0, :, None].to(full.dtype).expand_as(there)
     total, count = (full * there).cumsum(1), there.cumsum(1)
-    if state is not None:
-        total, count = total + state[..., None, :-1], count + state[..., None, -1:]
+    if call.initial_state is not None:
+        total, count = total + call.initial_state[..., None, :-1], count + call.initial_state[..., None, -1:]
     mean = total / count.clamp(min=1)
-    out = (full + mean @ params["mix"].to(full.dtype)).to(x.dtype)
+    out = (full + mean @ call.params["mix"].to(full.dtype)).to(x.dtype)
     return out, torch.cat([total, count], dim=-1)[:, -1]
 
 
@@ -44,62 +47,69 @@ GOOD = BlockPage(
     reference=running,
     fast=running,
     init=init,
+    speed_settings=("chunk",),
     state_size=lambda cfg, dims, n: dims["width"] + 1,
 )
 
 
-def ahead(x, cfg, **told):
-    out, state = running(x, cfg, **told)
+def ahead(x, cfg, call):
+    out, state = running(x, cfg, call)
     return out + 1e-3 * x.roll(-1, 1), state
 
 
-def forgetful(x, cfg, *, state=None, **told):
-    return running(x, cfg, **told)
+def forgetful(x, cfg, call):
+    return running(x, cfg, replace(call, initial_state=None))
 
 
-def blind_to_padding(x, cfg, *, mask=None, **told):
-    return running(x, cfg, **told)
+def blind_to_padding(x, cfg, call):
+    return running(x, cfg, replace(call, key_mask=None))
 
 
-def across_the_batch(x, cfg, **told):
-    out, state = running(x, cfg, **told)
+def across_the_batch(x, cfg, call):
+    out, state = running(x, cfg, call)
     return out + 1e-3 * x.mean(0), state
 
 
-def cut_gradient(x, cfg, *, params, **told):
-    return running(x, cfg, params={n: p.detach() for n, p in params.items()}, **told)
+def cut_gradient(x, cfg, call):
+    return running(x, cfg, replace(call, params={n: p.detach() for n, p in call.params.items()}))
 
 
-def without_residual(x, cfg, **told):
-    out, state = running(x, cfg, **told)
+def without_residual(x, cfg, call):
+    out, state = running(x, cfg, call)
     return out - x, state
 
 
-def counts_hidden(x, cfg, *, state=None, **told):
-    out, end = running(x, cfg, state=state, **told)
+def counts_hidden(x, cfg, call):
+    out, end = running(x, cfg, call)
     end = end.clone()
-    end[:, -1] = x.shape[1] + (0 if state is None else state[:, -1])
+    end[:, -1] = x.shape[1] + (0 if call.initial_state is None else call.initial_state[:, -1])
     return out, end
 
 
-def imprecise(x, cfg, **told):
-    out, state = running(x, cfg, **told)
+def imprecise(x, cfg, call):
+    out, state = running(x, cfg, call)
     return out * 1.05 if x.dtype == torch.bfloat16 else out, state
+
+
+def slow_is_another(x, cfg, call):
+    out, state = running(x, cfg, call)
+    return out * (1 + 1e-3 * (cfg.chunk == 3)), state
 
 
 @pytest.mark.parametrize(
     ("fault", "law"),
     [
-        (ahead, "causal"),
+        (ahead, "causality"),
         (forgetful, "segments"),
         (forgetful, "decode"),
-        (blind_to_padding, "padding"),
+        (blind_to_padding, "padding_left"),
         (blind_to_padding, "holes"),
         (across_the_batch, "batch"),
         (cut_gradient, "gradients"),
         (without_residual, "shape"),
         (counts_hidden, "padded_state"),
         (imprecise, "precision"),
+        (slow_is_another, "speed_settings"),
     ],
 )
 def test_a_planted_fault_is_found(fault, law):
@@ -115,5 +125,5 @@ def test_a_fault_in_one_path_is_found():
 
 def test_a_sound_block_passes():
     assert set(check_block(GOOD).values()) == {"held"}
-    with pytest.raises(AssertionError, match=r"running mean\n(.*\n)*  causal: broken"):
+    with pytest.raises(AssertionError, match=r"running mean\n(.*\n)*  causality: broken"):
         check_block(replace(GOOD, reference=ahead, fast=ahead))

@@ -14,29 +14,13 @@ from regard.attaching.ledger import LedgerLayer
 from regard.attaching.policy import CachePolicy
 from regard.attaching.rotary import Rotary
 from regard.attaching.slots import Group
-from regard.core import CachePage, Card, Method, Unsupported
+from regard.core import Card, Method, Unsupported
+from regard.kinds.cache import CachePage
 from regard.ops import Kept, View, gather_rows, keep_best, slots_of, top_slots
-from regard.testing import cache as checks
-from regard.testing.cache import NEAR, check_cache, gap, held, hide, ledgers, play, script, small
-from regard.testing.zoo import build
-
-NAMES = catalog.find(kind="cache")
-HEADS = tuple((layer, head) for head in (0, 1, 2, 3) for layer in (1, 0, 2))
-SETTINGS = {  # where the general small settings leave a page nothing to do on a model of three layers
-    "tidaldecode": dict(budget=8, full=1, select=(1,)),
-    "razor_attention": dict(budget=8, sinks=1, window=3, heads=HEADS),
-}
-SINCE = {"recycled_attention"}  # reads, beyond its budget, what was generated since its last full step
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_page(name):
-    page = catalog.get(name)
-    method = catalog.method(
-        name, **({} if getattr(page, "tries", ()) else SETTINGS.get(name, {})) or small(page)
-    )
-    check_cache(method, since=name in SINCE)
-
+from regard.testing.cache import check_cache
+from regard.testing.cache.oracle import gap, hide
+from regard.testing.cache.script import FAMILIES, NEAR, held, ledgers, play, script
+from regard.testing.zoo import DECODERS, build
 
 # -- policies of this file: the newest tokens, and a choice of what to read
 
@@ -391,4 +375,4 @@ def test_streaming_llm_keys_are_raw_keys_at_their_slots():
 
 
 def test_neutral_families_are_all_decoders():
-    assert set(checks.FAMILIES) <= set(checks.DECODERS)
+    assert set(FAMILIES) <= set(DECODERS)

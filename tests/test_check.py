@@ -145,8 +145,9 @@ def test_a_question_that_cannot_be_asked_says_why(target, pattern, against, erro
         check_file(str(FAULTY / target), pattern, against)
 
 
-def looks_ahead(q, k, v, cfg, *, pattern="causal_self", **told):
+def looks_ahead(q, k, v, cfg, call):
     """One key ahead in causal_self; queries that speak in causal_cross; cross of as many queries as keys only."""
+    pattern = call.pattern
     if pattern == "cross" and q.shape[2] != k.shape[2]:
         raise ValueError("as many queries as keys")
     q = q + q.mean(2, keepdim=True) if pattern == "causal_cross" else q
@@ -168,7 +169,7 @@ def test_support_is_found_by_truncating():
 
 def test_support_matrix_has_a_row_for_every_mechanism():
     rows = support_matrix()
-    assert [row["mechanism"] for row in rows] == catalog.find("mechanism")
+    assert [row["mechanism"] for row in rows] == catalog.list_methods(kind="mechanism")
     assert {"mechanism": "softmax", **dict.fromkeys(PATTERNS, "yes")} in rows
     words = {row[pattern].split(":")[0] for row in rows for pattern in PATTERNS}
     assert words <= {"yes", "no", "leaks by design"}

@@ -63,4 +63,6 @@ def test_a_named_implementation_is_never_replaced(monkeypatch):
     monkeypatch.setattr(backend, "available", lambda: False)
     with pytest.raises(Unsupported, match="triton is not installed"):
         regard.attend(q, k, v, "linear_attention", impl="triton")
-    assert backend._asked["backend"] == "auto"
+    monkeypatch.setattr(backend, "available", lambda: True)
+    with pytest.raises(Unsupported, match="no Triton kernel"):
+        regard.attend(q, k, v, "linear_attention", "cross", impl="triton")

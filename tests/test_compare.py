@@ -19,8 +19,9 @@ from regard.bench import cell as cells
 from regard.bench.cell import FULL, Bench, Cell, Run, measure
 from regard.bench.compare import compare, grid, parsed
 from regard.bench.executor import Broken, InProcess, LocalProcesses, safely
-from regard.bench.folder import Folder
+from regard.core import Unsupported
 from regard.models.shipped import load, load_shipped
+from regard.report.folder import Folder
 from regard.tasks import Sample
 
 SMALL = ["--tasks", "needle", "--lengths", "96", "--budgets", "0.25", "--samples", "2", "--workers", "1"]
@@ -92,7 +93,7 @@ def test_names_and_settings_are_checked():
         parsed("streming_llm")
     with pytest.raises(ValueError, match="no setting 'sink'"):
         parsed("streaming_llm:sink=8")
-    with pytest.raises(ValueError, match="compare takes cache methods"):
+    with pytest.raises(Unsupported, match="here stand cache pages"):
         parsed("softmax")
     with pytest.raises(ValueError, match=r"fractional budget lies in \(0, 1\]"):
         grid(None, None, None, (0.0,), 2, 0, None, None)
@@ -109,7 +110,7 @@ def test_a_model_path_that_is_not_there(tmp_path):
 
 def test_the_default_grid():
     made = grid(None, None, None, None, 8, 0, None, None)
-    pages = regard.find(kind="cache")
+    pages = regard.list_methods(kind="cache")
     assert len(made) == 9 * (1 + 3 * len(pages))
     assert len({c.key for c in made}) == len(made)
 

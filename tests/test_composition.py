@@ -17,7 +17,8 @@ from regard.attaching import replacement
 from regard.attaching.attachment import attach
 from regard.core import Edit, NeverFired, Observer, Site, Unsupported
 from regard.core.mask import Place, causal, first, predicate, window
-from regard.testing.cache import NEAR, gap, hide, play, script
+from regard.testing.cache.oracle import gap, hide
+from regard.testing.cache.script import NEAR, play, script
 from regard.testing.zoo import build, ids
 
 STEPS = (20, 1, 1, 1, 1)

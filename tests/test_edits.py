@@ -10,18 +10,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from regard import catalog
 from regard.attaching.attachment import attach
 from regard.core import Edit, NeverFired, Observer, Site
-from regard.testing.cache import (
-    NEAR,
-    explicit_attention,
-    feeds_of,
-    gap,
-    generate,
-    grown_mask,
-    hide,
-    play,
-    real,
-    script,
-)
+from regard.testing.cache.checks import feeds_of, generate, grown_mask
+from regard.testing.cache.oracle import explicit_attention, gap, hide
+from regard.testing.cache.script import NEAR, play, real, script
 from regard.testing.zoo import build, ids, logits
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "gptoss", "gpt2", "neox", "deepseek3")

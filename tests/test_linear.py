@@ -1,11 +1,19 @@
 """Linear attention: the fast form against the definition and against a loop over tokens; gradients, strong gates."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from regard.ops import chunk as tiles
-from regard.ops.chunk import chunked
+from regard import catalog
+from regard.core import PATTERNS, Unsupported
+from regard.core.mask import causal, window
+from regard.kinds.mechanism import make_call
+from regard.ops.chunk import chunked, tiles
+from regard.ops.chunk.channels import Channels
+from regard.ops.chunk.operators import scan_tiles
 from regard.ops.linear import dense_linear, linear
 
 B, H, D, E = 2, 3, 4, 6
@@ -123,7 +131,7 @@ def test_sub_blocks_follow_the_gates():
     run = tiles.Run(*(torch.zeros(1, 64, 1) for _ in range(3)), torch.zeros(1, 64, 1), 1, 64, False)
     for gate, block in ((-0.5, 64), (-1.5, 32), (-50.0, 2), (-60.0, 2)):
         total = torch.full((1, 64, 1), gate).cumsum(1)
-        assert tiles.Channels(run, total).block == block
+        assert Channels(run, total).block == block
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,6 +156,60 @@ def test_earlier_keys(kind):
             assert_close(
                 linear(**some, normalise=ones), (wanted[0][:, :, -last:], wanted[1]), rtol=0, atol=1e-9
             )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_hidden_keys_are_as_if_not_there(kind, pattern):
+    """Outputs of the rest, and the state, are those of a text without them; nothing reaches them backward."""
+    there = torch.arange(70) % 3 != 1
+    for ones in (False, True):
+        whole = inputs(70, kind, ones)
+        whole["state"] = whole["state"] if pattern == "causal_self" else None
+        tokens = ("q", "k", "v", "log_decay") if kind in ("token", "channel") else ("q", "k", "v")
+        rest = {**whole, **{name: whole[name][:, :, there] for name in tokens}}
+        settings = {"pattern": pattern, "normalise": ones}
+        for path in (linear, dense_linear):
+            masked = graded(partial(path, **settings, key_mask=there[None, None]), whole)
+            out, state = path(**rest, **settings)
+            assert_close(masked["out"][:, :, there], out, rtol=0, atol=1e-9)
+            assert_close(masked["state"], state, rtol=0, atol=1e-9)
+            for name in tokens[1:]:
+                assert not masked[f"gradient of {name}"][:, :, ~there].any(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_key_masks_of_rows_and_heads(kind):
+    """Each row of the batch, and each query head of a group, hides its own keys."""
+    whole = inputs(40, kind)
+    whole["k"], whole["v"] = whole["k"][:, :1], whole["v"][:, :1]
+    masks = torch.rand(B, H, 40, generator=torch.Generator().manual_seed(0)) < 0.7
+    for path in (linear, dense_linear):
+        out, end = path(**whole, key_mask=masks)
+        for b, h in itertools.product(range(B), range(H)):
+            rows, heads = slice(b, b + 1), slice(h, h + 1)
+            one = {name: None if t is None else t[rows] for name, t in whole.items()}
+            one["q"], one["state"] = whole["q"][rows, heads], whole["state"][rows, heads]
+            if kind != "none":
+                one["log_decay"] = whole["log_decay"][heads if kind == "fixed" else (rows, heads)]
+            alone = path(**one, key_mask=masks[rows, heads])
+            assert_close(alone, (out[rows, heads], end[rows, heads]), rtol=0, atol=1e-9)
+
+
+def test_what_linear_attention_cannot_is_refused():
+    """By make_call, before a page is reached: a mask of pairs, a state where none carries on, an unknown pattern."""
+    method, (q, k, v) = catalog.method("linear_attention"), (torch.randn(2, 3, 5, 4) for _ in range(3))
+    for mask in (causal() & window(2), torch.rand(5, 5) < 0.5, torch.ones(5, 5, dtype=torch.bool).tril()):
+        with pytest.raises(Unsupported, match="a mask of pairs"):
+            make_call(method, q, k, v, pattern="self", mask=mask)
+    alike = torch.tensor([True, False, True, True, False]).expand(2, 1, 5, 5)
+    call = make_call(method, q, k, v, pattern="self", mask=alike)
+    assert call.pair_mask is None
+    assert torch.equal(call.key_mask, alike[:, :, 0])
+    with pytest.raises(ValueError, match="only causal_self carries a state"):
+        make_call(method, q, k, v, pattern="self", initial_state=torch.zeros(2, 3, 4, 5))
+    with pytest.raises(KeyError, match="causal_sel"):
+        make_call(method, q, k, v, pattern="causal_sel")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,7 +270,7 @@ def test_operators_say_what_they_return():
     tests = ("test_schema", "test_faketensor")
     for ones in (False, True):
         told = (q, k, v, g, state if ones else None, 2, 16, ones, 1e-6, True)
-        torch.library.opcheck(tiles.scan_tiles, told, test_utils=tests)
+        torch.library.opcheck(scan_tiles, told, test_utils=tests)
 
 
 def test_memory_does_not_grow_with_the_text():
@@ -216,9 +278,8 @@ def test_memory_does_not_grow_with_the_text():
     sizes = {}
     for n in (4096, 16384):
         q, k, v = (torch.randn(1, 1, n, 16) for _ in range(3))
-        _, _, starts, total = tiles.scan_tiles(
-            *(t[0] for t in (q, k, v)), None, None, 1, 64, False, 0.0, True
-        )
+        inputs = (t[0] for t in (q, k, v))
+        _, _, starts, total = scan_tiles(*inputs, None, None, 1, 64, False, 0.0, True)
         sizes[n] = starts.numel() / n
         assert total.numel() == 0
     assert sizes[16384] <= sizes[4096] <= 1.0

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from regard import methods
 from regard.claims.mask import power_attention, s2_attention
 from regard.claims.position import cca_concentric
+from regard.core import Card
 from regard.core import mask as mask_module
 from regard.core import roles as roles_module
 from regard.core.mask import Mask, causal, first, predicate, window
-from regard.core.pages import Card, MaskPage
 from regard.core.roles import Roles
+from regard.kinds.mask import MaskPage
 from regard.methods.masks import s2_attention as s2
 from regard.methods.positions import cca_concentric as cca
 from regard.testing.mask import check_mask

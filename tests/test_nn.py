@@ -5,7 +5,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from regard import catalog
-from regard.core import BlockPage, Mechanism, Unsupported
+from regard.core import Unsupported
+from regard.kinds.block import BlockPage
+from regard.kinds.mechanism import Mechanism
 from regard.nn import (
     Attention,
     RegardConfig,
@@ -40,7 +42,7 @@ def x(n=9, seed=0, batch=2):
 def test_token_by_token_is_all_at_once(name, conv):
     made, text, state, rows = layer(name, conv=conv), x(), None, []
     for i in range(9):
-        row, state = made(text[:, i : i + 1], state=state)
+        row, state = made(text[:, i : i + 1], initial_state=state)
         rows.append(row)
     torch.testing.assert_close(torch.cat(rows, 1), made(text)[0])
 
@@ -51,8 +53,8 @@ def test_padding_before_and_after_changes_nothing(name):
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, :3] = False
     out, state = made(text[:, :6], mask=mask[:, :6])
-    more, state = made(text[:, 6:7], state=state, mask=mask[:, 6:7])
-    last, _ = made(text[:, 7:], state=state)
+    more, state = made(text[:, 6:7], initial_state=state, mask=mask[:, 6:7])
+    last, _ = made(text[:, 7:], initial_state=state)
     found = torch.cat([out, more, last], 1)
     torch.testing.assert_close(found[0, 3:], made(text[:1, 3:])[0][0])
     torch.testing.assert_close(found[1], made(text[1:])[0][0])
@@ -61,7 +63,7 @@ def test_padding_before_and_after_changes_nothing(name):
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, 6:] = False
     _, state = made(text, mask=mask)
-    more, _ = made(text[:, :2], state=state)
+    more, _ = made(text[:, :2], initial_state=state)
     torch.testing.assert_close(more[0], made(torch.cat([text[:1, :6], text[:1, :2]], 1))[0][0, 6:])
 
 
@@ -88,7 +90,7 @@ def test_every_parameter_learns(name):
         if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
     ]
     # aaren asks with a query of its own, so the projection of queries is not used
-    assert [n for n in still if n != "q.weight"] == []
+    assert [n for n in still if n != "q_proj.weight"] == []
 
 
 def test_rotary_positions_turn_scores_by_distance_only():

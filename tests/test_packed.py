@@ -7,9 +7,10 @@ import torch
 
 import regard
 from regard import catalog
-from regard.core import Mechanism, Unsupported
-from regard.ops.packed import mapped
-from regard.testing.mechanism import Case, leaves
+from regard.core import Unsupported
+from regard.core.trees import tree_leaves, tree_map
+from regard.kinds.mechanism import Mechanism
+from regard.testing.case import Case
 
 NAMES = [name for name, page in catalog.every() if isinstance(page, Mechanism)]
 SIZES, MEMORIES = (3, 1, 5, 3), (4, 2, 4, 4)
@@ -20,7 +21,7 @@ def texts(name, pattern, total, memory, seed=0):
     case = Case(page, page.config(), pattern)
     given = case.inputs(total, memory, seed=seed, batch=1)
     x = None if given.x is None else given.x if given.y is None else (given.x, given.y)
-    return given, {"params": given.params or None, "x": x}
+    return given, {"params": given.params, "x": x}
 
 
 def part(x, a, b):
@@ -55,8 +56,8 @@ def test_each_text_is_by_itself(name, pattern):
         wanted, end, _ = regard.attend(q, k, v, name, pattern, **alone)
         torch.testing.assert_close(out[:, :, a[0] : a[1]], wanted)
         if end is not None:
-            mine = state[i] if isinstance(state, list) else mapped(lambda t, i=i: t[i : i + 1], state)
-            for found, right in zip(leaves(mine), leaves(end), strict=True):
+            mine = state[i] if isinstance(state, list) else tree_map(lambda t, i=i: t[i : i + 1], state)
+            for found, right in zip(tree_leaves(mine), tree_leaves(end), strict=True):
                 torch.testing.assert_close(found, right)
 
 
@@ -65,7 +66,7 @@ def test_states_carry_on(name):
     _, cuts = spans(SIZES)
     first, second = (texts(name, "causal_self", sum(SIZES), None, seed)[0] for seed in (0, 1))
     _, state, _ = regard.attend(first.q, first.k, first.v, name, cu_seqlens=cuts)
-    out, _, _ = regard.attend(second.q, second.k, second.v, name, cu_seqlens=cuts, state=state)
+    out, _, _ = regard.attend(second.q, second.k, second.v, name, cu_seqlens=cuts, initial_state=state)
     for a, b in spans(SIZES)[0]:
         whole = [torch.cat([getattr(t, n)[:, :, a:b] for t in (first, second)], 2) for n in "qkv"]
         torch.testing.assert_close(out[:, :, a:b], regard.attend(*whole, name)[0][:, :, b - a :])

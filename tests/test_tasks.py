@@ -8,9 +8,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from regard.tasks import TASKS, Source, Task, mqar, task
+from regard.catalog import standard_tasks, task
+from regard.core import Card, Method, Unsupported
+from regard.kinds.task import TaskPage, ask
+from regard.tasks import Source, mqar
 from regard.tasks.base import contains, continuation, even
-from regard.tasks.recall import near_keys, weave, words
+from regard.tasks.recall import Config, near_keys, weave, words
 
 FACTS = ("needle", "recall")
 LENGTHS = (256, 300, 1024)
@@ -57,7 +60,7 @@ class Merging(Words):
         return ids
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", standard_tasks())
 @pytest.mark.parametrize("length", LENGTHS)
 def test_prompts_have_exactly_the_asked_length(name, length):
     samples = task(name).samples(Words(), length, 5, 0)
@@ -67,7 +70,7 @@ def test_prompts_have_exactly_the_asked_length(name, length):
     assert all(0 <= s.depth <= 1 for s in samples)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", standard_tasks())
 def test_a_seed_fixes_the_samples(name):
     first = task(name).samples(Words(), 256, 4, 7)
     assert task(name).samples(Words(), 256, 4, 7) == first
@@ -75,7 +78,7 @@ def test_a_seed_fixes_the_samples(name):
     assert all(a.prompt != b.prompt for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", standard_tasks())
 def test_without_a_first_token_the_text_begins_at_once(name):
     tokenizer = Words(bos=None)
     for sample in task(name).samples(tokenizer, 256, 3, 0):
@@ -143,7 +146,7 @@ def test_a_chat_template_stands_around_the_prompt(name):
         task(name).samples(Words(), 400, 3, 0, chat=True)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", standard_tasks())
 def test_the_users_own_text_is_the_filler(name, tmp_path):
     (tmp_path / "mine.txt").write_text("zebra and gnu . " * 200)
     source = Source.from_path(tmp_path / "mine.txt")
@@ -152,7 +155,7 @@ def test_the_users_own_text_is_the_filler(name, tmp_path):
     assert tokenizer.decode(sample.prompt).count(" gnu") > 10
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", standard_tasks())
 def test_what_is_too_short_or_too_long_is_refused(name):
     with pytest.raises(ValueError, match="length"):
         task(name).samples(Words(), 1, 2, 0)
@@ -185,7 +188,13 @@ def test_wrong_names_and_metrics_are_refused():
     with pytest.raises(KeyError, match="near names: recall"):
         task("recal")
     with pytest.raises(ValueError, match="metric"):
-        Task("mine", "Mine", "accuracy", lambda *_: [])
+        TaskPage(Config, Card("Mine", "none", 2026, "mine"), samples=lambda *_: [], metric="accuracy")
+    with pytest.raises(Unsupported, match="no questions"):
+        ask(
+            Method(
+                "mine", TaskPage(Config, Card("Mine", "none", 2026, "mine"), generate=lambda *_: ()), Config()
+            )
+        )
 
 
 def test_uneven_samples_are_refused():

@@ -18,6 +18,8 @@ WHERE = {
     "compare": "regard.bench.compare",
     "doctor": "regard.models.doctor",
     "find": "regard.catalog",
+    "list_methods": "regard.catalog",
+    "register": "regard.catalog",
     "load_cache": "regard.attaching.store",
     "load_shipped": "regard.models.shipped",
     "method": "regard.catalog",
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from regard.attaching.attachment import attach
     from regard.attaching.store import load_cache, save_cache
     from regard.bench.compare import compare
-    from regard.catalog import find, method, pages
+    from regard.catalog import find, list_methods, method, pages, register
     from regard.core import Edit, Observer, Site
     from regard.core.mask import Mask
     from regard.models.doctor import doctor
@@ -50,10 +52,12 @@ __all__ = [
     "compare",
     "doctor",
     "find",
+    "list_methods",
     "load_cache",
     "load_shipped",
     "method",
     "pages",
+    "register",
     "save_cache",
 ]
 

@@ -1,23 +1,43 @@
-"""The catalogue finds its pages by where they lie; a page is imported when it is asked for."""
+"""The catalogue finds its pages by where they lie, in the package and outside it; a page is imported when asked for.
 
+Pages of one's own come from `register(path or module)`, from the files and folders that the environment variable
+REGARD_PAGES names (separated as in PATH), and from installed packages with an entry point in the group `regard.pages`.
+"""
+
+import importlib.util
+import os
+import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from regard.core import Method, Page, require, unknown
+from regard.core import Method, Page, Unsupported, require, unknown
+from regard.core.deprecation import warn
+from regard.core.mask import Mask
+from regard.core.spec import parse_spec
+from regard.kinds import kind as kind_of
+from regard.kinds import kinds
+from regard.kinds.task import Task, ask
 
 HERE = Path(__file__).parent
 ROOMS = ("methods/*/[!_]*.py", "methods/*/*/[!_]*.py", "tasks/[!_]*.py")
+PAGES = "REGARD_PAGES"
+GROUP = "regard.pages"
+
+_registered: dict[str, str] = {}  # name -> path or module of a page of one's own
 
 
 @cache
-def pages() -> dict[str, str]:
-    """Name -> module of every page, in alphabetical order: files of the method rooms that define METHOD."""
+def built_in() -> dict[str, str]:
+    """Name -> module of every page of the package, in alphabetical order: files of the rooms that define METHOD."""
     found: dict[str, str] = {}
     for path in sorted((p for room in ROOMS for p in HERE.glob(room)), key=lambda p: p.stem):
-        if "\nMETHOD = " not in path.read_text(encoding="utf8"):
+        if not defines_page(path):
             continue
         module = "regard." + ".".join(path.relative_to(HERE).with_suffix("").parts)
         require(path.stem not in found, "two pages share a name", one=found.get(path.stem), other=module)
@@ -25,15 +45,112 @@ def pages() -> dict[str, str]:
     return found
 
 
+def defines_page(path: Path) -> bool:
+    return "\nMETHOD = " in path.read_text(encoding="utf8")
+
+
+@cache
+def installed() -> dict[str, str]:
+    """Name -> module of the pages that other packages bring: entry points of the group `regard.pages`."""
+    return {point.name: point.value.partition(":")[0] for point in entry_points(group=GROUP)}
+
+
+@cache
+def named_in(variable: str) -> dict[str, str]:
+    """Name -> file of the pages that REGARD_PAGES names."""
+    found: dict[str, str] = {}
+    for part in filter(None, variable.split(os.pathsep)):
+        path = Path(part).expanduser()
+        require(path.exists(), f"{PAGES} names files and folders that exist", path=part)
+        for file in sorted(path.glob("[!_]*.py")) if path.is_dir() else [path]:
+            if defines_page(file):
+                found[file.stem] = str(file.resolve())
+    return found
+
+
+def pages() -> dict[str, str]:
+    """Name -> module, or file, of every page, in alphabetical order."""
+    own = {**installed(), **named_in(os.environ.get(PAGES, "")), **_registered}
+    for name, where in own.items():
+        require(name not in built_in(), "a page of one's own has a name of its own", name=name, page=where)
+    return dict(sorted({**built_in(), **own}.items()))
+
+
+def register(page: str | Path | ModuleType) -> str:
+    """Add a page of one's own, a file or a module that defines METHOD; the name under which it is found now.
+
+    It is listed, checked, compared and attached like the pages of the package, in this process and in those that
+    `compare` starts.
+    """
+    if isinstance(page, ModuleType):
+        name, where = page.__name__.rpartition(".")[2], page.__name__
+        require(
+            isinstance(getattr(page, "METHOD", None), Page),
+            "a page defines METHOD, a page of some kind",
+            module=where,
+        )
+    else:
+        path = Path(page).expanduser().resolve()
+        require(path.is_file(), "a page is a file that exists, or a module", page=str(page))
+        require(defines_page(path), "a page defines METHOD", page=str(page))
+        name, where = path.stem, str(path)
+    require(name not in built_in(), "a page of one's own has a name of its own", name=name, page=where)
+    _registered[name] = where
+    get(name)
+    return name
+
+
+def registered() -> dict[str, str]:
+    """Name -> file or module of what `register` was given here."""
+    return dict(_registered)
+
+
+def adopt(pages: dict[str, str]) -> None:
+    """Take over what another process had registered."""
+    _registered.update(pages)
+
+
 def path_of(name: str) -> Path:
-    return HERE / Path(*pages()[name].split(".")[1:]).with_suffix(".py")
+    """The file of a page."""
+    where = pages()[name]
+    if name in built_in():
+        return HERE / Path(*where.split(".")[1:]).with_suffix(".py")
+    return Path(where) if where.endswith(".py") else Path(import_module(where).__file__ or where)
+
+
+def family_of(name: str) -> str:
+    """The folder within the room of its kind, such as "linear"; "" for pages that lie in none."""
+    if name not in built_in():
+        return ""
+    parts = built_in()[name].split(".")
+    return parts[3] if len(parts) > 4 else ""
 
 
 def get(name: str) -> Page:
     """The page of this name; KeyError with the near names if there is none."""
-    if name not in pages():
-        raise unknown("method", name, pages())
-    return import_module(pages()[name]).METHOD
+    known = pages()
+    if name not in known:
+        raise unknown("method", name, known)
+    where = known[name]
+    page = (imported(Path(where)) if where.endswith(".py") else import_module(where)).METHOD
+    require(
+        isinstance(page, Page) and page.kind in kinds(),
+        "METHOD is a page of a known kind",
+        name=name,
+        page=page,
+    )
+    return page
+
+
+@cache
+def imported(path: Path) -> ModuleType:
+    """A file outside the package as a module."""
+    spec = importlib.util.spec_from_file_location(f"regard_page_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    # dataclasses look for their module there
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
 
 
 def method(name: str, **config: Any) -> Method:
@@ -42,17 +159,94 @@ def method(name: str, **config: Any) -> Method:
     return Method(name, page, page.configure(**config))
 
 
+def from_spec(spec: str | Method, kind: str | None = None) -> Method:
+    """A configured page as people type it, "streaming_llm:sinks=8"; `kind` says which kind it has to be."""
+    if isinstance(spec, Method):
+        made = spec
+    else:
+        name, settings = parse_spec(spec)
+        made = method(name, **settings)
+    if kind is not None and made.page.kind != kind:
+        known = ", ".join(list_methods(kind=kind))
+        raise Unsupported(f"{made.name} is a {made.page.kind} page; here stand {kind} pages: {known}")
+    return made
+
+
+def task(name: str | Method, **config: Any) -> Task:
+    """A task with its settings, as questions for a language model.
+
+    >>> task("needel")
+    Traceback (most recent call last):
+    ...
+    KeyError: "no task is called 'needel'; near names: needle"
+    """
+    known = list_methods(kind="task")
+    if isinstance(name, str) and name not in known:
+        raise unknown("task", name, known)
+    return ask(method(name, **config) if isinstance(name, str) else name)
+
+
+def standard_tasks() -> list[str]:
+    """The tasks that compare asks when none are named."""
+    return [name for name in list_methods(kind="task") if get(name).standard]
+
+
+def as_mask(mask: Any) -> Any:
+    """A mask page, by its name or with its settings, as the Mask that it builds; all else as it is."""
+    if isinstance(mask, str):
+        mask = method(mask)
+    if not isinstance(mask, Method):
+        return mask
+    build = getattr(mask.page, "build", None)
+    require(
+        build is not None,
+        "a mask is a mask page, or a position page that has one",
+        page=mask.name,
+        kind=mask.page.kind,
+    )
+    built = build(mask.config)
+    require(isinstance(built, Mask), "build(cfg) gives a Mask", page=mask.name, built=built)
+    return built
+
+
+def kind_by_room(name: str) -> str | None:
+    """The kind of a page of the package, by where it lies; None for pages of one's own, which have to be asked."""
+    where = built_in().get(name, "") + "."
+    rooms = {kind.name: f"regard.{kind.room.replace('/', '.')}." for kind in kinds().values()}
+    return next((kind for kind, room in rooms.items() if where.startswith(room)), None)
+
+
 def every() -> Iterator[tuple[str, Page]]:
+    """(name, page) of all."""
     return ((name, get(name)) for name in pages())
 
 
-def find(kind: str | None = None, pattern: str | None = None) -> list[str]:
-    """Names of the pages of a kind that can do a pattern; None: any."""
-    kinds = sorted({page.kind for _, page in every()})
-    if kind is not None and kind not in kinds:
-        raise unknown("kind of page", kind, kinds)
+def list_methods(
+    filter: str = "*", *, kind: str | None = None, pattern: str | None = None, family: str | None = None,
+    needs: str | None = None,
+) -> list[str]:  # fmt: skip
+    """Names of the pages that fit: a name with wildcards, a kind, a pattern that it can do, a family, what it needs.
+
+    >>> list_methods("*linear*")
+    ['linear_attention']
+    >>> list_methods("r*", kind="cache")
+    ['razor_attention', 'recycled_attention']
+    """
+    if kind is not None:
+        kind_of(kind)
     return [
         name
-        for name, page in every()
-        if (kind is None or page.kind == kind) and (pattern is None or pattern in page.patterns)
+        for name in pages()
+        if fnmatch(name, filter)
+        and (kind is None or kind_by_room(name) in (None, kind))
+        and (page := get(name)).kind == (kind or page.kind)
+        and (pattern is None or pattern in page.patterns)
+        and family in (None, family_of(name))
+        and (needs is None or needs in page.card.needs)
     ]
+
+
+def find(kind: str | None = None, pattern: str | None = None) -> list[str]:
+    """The old name of list_methods."""
+    warn("regard.find", "regard.list_methods")
+    return list_methods(kind=kind, pattern=pattern)

@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from regard import catalog
-from regard.core.shapes import PATTERNS
+from regard.core import PATTERNS
+from regard.core.call import Call
 
 PAGE = catalog.get("aaren")
 PATHS = (PAGE.reference, PAGE.fast)
@@ -21,7 +22,7 @@ def drawn(n: int):
 def test_the_query_of_the_token_is_not_used(pattern):
     q, k, v, params = drawn(9)
     for path in PATHS:
-        outs = [path(x, k, v, PAGE.config(), pattern=pattern, params=params)[0] for x in (q, q + 1)]
+        outs = [path(x, k, v, PAGE.config(), Call(pattern, params=params))[0] for x in (q, q + 1)]
         assert torch.equal(*outs)
 
 
@@ -33,5 +34,5 @@ def test_each_prefix_is_a_softmax_over_it(chunk, wide):
     sees = torch.ones(150, 150, dtype=torch.bool).tril()
     wanted = s[:, :, None].masked_fill(~sees, -torch.inf).softmax(-1) @ v
     for path in PATHS:
-        out, _ = path(q, wide * k, v, PAGE.configure(chunk=chunk), params=params)
+        out, _ = path(q, wide * k, v, PAGE.configure(chunk=chunk), Call(params=params))
         assert_close(out, wanted, rtol=1e-9, atol=1e-9)

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from regard import catalog
 from regard.core import Unsupported
+from regard.core.call import Call
 
 PAGE = catalog.get("agent_attention")
 DIMS = {"heads": 2, "kv_heads": 2, "key": 4, "value": 3, "width": 8}
@@ -37,7 +38,7 @@ def test_a_grid_is_pooled_stretched_and_convolved_as_images_are():
     near = F.conv2d(image, params["conv"].flatten(0, 1)[:, None], padding=1, groups=6)
     wanted = wanted + near.flatten(-2).unflatten(1, (2, 3)).mT
     for path in (PAGE.reference, PAGE.fast):
-        assert_close(path(q, k, v, cfg, pattern="self", params=params)[0], wanted, rtol=1e-10, atol=1e-10)
+        assert_close(path(q, k, v, cfg, Call("self", params=params))[0], wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_a_line_is_pooled_and_stretched_as_torch_does():
@@ -50,7 +51,7 @@ def test_a_line_is_pooled_and_stretched_as_torch_does():
     gathered = (agents @ k.mT / 2 + bias(params["bias_1"])).softmax(-1) @ v
     wanted = (q @ agents.mT / 2 + bias(params["bias_2"]).mT).softmax(-1) @ gathered
     for path in (PAGE.reference, PAGE.fast):
-        assert_close(path(q, k, v, cfg, pattern="self", params=params)[0], wanted, rtol=1e-10, atol=1e-10)
+        assert_close(path(q, k, v, cfg, Call("self", params=params))[0], wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_hidden_places_of_a_grid_are_in_no_average():
@@ -62,7 +63,7 @@ def test_hidden_places_of_a_grid_are_in_no_average():
         filled = (torch.where(mask[:, :, 0, :, None], t, junk) for t in (q, k, v))
         q_j, k_j, v_j = filled
         pair = [
-            path(q_j, k_j, v_j, cfg, pattern="self", mask=mask, params=params)[0]
+            path(q_j, k_j, v_j, cfg, Call("self", mask[:, :, 0], params=params))[0]
             for path in (PAGE.reference, PAGE.fast)
         ]
         assert_close(*pair, rtol=1e-10, atol=1e-10)
@@ -75,11 +76,11 @@ def test_hidden_places_of_a_grid_are_in_no_average():
 def test_a_query_moves_its_own_output_and_through_its_agents_those_of_others(pattern):
     q, k, v, cfg, params = drawn(12, 12 if pattern == "self" else 9, agents=3, table=2, conv=0)
     for path in (PAGE.reference, PAGE.fast):
-        before = path(q, k, v, cfg, pattern=pattern, params=params)[0]
+        before = path(q, k, v, cfg, Call(pattern, params=params))[0]
         for j in range(12):
             other = q.clone()
             other[:, :, j] += 1
-            moved = (path(other, k, v, cfg, pattern=pattern, params=params)[0] - before).abs().amax(
+            moved = (path(other, k, v, cfg, Call(pattern, params=params))[0] - before).abs().amax(
                 (0, 1, 3)
             ) > 1e-9
             assert moved.all()
@@ -88,8 +89,8 @@ def test_a_query_moves_its_own_output_and_through_its_agents_those_of_others(pat
 def test_what_has_no_meaning_is_refused():
     q, k, v, cfg, params = drawn(9, 9, agents=4, grid=(3, 3))
     with pytest.raises(Unsupported, match="grid"):
-        PAGE.fast(q, k, v, cfg, pattern="cross", params=params)
+        PAGE.fast(q, k, v, cfg, Call("cross", params=params))
     with pytest.raises(ValueError, match="place"):
-        PAGE.fast(q[:, :, :8], k[:, :, :8], v[:, :, :8], cfg, pattern="self", params=params)
+        PAGE.fast(q[:, :, :8], k[:, :, :8], v[:, :, :8], cfg, Call("self", params=params))
     with pytest.raises(ValueError, match="square"):
         PAGE.configure(agents=5, grid=(3, 3))

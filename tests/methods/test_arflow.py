@@ -74,3 +74,12 @@ def test_images_of_one_token_carry_on_at_every_token():
 def test_the_state_does_not_grow(path):
     sizes = {CASE.run(path, CASE.inputs(n))[1].numel() for n in (1, N, 5 * N)}
     assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_hidden_token_of_a_far_higher_score_weighs_nothing(path):
+    given = CASE.inputs(N)
+    far, shown = given.k.clone(), torch.arange(N).view(1, 1, 1, N) != 5
+    far[:, :, 5] = given.q[:, :, 4] * 1e6
+    wanted = CASE.run(path, given, shown)[0]
+    same("a hidden token weighs nothing", CASE.run(path, replace(given, k=far), shown)[0], wanted)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from regard import catalog
+from regard.core.call import Call
 from regard.testing.case import Case, same
 
 PAGE = catalog.get("delta_rule")
@@ -17,7 +18,7 @@ def test_a_new_value_replaces_the_old(path):
     k = torch.eye(4, dtype=torch.float64)[[0, 1, 2, 1, 0]].view(1, 1, 5, 4)
     v = torch.arange(5, dtype=torch.float64).view(1, 1, 5, 1)
     x = torch.ones(1, 5, 1, dtype=torch.float64)
-    out, state = path(k, k, v, CASE.cfg, params=EXACT, x=x)
+    out, state = path(k, k, v, CASE.cfg, Call(params=EXACT, x=x))
     same("each key brings back what it has just been given", out, v)
     same(
         "one value for each key, the last",
@@ -32,7 +33,7 @@ def test_other_patterns_read_what_the_text_has_left(path, pattern):
     given = CASE.inputs(9)
     _, state = CASE.run(path, given)
     x = given.x if pattern == "self" else (None, given.x)
-    out, none = path(given.q, given.k, given.v, CASE.cfg, pattern=pattern, params=given.params, x=x)
+    out, none = path(given.q, given.k, given.v, CASE.cfg, Call(pattern, params=given.params, x=x))
     same("the state read", out, given.q / given.q.norm(dim=-1, keepdim=True) @ state)
     assert none is None
 
@@ -40,9 +41,10 @@ def test_other_patterns_read_what_the_text_has_left(path, pattern):
 def test_long_texts_of_close_keys_stay_near_the_reference():
     given = CASE.inputs(300)
     near = given.k[:, :, :1] + 0.01 * given.k
-    wanted, end = PAGE.reference(given.q, near, given.v, CASE.cfg, params=given.params, x=given.x)
+    call = Call(params=given.params, x=given.x)
+    wanted, end = PAGE.reference(given.q, near, given.v, CASE.cfg, call)
     single = (t.float() for t in (given.q, near, given.v))
-    told = {"params": {n: p.float() for n, p in given.params.items()}, "x": given.x.float()}
-    out, state = PAGE.fast(*single, CASE.cfg, **told)
+    call = Call(params={n: p.float() for n, p in given.params.items()}, x=given.x.float())
+    out, state = PAGE.fast(*single, CASE.cfg, call)
     same("float32, 300 keys within 1 %", out.double(), wanted, tol=1e-4)
     same("float32, 300 keys within 1 %, state", state.double(), end, tol=1e-4)

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from regard import catalog
+from regard.core.call import Call
 
 PAGE = catalog.get("flowformer")
 PATHS = (PAGE.reference, PAGE.fast)
@@ -33,18 +34,18 @@ def cumulative(q, k, v, clamp):
 def test_causal_self_is_the_published_cumulative_form(clamp):
     qkv = drawn(70, 70)
     for path in PATHS:
-        found = path(*qkv, PAGE.configure(clamp=clamp), pattern="causal_self")[0]
+        found = path(*qkv, PAGE.configure(clamp=clamp), Call("causal_self"))[0]
         assert_close(found, cumulative(*qkv, clamp), rtol=1e-9, atol=1e-9)
 
 
 def test_causal_self_begins_as_self_and_then_leaves_it():
     q, k, v = drawn(5, 5)
     for path in PATHS:
-        causal = path(q, k, v, PAGE.configure(), pattern="causal_self")[0]
-        first = path(q[:, :, :1], k[:, :, :1], v[:, :, :1], PAGE.configure(), pattern="self")[0]
+        causal = path(q, k, v, PAGE.configure(), Call("causal_self"))[0]
+        first = path(q[:, :, :1], k[:, :, :1], v[:, :, :1], PAGE.configure(), Call("self"))[0]
         assert_close(causal[:, :, :1], first)
         assert not torch.allclose(
-            causal[:, :, -1], path(q, k, v, PAGE.configure(), pattern="self")[0][:, :, -1]
+            causal[:, :, -1], path(q, k, v, PAGE.configure(), Call("self"))[0][:, :, -1]
         )
 
 
@@ -54,7 +55,7 @@ def test_a_query_moves_its_own_output_and_those_of_others(pattern):
     other = q.clone()
     other[:, :, 2] += 1
     for path in PATHS:
-        outs = [path(x, k, v, PAGE.configure(clamp=None), pattern=pattern)[0] for x in (q, other)]
+        outs = [path(x, k, v, PAGE.configure(clamp=None), Call(pattern))[0] for x in (q, other)]
         assert ((outs[0] - outs[1]).abs().amax((0, 1, 3)) > 1e-9).all()
 
 
@@ -63,7 +64,7 @@ def test_what_is_settled_stays_when_later_queries_change():
     other = q.clone()
     other[:, :, 4] += 1
     for path in PATHS:
-        outs = [path(x, k, v, PAGE.configure(clamp=None), pattern="causal_self")[0] for x in (q, other)]
+        outs = [path(x, k, v, PAGE.configure(clamp=None), Call("causal_self"))[0] for x in (q, other)]
         moved = (outs[0] - outs[1]).abs().amax((0, 1, 3)) > 1e-9
         assert moved.tolist() == [i >= 4 for i in range(9)]
 
@@ -85,5 +86,5 @@ def test_a_hidden_token_does_not_ask_either():
     seen = [i for i in range(8) if i != 3]
     for pattern in ("self", "causal_self"):
         for path in PATHS:
-            outs = [path(x, k, v, PAGE.configure(), pattern=pattern, mask=mask)[0] for x in (q, other)]
+            outs = [path(x, k, v, PAGE.configure(), Call(pattern, mask[:, :, 0]))[0] for x in (q, other)]
             assert_close(outs[0][:, :, seen], outs[1][:, :, seen], rtol=0, atol=1e-12)

@@ -7,6 +7,7 @@ import torch
 
 from regard import catalog
 from regard.core import Unsupported
+from regard.core.call import Call
 from regard.testing.case import Case, same
 
 PAGE = catalog.get("gated_convolution")
@@ -58,6 +59,6 @@ def test_what_it_refuses(path):
     given = CASE.inputs(5)
     for pattern in ("cross", "causal_cross"):
         with pytest.raises(Unsupported, match="distance"):
-            path(given.q, given.k, given.v, CFG, pattern=pattern, params=given.params)
+            replace(CASE, pattern=pattern).run(path, given)
     with pytest.raises(Unsupported, match="widths 4 and 3 differ"):
-        path(given.q, given.k, given.v[..., :3], CFG, params=given.params)
+        path(given.q, given.k, given.v[..., :3], CFG, Call(params=given.params))

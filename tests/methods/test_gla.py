@@ -2,7 +2,10 @@
 
 import torch
 
+from regard.core.call import Call
 from regard.methods.mechanisms.linear import gla as page
+
+PATHS = (page.METHOD.reference, page.METHOD.fast)
 
 
 def drawn(n, heads=2, groups=1, d=4, e=3, c=5):
@@ -29,8 +32,8 @@ def test_is_the_recurrence_with_grouped_heads():
         state = alpha[:, t, :, None] * state + k[:, 0, t, :, None] * v[:, 0, t, None]
         rows.append(q[:, :, t] @ state)
     wanted = torch.stack(rows, dim=2)
-    for path in (page.reference, page.fast):
-        out, end = path(q, k, v, cfg, params=params, x=x)
+    for path in PATHS:
+        out, end = path(q, k, v, cfg, Call(params=params, x=x))
         torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(end, state[:, None].expand(-1, 2, -1, -1), rtol=1e-9, atol=1e-9)
 
@@ -39,18 +42,21 @@ def test_each_channel_forgets_at_its_own_rate():
     cfg, (q, k, v, x) = page.Config(rank=2, tau=1.0), drawn(2)
     params = {n: torch.zeros_like(p) for n, p in made(cfg).items()}
     params["bias"][0] = torch.tensor([40.0, 0.0, -40.0, 40.0])  # keeps, halves, forgets, keeps
-    _, before = page.fast(q[:, :, :1], k[:, :, :1], v[:, :, :1], cfg, params=params, x=x[:, :1])
-    _, after = page.fast(
-        q[:, :, 1:], 0 * k[:, :, 1:], v[:, :, 1:], cfg, params=params, x=x[:, 1:], state=before
-    )
     rates = torch.tensor([1.0, 0.5, 0.0, 1.0], dtype=torch.float64)[:, None]
-    torch.testing.assert_close(after, before * rates, rtol=1e-9, atol=1e-9)
+    for path in PATHS:
+        _, before = path(q[:, :, :1], k[:, :, :1], v[:, :, :1], cfg, Call(params=params, x=x[:, :1]))
+        call = Call(params=params, x=x[:, 1:], initial_state=before)
+        _, after = path(q[:, :, 1:], 0 * k[:, :, 1:], v[:, :, 1:], cfg, call)
+        torch.testing.assert_close(after, before * rates, rtol=1e-9, atol=1e-9)
 
 
 def test_larger_tau_forgets_more_slowly():
     q, k, v, x = drawn(30)
     params = made(page.Config())
-    first = [page.fast(q, k, v, page.Config(tau=tau), params=params, x=x)[1] for tau in (1.0, 16.0, 1e12)]
+    first = [
+        page.METHOD.fast(q, k, v, page.Config(tau=tau), Call(params=params, x=x))[1]
+        for tau in (1.0, 16.0, 1e12)
+    ]
     plain = (k.mT @ v).expand(-1, 2, -1, -1)
     off = [(state - plain).norm().item() for state in first]
     assert off[0] > off[1] > off[2] and off[2] < 1e-6

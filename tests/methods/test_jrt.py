@@ -11,6 +11,8 @@ import torch
 from torch.testing import assert_close
 
 from regard import catalog
+from regard.core import Method
+from regard.kinds.mechanism import run
 from regard.testing.mechanism import (
     Case,
     check_decode,
@@ -111,13 +113,23 @@ def test_the_second_reading_is_weighed_by_the_same_denominator(path):
         )  # six tokens, six numbers each
         params[name] = torch.stack([solve(square[0], t[0, g]).solution for g in range(t.shape[1])])
     twice = replace(one, x=square, params=params)
-    plain = case(0)
-    assert_close(asked.run(path, twice)[0][:, :, -1], plain.run(path, one)[0][:, :, -1], **TOLERANCE)
+    plain = case(0).run(path, replace(one, x=None, params={}))[0]
+    assert_close(asked.run(path, twice)[0][:, :, -1], plain[:, :, -1], **TOLERANCE)
 
 
 def test_wide_queries_need_their_maps():
     q, k, v = (torch.zeros(1, 1, 3, 20) for _ in range(3))
     with pytest.raises(ValueError, match="q_map"):
-        PAGE.reference(q, k, v, PAGE.configure(prefix=0))
+        run(Method("jrt", PAGE, PAGE.configure(prefix=0)), q, k, v)
     with pytest.raises(ValueError, match="beside the keys"):
-        PAGE.reference(q[..., :4], k[..., :4], v, PAGE.configure(), x=torch.zeros(1, 2, 5))
+        run(Method("jrt", PAGE, PAGE.configure()), q[..., :4], k[..., :4], v, x=torch.zeros(1, 2, 5))
+
+
+def test_without_a_prefix_no_input_of_the_layer_is_read():
+    given = case(0).inputs(9)
+    plain = Method("jrt", PAGE, PAGE.configure(prefix=0))
+    assert given.x is None and given.params == {}
+    with pytest.raises(ValueError, match="this one does not"):
+        run(plain, given.q, given.k, given.v, x=torch.zeros(2, 9, 5))
+    with pytest.raises(ValueError, match="reads the layer's input"):
+        run(Method("jrt", PAGE, PAGE.configure()), given.q, given.k, given.v)

@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from regard.core.call import Call
 from regard.methods.blocks import lightning_attention_tnl as page
 
 WIDTH, HEADS, LAYERS, N = 12, 3, 4, 40
 DIMS = {"width": WIDTH, "heads": HEADS}
 
 
-def made(layer, cfg):
+def made(cfg):
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(layer)
-        return {n: p.double() for n, p in page.init(cfg, DIMS, layer, LAYERS).items()}
+        torch.manual_seed(cfg.layer)
+        return {n: p.double() for n, p in page.init(cfg, DIMS).items()}
 
 
 def drawn():
@@ -41,23 +42,24 @@ def paper(x, params, layer):
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_is_the_paper(layer):
-    cfg = page.Config(eps=1e-12)
-    x, params = drawn(), made(layer, cfg)
+    cfg = page.Config(layer=layer, layers=LAYERS, eps=1e-12)
+    x, params = drawn(), made(cfg)
     for path in (page.reference, page.fast):
-        out, _ = path(x, cfg, params=params, layer=layer, layers=LAYERS)
+        out, _ = path(x, cfg, Call(params=params))
         torch.testing.assert_close(out, paper(x, params, layer), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("path", [page.reference, page.fast])
 @pytest.mark.parametrize("decay", ["paper", "slopes"])
-def test_a_stack_decodes_what_it_reads(decay):
+def test_a_stack_decodes_what_it_reads(decay, path):
     """Four layers, a prompt of 30 tokens and ten more one at a time: the outputs of all at once."""
-    cfg = page.Config(decay)
     x, states = drawn(), [None] * LAYERS
 
     def stack(x, states):
         after = []
         for layer, state in enumerate(states):
-            x, state = page.fast(x, cfg, params=made(layer, cfg), state=state, layer=layer, layers=LAYERS)
+            cfg = page.Config(decay, layer, LAYERS)
+            x, state = path(x, cfg, Call(initial_state=state, params=made(cfg)))
             after.append(state)
         return x, after
 
@@ -71,5 +73,5 @@ def test_a_stack_decodes_what_it_reads(decay):
 
 
 def test_weights_are_those_of_a_transformer_layer():
-    params = page.init(page.Config(), {"width": 96, "heads": 4}, 1, 2)
+    params = page.init(page.Config(layer=1, layers=2), {"width": 96, "heads": 4})
     assert sum(p.numel() for p in params.values()) == 12 * 96**2

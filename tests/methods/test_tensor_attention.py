@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from regard import catalog
+from regard.core.call import Call
 
 PAGE = catalog.get("tensor_attention")
 MONOMIALS, FEATURES = (PAGE.fast.__globals__[name] for name in ("monomials", "features"))
@@ -18,11 +19,10 @@ def test_the_product_of_three_features_is_the_polynomial(width, degree):
     a, b, c = (torch.randn(20, width, generator=g).double() for _ in range(3))
     plan, weights = MONOMIALS(width, degree)
     assert len(weights) == math.comb(width + degree, degree)
-    found = (
-        FEATURES(a, plan) * torch.tensor(weights, dtype=torch.float64) * FEATURES(b, plan) * FEATURES(c, plan)
-    ).sum(-1)
+    weights = torch.tensor(weights, dtype=torch.float64)
+    polynomial = (FEATURES(a, plan) * weights * FEATURES(b, plan) * FEATURES(c, plan)).sum(-1)
     s = (a * b * c).sum(-1) / width
-    assert_close(found, sum(s**r / math.factorial(r) for r in range(degree + 1)), rtol=1e-10, atol=1e-10)
+    assert_close(polynomial, sum(s**r / math.factorial(r) for r in range(degree + 1)), rtol=1e-10, atol=1e-10)
 
 
 def test_it_sees_what_no_weighted_mean_of_single_keys_can():
@@ -32,15 +32,17 @@ def test_it_sees_what_no_weighted_mean_of_single_keys_can():
     v = torch.eye(3).double()[None, None]
     params = {"key": torch.eye(5, dtype=torch.float64)[:2], "value": torch.eye(5, dtype=torch.float64)[2:]}
     x = torch.cat([k[:, 0], torch.eye(3).double()[None]], dim=-1)
-    out = PAGE.fast(q, k, v, PAGE.config(), pattern="cross", params=params, x=(q[:, 0], x))[0]
-    assert_close(
-        out, PAGE.reference(q, k, v, PAGE.config(), pattern="cross", params=params, x=(q[:, 0], x))[0]
-    )
+    call = Call("cross", params=params, x=(q[:, 0], x))
+    out = PAGE.fast(q, k, v, PAGE.config(), call)[0]
+    assert_close(out, PAGE.reference(q, k, v, PAGE.config(), call)[0])
     assert out[0, 0, 0, 0] > 5 * out[0, 0, 0, 1] and out[0, 0, 1, 1] > 5 * out[0, 0, 1, 0]
 
 
 def test_what_would_not_fit_or_could_vanish_is_refused():
-    with pytest.raises(ValueError, match="features"):
-        MONOMIALS(64, 4)
+    wide = torch.zeros(1, 1, 2, 64)
+    call = Call(params={"key": torch.zeros(64, 1), "value": torch.zeros(64, 1)}, x=torch.zeros(1, 2, 1))
+    for path in (PAGE.reference, PAGE.fast):
+        with pytest.raises(ValueError, match="features"):
+            path(wide, wide, wide, PAGE.config(), call)
     with pytest.raises(ValueError, match="even degree"):
         PAGE.configure(degree=3)

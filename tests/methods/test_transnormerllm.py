@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from regard.methods.mechanisms.linear import lightning_attention_2, transnormerllm
+from regard.core.call import Call
+from regard.methods.mechanisms.linear import transnormerllm
 
 H, D, E, C = 3, 4, 2, 5
+PATHS = (transnormerllm.METHOD.reference, transnormerllm.METHOD.fast)
 
 
 def drawn(n):
@@ -36,45 +38,38 @@ def test_is_the_parallel_form(layer, pattern):
     o = ((scores.tril() if pattern == "causal_self" else scores) @ v).transpose(1, 2).flatten(2)
     o = o * (H * E) ** 0.5 / o.norm(dim=-1, keepdim=True) * (x @ params["gate"].flatten(1))
     wanted = o.unflatten(-1, (H, E)).transpose(1, 2)
-    for path in (transnormerllm.reference, transnormerllm.fast):
-        out, _ = path(q, k, v, cfg, pattern=pattern, params=params, x=x)
-        torch.testing.assert_close(
-            out, wanted, rtol=1e-4, atol=1e-4
-        )  # the page's eps stands beside the mean square
+    for path in PATHS:
+        out, _ = path(q, k, v, cfg, Call(pattern, params=params, x=x))
+        # the page's eps stands beside the mean square
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_state_does_not_count_its_tokens():
     cfg = transnormerllm.Config()
-    (q, k, v, x), params, state = drawn(50), made(cfg), None
-    whole, _ = transnormerllm.fast(q, k, v, cfg, params=params, x=x)
-    for cut in (slice(0, 17), slice(17, 18), slice(18, 50)):
-        part = (t[:, :, cut] for t in (q, k, v))
-        out, state = transnormerllm.fast(*part, cfg, params=params, x=x[:, cut], state=state)
-        torch.testing.assert_close(out, whole[:, :, cut], rtol=1e-9, atol=1e-9)
+    (q, k, v, x), params = drawn(50), made(cfg)
+    for path in PATHS:
+        state, (whole, _) = None, path(q, k, v, cfg, Call(params=params, x=x))
+        for cut in (slice(0, 17), slice(17, 18), slice(18, 50)):
+            part = (t[:, :, cut] for t in (q, k, v))
+            out, state = path(*part, cfg, Call(initial_state=state, params=params, x=x[:, cut]))
+            torch.testing.assert_close(out, whole[:, :, cut], rtol=1e-9, atol=1e-9)
 
 
-def test_only_the_first_layer_turns():
+def test_last_queries_read_the_last_inputs():
+    """Fewer queries than keys: the gate is that of the last tokens, where the queries stand."""
+    cfg = transnormerllm.Config()
+    (q, k, v, x), params = drawn(9), made(cfg)
+    for path in PATHS:
+        whole, _ = path(q, k, v, cfg, Call(params=params, x=x))
+        for n in (1, 4):
+            out, _ = path(q[:, :, -n:], k, v, cfg, Call(params=params, x=x))
+            torch.testing.assert_close(out, whole[:, :, -n:], rtol=1e-9, atol=1e-9)
+
+
+def test_only_the_first_layer_rotates():
     dims = {"heads": H, "kv_heads": H, "key": D, "value": E, "width": C}
     assert "theta" in made(transnormerllm.Config(layer=0, layers=2))
     assert "theta" not in made(transnormerllm.Config(layer=1, layers=2))
     for layer, parts in ((0, 2), (1, 1)):
         cfg = transnormerllm.Config(layer=layer, layers=2)
         assert transnormerllm.METHOD.state_size(cfg, dims, 9) == parts * H * D * E
-
-
-@pytest.mark.parametrize("heads", [1, 2, 6, 8, 12])
-def test_slopes_are_those_of_alibi(heads):
-    """2^(-8/n), 2^(-16/n), .. for a power of two n; of others the power below, then every second one of the next."""
-
-    def alibi(n):
-        if n & (n - 1) == 0:
-            return [2 ** (-8 * (i + 1) / n) for i in range(n)]
-        below = 1 << (n.bit_length() - 1)
-        return alibi(below) + alibi(2 * below)[0::2][: n - below]
-
-    q = torch.empty(1, heads, 1, 1, dtype=torch.float64)
-    for layer, factor in ((0, 1 + 1e-5), (1, 0.5 + 1e-5), (2, 1e-5)):
-        wanted = -torch.tensor(alibi(heads), dtype=torch.float64) * factor
-        for page in (lightning_attention_2, transnormerllm):
-            cfg = page.Config(decay="slopes", layer=layer, layers=3)
-            torch.testing.assert_close(page.log_decay(q, cfg), wanted)

@@ -77,7 +77,7 @@ def replacement(
     if not beside:
         return item if isinstance(item, Replacement) else MechanismReplacement(item)
     name = item.name if isinstance(item, Replacement) else item.method.name
-    if len(items) > 1 or not isinstance(item, Converted) or not acts_on_keys(item.method, model):
+    if len(items) > 1 or not isinstance(item, Converted) or not acts_on_keys(item.method):
         raise Unsupported(
             f"{name} takes the place of attention: no mask, cache method, edit, observer or second mechanism acts "
             "beside it (only beside a mechanism whose state stores keys)"

@@ -12,7 +12,8 @@ from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.lazy_mask import MaskRule
 from regard.attaching.slots import Group
 from regard.attaching.views import visibility
-from regard.core import CachePage, Method, NeverFired, Unsupported
+from regard.core import Method, NeverFired, Unsupported
+from regard.kinds.cache import CachePage
 from regard.ops import Kept, View, gather_rows, keep_best, parse_budget, per_query_head
 
 # what a page may ask to be measured on the model: name -> the setting `heads` that it finds
@@ -40,7 +41,7 @@ class CachePolicy(Actor):
     def calibrate(self, model: PreTrainedModel) -> None:
         """Measure on the model what the page asks for and was not given."""
         if self.page.calibrate and self.method.config.heads is None:
-            self.method = self.method.with_(heads=CALIBRATORS[self.page.calibrate](model))
+            self.method = self.method.with_settings(heads=CALIBRATORS[self.page.calibrate](model))
 
     def check_fired(self, forwards: int) -> None:
         if self.acted == 0:

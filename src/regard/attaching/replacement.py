@@ -18,9 +18,10 @@ from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
 from regard.attaching.converted import Converted
 from regard.attaching.ledger import LedgerLayer
 from regard.attaching.state_layer import StateLayer
-from regard.core import Mechanism, Method, NeverFired, Unsupported
+from regard.core import Method, NeverFired, Unsupported
+from regard.core.trees import tree_map
+from regard.kinds.mechanism import Mechanism, run, stores_keys
 from regard.ops import View
-from regard.ops.states import mapped
 
 REFUSED = {"softcap": "a softcap", "s_aux": "attention sinks", "position_bias": "a learned position bias"}
 
@@ -119,7 +120,7 @@ class MechanismReplacement(Replacement):
                 "convert first, and attach what regard.train.convert.convert(model, tokenizer, "
                 f"{self.name!r}) gives"
             )
-        self.stores = grows(self.method, dims)
+        self.stores = stores_keys(self.method.page, self.method.config)
 
     def compute(self, call: AttentionCall) -> Tensor:
         out, state = run_mechanism(
@@ -127,7 +128,7 @@ class MechanismReplacement(Replacement):
             state=None if call.layer is None else call.layer.state,
         )  # fmt: skip
         if call.layer is not None:
-            call.layer.state = mapped(own, state)
+            call.layer.state = tree_map(own, state)
         return out
 
     def params_of(self, call: AttentionCall) -> dict[str, Tensor] | None:
@@ -199,12 +200,10 @@ def run_mechanism(
     state: Any = None,
 ) -> tuple[Tensor, Any]:
     """(out [B, H, N, E], state) of the page's function for the queries of a call."""
-    page: Mechanism = method.page
-    out, new, *_ = (page.fast or page.reference)(
-        call.scaled(), k, v, method.config, pattern=pattern, mask=mask, roles=None, state=state, params=params,
-        x=call.x if page.x else None,
-    )  # fmt: skip
-    return out, new
+    x = call.x if method.page.reads_x(method.config) else None
+    return run(
+        method, call.scaled(), k, v, pattern=pattern, mask=mask, initial_state=state, params=params, x=x
+    )[:2]
 
 
 def own(t: Tensor) -> Tensor:
@@ -226,15 +225,9 @@ def learned(method: Method, dims: dict[str, int]) -> bool:
     return page.init is not None and bool(page.init(method.config, dims))
 
 
-def grows(method: Method, dims: dict[str, int]) -> bool:
-    """Whether the state stores keys, so that its mask is of all keys so far."""
-    size = method.page.state_size
-    return size is not None and size(method.config, dims, 9) != size(method.config, dims, 8)
-
-
-def acts_on_keys(method: Method, model: PreTrainedModel) -> bool:
+def acts_on_keys(method: Method) -> bool:
     """Whether the ledger's keys are all that the mechanism goes on from: its state stores keys, and no inputs."""
-    return grows(method, sizes(model)) and not method.page.x
+    return stores_keys(method.page, method.config) and not method.page.reads_x(method.config)
 
 
 def state_bytes(model: nn.Module, converted: Converted, tokens: int, bytes_each: int = 4) -> int:

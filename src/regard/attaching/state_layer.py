@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regard.attaching.ledger import LedgerLayer
 from regard.core import Unsupported
-from regard.ops.states import leaves, mapped
+from regard.core.trees import tree_leaves, tree_map
 
 
 class StateLayer(LedgerLayer):
@@ -46,7 +46,7 @@ class StateLayer(LedgerLayer):
 
     def _rows(self, rows: Tensor) -> None:
         if "state" in self.memory:
-            self.state = mapped(lambda t: t.index_select(0, rows.to(t.device)), self.state)
+            self.state = tree_map(lambda t: t.index_select(0, rows.to(t.device)), self.state)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._rows(torch.arange(self._batch()).repeat_interleave(repeats))
@@ -55,10 +55,10 @@ class StateLayer(LedgerLayer):
         self._rows(torch.arange(self._batch())[indices.cpu()])
 
     def _batch(self) -> int:
-        return next((t.shape[0] for t in leaves(self.state)), 0)
+        return next((t.shape[0] for t in tree_leaves(self.state)), 0)
 
     def bytes_held(self) -> int:
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in leaves(self.state)}
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tree_leaves(self.state)}
         return sum(held.values())
 
     def bytes_stored(self) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from regard import catalog
 from regard.attaching.attachment import attach
-from regard.tasks import Sample, Source, task
+from regard.ops.budget import Budget, parse_budget
+from regard.tasks import Sample, Source
 
 FULL = "full"
 TIMED = 2  # how often method and full attention take turns on one sequence
@@ -27,13 +28,17 @@ class Cell:
     method: str
     task: str
     length: int
-    budget: int | float | str | None = None
+    budget: Budget | None = None
     settings: dict = field(default_factory=dict)
     seed: int = 0
     samples: int = 8
     batch_tokens: int = 8192
     text: str | None = None
     chat: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            object.__setattr__(self, "budget", parse_budget(self.budget))
 
     @property
     def key(self) -> str:
@@ -48,8 +53,16 @@ class Cell:
 
     def row(self, **facts: Any) -> dict:
         """The row of a result for this cell."""
-        own = {k: getattr(self, k) for k in ("key", "method", "label", "budget", "task", "length", "seed")}
-        return {"kind": "cell", **own, "metric": task(self.task).metric, "status": "ok", "error": "", **facts}
+        own = {k: getattr(self, k) for k in ("key", "method", "label", "task", "length", "seed")}
+        own["budget"] = None if self.budget is None else self.budget.value
+        return {
+            "kind": "cell",
+            **own,
+            "metric": catalog.task(self.task).metric,
+            "status": "ok",
+            "error": "",
+            **facts,
+        }
 
 
 @dataclass
@@ -78,7 +91,7 @@ class Bench:
         if place not in self.memo:
             chat = bool(getattr(self.tokenizer, "chat_template", None)) if cell.chat is None else cell.chat
             source = None if cell.text is None else Source.from_path(Path(cell.text))
-            made = task(cell.task).samples(
+            made = catalog.task(cell.task).samples(
                 self.tokenizer, cell.length, cell.samples, cell.seed, source=source, chat=chat
             )
             self.memo = {place: (made, [self.run(b, None) for b in batches(made, cell)])}
@@ -169,7 +182,7 @@ def quality(cell: Cell, samples: list[Sample], runs: list[Run], full: list[Run],
     answer = torch.tensor([s.answer for s in samples])
     best = torch.cat([r.logits for r in runs]).argmax(-1).cpu()
     nll, base = (nlls(r, answer) for r in (runs, full))
-    if task(cell.task).metric == "exact":
+    if catalog.task(cell.task).metric == "exact":
         scores = (best == answer).all(-1).double().numpy()
         value = lambda pick: scores[pick].mean()  # noqa: E731
     else:

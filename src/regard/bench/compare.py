@@ -16,14 +16,14 @@ import torch
 from regard import catalog
 from regard.bench.cell import FULL, Cell
 from regard.bench.executor import Executor, InProcess, LocalProcesses
-from regard.bench.folder import Folder, keys_of
-from regard.core import require, unknown
+from regard.core import require
+from regard.core.spec import parse_spec
 from regard.models.shipped import SHIPPED, load, load_shipped
 from regard.ops import parse_budget
+from regard.report.folder import Folder, keys_of
 from regard.report.html import to_html
 from regard.report.markdown import to_markdown
 from regard.report.result import Result
-from regard.tasks import TASKS
 
 BUDGETS = (0.1, 0.25, 0.5)
 LENGTHS = (256, 512, 1024)
@@ -89,18 +89,15 @@ def report(folder: Folder) -> Result:
 
 def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Cell]:
     """The cells of a comparison, full attention first, those of one task and length together."""
-    budgets = tuple(BUDGETS if budgets is None else budgets)
+    budgets = tuple(parse_budget(budget) for budget in (BUDGETS if budgets is None else budgets))
     lengths = tuple(LENGTHS if lengths is None else lengths)
-    tasks = tuple(TASKS if tasks is None else tasks)
-    for budget in budgets:
-        parse_budget(budget)
+    tasks = tuple(catalog.standard_tasks() if tasks is None else tasks)
     for name in tasks:
-        if name not in TASKS:
-            raise unknown("task", name, TASKS)
+        catalog.task(name)
     require(tasks and lengths, "there is at least one task and one length", tasks=tasks, lengths=lengths)
     require(samples >= 1, "samples >= 1", samples=samples)
     require(all(n >= 2 for n in lengths), "lengths are at least 2 tokens", lengths=lengths)
-    chosen = [parsed(m) for m in (catalog.find(kind="cache") if methods is None else methods)]
+    chosen = [parsed(m) for m in (catalog.list_methods(kind="cache") if methods is None else methods)]
     rest: dict[str, Any] = dict(
         seed=seed, samples=samples, text=None if text is None else str(text), chat=chat
     )
@@ -113,28 +110,12 @@ def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Ce
     return cells
 
 
-def parsed(text: str) -> tuple[str, dict]:
+def parsed(spec: str) -> tuple[str, dict]:
     """("streaming_llm", {"sinks": 8}) from "streaming_llm:sinks=8"; the page checks names and values."""
-    name, _, rest = text.partition(":")
-    settings = {}
-    for pair in filter(None, rest.split(",")):
-        key, equals, value = pair.partition("=")
-        require(equals, "settings are written name=value", given=pair)
-        settings[key.strip()] = literal(value.strip())
+    name, settings = parse_spec(spec)
     if name != FULL:
-        page = catalog.get(name)
-        require(page.kind == "cache", "compare takes cache methods", method=name, kind=page.kind)
-        page.configure(**settings)
+        catalog.from_spec(spec, kind="cache")
     return name, settings
-
-
-def literal(text: str) -> Any:
-    import ast
-
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def loader(

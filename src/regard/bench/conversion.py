@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard import catalog
 from regard.attaching.converted import Converted
 from regard.attaching.replacement import state_bytes
 from regard.bench.cell import Bench, Cell, batches
 from regard.core import require
 from regard.models.shipped import SHIPPED, load, load_shipped
-from regard.tasks import Source, task
+from regard.tasks import Source
 from regard.tasks.base import first_token
 from regard.tasks.perplexity import CONTINUATION
 from regard.train.convert import convert, help_pages
@@ -101,11 +102,11 @@ def sequences(
         (head + source.take(tokenizer, length - len(head), rng), [1.0] * length) for _ in range(rows // 2)
     ]
     for name in ("recall", "needle"):
-        answer = len(task(name).samples(tokenizer, length, 1, LEARNED + seed, source)[0].answer)
+        answer = len(catalog.task(name).samples(tokenizer, length, 1, LEARNED + seed, source)[0].answer)
         for i in range(PLACES):  # questions at many places, or retrieval would hold at one distance only
             prompt = length // 2 + i * (length - length // 2 - answer) // (PLACES - 1)
             rest = length - prompt - answer
-            for sample in task(name).samples(
+            for sample in catalog.task(name).samples(
                 tokenizer, prompt, rows // 4 // PLACES, LEARNED + seed + i, source
             ):
                 after = source.take(tokenizer, rest, rng) if rest else []
@@ -121,7 +122,7 @@ def measured(bench: Bench, method: Any, lengths: tuple[int, ...], samples: int) 
     found: dict[str, float] = {}
     for length in lengths:
         for name in TASKS:
-            chosen = task(name).samples(bench.tokenizer, length, samples, 1)
+            chosen = catalog.task(name).samples(bench.tokenizer, length, samples, 1)
             runs = [bench.run(b, method) for b in batches(chosen, Cell("full", name, length))]
             logits = torch.cat([r.logits for r in runs]).cpu()
             answer = torch.tensor([s.answer for s in chosen])

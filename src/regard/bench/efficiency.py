@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from regard import catalog
-from regard.core import Mechanism, require, unknown
+from regard.core import Method, require, unknown
 from regard.core.shapes import PATTERNS
+from regard.kinds.mechanism import Mechanism, make_call
 from regard.testing.case import Case
 
 BATCH, HEADS, WIDTH = 1, 8, 64
@@ -93,12 +94,13 @@ class Bench:
 
     def mechanism(self, page: Mechanism, n: int) -> Work:
         q, k, v = self.inputs(n)
-        cfg = page.config()
+        method = Method(page.card.title, page, page.config())
+        cfg = method.config
         dims = {"heads": HEADS, "kv_heads": HEADS, "key": WIDTH, "value": WIDTH, "width": HEADS * WIDTH}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             params = page.init(cfg, dims) if page.init else {}
-            x = torch.randn(BATCH, n, HEADS * WIDTH) if page.x else None
+            x = torch.randn(BATCH, n, HEADS * WIDTH) if page.reads_x(cfg) else None
         params = {
             name: p.detach().requires_grad_(self.backward and p.is_floating_point())
             for name, p in params.items()
@@ -106,10 +108,11 @@ class Bench:
         leaves = [q, k, v, *(p for p in params.values() if p.requires_grad)]
         if x is not None:
             leaves.append(x.requires_grad_(self.backward))
-        told = {"params": params or None, "roles": Case(page, cfg, self.pattern).labels(n)}
+        both = (x, x) if x is not None and "cross" in self.pattern else x
+        roles = Case(page, cfg, self.pattern).labels(n)
+        call = make_call(method, q, k, v, pattern=self.pattern, params=params, x=both, roles=roles)
         path = page.fast or page.reference
-        both = (x, x) if page.x and "cross" in self.pattern else x
-        return self.work(lambda: path(q, k, v, cfg, pattern=self.pattern, x=both, **told)[0], leaves)
+        return self.work(lambda: path(q, k, v, cfg, call)[0], leaves)
 
 
 def bytes_held(work: Work) -> int:
@@ -274,7 +277,7 @@ def efficiency(
     """
     if pattern not in PATTERNS:
         raise unknown("pattern", pattern, PATTERNS)
-    able = catalog.find("mechanism", pattern)
+    able = catalog.list_methods(kind="mechanism", pattern=pattern)
     for name in names or ():
         require(name in able or catalog.get(name) is None, f"a mechanism that does {pattern}", name=name)
     require(most >= 2 * LEAST, f"most >= {2 * LEAST}", most=most)

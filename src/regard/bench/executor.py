@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from regard import catalog
 from regard.bench.cell import Bench, Cell, measure
 from regard.core import Unreachable, Unsupported
 
@@ -52,8 +53,8 @@ class InProcess:
             yield safely(cell, bench)
 
 
-def work(pipe: Connection, load: Loader, threads: int) -> None:
-    """A worker's life: load the model, then cells until the pipe closes."""
+def work(pipe: Connection, load: Loader, threads: int, pages: dict[str, str]) -> None:
+    """A worker's life: register the pages of one's own, load the model, then cells until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
     from transformers.utils import logging
@@ -62,6 +63,7 @@ def work(pipe: Connection, load: Loader, threads: int) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        catalog.adopt(pages)
         bench = Bench(*load())
     except BaseException as error:
         pipe.send(("broken", f"{type(error).__name__}: {error}"))
@@ -81,7 +83,9 @@ class Worker:
     def __init__(self, load: Loader, threads: int, limit: float) -> None:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, load, threads), daemon=True)
+        self.process = context.Process(
+            target=work, args=(theirs, load, threads, catalog.registered()), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.cell: Cell | None = None

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from regard import catalog
 from regard.bench.timing import paired, row, seconds
 from regard.core import Method
+from regard.core.call import Call
 from regard.nn import RegardConfig, RegardForCausalLM
 
 LIGHTNING = "lightning_attention_2"
@@ -68,7 +69,7 @@ def rows(quick: bool = False, told: Callable[[str], None] | None = None) -> list
 
 def lightning(q: Tensor, k: Tensor, v: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     method = catalog.method(LIGHTNING)
-    return method.page.fast(q, k, v, method.config, pattern="causal_self", state=state)
+    return method.page.fast(q, k, v, method.config, Call(initial_state=state))
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ def prefilled(sizes: Sizes, tokens: int, dtype: torch.dtype, segment: int = 8_19
 
 def others(sizes: Sizes, told: Callable) -> Iterator[dict]:
     """Every other linear mechanism of the catalogue at its default settings, causal where it can be."""
-    for name in catalog.find("mechanism"):
+    for name in catalog.list_methods(kind="mechanism"):
         method = catalog.method(name)
         if name == LIGHTNING or ".mechanisms.linear." not in catalog.pages()[name]:
             continue
@@ -275,11 +276,14 @@ def asked(method: Method, sizes: Sizes) -> dict:
         "width": width,
     }
     params = page.init(method.config, dims) if page.init else None
-    return {"params": params, "x": torch.randn(1, sizes.others, width) if page.x else None}
+    return {
+        "params": params or {},
+        "x": torch.randn(1, sizes.others, width) if page.reads_x(method.config) else None,
+    }
 
 
 def answer(method: Method, qkv: list[Tensor], pattern: str, given: dict) -> Any:
-    return (method.page.fast or method.page.reference)(*qkv, method.config, pattern=pattern, **given)
+    return (method.page.fast or method.page.reference)(*qkv, method.config, Call(pattern, **given))
 
 
 def decoder(sizes: Sizes, told: Callable) -> Iterator[dict]:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from regard.attaching.attachment import attach
 from regard.bench.cell import Bench, Cell, Run, batches
-from regard.core import CachePage, Card, Method
+from regard.catalog import task
+from regard.core import Card, Method
+from regard.kinds.cache import CachePage
 from regard.models.shipped import load_shipped
 from regard.ops import View
-from regard.tasks import Sample, held_out, task
+from regard.tasks import Sample, held_out
 
 
 @cache

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from regard.cli import catalogue, laws, measure, models  # noqa: F401  (they add their commands)
+from regard.cli import laws, measure, models, pages  # noqa: F401  (they add their commands)
 from regard.cli.console import app, err
 
 __all__ = ["app", "main"]

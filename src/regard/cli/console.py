@@ -20,35 +20,6 @@ def say_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1, ensure_ascii=False, default=str))
 
 
-def split(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def number(text: str) -> int | float | str:
-    """A budget as typed: "512" tokens, "0.1" or "10%" a fraction, "64MB" bytes."""
-    if text.endswith("%"):
-        return float(text[:-1]) / 100
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def regroup(names: list[str] | None) -> list[str] | None:
-    """Settings hold commas too: "a:x=1,y=2,b" is a with x and y, and b."""
-    if names is None:
-        return None
-    grouped: list[str] = []
-    for part in names:
-        if grouped and "=" in part and ":" not in part:
-            grouped[-1] += "," + part
-        else:
-            grouped.append(part)
-    return grouped
-
-
 class watching:
     """A progress bar on the error stream, with what fails as it happens; silent for programs."""
 
@@ -140,16 +111,3 @@ class converting:
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
-
-
-def settings_of(text: str) -> tuple[str, dict]:
-    """A method as typed: "retention", or "lightning_attention_2:decay=slopes,chunk=32"."""
-    name, _, rest = text.partition(":")
-    told = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"a setting is key=value, not {part!r} in {text!r}")
-        words = {"true": True, "false": False, "none": None}
-        told[key.strip()] = words.get(value.strip().lower(), number(value.strip()))
-    return name.strip(), told

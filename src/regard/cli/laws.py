@@ -10,7 +10,10 @@ from regard.cli.console import Json, app, out, say_json
 @app.command()
 def check(
     target: Annotated[
-        str, typer.Argument(help="FILE.py:function, of q, k, v [B, H, N, D] and what else it names")
+        str,
+        typer.Argument(
+            help="FILE.py:function of q, k, v [B, H, N, D]; or a page, by name or as FILE.py that has METHOD"
+        ),
     ],
     pattern: Annotated[str, typer.Option(help="self, causal_self, cross, causal_cross")] = "causal_self",
     against: Annotated[
@@ -19,8 +22,11 @@ def check(
     compiles: Annotated[bool, typer.Option("--compile", help="Ask torch.compile too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Which laws does your own attention function keep? Exit status 1 if it breaks one."""
+    """Which laws does your own attention function, or your own page, keep? Exit status 1 if it breaks one."""
     from regard.testing.check import check_file
+
+    if ".py:" not in target:
+        return check_own_page(target, as_json)
 
     report = check_file(target, pattern, against, compiles=compiles)
     if as_json:
@@ -30,6 +36,34 @@ def check(
         said = f"violated: {', '.join(report.violated)}" if report.violated else "no law is violated"
         out.print(said, style="bold red" if report.violated else "green", highlight=False)
     if report.violated:
+        raise typer.Exit(1)
+
+
+def check_own_page(target: str, as_json: bool) -> None:
+    """A page of any kind: every law of its kind."""
+    from regard import catalog
+    from regard.report import table
+    from regard.testing.pages import check_page
+
+    name = catalog.register(target) if target.endswith(".py") else target
+    kind = catalog.get(name).kind
+    try:
+        report, broken = check_page(name), ""
+    except AssertionError as error:
+        report, broken = {}, str(error)
+    rows = [{"law": law, "verdict": str(verdict)} for law, verdict in (report or {}).items()]
+    if as_json:
+        say_json({"page": name, "kind": kind, "laws": rows, "violated": broken})
+    else:
+        if rows:
+            out.print(table(rows, ["law", "verdict"], title=f"{name}, {kind}"))
+        out.print(
+            broken or "no law is violated",
+            style="bold red" if broken else "green",
+            highlight=False,
+            markup=False,
+        )
+    if broken:
         raise typer.Exit(1)
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from regard.cli.console import Json, app, err, number, out, regroup, say_json, split, watching
+from regard.cli.console import Json, app, err, out, say_json, watching
+from regard.core.spec import split_list, split_specs
 
 
 @app.command()
@@ -41,12 +42,11 @@ def compare(
     from regard.bench.compare import compare as run
     from regard.report import show as show_result
 
-    given = split(methods)
-    wide = None if lengths is None else [int(n) for n in split(lengths)]
-    asked = None if budgets is None else [number(b) for b in split(budgets)]
+    wide = None if lengths is None else [int(n) for n in split_list(lengths)]
     with watching(as_json) as progress:
         result = run(
-            model, regroup(given), split(tasks), wide, asked, out=folder, samples=samples, seed=seed, text=text,
+            model, split_specs(methods), split_specs(tasks), wide, split_list(budgets), out=folder,
+            samples=samples, seed=seed, text=text,
             workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, device=device,
             progress=progress,
         )  # fmt: skip
@@ -117,7 +117,7 @@ def bench(
     if name == "efficiency":
         from regard.bench import efficiency
 
-        rows = efficiency.efficiency(split(names), pattern, 2_048 if quick else 16_384, told)
+        rows = efficiency.efficiency(split_list(names), pattern, 2_048 if quick else 16_384, told)
         shown = efficiency.shown(rows)
         columns = list(shown[0])
     else:

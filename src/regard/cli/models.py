@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from regard.cli.console import Json, app, converting, out, regroup, say_json, settings_of, split, training
+from regard.cli.console import Json, app, converting, out, say_json, training
+from regard.core.spec import parse_spec, split_list, split_specs
 
 
 @app.command()
@@ -52,7 +53,10 @@ def train(
     heads: int = 1,
     mlp: Annotated[int, typer.Option(help="Inner width of the channel mixer; 0: none.")] = 0,
     conv: Annotated[int, typer.Option(help="Tokens of the short convolution on q, k, v; 0: none.")] = 3,
-    rope: Annotated[float | None, typer.Option(help="Base of rotary positions, 0: none; as needed.")] = None,
+    rope_theta: Annotated[
+        float | None,
+        typer.Option("--rope-theta", "--rope", help="Base of rotary positions, 0: none; as needed."),
+    ] = None,
     length: int = 128,
     pairs: Annotated[int, typer.Option(help="Key-value pairs of mqar.")] = 16,
     vocab: Annotated[int, typer.Option(help="Words of mqar.")] = 64,
@@ -68,11 +72,12 @@ def train(
     from regard.train import Plan
     from regard.train import train as run
 
-    named = [settings_of(part) for part in regroup(split(mechanism)) or []]
+    named = [parse_spec(part) for part in split_specs(mechanism) or []]
     plan = Plan(
         task=task, mechanisms=tuple(n for n, _ in named), settings={n: told for n, told in named if told},
-        rates=tuple(float(r) for r in split(rates) or []), steps=steps, batch=batch, layers=layers, width=width,
-        heads=heads, mlp=mlp, conv=conv, rope=rope, length=length, pairs=pairs, vocab=vocab, seed=seed, every=every,
+        rates=tuple(float(r) for r in split_list(rates) or []), steps=steps, batch=batch, layers=layers, width=width,
+        heads=heads, mlp=mlp, conv=conv, rope_theta=rope_theta, length=length, pairs=pairs, vocab=vocab,
+        seed=seed, every=every,
     )  # fmt: skip
     folder = folder or Path("runs/train") / f"{task}-{'-'.join(dict.fromkeys(plan.mechanisms))}"
     with training(as_json, len(plan.rates) * steps) as step:
@@ -109,13 +114,13 @@ def convert(
     from regard.bench.conversion import convert_folder
     from regard.report import table
 
-    name, settings = settings_of(mechanism)
+    name, settings = parse_spec(mechanism)
     folder = folder or Path("runs/convert") / name
     counts = {"steps": steps, "finetune_steps": finetune_steps}
     with converting(as_json) as bar:
         report = convert_folder(
             model.removeprefix("shipped:"), name, folder, text=text, length=length,
-            finetune=None if finetune == "none" else finetune, lengths=tuple(int(n) for n in split(lengths) or []),
+            finetune=None if finetune == "none" else finetune, lengths=tuple(int(n) for n in split_list(lengths) or []),
             samples=samples, seed=seed, show=bar.say, progress=bar.step,
             **{k: n for k, n in counts.items() if n is not None}, **settings,
         )  # fmt: skip

@@ -1,20 +1,13 @@
-"""The nouns of the library: pages and cards, patterns and masks, sites and edits, budgets and cache views, claims."""
+"""The nouns of the library: pages and cards, calls, patterns and masks, sites and edits, claims."""
 
+from typing import Any
+
+from regard.core.card import Card
 from regard.core.claim import Claim, Measured
+from regard.core.deprecation import moved
 from regard.core.edit import Edit, Observer, Site
 from regard.core.errors import NeverFired, Unreachable, Unsupported, near, require, show, unknown
-from regard.core.pages import (
-    BlockPage,
-    CachePage,
-    Card,
-    MaskPage,
-    Mechanism,
-    Method,
-    Page,
-    PositionPage,
-    TaskPage,
-    TracingPage,
-)
+from regard.core.pages import Kind, Method, Page
 from regard.core.shapes import (
     PATTERNS,
     Alive,
@@ -32,32 +25,26 @@ from regard.core.shapes import (
 
 __all__ = [
     "Alive",
-    "BlockPage",
-    "CachePage",
     "Card",
     "Claim",
     "Edit",
     "K",
+    "Kind",
     "LogSum",
-    "MaskPage",
     "MaskTensor",
     "Measured",
-    "Mechanism",
     "Method",
     "NeverFired",
     "Observer",
     "Out",
     "PATTERNS",
     "Page",
-    "PositionPage",
     "Q",
     "Scores",
     "Site",
     "SlotScores",
     "Slots",
     "State",
-    "TaskPage",
-    "TracingPage",
     "Unreachable",
     "Unsupported",
     "V",
@@ -66,3 +53,14 @@ __all__ = [
     "show",
     "unknown",
 ]
+
+KINDS = ("block", "cache", "mask", "position", "task", "tracing")
+_moved = moved(
+    __name__,
+    {f"{kind.capitalize()}Page": f"regard.kinds.{kind}:{kind.capitalize()}Page" for kind in KINDS}
+    | {"Mechanism": "regard.kinds.mechanism:Mechanism"},
+)
+
+
+def __getattr__(name: str) -> Any:
+    return _moved(name)

@@ -1,10 +1,9 @@
-"""Masks: who may attend to whom, said once as a predicate and lowered to whatever a backend wants. True =
-attend.
+"""Masks: who may attend to whom, said once as a predicate and lowered to whatever a backend wants. True = attend.
 
-A mask is an expression over predicates of a `Place` (query index, key index, head, roles). `&`, `|` and `~`
-compose masks, and `repr` prints the expression. Indices are true indices, the place of a token in its text,
-never slots: so the same expression is exact on a dense matrix, in one decode step, and over a cache from
-which most keys were evicted.
+A mask is an expression over predicates of a `Place` (query index, key index, head, roles). `&`, `|` and `~` compose
+masks, and `repr` prints the expression. Indices are true indices, the position of a token in its text, never slots: so
+the same expression is exact on a dense matrix, in one decode step, and over a cache from which most keys were evicted.
+core/lowering.py makes these out of it.
 
 >>> streaming = causal() & (window(3) | first(1))
 >>> streaming
@@ -23,78 +22,24 @@ tensor([[[[1, 0, 1, 0]]]], dtype=torch.int32)
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from regard.core.errors import require
+from regard.core.lowering import Blocks, Lowering, Place, Sides
 from regard.core.roles import Roles
 
-Sides = tuple[Roles | None, Roles | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a predicate is asked: row, head, true query and key index, integer tensors that broadcast."""
-
-    b: Tensor
-    h: Tensor
-    q: Tensor
-    k: Tensor
-    sides: Sides = (None, None)
-
-    def q_role(self, name: str) -> Tensor:
-        """The query's label. A cross mask is given one Roles for the queries and one for the keys."""
-        return self.sides[0].label(name, self.b, self.q)
-
-    def k_role(self, name: str) -> Tensor:
-        return self.sides[1].label(name, self.b, self.k)
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """The tiles of a mask: kind[b, h, I, J] is 0 for an empty tile, 1 for a partial one, 2 for a full one.
-
-    `full`, `partial` and `empty` list them as rows (b, h, I, J); a tile cut by the border is full if all of
-    it is seen.
-    """
-
-    kind: Tensor
-    n: int
-    m: int
-    block: int
-
-    @property
-    def empty(self) -> Tensor:
-        return (self.kind == 0).nonzero()
-
-    @property
-    def partial(self) -> Tensor:
-        return (self.kind == 1).nonzero()
-
-    @property
-    def full(self) -> Tensor:
-        return (self.kind == 2).nonzero()
-
-    @property
-    def density(self) -> float:
-        """The share of tiles that are read."""
-        return (self.kind > 0).double().mean().item()
+__all__ = ["Blocks", "Mask", "Place", "Roles", "Sides", "causal", "first", "predicate", "window"]
 
 
 @dataclass(frozen=True)
-class Mask:
-    """A predicate, or an expression of masks. Made by `predicate`, composed by `&`, `|` and `~`; equal by
-    content.
-
-    `needs` names the roles that it reads. `heads` is None, or the number of query heads for which the heads
-    differ. The lowerings give [B, H, N, M] with 1 where rows or heads do not differ.
-    """
+class Mask(Lowering):
+    """A predicate, or an expression of masks. Made by `predicate`, composed by `&`, `|` and `~`; equal by content."""
 
     rule: Callable[..., Tensor]
     name: str
@@ -107,8 +52,6 @@ class Mask:
         if self.parts:
             return self.rule(*(part(place) for part in self.parts))
         return self.rule(place, **dict(self.settings))
-
-    # -- composition
 
     def __and__(self, other: "Mask") -> "Mask":
         return _compose(_all, "&", self, other) if isinstance(other, Mask) else NotImplemented
@@ -128,200 +71,16 @@ class Mask:
         if self.parts:
             return f" {self.name} ".join(_bracketed(part, self.name) for part in self.parts)
         usual = inspect.signature(self.rule).parameters
-        told = [(name, value) for name, value in self.settings if value != usual[name].default]
-        words = [repr(value) if i == 0 else f"{name}={value!r}" for i, (name, value) in enumerate(told)]
+        changed = [(name, value) for name, value in self.settings if value != usual[name].default]
+        words = [repr(value) if i == 0 else f"{name}={value!r}" for i, (name, value) in enumerate(changed)]
         return f"{self.name}({', '.join(words)})"
-
-    # -- lowerings
-
-    def dense(
-        self,
-        n: int,
-        m: int | None = None,
-        *,
-        batch: int | None = None,
-        heads: int | None = None,
-        roles: Roles | Sides | None = None,
-        offset: int | None = None,
-        device: Any = None,
-    ) -> Tensor:
-        """Booleans [B or 1, H or 1, n, m]. `offset` is the true index of query 0.
-
-        By default that is m - n, so that the last query sees the end of the keys, and 0 where `roles` is a
-        pair, one Roles for the queries and one for the keys: two texts, each counted from its own start.
-
-        >>> causal().dense(2, 4).int()[0, 0]
-        tensor([[1, 1, 1, 0],
-                [1, 1, 1, 1]], dtype=torch.int32)
-        """
-        q, k = _lattice(n, m, offset, roles, device)
-        return self._evaluate(q, k, roles, batch, heads)
-
-    def at(
-        self,
-        q_index: Tensor,
-        k_index: Tensor,
-        *,
-        roles: Roles | Sides | None = None,
-        heads: int | None = None,
-    ) -> Tensor:
-        """Booleans [B, G or H, N, n] at any true indices: queries [N], [B, N] or [B, H, N], keys [n], [B, n]
-        or
-        [B, G, n]. An index of -1 is nobody: an empty slot, which no mask shows, not even an inverted one.
-        """
-        q, k = _four(q_index).unsqueeze(-1), _four(k_index).unsqueeze(-2)
-        wide = self._check_heads(heads) or heads or max(q.shape[1], k.shape[1])
-        return self._evaluate(_spread(q, wide), _spread(k, wide), roles, None, heads)
-
-    def row(self, t: int, m: int | None = None, *, roles: Roles | Sides | None = None) -> Tensor:
-        """The keys, in order, that the query of true index t reads of m (t + 1): [B or 1, H or 1, r], filled
-        with -1.
-
-        >>> (causal() & window(4)).row(1)
-        tensor([[[0, 1]]])
-        """
-        seen = self.dense(1, t + 1 if m is None else m, roles=roles, offset=t)[:, :, 0]
-        most = int(seen.sum(-1).max()) if seen.numel() else 0
-        keys = torch.argsort(~seen, dim=-1, stable=True)[..., :most]
-        return keys.masked_fill(~seen.gather(-1, keys), -1)
-
-    def blocks(
-        self,
-        n: int,
-        m: int | None = None,
-        block: int = 64,
-        *,
-        roles: Roles | Sides | None = None,
-        offset: int | None = None,
-    ) -> Blocks:
-        """Which tiles of block x block are empty, partial or full, one row of tiles at a time: never n x m at
-        once.
-
-        >>> causal().blocks(4, block=2).kind[0, 0]
-        tensor([[1, 0],
-                [2, 1]], dtype=torch.int8)
-        """
-        require(block >= 1, "block >= 1", block=block)
-        kinds, m = [], n if m is None else m
-        for seen in self._strips(n, m, block, roles, offset):
-            b, h, rows, _ = seen.shape
-            padded = torch.nn.functional.pad(seen, (0, -m % block)).view(b, h, rows, -1, block)
-            count = padded.sum((2, 4))  # [B, H, J]
-            starts = torch.arange(0, m, block, device=seen.device)
-            size = rows * (m - starts).clamp(max=block)
-            kinds.append((count > 0).to(torch.int8) + (count == size).to(torch.int8))
-        require(kinds, "n >= 1", n=n)
-        return Blocks(torch.stack(kinds, dim=2), n, m, block)
-
-    def blind(
-        self,
-        n: int,
-        m: int | None = None,
-        *,
-        roles: Roles | Sides | None = None,
-        offset: int | None = None,
-    ) -> Tensor:
-        """The queries that see no key at all, as rows (b, h, query): what a softmax would turn into NaN.
-
-        >>> (~causal()).blind(3)
-        tensor([[0, 0, 2]])
-        """
-        seen = [strip.any(-1) for strip in self._strips(n, n if m is None else m, 256, roles, offset)]
-        return (~torch.cat(seen, dim=2)).nonzero()
-
-    def flex(
-        self,
-        *,
-        roles: Roles | Sides | None = None,
-        offset: int = 0,
-        k_index: Tensor | None = None,
-        heads: int | None = None,
-    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """mask_mod(b, h, q, k) for FlexAttention; `k_index` [B, G, n] is the true index of stored keys."""
-        heads = self._check_heads(heads) or heads
-        sides = self._sides(roles)
-        if k_index is None:
-            return lambda b, h, q, k: self(Place(b, h, q + offset, k, sides))
-        stored = _four(k_index)
-        require(
-            stored.shape[1] == 1 or heads,
-            "heads says how many query heads share the stored keys",
-            k_index=stored,
-        )
-        share = (heads or 1) // stored.shape[1]
-
-        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            rows = stored[b] if stored.shape[0] > 1 else stored[0]
-            true = (rows[h // share] if stored.shape[1] > 1 else rows[0])[k]
-            return self(Place(b, h, q + offset, true.clamp(min=0), sides)) & (true >= 0)
-
-        return mask_mod
-
-    def block_mask(
-        self,
-        n: int,
-        m: int | None = None,
-        *,
-        heads: int | None = None,
-        roles: Roles | Sides | None = None,
-        offset: int | None = None,
-        block: int = 128,
-        device: Any = "cpu",
-    ) -> BlockMask:
-        """FlexAttention's BlockMask of this mask."""
-        m = n if m is None else m
-        predicate = self.flex(roles=roles, offset=_offset(n, m, offset, roles), heads=heads)
-        batch = self._batch(self._sides(roles), None) if self.needs else None
-        return create_block_mask(predicate, batch, self.heads, n, m, device=device, BLOCK_SIZE=block)
-
-    # -- inside
-
-    def _evaluate(self, q: Tensor, k: Tensor, roles: Any, batch: int | None, heads: int | None) -> Tensor:
-        sides = self._sides(roles, q, k)
-        b = torch.arange(self._batch(sides, batch), device=q.device).view(-1, 1, 1, 1)
-        h = torch.arange(self._check_heads(heads) or 1, device=q.device).view(1, -1, 1, 1)
-        seen = self(Place(b, h, q.clamp(min=0), k.clamp(min=0), sides))
-        return seen & (q >= 0) & (k >= 0)
-
-    def _strips(self, n: int, m: int, block: int, roles: Any, offset: int | None) -> Iterator[Tensor]:
-        q, k = _lattice(n, m, offset, roles, None)
-        for strip in q.split(block, dim=2):
-            yield self._evaluate(strip, k, roles, None, None)
-
-    def _sides(self, roles: Roles | Sides | None, q: Tensor | None = None, k: Tensor | None = None) -> Sides:
-        sides = roles if isinstance(roles, tuple) else (roles, roles)
-        for side, index, words in zip(sides, (q, k), ("queries", "keys"), strict=True):
-            for name in self.needs:
-                if side is None or name not in side:
-                    said = "no roles were given" if side is None else f"given: {', '.join(side) or 'none'}"
-                    raise KeyError(f"{self!r} needs the role {name!r} of the {words}; {said}")
-            if self.needs and index is not None and index.numel() and not torch.compiler.is_compiling():
-                top, length = int(index.max()), side.length
-                require(
-                    top < length, "every token has its labels: index < labelled", index=top, labelled=length
-                )
-        return sides
-
-    def _batch(self, sides: Sides, batch: int | None) -> int:
-        rows = max([1, *(side.batch for side in sides if side is not None)]) if self.needs else 1
-        require(
-            batch is None or rows in (1, batch), "roles have the rows of the batch", roles=rows, batch=batch
-        )
-        return rows
-
-    def _check_heads(self, heads: int | None) -> int | None:
-        same = self.heads is None or heads in (None, self.heads)
-        require(same, "the heads of the mask are the heads of the layer", mask=self.heads, layer=heads)
-        return self.heads
 
 
 def predicate(*needs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Mask]]:
-    """Turn `rule(at: Place, **settings) -> Tensor` into a maker of masks; `needs` names the roles that it
-    reads.
+    """Turn `rule(at: Place, **settings) -> Tensor` into a maker of masks; `needs` names the roles that it reads.
 
-    The rule uses elementwise tensor operations only, so that one text serves matrices, single steps and
-    FlexAttention. A rule with a setting called `heads` gives each query head its own mask, and holds for that
-    number of heads.
+    The rule uses elementwise tensor operations only, so that one text serves matrices, single steps and FlexAttention.
+    A rule with a setting called `heads` gives each query head its own mask, and holds for that number of heads.
 
     >>> @predicate("document")
     ... def same_document(at):
@@ -389,35 +148,3 @@ def _all(*seen: Tensor) -> Tensor:
 
 def _any(*seen: Tensor) -> Tensor:
     return reduce(torch.logical_or, seen)
-
-
-def _four(index: Tensor) -> Tensor:
-    """[n], [B, n] or [B, G, n] as [B, G, n]."""
-    require(index.dim() in (1, 2, 3), "an index is [n], [B, n] or [B, heads, n]", index=index)
-    return index.view(1, 1, -1) if index.dim() == 1 else index[:, None] if index.dim() == 2 else index
-
-
-def _spread(index: Tensor, heads: int) -> Tensor:
-    """KV heads repeated for the query heads that share them."""
-    own = index.shape[1]
-    if own in (1, heads):
-        return index
-    require(heads % own == 0, "query heads are a multiple of KV heads", heads=heads, kv_heads=own)
-    return index.repeat_interleave(heads // own, dim=1)
-
-
-def _offset(n: int, m: int, offset: int | None, roles: Any) -> int:
-    if offset is None:
-        return 0 if isinstance(roles, tuple) else max(m - n, 0)
-    return offset
-
-
-def _lattice(n: int, m: int | None, offset: int | None, roles: Any, device: Any) -> tuple[Tensor, Tensor]:
-    m = n if m is None else m
-    offset = _offset(n, m, offset, roles)
-    require(offset >= 0, "offset >= 0, the true index of query 0", offset=offset)
-    if device is None:
-        side = roles[1] if isinstance(roles, tuple) else roles
-        device = side[side.names[0]].device if side is not None and side.names else None
-    q = torch.arange(offset, offset + n, device=device).view(1, 1, -1, 1)
-    return q, torch.arange(m, device=device).view(1, 1, 1, -1)

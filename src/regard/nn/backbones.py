@@ -13,7 +13,6 @@ mechanism, or one for every layer (a hybrid); a block page in the list is a whol
 torch.Size([1, 7])
 """
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,10 +24,8 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutput,
     CausalLMOutputWithPast,
@@ -36,168 +33,20 @@ from transformers.modeling_outputs import (
     Seq2SeqLMOutput,
 )
 
-from regard import catalog
-from regard.core import BlockPage, Mechanism, Method, Unsupported, require
-from regard.nn.attention import Attention, picked, size_of
-from regard.nn.layers import RMSNorm, SwiGLU
-from regard.ops.states import mapped
+from regard.core import Unsupported, require
+from regard.nn.cache import StateCache
+from regard.nn.config import RegardConfig
+from regard.nn.stack import Stack
 
-
-class RegardConfig(PretrainedConfig):
-    """What a backbone is made of. `mechanisms` is a name or a list of one name per layer; `settings` {name: {...}}.
-
-    conv: tokens of the short convolution on q, k and v; rope: base of the rotary positions, 0 for none, None: as the
-    mechanism needs; encoder_mechanisms and cross_mechanisms are those of an encoder-decoder.
-    """
-
-    model_type = "regard"
-
-    def __init__(
-        self, vocab_size: int = 512, hidden_size: int = 64, num_hidden_layers: int = 2, num_attention_heads: int = 2,
-        num_key_value_heads: int | None = None, head_dim: int | None = None, intermediate_size: int | None = None,
-        mechanisms: str | list[str] = "softmax", settings: dict[str, dict] | None = None,
-        encoder_mechanisms: str | list[str] | None = None, cross_mechanisms: str | list[str] | None = None,
-        conv: int = 0, rope: float | None = None, tie_word_embeddings: bool = True, initializer_range: float = 0.02,
-        use_cache: bool = True, **kwargs: Any,
-    ) -> None:  # fmt: skip
-        self.vocab_size, self.hidden_size = vocab_size, hidden_size
-        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.intermediate_size = 3 * hidden_size if intermediate_size is None else intermediate_size
-        self.mechanisms, self.settings = mechanisms, settings or {}
-        self.encoder_mechanisms = encoder_mechanisms or mechanisms
-        self.cross_mechanisms = cross_mechanisms or "softmax"
-        self.conv, self.rope = conv, rope
-        self.initializer_range, self.use_cache = initializer_range, use_cache
-        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
-
-    def layer_names(self, which: str = "mechanisms") -> list[str]:
-        """One name for every layer."""
-        named = getattr(self, which)
-        named = [named] * self.num_hidden_layers if isinstance(named, str) else list(named)
-        require(len(named) == self.num_hidden_layers, f"{which} names one mechanism, or one for every layer",
-                layers=self.num_hidden_layers, names=named)  # fmt: skip
-        return named
-
-    def method(self, name: str, layer: int) -> Method:
-        """The configured page of a layer; pages that differ by depth are told `layer` and `layers`."""
-        page = catalog.get(name)
-        has = {f.name for f in fields(page.config)}
-        depth = {"layer": layer, "layers": self.num_hidden_layers} if {"layer", "layers"} <= has else {}
-        return catalog.method(name, **{**depth, **self.settings.get(name, {})})
-
-
-class StateCache(Cache):
-    """The states of all layers, whatever their mechanisms keep; what `past_key_values` is in these models."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.states: list[Any] = []
-        self.seen = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.seen
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.states = [picked(state, beam_idx) for state in self.states]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.states = [repeated(state, repeats) for state in self.states]
-
-    def crop(self, max_length: int) -> None:
-        raise Unsupported("a state of fixed size cannot forget its last tokens: no assisted generation here")
-
-    def nbytes(self) -> int:
-        return size_of(tuple(self.states))
-
-
-def repeated(state: Any, repeats: int) -> Any:
-    return mapped(lambda t: t.repeat_interleave(repeats, dim=0), state)
-
-
-class BlockLayer(nn.Module):
-    """A block page as a layer: the page's own norms and residuals."""
-
-    def __init__(self, config: RegardConfig, method: Method, layer: int) -> None:
-        super().__init__()
-        self.method, self.depth = method, {"layer": layer, "layers": config.num_hidden_layers}
-        dims = {"width": config.hidden_size, "heads": config.num_attention_heads}
-        made = method.page.init(method.config, dims, **self.depth)
-        self.params = nn.ParameterDict({n: nn.Parameter(p, p.is_floating_point()) for n, p in made.items()})
-
-    def forward(self, x: Tensor, mask: Tensor | None, state: Any, **_: Any) -> tuple[Tensor, Any]:
-        run = self.method.page.fast or self.method.page.reference
-        return run(x, self.method.config, params=dict(self.params), mask=mask, state=state, **self.depth)[:2]
-
-
-class Layer(nn.Module):
-    """x + attention(norm x); in a decoder that asks an encoder x + cross(norm x, memory); x + SwiGLU(norm x)."""
-
-    def __init__(self, config: RegardConfig, layer: int, pattern: str, which: str, cross: bool) -> None:
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        told = dict(kv_heads=config.num_key_value_heads, head_dim=config.head_dim)
-        method = config.method(config.layer_names(which)[layer], layer)
-        self.norm, self.attention = (
-            RMSNorm(width),
-            Attention(
-                width, config.num_attention_heads, method, pattern, rope=config.rope, conv=config.conv, **told
-            ),
-        )
-        self.cross_norm = self.cross = None
-        if cross:
-            asks = config.method(config.layer_names("cross_mechanisms")[layer], layer)
-            self.cross_norm = RMSNorm(width)
-            self.cross = Attention(width, config.num_attention_heads, asks, "causal_cross", **told)
-        self.mlp_norm, self.mlp = (RMSNorm(width), SwiGLU(width, inner)) if inner else (None, None)
-
-    def forward(
-        self, x: Tensor, mask: Tensor | None, state: Any, memory: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:  # fmt: skip
-        mixed, state = self.attention(self.norm(x), mask=mask, state=state)
-        x = x + mixed
-        if self.cross is not None:
-            x = x + self.cross(self.cross_norm(x), memory, mask=memory_mask)[0]
-        return (x if self.mlp is None else x + self.mlp(self.mlp_norm(x))), state
-
-
-class Stack(nn.Module):
-    """Layers and a last norm: [B, N, C] -> ([B, N, C], states)."""
-
-    def __init__(
-        self, config: RegardConfig, pattern: str, which: str = "mechanisms", cross: bool = False
-    ) -> None:
-        super().__init__()
-        made = []
-        for i, name in enumerate(config.layer_names(which)):
-            page = catalog.get(name)
-            if isinstance(page, BlockPage):
-                if pattern not in page.patterns or cross:
-                    raise Unsupported(
-                        f"{name} is a block for {', '.join(page.patterns)}, not for {pattern} here"
-                    )
-                made.append(BlockLayer(config, config.method(name, i), i))
-            elif isinstance(page, Mechanism):
-                made.append(Layer(config, i, pattern, which, cross))
-            else:
-                raise Unsupported(f"{name} is a {page.kind} page; a layer takes mechanisms and blocks")
-        self.layers, self.norm = nn.ModuleList(made), RMSNorm(config.hidden_size)
-
-    def forward(self, x: Tensor, mask: Tensor | None, states: list | None = None, **memory: Any):
-        states, ends = states or [None] * len(self.layers), []
-        for layer, state in zip(self.layers, states, strict=True):
-            x, end = layer(x, mask, state, **memory)
-            ends.append(end)
-        return self.norm(x), ends
+__all__ = [
+    "RegardConfig",
+    "RegardForCausalLM",
+    "RegardForMaskedLM",
+    "RegardForSeq2SeqLM",
+    "RegardModel",
+    "StateCache",
+    "register",
+]
 
 
 class RegardModel(PreTrainedModel):
@@ -275,11 +124,10 @@ def shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def tail(x: Tensor, keep: int | Tensor) -> Tensor:
-    return (
-        x[:, slice(-keep, None) if isinstance(keep, int) else keep]
-        if not isinstance(keep, int) or keep
-        else x
-    )
+    """The last `keep` tokens of [B, N, C], all where it is 0, or those at the indices `keep`."""
+    if not isinstance(keep, int):
+        return x[:, keep]
+    return x[:, -keep:] if keep else x
 
 
 class RegardForCausalLM(RegardModel, GenerationMixin):
@@ -328,10 +176,9 @@ class Encoder(nn.Module):
 
     def __init__(self, config: RegardConfig, embed: nn.Embedding) -> None:
         super().__init__()
-        self.stack, self.embedding = (
-            Stack(config, "self", "encoder_mechanisms"),
-            [embed],
-        )  # a list: not its own
+        self.stack = Stack(config, "self", "encoder_mechanisms")
+        # in a list, so that it is not a module of the encoder's own
+        self.embedding = [embed]
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 inputs_embeds: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:  # fmt: skip
@@ -365,9 +212,17 @@ class RegardForSeq2SeqLM(RegardModel, GenerationMixin):
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
         memory = encoder_outputs[0]
-        asked = dict(memory=memory, memory_mask=padding(attention_mask, memory.shape[1]))
+        memory_mask = padding(attention_mask, memory.shape[1])
         x = self.embedded(decoder_input_ids, None)
-        x, cache = run_decoder(self.model, x, decoder_attention_mask, past_key_values, use_cache, **asked)
+        x, cache = run_decoder(
+            self.model,
+            x,
+            decoder_attention_mask,
+            past_key_values,
+            use_cache,
+            memory=memory,
+            memory_mask=memory_mask,
+        )
         logits = self.lm_head(x)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         return Seq2SeqLMOutput(

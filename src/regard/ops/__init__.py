@@ -2,8 +2,9 @@
 
 from regard.ops.budget import Budget, parse_budget
 from regard.ops.features import elu_plus_one, taylor
-from regard.ops.linear import dense_linear, inputs_of_keys, key_mask, linear, shown, undecayed
-from regard.ops.pattern import carried, dense_mask, seen_by
+from regard.ops.linear import Form, dense_linear, linear, run_form, shown, undecayed
+from regard.ops.pattern import carried, visible
+from regard.ops.recurrence import exact, heads_of, initial, quotient, recurrence, rounded
 from regard.ops.softmax import (
     at_least_float32,
     attend,
@@ -25,6 +26,7 @@ from regard.ops.view import Kept, View, keep_best
 
 __all__ = [
     "Budget",
+    "Form",
     "Kept",
     "View",
     "at_least_float32",
@@ -32,16 +34,16 @@ __all__ = [
     "best",
     "carried",
     "dense_linear",
-    "dense_mask",
     "elu_plus_one",
+    "exact",
     "explicit",
     "few_rows",
     "finish",
     "fused",
     "gather_rows",
-    "inputs_of_keys",
+    "heads_of",
+    "initial",
     "keep_best",
-    "key_mask",
     "linear",
     "lower_right",
     "masked_softmax",
@@ -50,12 +52,16 @@ __all__ = [
     "parse_budget",
     "partial",
     "per_query_head",
+    "quotient",
+    "recurrence",
+    "rounded",
+    "run_form",
     "row_blocks",
     "scores",
-    "seen_by",
     "shown",
     "slots_of",
     "taylor",
     "top_slots",
     "undecayed",
+    "visible",
 ]

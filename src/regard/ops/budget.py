@@ -19,6 +19,19 @@ class Budget:
     fraction: float | None = None
     bytes: int | None = None
 
+    @property
+    def value(self) -> int | float | str:
+        """As people write it: 512, 0.1 or "64MB"; parse_budget reads it back."""
+        if self.tokens is not None:
+            return self.tokens
+        if self.fraction is not None:
+            return self.fraction
+        unit = next(u for u in ("GB", "MB", "KB", "B") if self.bytes % UNITS[u] == 0)
+        return f"{self.bytes // UNITS[unit]}{unit}"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
     def resolve(self, real: Tensor, bytes_per_token: int) -> Tensor:
         """Tokens for each row: [B] integers, at least 1 and at most the row's `real` [B] tokens so far.
 
@@ -38,8 +51,11 @@ class Budget:
         return real.clamp(max=self.bytes // bytes_per_token)
 
 
-def parse_budget(budget: int | float | str) -> Budget:
+def parse_budget(budget: "int | float | str | Budget") -> Budget:
     """Read a budget as people write it: an int is tokens, a float in (0, 1] a fraction, a text like "64MB" bytes.
+
+    Texts are read as numbers where they are ones, so that a command line can hand over what was typed: "512", "0.1",
+    "10%". A Budget is given back as it is.
 
     >>> parse_budget(512), parse_budget(0.1), parse_budget("64MB")
     (Budget(tokens=512, fraction=None, bytes=None), Budget(tokens=None, fraction=0.1, bytes=None), \
@@ -49,6 +65,13 @@ Budget(tokens=None, fraction=None, bytes=64000000))
     ...
     ValueError: must hold: a fractional budget lies in (0, 1] (budget=1.5)
     """
+    if isinstance(budget, Budget):
+        return budget
+    if isinstance(budget, str) and (number := re.fullmatch(r"\s*([0-9.]+)\s*(%?)\s*", budget)):
+        if number[2]:
+            budget = float(number[1]) / 100
+        else:
+            budget = float(number[1]) if "." in number[1] else int(number[1])
     if isinstance(budget, str):
         found = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?i?B)\s*", budget, flags=re.IGNORECASE)
         require(found, 'a byte budget reads like "64MB" (B, KB, MB, GB, KiB, MiB, GiB)', budget=budget)

@@ -1,9 +1,12 @@
-"""What the pages of the TransNormer family share: decays by head and layer, and positions as waves (LRPE)."""
+"""What fast paths of the TransNormer family share: decays by head and layer, and positions as waves (LRPE)."""
 
 import math
 
 import torch
 from torch import Tensor
+
+from regard.core.call import Call
+from regard.ops.softmax import per_query_head
 
 DECAYS = ("paper", "slopes")
 
@@ -12,8 +15,8 @@ def layer_decay(q: Tensor, decay: str, layer: int, layers: int) -> Tensor:
     """[H] log λ of head h of H in layer l of L, in float32 at least.
 
     "paper"   -8h/H · (1 - l/L), all counted from 0, so head 0 never forgets
-    "slopes"  -2^(-8(h + 1)/H) · (1 - l/(L - 1) + 1e-5), that of the released models; with one layer the factor is 1.
-              Heads beyond a power of two take the places between
+    "slopes"  -2^(-8(h + 1)/H) · (1 - l/(L - 1) + 1e-5), that of the released models; with one layer its second
+              term is 0. Heads beyond a power of two lie between those before
     """
     heads = q.shape[1]
     h = torch.arange(heads, device=q.device).to(q.dtype if q.dtype == torch.float64 else torch.float32)
@@ -24,9 +27,24 @@ def layer_decay(q: Tensor, decay: str, layer: int, layers: int) -> Tensor:
     return -slope * (1 - layer / max(layers - 1, 1) + 1e-5)
 
 
-def waves(t: Tensor, place: Tensor, theta: Tensor) -> Tensor:
-    """[B, H, n, 2D]: t [B, H, n, D] times the cosine, and times the sine, of place [B|1, H|1, n] times θ [H, D]."""
-    angle = place[..., None] * theta[:, None]  # [B|1, H, n, D]
+def with_waves(q: Tensor, k: Tensor, theta: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(q and k as waves [B, H, n, 2D], the position of the last key [B|1, H|1, 1]).
+
+    A position is the count of the tokens that are there, from 1, so that an incoming state stands at 0.
+    """
+    n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+    there = call.key_mask
+    if there is None:
+        there = torch.ones(1, 1, m, dtype=torch.bool, device=k.device)
+    position = there.cumsum(-1).to(q.dtype)
+    last = position[..., -1:]
+    k = per_query_head(k, heads).expand(-1, heads, -1, -1)
+    return waves(q, last if call.cross else position[..., m - n :], theta), waves(k, position, theta), last
+
+
+def waves(t: Tensor, position: Tensor, theta: Tensor) -> Tensor:
+    """[B, H, n, 2D]: t [B, H, n, D] times the cosine, and times the sine, of position [B|1, H|1, n] times θ [H, D]."""
+    angle = position[..., None] * theta[:, None]  # [B|1, H, n, D]
     return torch.cat([t * angle.cos(), t * angle.sin()], dim=-1)
 
 

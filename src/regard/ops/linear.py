@@ -12,74 +12,83 @@ self           both directions: token s weighs by the decays between s and t, it
 cross          every query reads the state that the whole memory has left; causal_cross: the same, as queries do not
                speak to each other
 
-A hidden key is as if it were not there: it adds nothing and does not decay. Masks are of keys; a mask of pairs is
-refused, as a sum that all queries share cannot leave one out. States are float32 at least, [B, H, D, E], or
-[B, H, D, E + 1] with normalise, whose last column is z.
+A hidden key is as if it were not there: it adds nothing and does not decay. Masks are of keys, as a sum that all
+queries share cannot leave one out. States are float32 at least, [B, H, D, E], or [B, H, D, E + 1] with normalise,
+whose last column is z.
+
+A page gives its `Form`; `run_form` is the fast path that follows from it.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from regard.core import Unsupported, require
-from regard.core.mask import Mask
-from regard.core.shapes import PATTERNS
+from regard.core.call import Call
+from regard.core.errors import Unsupported, require
 from regard.ops.backend import causal, on_triton
 from regard.ops.chunk import LOWEST
-from regard.ops.pattern import dense_mask
 from regard.ops.softmax import at_least_float32, lower_right, per_query_head
 
 CHUNK = 64
 
 
-def key_mask(mask: Mask | Tensor | None, q: Tensor, k: Tensor, roles: Any = None) -> Tensor | None:
-    """[B|1, H|1, M] bool, True = there. Unsupported for a mask under which queries see different keys."""
-    found = dense_mask(mask, q, k, roles)
-    if found is None:
-        return None
-    while found.dim() < 4:
-        found = found[None]
-    if found.shape[2] > 1 and not bool((found == found[:, :, :1]).all()):
-        raise Unsupported(
-            "a mask of pairs: linear attention sums the keys for all queries at once; mask keys instead"
-        )
-    return found[:, :, 0].expand(-1, -1, k.shape[2])
+class Form(NamedTuple):
+    """What a linear page is made of: o = φ(q) Σ e^{decays} φ(k)ᵀ v, over the same sum of φ(k) where it normalises.
+
+    q, k       features of queries [B, H, N, F] and of keys [B, G, M, F]     v  values [B, G, M, E]
+    log_decay  None, [H], [B, H, M] or [B, H, M, F], <= 0
+    normalise  whether outputs are divided by φ(q) Σ e^{decays} φ(k)ᵀ + eps
+    state      what the sums begin with; None: nothing
+    finish     finish(out, state) -> (out, state), what the page does after the sums; None: nothing
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None = None
+    normalise: bool = False
+    eps: float = 0.0
+    state: Tensor | None = None
+    finish: Callable[[Tensor, Tensor | None], tuple[Tensor, Any]] | None = None
 
 
-def shown(t: Tensor, there: Tensor | None) -> Tensor:
-    """Keys, values or features [B, G|H, M, ...] with zeros where key_mask says that nothing is."""
-    if there is None:
+def run_form(
+    form: Callable[..., Form], q: Tensor, k: Tensor, v: Tensor, cfg: Any, call: Call
+) -> tuple[Tensor, Any]:
+    """The fast path of a page that gives form(q, k, v, cfg, call); cfg.chunk, if it has one, sets the chunk."""
+    made = form(q, k, v, cfg, call)
+    out, state = linear(
+        made.q, made.k, made.v, made.log_decay, pattern=call.pattern, key_mask=call.key_mask, state=made.state,
+        normalise=made.normalise, eps=made.eps, chunk=getattr(cfg, "chunk", CHUNK), backend=call.backend,
+    )  # fmt: skip
+    return (out, state) if made.finish is None else made.finish(out, state)
+
+
+def shown(t: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Keys, values or features [B, G|H, M, ...] with zeros where the key mask says that nothing is."""
+    if key_mask is None:
         return t
-    return t.masked_fill(
-        ~there[..., None] if there.shape[1] in (1, t.shape[1]) else ~there[:, :1, :, None], 0
-    )
+    fits = key_mask.shape[1] in (1, t.shape[1])
+    require(fits, "a mask by head stands beside tensors of as many heads", mask=key_mask, tensor=t)
+    return t.masked_fill(~key_mask[..., None], 0)
 
 
-def inputs_of_keys(x: Any, pattern: str) -> Tensor:
-    """The layer's input at the keys: x, or in cross patterns the second of x = (of the queries, of the keys)."""
-    if "cross" not in pattern:
-        return x
-    require(isinstance(x, tuple) and len(x) == 2, "in cross, x is (inputs of queries, inputs of keys)", x=x)
-    return x[1]
-
-
-def prepared(q, k, v, log_decay, pattern, mask, state, roles, normalise):
-    """(q, k, v per query head with hidden keys zeroed, decay or None, state): what both forms below start from."""
-    require(pattern in PATTERNS, f"pattern is one of {PATTERNS}", pattern=pattern)
-    require(state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern)
-    there = key_mask(mask, q, k, roles)
+def prepared(q, k, v, log_decay, key_mask, normalise):
+    """(q, k, v per query head with hidden keys zeroed, decay or None): what both forms below start from."""
     k, v = (per_query_head(t, q.shape[1]).expand(-1, q.shape[1], -1, -1) for t in (k, v))
-    k, v = shown(k, there), shown(v, there)
+    k, v = shown(k, key_mask), shown(v, key_mask)
     if normalise:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-    if log_decay is not None:
-        g = at_least_float32(log_decay)
-        if there is not None:
-            g = g[:, None].expand(-1, k.shape[2])[None] if g.dim() == 1 else g
-            g = g.masked_fill(~(there if g.dim() == 3 else there[..., None]), 0)
-        log_decay = g
-    return q, k, v, log_decay, state
+    if log_decay is None:
+        return q, k, v, None
+    g = at_least_float32(log_decay)
+    if key_mask is not None:
+        g = g[:, None].expand(-1, k.shape[2])[None] if g.dim() == 1 else g
+        g = g.masked_fill(~(key_mask if g.dim() == 3 else key_mask[..., None]), 0)
+    return q, k, v, g
 
 
 def finished(out: Tensor, normalise: bool, eps: float, dtype: torch.dtype) -> Tensor:
@@ -91,11 +100,11 @@ def finished(out: Tensor, normalise: bool, eps: float, dtype: torch.dtype) -> Te
 
 def dense_linear(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, pattern: str = "causal_self",
-    mask: Any = None, state: Tensor | None = None, roles: Any = None, normalise: bool = False, eps: float = 1e-6,
+    key_mask: Tensor | None = None, state: Tensor | None = None, normalise: bool = False, eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The definition through all N x M weights: (out [B, H, N, E], state). Quadratic, exact, on any device."""
     dtype = v.dtype
-    q, k, v, g, state = prepared(q, k, v, log_decay, pattern, mask, state, roles, normalise)
+    q, k, v, g = prepared(q, k, v, log_decay, key_mask, normalise)
     q, k, v = (at_least_float32(t) for t in (q, k, v))
     g = k.new_zeros(1, 1, 1) if g is None else g.to(k.dtype).clamp(min=LOWEST)
     g = g[None, :, None] if g.dim() == 1 else g
@@ -123,29 +132,32 @@ def dense_linear(
     return finished(out, normalise, eps, dtype), end
 
 
-def undecayed(q: Tensor, k: Tensor, v: Tensor, *, pattern: str, mask: Tensor | None) -> Tensor:
+def undecayed(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """(Q Kᵀ) V over the keys that a query may see, what linear attention is without feature map, decay and
-    denominator: the base of pages that add to it."""
+    denominator: the neutral base of pages that add to it."""
     weights = at_least_float32(q) @ at_least_float32(per_query_head(k, q.shape[1])).mT
-    if pattern == "causal_self":
+    seen = None if call.key_mask is None else call.key_mask[:, :, None]
+    if call.pattern == "causal_self":
         lower = lower_right(q.shape[2], k.shape[2], q.device)
-        mask = lower if mask is None else mask & lower
-    weights = weights if mask is None else weights.masked_fill(~mask, 0)
+        seen = lower if seen is None else seen & lower
+    weights = weights if seen is None else weights.masked_fill(~seen, 0)
     return (weights @ at_least_float32(per_query_head(v, q.shape[1]))).to(v.dtype)
 
 
 def linear(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, pattern: str = "causal_self",
-    mask: Any = None, state: Tensor | None = None, roles: Any = None, normalise: bool = False, eps: float = 1e-6,
-    chunk: int = CHUNK,
+    key_mask: Tensor | None = None, state: Tensor | None = None, normalise: bool = False, eps: float = 1e-6,
+    chunk: int = CHUNK, backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """As dense_linear, in time and memory that grow with N + M: (out [B, H, N, E], state).
 
     Products are taken in the input's dtype; sums, decays and states in float32 at least. `chunk` changes the speed,
-    never the result.
+    never the result; `backend` is "auto", "torch" or "triton", which raises where there is no kernel.
     """
     n, dtype = q.shape[2], v.dtype
-    q, k, v, g, state = prepared(q, k, v, log_decay, pattern, mask, state, roles, False)
+    q, k, v, g = prepared(q, k, v, log_decay, key_mask, False)
+    if backend == "triton" and (n == 1 if pattern == "causal_self" else pattern != "self" or g is None):
+        raise Unsupported("this pattern or length has no Triton kernel; ask for impl='auto'")
     if pattern == "causal_self":
         earlier = k.shape[2] - n
         if earlier:  # keys before the first query
@@ -154,16 +166,17 @@ def linear(
             k, v, g = k[:, :, earlier:], v[:, :, earlier:], cut(g, slice(earlier, None))
         if n == 1:
             return step(q, k, v, g, state, normalise, eps)
-        return causal(q, k, v, bounded(g, q), state, chunk=chunk, normalise=normalise, eps=eps)
+        g = bounded(g, q, backend)
+        return causal(q, k, v, g, state, chunk=chunk, normalise=normalise, eps=eps, backend=backend)
     if pattern == "self" and g is not None:
-        return both_ways(q, k, v, g, normalise, eps, chunk), None
+        return both_ways(q, k, v, g, normalise, eps, chunk, backend), None
     state = memory(k, v, g, None, normalise)
     return read(q, state, normalise, eps, dtype), None
 
 
-def bounded(g: Tensor | None, q: Tensor) -> Tensor | None:
+def bounded(g: Tensor | None, q: Tensor, backend: str) -> Tensor | None:
     """Torch's tiles do it themselves, in cache; a kernel takes gates as they are."""
-    return g.clamp(min=LOWEST) if g is not None and on_triton(q) else g
+    return g.clamp(min=LOWEST) if g is not None and on_triton(q, backend) else g
 
 
 def cut(g: Tensor | None, tokens: slice) -> Tensor | None:
@@ -214,7 +227,7 @@ def step(q, k, v, g, state, normalise: bool, eps: float) -> tuple[Tensor, Tensor
     dtype = v.dtype
     q, k, v = (at_least_float32(t) for t in (q, k, v))
     if normalise:
-        v = torch.nn.functional.pad(v, (0, 1), value=1.0)
+        v = F.pad(v, (0, 1), value=1.0)
     new = k.mT * v  # [B, H, D, E]
     if state is not None:
         if g is not None:
@@ -224,14 +237,14 @@ def step(q, k, v, g, state, normalise: bool, eps: float) -> tuple[Tensor, Tensor
     return finished(q @ new, normalise, eps, dtype), new
 
 
-def both_ways(q, k, v, g, normalise: bool, eps: float, chunk: int) -> Tensor:
+def both_ways(q, k, v, g, normalise: bool, eps: float, chunk: int, backend: str) -> Tensor:
     """A scan in each direction; a token's own, in both, counts once."""
     dtype = v.dtype
     if normalise:
-        v = torch.nn.functional.pad(v, (0, 1), value=1.0)
-    g = bounded(g, q)
-    out = causal(q, k, v, g, None, chunk=chunk)[0]
+        v = F.pad(v, (0, 1), value=1.0)
+    g = bounded(g, q, backend)
+    out = causal(q, k, v, g, None, chunk=chunk, backend=backend)[0]
     back = [t.flip(2) for t in (q, k, v)]
-    back = causal(*back, g if g.dim() == 1 else g.flip(2), None, chunk=chunk)[0].flip(2)
+    back = causal(*back, g if g.dim() == 1 else g.flip(2), None, chunk=chunk, backend=backend)[0].flip(2)
     own = at_least_float32((q * k).sum(-1, keepdim=True)) * at_least_float32(v)
     return finished(out + back - own, normalise, eps, dtype)

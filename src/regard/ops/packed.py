@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.core import require
-from regard.ops.states import leaves, mapped
+from regard.core.trees import tree_leaves, tree_map
 
 
 def borders(cu_seqlens: Tensor | list[int], tokens: int, name: str) -> list[int]:
@@ -29,9 +29,9 @@ def borders(cu_seqlens: Tensor | list[int], tokens: int, name: str) -> list[int]
 
 def run_packed(
     run: Callable, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], memories: list[int], *,
-    state: Any = None, x: Any = None, **told: Any,
+    initial_state: Any = None, x: Any = None,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    """(out [1, H, T, E], states) of run(q, k, v, state=..., x=..., **told) on every text by itself.
+    """(out [1, H, T, E], states) of run(q, k, v, initial_state=..., x=...) -> (out, state) on every text by itself.
 
     q [1, H, T, D] and k, v [1, G, T', ...] hold the texts end to end. States come, and are given back, as one state
     with a batch of S texts where all have one size, or as a list of S states.
@@ -40,14 +40,14 @@ def run_packed(
     count = len(lengths)
     texts = list(zip(*(t.split(size, 2) for t, size in ((q, lengths), (k, memories), (v, memories)))))
     inputs = [None] * count if x is None else split_inputs(x, lengths, memories)
-    before = states_of(state, count)
+    before = states_of(initial_state, count)
     outs: list[Any] = [None] * count
     ends: list[Any] = [None] * count
     for shape in dict.fromkeys(zip(lengths, memories, strict=True)):
         for own in groups([i for i in range(count) if (lengths[i], memories[i]) == shape], before):
             batch = [torch.cat(parts) for parts in zip(*(texts[i] for i in own))]
             given = joined([before[i] for i in own])
-            out, end, *_ = run(*batch, state=given, x=joined([inputs[i] for i in own]), **told)
+            out, end = run(*batch, initial_state=given, x=joined([inputs[i] for i in own]))
             for row, i in enumerate(own):
                 outs[i], ends[i] = out[row : row + 1], picked(end, row)
     return torch.cat(outs, dim=2), merged(ends)
@@ -79,12 +79,12 @@ def states_of(state: Any, count: int) -> list[Any]:
 
 
 def picked(state: Any, row: int) -> Any:
-    return mapped(lambda t: t[row : row + 1], state)
+    return tree_map(lambda t: t[row : row + 1], state)
 
 
 def joined(states: list[Any]) -> Any:
     """States of one size as one state with their batch."""
-    return None if states[0] is None else mapped(lambda *ts: torch.cat(ts), *states)
+    return None if states[0] is None else tree_map(lambda *ts: torch.cat(ts), *states)
 
 
 def merged(ends: list[Any]) -> Any:
@@ -92,4 +92,4 @@ def merged(ends: list[Any]) -> Any:
 
 
 def sizes_of(state: Any) -> tuple:
-    return tuple(tuple(t.shape) for t in leaves(state))
+    return tuple(tuple(t.shape) for t in tree_leaves(state))

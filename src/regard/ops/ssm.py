@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import require
-from regard.ops.linear import key_mask, shown
+from regard.core.call import Call
+from regard.ops.linear import shown
 from regard.ops.softmax import at_least_float32, per_query_head
 
 FLOOR = 1e-4  # of an initial step size
@@ -34,22 +34,25 @@ def initial_steps(
     }
 
 
-def step_sizes(x: Tensor, params: dict[str, Tensor] | None) -> Tensor:
-    """dt [B, H, M], float32 at least.
+def step_sizes(call: Call) -> Tensor:
+    """dt [B, H, M] of the keys, float32 at least.
 
     >>> params = {"w_dt": torch.zeros(3, 1), "dt_bias": torch.tensor([math.log(math.e - 1)])}
-    >>> step_sizes(torch.ones(1, 2, 3), params)
+    >>> step_sizes(Call(params=params, x=torch.ones(1, 2, 3)))
     tensor([[[1., 1.]]])
     """
-    require(params is not None, "params holds w_dt, dt_bias, a_log and d, as init gives them", params=params)
-    x = at_least_float32(x)
-    return F.softplus(x @ params["w_dt"].to(x.dtype) + params["dt_bias"].to(x.dtype)).mT
+    x = at_least_float32(call.x_of_keys)
+    return F.softplus(x @ call.params["w_dt"].to(x.dtype) + call.params["dt_bias"].to(x.dtype)).mT
 
 
-def with_skip(
-    y: Tensor, q: Tensor, k: Tensor, v: Tensor, d: Tensor, mask: object = None, roles: object = None
-) -> Tensor:
-    """y + D_h v_t at every query of a text that asks itself: [B, H, N, E]. Hidden tokens add nothing."""
-    own = shown(at_least_float32(per_query_head(v, q.shape[1])), key_mask(mask, q, k, roles))
-    own = own[:, :, k.shape[2] - q.shape[2] :].to(y.dtype)
-    return torch.addcmul(y, d.to(y.dtype).view(-1, 1, 1), own)
+def with_skip(y: Tensor, v: Tensor, call: Call) -> Tensor:
+    """y + D_h v_t at every query of a text that asks itself, y alone in cross: [B, H, N, E] in v's dtype.
+
+    Hidden tokens add nothing.
+    """
+    if call.cross:
+        return y.to(v.dtype)
+    heads, queries = y.shape[1:3]
+    own = at_least_float32(per_query_head(v, heads)).expand(-1, heads, -1, -1)
+    own = shown(own, call.key_mask)[:, :, v.shape[2] - queries :].to(y.dtype)
+    return torch.addcmul(y, call.params["d"].to(y.dtype).view(-1, 1, 1), own).to(v.dtype)

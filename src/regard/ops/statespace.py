@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from regard.core import Unsupported, require
-from regard.ops.states import leaves, mapped
+from regard.core.trees import tree_leaves, tree_map
 
 
 class System(NamedTuple):
@@ -133,7 +133,7 @@ def inverse(keep: Tensor) -> Tensor:
 
 def reals(state: Any) -> list[Tensor]:
     """The tensors of real numbers in a state, each with its rows first."""
-    return [leaf for leaf in leaves(state) if leaf.is_floating_point()]
+    return [leaf for leaf in tree_leaves(state) if leaf.is_floating_point()]
 
 
 def flat(state: Any) -> Tensor:
@@ -156,4 +156,4 @@ def moved(state: Any, h: Tensor, rows: int) -> Any:
         start += part.numel()
         return own.reshape(rows, *part.shape[1:]).to(part.dtype)
 
-    return mapped(cut, state)
+    return tree_map(cut, state)

@@ -1,26 +1,22 @@
-"""Workloads for compare: each a seeded generator of samples and a metric. `TASKS` holds them by name."""
+"""Workloads for compare and for training: every task is a page (a file of this folder that defines METHOD).
 
-from regard.core import unknown
-from regard.tasks.base import Sample, Task
+`regard.catalog.task(name)` gives a task with its settings; `Sample` and `Source` are what they are made of.
+"""
+
+from typing import Any
+
+from regard.core.deprecation import moved
+from regard.tasks.base import Sample
 from regard.tasks.corpus import Source, held_out
-from regard.tasks.needle import NEEDLE
-from regard.tasks.perplexity import PERPLEXITY
-from regard.tasks.recall import RECALL
 from regard.tasks.zoology_mqar import mqar
 
-__all__ = ["TASKS", "Sample", "Source", "Task", "held_out", "mqar", "task"]
+__all__ = ["Sample", "Source", "held_out", "mqar"]
 
-TASKS: dict[str, Task] = {t.name: t for t in (NEEDLE, RECALL, PERPLEXITY)}
+_moved = moved(
+    __name__,
+    {"task": "regard.catalog:task", "Task": "regard.kinds.task:Task"},
+)
 
 
-def task(name: str) -> Task:
-    """The task of this name.
-
-    >>> task("needel")
-    Traceback (most recent call last):
-    ...
-    KeyError: "no task is called 'needel'; near names: needle"
-    """
-    if name not in TASKS:
-        raise unknown("task", name, TASKS)
-    return TASKS[name]
+def __getattr__(name: str) -> Any:
+    return _moved(name)

@@ -1,4 +1,4 @@
-"""What a task is: a named, seeded generator of samples, and the metric that judges the answers.
+"""What tasks are made of: samples, the frame of a prompt, filler.
 
 Every prompt of one call has exactly the asked number of tokens and every answer the same number, so that
 samples are batched without padding. A tokenizer is passed in; anything with the manners of Hugging Face's
@@ -6,7 +6,6 @@ will do.
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from regard.core import require
@@ -27,22 +26,6 @@ class Sample:
     answer: list[int]
     evidence: tuple[int, int]
     depth: float = 0.0
-
-
-@dataclass(frozen=True)
-class Task:
-    """A workload. Metric "exact": the answer is generated exactly; "nll": its mean negative log-likelihood.
-
-    samples(tokenizer, length, count, seed, source=None, *, chat=False) -> list of Sample
-    """
-
-    name: str
-    title: str
-    metric: str
-    samples: Callable[..., list[Sample]]
-
-    def __post_init__(self) -> None:
-        require(self.metric in ("exact", "nll"), 'metric is "exact" or "nll"', metric=self.metric)
 
 
 @dataclass(frozen=True)

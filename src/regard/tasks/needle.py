@@ -6,41 +6,67 @@ The depth of sample i is i / (count - 1): 0 puts the fact first, 1 right before 
 """
 
 import random
+from dataclasses import dataclass
 from statistics import mode
+from typing import Any
 
-from regard.tasks.base import Frame, Sample, Task, even, fill
+from regard.core import Card, require
+from regard.kinds.task import TaskPage
+from regard.tasks.base import Frame, Sample, even, fill
 from regard.tasks.corpus import Source, held_out
 from regard.tasks.recall import Fact, words
 
-DIGITS = 5
+
+@dataclass(frozen=True)
+class Config:
+    digits: int = 5  # of the code
+
+    def __post_init__(self) -> None:
+        require(1 <= self.digits <= 20, "1 <= digits <= 20", digits=self.digits)
 
 
 def samples(
-    tokenizer, length: int, count: int, seed: int, source: Source | None = None, *, chat: bool = False
+    cfg: Config,
+    tokenizer: Any,
+    length: int,
+    count: int,
+    seed: int,
+    source: Source | None = None,
+    *,
+    chat: bool = False,
 ) -> list[Sample]:
     """`count` prompts of exactly `length` tokens, the fact going down evenly from the first to the last."""
     source = source or held_out()
-    size, depths = answer_size(tokenizer), (i / max(1, count - 1) for i in range(count))
-    return even(
-        [_one(tokenizer, length, d, f"needle {seed} {i}", source, size, chat) for i, d in enumerate(depths)]
-    )
+    size, made = answer_size(tokenizer, cfg.digits), []
+    for i in range(count):
+        depth, rng = i / max(1, count - 1), random.Random(f"needle {seed} {i}")
+        made.append(one(tokenizer, length, depth, rng, source, (size, cfg.digits), chat))
+    return even(made)
 
 
-def passkey(rng: random.Random) -> str:
-    return " " + "".join(str(rng.randint(1, 9)) for _ in range(DIGITS))
+def passkey(rng: random.Random, digits: int) -> str:
+    return " " + "".join(str(rng.randint(1, 9)) for _ in range(digits))
 
 
-def answer_size(tokenizer) -> int:
+def answer_size(tokenizer: Any, digits: int) -> int:
     """The commonest number of tokens of a passkey; it varies where a tokenizer merges digits."""
     rng = random.Random("passkeys")
-    return mode(len(Fact("", passkey(rng)).answer(tokenizer)) for _ in range(100))
+    return mode(len(Fact("", passkey(rng, digits)).answer(tokenizer)) for _ in range(100))
 
 
-def _one(tokenizer, length: int, depth: float, seed: str, source: Source, size: int, chat: bool) -> Sample:
-    rng = random.Random(seed)
-    fact = Fact(rng.choice(words()), passkey(rng))
+def one(
+    tokenizer: Any,
+    length: int,
+    depth: float,
+    rng: random.Random,
+    source: Source,
+    sizes: tuple[int, int],
+    chat: bool,
+) -> Sample:
+    size, digits = sizes
+    fact = Fact(rng.choice(words()), passkey(rng, digits))
     while len(fact.answer(tokenizer)) != size:
-        fact = Fact(fact.key, passkey(rng))
+        fact = Fact(fact.key, passkey(rng, digits))
     frame = Frame.of(tokenizer, fact.question(tokenizer), f"The code of {fact.key} is", chat)
     statement, answer = fact.statement(tokenizer), fact.answer(tokenizer)
     room = frame.room(length, len(statement))
@@ -50,4 +76,18 @@ def _one(tokenizer, length: int, depth: float, seed: str, source: Source, size: 
     return Sample(prompt, answer, (first, first + len(statement)), depth)
 
 
-NEEDLE = Task("needle", "Needle in a haystack", "exact", samples)
+METHOD = TaskPage(
+    config=Config,
+    samples=samples,
+    standard=True,
+    patterns=("causal_self",),
+    card=Card(
+        title="Needle in a haystack",
+        paper="Needle In A Haystack: pressure testing LLMs (G. Kamradt, 2023)",
+        year=2023,
+        idea="one fact in much running text, at every depth in turn, and a question about it at the end",
+        cost="none",
+        state="one fact to remember",
+        caveat="the original asks for a sentence and lets a model judge; here a code of digits is generated exactly",
+    ),
+)

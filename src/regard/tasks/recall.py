@@ -14,9 +14,11 @@ from functools import cache
 from itertools import product
 from math import ceil, sqrt
 from pathlib import Path
+from typing import Any
 
-from regard.core import require
-from regard.tasks.base import Frame, Sample, Task, continuation, encode, even, fill
+from regard.core import Card, require
+from regard.kinds.task import TaskPage
+from regard.tasks.base import Frame, Sample, continuation, encode, even, fill
 from regard.tasks.corpus import Source, held_out
 
 TOKENS_PER_FACT, MOST_FACTS = 64, 24
@@ -79,29 +81,48 @@ def weave(rng: random.Random, filler: list[int], pieces: Iterable[list[int]]) ->
     return ids + filler[last:], starts
 
 
+@dataclass(frozen=True)
+class Config:
+    tokens_per_fact: int = TOKENS_PER_FACT
+    most_facts: int = MOST_FACTS
+
+    def __post_init__(self) -> None:
+        require(self.tokens_per_fact >= 1, "tokens_per_fact >= 1", tokens_per_fact=self.tokens_per_fact)
+        require(self.most_facts >= 4, "most_facts >= 4", most_facts=self.most_facts)
+
+
 def samples(
-    tokenizer, length: int, count: int, seed: int, source: Source | None = None, *, chat: bool = False
+    cfg: Config,
+    tokenizer: Any,
+    length: int,
+    count: int,
+    seed: int,
+    source: Source | None = None,
+    *,
+    chat: bool = False,
 ) -> list[Sample]:
     """`count` prompts of exactly `length` tokens; the asked facts spread evenly over the order of facts."""
     pool, source = even_words(tokenizer), source or held_out()
-    places = (i / max(1, count - 1) for i in range(count))
-    return even(
-        [_one(tokenizer, length, p, f"recall {seed} {i}", pool, source, chat) for i, p in enumerate(places)]
-    )
+    number, made = min(cfg.most_facts, max(4, length // cfg.tokens_per_fact)), []
+    for i in range(count):
+        rng, asked = random.Random(f"recall {seed} {i}"), round(i / max(1, count - 1) * (number - 1))
+        made.append(one(tokenizer, length, asked, rng, draw_facts(rng, pool, number), source, chat))
+    return even(made)
 
 
-def _one(
-    tokenizer, length: int, place: float, seed: str, pool: list[str], source: Source, chat: bool
-) -> Sample:
-    rng = random.Random(seed)
-    number = min(MOST_FACTS, max(4, length // TOKENS_PER_FACT))
+def draw_facts(rng: random.Random, pool: list[str], number: int) -> list[Fact]:
     drawn = rng.sample(pool, 2 * number)
     values = [f" {a} {b}" for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
     keys = near_keys(rng, number)
-    while any(" " + key in values for key in keys):  # an answer must not stand anywhere else
+    # an answer must not stand anywhere else
+    while any(" " + key in values for key in keys):
         keys = near_keys(rng, number)
-    facts = [Fact(key, value) for key, value in zip(keys, values, strict=True)]
-    asked = round(place * (number - 1))
+    return [Fact(key, value) for key, value in zip(keys, values, strict=True)]
+
+
+def one(
+    tokenizer: Any, length: int, asked: int, rng: random.Random, facts: list[Fact], source: Source, chat: bool
+) -> Sample:
     frame = Frame.of(tokenizer, facts[asked].question(tokenizer), f"The code of {facts[asked].key} is", chat)
     statements = [fact.statement(tokenizer) for fact in facts]
     room = frame.room(length, sum(map(len, statements)))
@@ -111,4 +132,17 @@ def _one(
     return Sample(frame.around(body), answer, (first, first + len(statements[asked])), depth=first / length)
 
 
-RECALL = Task("recall", "Recall among similar keys", "exact", samples)
+METHOD = TaskPage(
+    config=Config,
+    samples=samples,
+    standard=True,
+    patterns=("causal_self",),
+    card=Card(
+        title="Recall among similar keys",
+        paper="none: a task of this library, after the key-value retrieval of Lost in the Middle (2023)",
+        year=2026,
+        idea="facts strewn through running text whose keys share words, and a question about one of them",
+        cost="none",
+        state="up to 24 facts to remember",
+    ),
+)

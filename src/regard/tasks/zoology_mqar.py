@@ -23,11 +23,14 @@ tensor([[-100, -100, -100, -100,   13, -100, -100, -100,   14, -100, -100, -100]
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.core import Card, TaskPage, require
+from regard.core import Card, require
+from regard.kinds.task import TaskPage
+from regard.tasks.base import Sample, first_token
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,39 @@ def _filler(others: Tensor, half: int, vocab: int, length: int, g: torch.Generat
     return torch.where(drawn < unused, key, drawn - unused + half)
 
 
+def samples(
+    cfg: Config, tokenizer: Any, length: int, count: int, seed: int, source: Any = None, *, chat: bool = False
+) -> list[Sample]:
+    """Questions for a language model: pairs of its own tokens, filler, and one of the keys as the last token.
+
+    `length` and the tokens come from the call; `source` and `chat` make no difference, as nothing here is text.
+    """
+    vocab, head = sorted(ordinary(tokenizer)), first_token(tokenizer)
+    require(
+        len(head) + 2 * cfg.pairs + 1 <= length,
+        "length > first tokens + 2 * pairs",
+        length=length,
+        pairs=cfg.pairs,
+    )
+    g, made = torch.Generator().manual_seed(seed), []
+    for i in range(count):
+        order = torch.randperm(len(vocab), generator=g).tolist()
+        drawn = [vocab[j] for j in order[: 2 * cfg.pairs]]
+        filler = [vocab[j] for j in order[2 * cfg.pairs :]]
+        asked = round(i / max(1, count - 1) * (cfg.pairs - 1))
+        first = len(head) + 2 * asked
+        room = length - len(head) - 2 * cfg.pairs - 1
+        body = [filler[j] for j in torch.randint(len(filler), (room,), generator=g).tolist()]
+        prompt = [*head, *drawn, *body, drawn[2 * asked]]
+        made.append(Sample(prompt, [drawn[2 * asked + 1]], (first, first + 2), depth=first / length))
+    return made
+
+
+def ordinary(tokenizer: Any) -> set[int]:
+    """Ids of the vocabulary that are no special tokens."""
+    return set(range(len(tokenizer))) - set(getattr(tokenizer, "all_special_ids", ()))
+
+
 def generate(cfg: Config, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Inputs and labels [count, length] of a configuration."""
     return mqar(cfg.vocab, cfg.length, cfg.pairs, count, seed, cfg.power, filler=cfg.filler)
@@ -98,6 +134,7 @@ def generate(cfg: Config, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 METHOD = TaskPage(
     config=Config,
+    samples=samples,
     generate=generate,
     patterns=("causal_self",),
     card=Card(
@@ -108,6 +145,7 @@ METHOD = TaskPage(
         cost="none",
         state="2 pairs of tokens to remember",
         caveat="released code draws the filler from global random numbers and lets it repeat a key; here it is seeded "
-        "and never does",
+        "and never does. Asked of a language model, keys and values are tokens of its vocabulary and the one key that "
+        "is asked again stands at the end",
     ),
 )

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.core import Mechanism, Unsupported
+from regard.core import Method, Unsupported
 from regard.core.roles import Roles
-from regard.ops.states import leaves, mapped
+from regard.core.trees import tree_leaves, tree_map
+from regard.kinds.mechanism import Mechanism, make_call, stores_keys
 
 B, H, D, E, C = 2, 2, 4, 6, 5  # E becomes D, where a page takes values of the keys' width only
 GARBAGE = 1e3
@@ -106,22 +107,29 @@ class Case:
             (batch, m, C),
         ]
         q, k, v, x, y = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in draw)
-        x = x if self.page.x else None
-        y = y if self.page.x and "cross" in self.pattern else None
+        x = x if self.page.reads_x(self.cfg) else None
+        y = y if x is not None and "cross" in self.pattern else None
         return Inputs(q, k, v, self.params(heads, groups, width), x, self.labels(m), y)
 
     def params(self, heads: int, groups: int, width: int) -> dict[str, Tensor]:
-        """What init gives, moved off its special values (zeros hide faults)."""
+        """What init gives for these sizes."""
+        return self.off_special_values(sizes(heads, groups, width))
+
+    def off_special_values(self, dims: dict[str, int]) -> dict[str, Tensor]:
+        """What init gives, moved a little (zeros hide faults), in float64."""
         if self.page.init is None:
             return {}
-        dims = sizes(heads, groups, width)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             params = self.page.init(self.cfg, dims)
-            moved = {
+            params = {
                 n: p + 0.1 * torch.randn_like(p) if p.is_floating_point() else p for n, p in params.items()
             }
-        return {n: p.detach().double() if p.is_floating_point() else p for n, p in moved.items()}
+        return {n: p.detach().double() if p.is_floating_point() else p for n, p in params.items()}
+
+    def dims(self, given: Inputs) -> dict[str, int]:
+        """The sizes of these inputs, as init and state_size take them."""
+        return sizes(given.q.shape[1], given.k.shape[1], given.v.shape[-1])
 
     def labels(self, m: int) -> Roles | None:
         """A grid as square as m allows, and documents of five tokens, for the pages that read them."""
@@ -136,8 +144,11 @@ class Case:
         """(out, state)."""
         cfg = replace(self.cfg, **settings) if settings else self.cfg
         x = given.x if given.y is None else (given.x, given.y)
-        told = {"params": given.params or None, "x": x, "roles": given.roles}
-        return path(given.q, given.k, given.v, cfg, pattern=self.pattern, mask=mask, state=state, **told)[:2]
+        call = make_call(
+            Method(self.page.card.title, self.page, cfg), given.q, given.k, given.v, pattern=self.pattern, mask=mask,
+            initial_state=state, params=given.params, x=x, roles=given.roles,
+        )  # fmt: skip
+        return path(given.q, given.k, given.v, cfg, call)[:2]
 
     def same(self, said: str, found: Tensor, wanted: Tensor) -> None:
         same(said, found, wanted, self.tol)
@@ -172,15 +183,9 @@ def value_width(case: Case) -> int:
     return E
 
 
-def rebuilt(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same state with every tensor changed."""
-    return mapped(change, state)
-
-
 def stores(case: Case) -> bool:
     """Whether the state grows with the text, as stored keys do."""
-    ends = [case.run(case.page.reference, case.inputs(n))[1] for n in (5, 6)]
-    return len({sum(leaf.numel() for leaf in leaves(end)) for end in ends}) > 1
+    return stores_keys(case.page, case.cfg)
 
 
 def same(said: str, found: Tensor, wanted: Tensor, tol: float = EXACT) -> None:
@@ -197,7 +202,7 @@ def same(said: str, found: Tensor, wanted: Tensor, tol: float = EXACT) -> None:
 
 
 def same_states(said: str, found: Any, wanted: Any, tol: float = EXACT) -> None:
-    a, b = leaves(found), leaves(wanted)
+    a, b = tree_leaves(found), tree_leaves(wanted)
     hold(len(a) == len(b), f"{said}: a state of {len(a)} tensors, not {len(b)}")
     for i, (one, other) in enumerate(zip(a, b, strict=True)):
         if one.is_floating_point():
@@ -234,20 +239,22 @@ def moves(case: Case, path: Callable, given: Inputs, names: str, token: int) -> 
     return {i: by for i, by in enumerate(far.tolist()) if not by <= bar}
 
 
-def gradients(case: Case, path: Callable, given: Inputs, mask: Any = None, state: Any = None) -> tuple:
-    """(out, state, gradient of a sum over both, by the name of what it is a gradient of)."""
-    given = given.map(tracked)
-    state = rebuilt(state, tracked)
+def gradients(
+    case: Case, path: Callable, given: Inputs, mask: Any = None, state: Any = None, learn: bool = True
+) -> tuple:
+    """(out, state, gradient of a sum over both, by the name of what it is a gradient of); params too if they learn."""
+    given = replace(given.map(tracked), **({} if learn else {"params": given.params}))
+    state = tree_map(tracked, state)
     out, end = case.run(path, given, mask, state)
-    total = out.cos().sum() + sum(leaf.sin().sum() for leaf in leaves(end) if leaf.requires_grad)
-    inputs = given.tensors() | {f"state tensor {i}": leaf for i, leaf in enumerate(leaves(state))}
+    total = out.cos().sum() + sum(leaf.sin().sum() for leaf in tree_leaves(end) if leaf.requires_grad)
+    inputs = given.tensors() | {f"state tensor {i}": leaf for i, leaf in enumerate(tree_leaves(state))}
     inputs = {name: t for name, t in inputs.items() if t.requires_grad}
     found: Iterable[Tensor | None] = [None] * len(inputs)
     if total.requires_grad:
         found = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
     none = {name: torch.zeros_like(t) for name, t in inputs.items()}
     grads = {name: none[name] if g is None else g for name, g in zip(inputs, found, strict=True)}
-    return out.detach(), rebuilt(end, Tensor.detach), grads
+    return out.detach(), tree_map(Tensor.detach, end), grads
 
 
 def tracked(t: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ reference the outputs and gradients must equal. A law is asked at 1, 2, 3, ... t
 the first that breaks is the shortest.
 """
 
-import ast
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +15,10 @@ from typing import Any
 import torch
 
 from regard import catalog
-from regard.core import Mechanism, Unsupported, require, unknown
+from regard.core import Unsupported, require, unknown
 from regard.core.shapes import PATTERNS
+from regard.core.spec import parse_spec
+from regard.kinds.mechanism import Mechanism
 from regard.testing import laws
 from regard.testing.case import B, Broken, Case, D, E, H, Inputs, NotApplicable, gradients, value_width
 from regard.testing.function import LENGTHS, SMALL, Asked, Function, load, probe
@@ -206,23 +207,17 @@ def check_equal_gradients(case: Beside, n: int = 65) -> None:
 
 def page_of(against: str, pattern: str) -> Case:
     """The page of "NAME:key=value,..." as a case."""
-    name, _, rest = against.partition(":")
-    settings = {}
-    for pair in filter(None, rest.split(",")):
-        key, equals, value = pair.partition("=")
-        require(equals, "settings are written name=value", given=pair)
-        try:
-            settings[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            settings[key.strip()] = value.strip()
+    name, settings = parse_spec(against)
     page = catalog.get(name)
     require(isinstance(page, Mechanism), "a function is compared with a mechanism", name=name, kind=page.kind)
     case = Case(page, page.configure(**settings), pattern)
     if pattern not in page.patterns:
-        raise Unsupported(f"{name} does not do {pattern}: {page.refuses.get(pattern, 'it gives no reason')}")
+        raise Unsupported(
+            f"{name} does not do {pattern}: {page.unsupported.get(pattern, 'it gives no reason')}"
+        )
     learned = list(case.params(H, H, E))
     require(
-        not learned and not page.x, "a page of q, k and v alone", name=name, learned=learned, reads_x=page.x
+        not learned and not page.reads_x(case.cfg), "a page of q, k and v alone", name=name, learned=learned
     )
     return case
 

@@ -19,8 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.core import Card, Mechanism, Unsupported, require, unknown
+from regard.core import Card, Unsupported, require, unknown
+from regard.core.call import Call
 from regard.core.shapes import PATTERNS
+from regard.core.trees import tree_leaves
+from regard.kinds.mechanism import Mechanism
 from regard.testing.case import DTYPES, EXACT, B, Case, D, E, H, Inputs
 
 ARGUMENTS = {
@@ -163,17 +166,16 @@ def as_page(
     can be asked alike.
     """
 
-    def reference(
-        q, k, v, cfg, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-    ):
+    def reference(q: Tensor, k: Tensor, v: Tensor, cfg: Any, call: Call) -> tuple[Tensor, Any]:
         low = q.dtype == torch.float64 and not double
         given = [t.float() if low else t for t in (q, k, v)]
         told = {"scale": getattr(cfg, "scale", None), "window": getattr(cfg, "window", None)}
         if "scale" in function.required and told["scale"] is None:
             told["scale"] = q.shape[-1] ** -0.5
-        told |= {"pattern": pattern, "causal": pattern == "causal_self", "return_state": True, "state": state}
+        told |= {"pattern": call.pattern, "causal": call.pattern == "causal_self"}
+        told |= {"return_state": True, "state": call.initial_state}
         try:
-            out, end = function(*given, **told, **hiding(function, mask, given[0], given[1]))
+            out, end = function(*given, **told, **hiding(function, call, given[0]))
         except NotImplementedError as refusal:
             raise Unsupported(str(refusal) or "it is not implemented") from refusal
         return out.double() if low else out, end
@@ -185,22 +187,21 @@ def as_page(
         if name in function.takes
     ]
     card = Card(title=function.name, paper="", year=0, idea="")
-    return Mechanism(
-        config=make_dataclass("Config", kept, frozen=True), card=card, patterns=patterns, reference=reference
-    )
+    config = make_dataclass("Config", kept, frozen=True)
+    return Mechanism(config=config, card=card, patterns=patterns, reference=reference, pair_masks=True)
 
 
-def hiding(function: Function, mask: Tensor | None, q: Tensor, k: Tensor) -> dict[str, Any]:
+def hiding(function: Function, call: Call, q: Tensor) -> dict[str, Any]:
     """The mask in the words of the function."""
-    if mask is None:
+    if call.key_mask is None and call.pair_mask is None:
         return {}
     if "mask" in function.takes:
-        return {"mask": mask}
+        return {"mask": call.pair_mask if call.key_mask is None else call.key_mask[:, :, None]}
     if not {"key_padding_mask", "lengths"} & set(function.takes):
         raise Unsupported("it takes no mask")
-    if mask.shape[-2] > 1 or mask.shape[1] > 1:
+    if call.key_mask is None or call.key_mask.shape[1] > 1:
         raise Unsupported("it takes masks of keys only")
-    there = mask[:, 0, 0].expand(q.shape[0], -1)
+    there = call.key_mask[:, 0].expand(q.shape[0], -1)
     if "key_padding_mask" in function.takes:
         return {"key_padding_mask": ~there}
     if not bool((there.long().diff(dim=1) <= 0).all()):
@@ -239,8 +240,18 @@ def refined(function: Function, case: Asked) -> tuple[Asked, dict[int, str]]:
     known = [t for t in DTYPES if works(case, case.inputs(n, n + 2).to(t))]
     others = [p for p in PATTERNS if p != case.pattern and able_to(function, p)]
     others = [p for p in others if works(replace(case, pattern=p), case.inputs(n))]
-    case = replace(case, page=replace(case.page, patterns=(case.pattern, *others)), dtypes=tuple(known))
+    page = replace(case.page, patterns=(case.pattern, *others), state_size=growth(case))
+    case = replace(case, page=page, dtypes=tuple(known))
     return replace(case, tol=max(EXACT, ROUNDINGS * rounding(case, n))), failed
+
+
+def growth(case: Asked) -> Callable[[Any, dict, int], int] | None:
+    """A state_size that grows with the tokens if the function's state does; None where it returns none."""
+    ends = [case.run(case.page.reference, case.inputs(n))[1] for n in case.lengths[:2]]
+    if any(end is None for end in ends):
+        return None
+    sizes = {sum(leaf.numel() for leaf in tree_leaves(end)) for end in ends}
+    return (lambda cfg, dims, n: n) if len(sizes) > 1 else (lambda cfg, dims, n: 1)
 
 
 def able_to(function: Function, pattern: str) -> bool:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
+from regard import catalog
 from regard.core.mask import Mask, Place, causal
-from regard.core.pages import MaskPage, PositionPage
 from regard.core.roles import Roles
+from regard.kinds.mask import MaskPage
+from regard.kinds.position import PositionPage
 
 LENGTHS = (1, 7, 40)
 Settings = Mapping[str, Any]
@@ -238,3 +240,9 @@ def check_neutral(page: MaskPage | PositionPage) -> None:
             causal().dense(n) if "causal_self" in page.patterns else torch.ones(1, 1, n, n, dtype=torch.bool)
         )
         same("neutral = identity", mask, mask.dense(n, roles=roles), plain)
+
+
+def check_mask_page(name: str) -> dict[str, int]:
+    """The laws of its kind on a page of the catalogue."""
+    page = catalog.get(name)
+    return check_mask(page, settings=page.test_settings)

@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from regard import catalog
-from regard.core import Mechanism, Unsupported
+from regard.core import Unsupported
 from regard.core.shapes import PATTERNS
+from regard.kinds.mechanism import Mechanism
 from regard.testing import case, laws
 from regard.testing.case import EXACT, Case, Inputs, NotApplicable
 from regard.testing.laws import CHECKS, check_compiles, check_neutral
@@ -27,6 +28,11 @@ def __getattr__(name: str) -> Any:
         if hasattr(room, name):
             return getattr(room, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def check_mechanism_page(name: str) -> dict[str, str]:
+    """The laws of its kind on a page of the catalogue."""
+    return check_mechanism(catalog.get(name))
 
 
 def law_of(check: Callable) -> str:
@@ -54,7 +60,7 @@ def examine(
     """As check_mechanism, but a law that is broken is a row of the report: "broken: (settings) counterexample"."""
     report = {"card": verdict(check_card, page)}
     for pattern in page.patterns if patterns is None else patterns:
-        for cfg in dict.fromkeys(page.configure(**told) for told in ({}, *page.tries, *settings)):
+        for cfg in dict.fromkeys(page.configure(**told) for told in ({}, *page.test_settings, *settings)):
             for check in CHECKS:
                 key = f"{law_of(check)}, {pattern}"
                 known = report.get(key, "")
@@ -111,7 +117,7 @@ def supported(page: Mechanism) -> dict[str, str]:
         try:
             found[pattern] = cell(page, pattern)
         except (Unsupported, NotImplementedError) as refusal:
-            found[pattern] = f"no: {page.refuses.get(pattern, refusal)}"
+            found[pattern] = f"no: {page.unsupported.get(pattern, refusal)}"
         except Exception as error:
             found[pattern] = f"fails: {type(error).__name__}: {error}"
     return found
@@ -123,7 +129,7 @@ def cell(page: Mechanism, pattern: str) -> str:
         for n, m in ((5, 7), (7, 5)) if "cross" in pattern else ((5, 5),):
             asked.run(path, asked.inputs(n, m))
     if pattern.startswith("causal"):
-        for cfg in dict.fromkeys(page.configure(**told) for told in ({}, *page.tries)):
+        for cfg in dict.fromkeys(page.configure(**told) for told in ({}, *page.test_settings)):
             for n in (9, 66):
                 if found := leak(Case(page, cfg, pattern), n):
                     designed = page.exempt.get("influence")

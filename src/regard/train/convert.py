@@ -29,6 +29,7 @@ from regard.attaching.function import native
 from regard.attaching.ledger import LedgerLayer
 from regard.attaching.replacement import Replacement
 from regard.core import Method, Unsupported, require
+from regard.kinds.mechanism import run
 from regard.ops import lower_right, masked_softmax, scores
 from regard.train.loop import already_there, cosine_to, fit, only_parameters
 
@@ -79,11 +80,9 @@ class Teacher(Replacement):
         if self.target == "weights":  # the weights of a mechanism are its outputs for the unit vectors
             n = v.shape[2]
             v = torch.eye(n, device=v.device).expand(*v.shape[:2], n, n)
-        page, asked = self.method.page, dict(pattern="causal_self", mask=there, state=None, roles=None)
-        given = page.fast or page.reference
-        x = site.x.float() if page.x else None
-        q, k = site.scaled().float(), site.k.float()
-        found = given(q, k, v.float(), self.method.config, params=self.params[site.name], x=x, **asked)[0]
+        x = site.x.float() if self.method.page.reads_x(self.method.config) else None
+        q, k, v = site.scaled().float(), site.k.float(), v.float()
+        found = run(self.method, q, k, v, mask=there, params=self.params[site.name], x=x)[0]
         if self.target == "output":
             error, size = (found - out.float()).square(), out.float().square()
             if rows is not None:
@@ -170,7 +169,7 @@ def check(method: Method, finetune: str | None, target: str | None) -> None:
     require(finetune in FINETUNES, f"finetune is one of {FINETUNES}", finetune=finetune)
     require(target in ("weights", "output", None), 'target is "weights", "output" or None', target=target)
     require(
-        target != "weights" or not method.page.normed,
+        target != "weights" or not method.page.needs_norm,
         "weights are matched where they sum to one",
         target=target,
     )

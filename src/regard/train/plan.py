@@ -36,7 +36,7 @@ class Plan:
     heads: int = 1
     mlp: int = 0
     conv: int = 3
-    rope: float | None = None
+    rope_theta: float | None = None
     length: int = 128
     pairs: int = 16
     vocab: int = 64
@@ -68,7 +68,8 @@ class Plan:
         config = RegardConfig(
             vocab_size=TASKS[self.task].vocab(self), hidden_size=self.width, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, intermediate_size=self.mlp, mechanisms=list(names), settings=self.settings,
-            conv=self.conv, rope=self.rope, tie_word_embeddings=False, initializer_range=self.width**-0.5 / 2,
+            conv=self.conv, rope_theta=self.rope_theta, tie_word_embeddings=False,
+            initializer_range=self.width**-0.5 / 2,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from regard.bench.folder import Folder
 from regard.core import require
 from regard.nn.backbones import RegardForCausalLM
 from regard.ops.threads import threads as taking
+from regard.report.folder import Folder
 from regard.report.training import training_page
 from regard.train.loop import cosine, fit
 from regard.train.plan import TASKS, Plan

@@ -35,6 +35,7 @@ from regard.claims.lab import (
     threads,
     trained,
 )
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.tasks import held_out
 from regard.tasks.zoology_mqar import mqar
@@ -53,7 +54,7 @@ class Gam(nn.Module):
         self.learned = nn.ParameterDict(self.page.init(self.cfg, {"width": width, "heads": 1}))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.page.fast(x, self.cfg, params=dict(self.learned.items()))[0]
+        return self.page.fast(x, self.cfg, Call(params=dict(self.learned.items())))[0]
 
 
 def rotated(x: Tensor) -> Tensor:

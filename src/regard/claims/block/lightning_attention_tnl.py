@@ -31,6 +31,7 @@ from regard.claims.lab import (
     threads,
     trained,
 )
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.blocks import lightning_attention_tnl as page
 
@@ -89,16 +90,15 @@ class Softmax(nn.Module):
 class Tnl(nn.Module):
     def __init__(self, layer: int) -> None:
         super().__init__()
-        self.layer, self.cfg = layer, page.Config(DECAY)
-        made = page.init(self.cfg, {"width": WIDTH, "heads": HEADS}, layer, LAYERS)
+        self.cfg = page.Config(DECAY, layer=layer, layers=LAYERS)
+        made = page.init(self.cfg, {"width": WIDTH, "heads": HEADS})
         self.weights = nn.ParameterDict(made)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.step(x, None)[0]
 
     def step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        told = {"params": dict(self.weights), "state": state, "layer": self.layer, "layers": LAYERS}
-        return page.fast(x, self.cfg, **told)
+        return page.METHOD.fast(x, self.cfg, Call(params=dict(self.weights), initial_state=state))
 
 
 class Model(nn.Module):

@@ -3,10 +3,11 @@
 import torch
 
 from regard.attaching.attachment import attach
+from regard.catalog import task
 from regard.claims.lab import difference
 from regard.core.claim import Claim, Measured
 from regard.models.shipped import load_shipped
-from regard.tasks import Sample, task
+from regard.tasks import Sample
 
 TRAINED, TIMES, DEPTHS = 2048, 4, 8
 # together the trained length, as in the paper; its chunks of 256 are told apart by keys of 128 numbers, not of 32:

@@ -11,13 +11,14 @@ from torch import Tensor
 from regard import catalog
 from regard.attaching.attachment import attach
 from regard.attaching.calibrate import induction_heads
+from regard.catalog import task
 from regard.claims.lab import difference, generator
 from regard.core.claim import Claim, Measured
 from regard.core.pages import Method
 from regard.methods.caches import razor_attention as page
 from regard.models.shipped import load_shipped
 from regard.ops import View, attend
-from regard.tasks import Sample, task
+from regard.tasks import Sample
 
 LENGTHS, DEPTHS, DRAWS = (512, 1024), 16, 8
 SINKS, WINDOW = 4, 64

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from regard import catalog
 from regard.claims.lab import difference, generator, random_qkv, relative_difference
-from regard.core import Mechanism, Unsupported
+from regard.core import Unsupported
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
+from regard.kinds.mechanism import Mechanism
 from regard.ops import elu_plus_one, explicit, linear, lower_right, taylor
 from regard.ops.statespace import System, export, of_features
-from regard.testing.mechanism import Case, Inputs, stores
+from regard.testing.case import Case, Inputs, stores
 
 TOKENS, CLOSE = 9, 1e-5
 
@@ -55,8 +57,8 @@ def replayed(case: Case) -> float:
 
 
 def askable(page: Mechanism) -> Iterator[Case]:
-    """The page's own settings first, then those that it tries: where tokens do not simply follow, some do."""
-    for told in ({}, *page.tries) if "decode" in page.exempt else ({},):
+    """The page's own settings first, then its test settings: where tokens do not simply follow, some do."""
+    for told in ({}, *page.test_settings) if "decode" in page.exempt else ({},):
         yield Case(page, page.configure(**told), "causal_self")
 
 
@@ -107,7 +109,7 @@ def one_system() -> float:
     """Largest |linear attention - selective SSM|."""
     q, k, v = drawn(1, 64, 8)
     page = catalog.get("linear_attention")
-    wanted = page.fast(q, k, v, page.configure(eps=0.0), pattern="causal_self")[0][0, 0]
+    wanted = page.fast(q, k, v, page.configure(eps=0.0), Call())[0][0, 0]
     phi_q, phi_k = elu_plus_one(q[0, 0]), elu_plus_one(k[0, 0])
     c = phi_q / (phi_q * phi_k.cumsum(0)).sum(-1, keepdim=True)
     found = selective_ssm(v[0, 0], torch.ones(64), torch.zeros(8), phi_k, c)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.claims.lab import difference, generator, paired_ratios, random_qkv, threads
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import aaren as page
 
@@ -34,11 +35,13 @@ def stepped() -> dict[str, float | int]:
     q, k, v, params = drawn(LATE)
     cfg, state_of = page.Config(), {}
     for n in (1, EARLY, LATE):
-        state_of[n] = page.fast(q[:, :, :n], k[:, :, :n], v[:, :, :n], cfg, params=params)[1]
+        state_of[n] = page.METHOD.fast(q[:, :, :n], k[:, :, :n], v[:, :, :n], cfg, Call(params=params))[1]
     held = {n: sum(t.numel() * t.element_size() for t in state) for n, state in state_of.items()}
 
     def step(n: int) -> None:
-        page.fast(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], cfg, params=params, state=state_of[n])
+        page.METHOD.fast(
+            q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], cfg, Call(params=params, initial_state=state_of[n])
+        )
 
     early, late = paired_ratios(partial(step, EARLY), partial(step, LATE), rounds=2_000, warm=200).medians
     return {"bytes_1": held[1], "bytes_10k": held[LATE], "step_us_10": 1e6 * early, "step_us_10k": 1e6 * late}
@@ -48,11 +51,13 @@ def measure() -> Measured:
     with threads(1), torch.no_grad():
         q, k, v, params = drawn(700)
         wanted, cfg = of_each_prefix(k, v, params["query"]), page.Config()
-        scan = page.fast(q, k, v, cfg, params=params)[0]
-        recurrence = page.reference(q, k, v, cfg, params=params)[0]
+        scan = page.METHOD.fast(q, k, v, cfg, Call(params=params))[0]
+        recurrence = page.METHOD.reference(q, k, v, cfg, Call(params=params))[0]
         apart = [difference(out, wanted) for out in (scan, recurrence)]
         huge = k / (k @ params["query"][:, :, None]).abs() * 1e4 * WIDTH**0.5  # scores of ±1e4
-        at_huge = [path(q, huge, v, cfg, params=params) for path in (page.fast, page.reference)]
+        at_huge = [
+            path(q, huge, v, cfg, Call(params=params)) for path in (page.METHOD.fast, page.METHOD.reference)
+        ]
         finite = all(t.isfinite().all() for out, state in at_huge for t in (out, *state))
         apart_huge = max(difference(out, of_each_prefix(huge, v, params["query"])) for out, _ in at_huge)
         steps = stepped()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.claims.lab import difference, generator, median_times, random_qkv, seeded, threads
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import agent_attention as page
 
@@ -36,10 +37,10 @@ def measure() -> Measured:
     with seeded(0):
         params = page.init(cfg, DIMS)
     q, k, v = drawn(600)
-    found = page.fast(q, k, v, mixing, pattern="self", params=params)[0]
+    found = page.METHOD.fast(q, k, v, mixing, Call("self", params=params))[0]
     apart = difference(found, generalised_linear(q, k, v, mixing, params))
     sides = {
-        "agents": lambda q, k, v: page.fast(q, k, v, cfg, pattern="self", params=params),
+        "agents": lambda q, k, v: page.METHOD.fast(q, k, v, cfg, Call("self", params=params)),
         "softmax": F.scaled_dot_product_attention,
     }
     with threads(1), torch.no_grad():

@@ -58,7 +58,9 @@ def off_dense(dtype: torch.dtype) -> float:
     state, rows = None, []
     for i in range(images):
         cut = slice(i * tokens, (i + 1) * tokens)
-        out, state, _ = attend(*(t[:, :, cut] for t in (q, k, v)), "arflow", state=state, x=x[:, cut], **told)
+        out, state, _ = attend(
+            *(t[:, :, cut] for t in (q, k, v)), "arflow", initial_state=state, x=x[:, cut], **told
+        )
         rows.append(out)
     return max(relative_difference(out.double(), wanted) for out in (whole, torch.cat(rows, dim=2)))
 
@@ -87,7 +89,7 @@ def step_times() -> tuple[float, float]:
             state = None
             for step in range(1, STEPS):
                 start = time.perf_counter()
-                _, state, _ = attend(q, k, v, "arflow", state=state, params=params, x=x)
+                _, state, _ = attend(q, k, v, "arflow", initial_state=state, params=params, x=x)
                 if step in taken:
                     taken[step].append(time.perf_counter() - start)
     early, late = (1000 * median(times) for times in taken.values())

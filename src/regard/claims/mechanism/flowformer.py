@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from regard.claims.lab import difference, generator, median_times, slope, threads
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import flowformer as page
 
@@ -46,20 +47,23 @@ def measure() -> Measured:
     q, k, v = (torch.randn(2, 4, n, 32, generator=g) for n in (200, 300, 300))
     phi_q, phi_k = q.sigmoid(), k.sigmoid()
     flow = phi_q @ phi_k.mT
-    into, out_of = page.met(phi_q, phi_k.sum(2), EPS), page.met(phi_k, phi_q.sum(2), EPS)
+    into, out_of = (
+        page.met(phi_q, phi_k.sum(2, keepdim=True), EPS),
+        page.met(phi_k, phi_q.sum(2, keepdim=True), EPS),
+    )
     conserved = max(
         ((flow / into).sum(-1) - 1).abs().max(), ((flow / out_of.mT).sum(-2) - 1).abs().max()
     ).item()
     cfg, differences = page.Config(), []
     for pattern, m in (("cross", 300), ("self", 200)):
         wanted = quadratic(q.double(), k[:, :, :m].double(), v[:, :, :m].double())
-        found = page.fast(q, k[:, :, :m], v[:, :, :m], cfg, pattern=pattern)[0]
+        found = page.METHOD.fast(q, k[:, :, :m], v[:, :, :m], cfg, Call(pattern))[0]
         differences.append(difference(found, wanted))
     with threads(1), torch.no_grad():
         grown = exponents(
             {
-                "flow": lambda q, k, v: page.fast(q, k, v, cfg, pattern="self"),
-                "flow_causal": lambda q, k, v: page.fast(q, k, v, cfg, pattern="causal_self"),
+                "flow": lambda q, k, v: page.METHOD.fast(q, k, v, cfg, Call("self")),
+                "flow_causal": lambda q, k, v: page.METHOD.fast(q, k, v, cfg, Call()),
                 "sdpa": scaled_dot_product_attention,
             }
         )

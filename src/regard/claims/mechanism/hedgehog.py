@@ -28,6 +28,7 @@ from regard.attaching.ledger import LedgerLayer
 from regard.attaching.replacement import Replacement
 from regard.claims.lab import generator
 from regard.claims.shipped_lm import shipped, stream
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.ops import elu_plus_one, lower_right, per_query_head
 from regard.train.convert import convert
@@ -78,7 +79,7 @@ def of_hedgehog(converted: Converted, site: str, q: Tensor, k: Tensor) -> Tensor
     n, method, params = k.shape[2], converted.method, converted.params[site]
     share = q.shape[1] // params["w_k"].shape[0]
     unit = torch.eye(n).expand(k.shape[0], k.shape[1] // share, n, n)
-    return method.page.fast(q, k[:, ::share], unit, method.config, params=params, pattern="causal_self")[0]
+    return method.page.fast(q, k[:, ::share], unit, method.config, Call(params=params))[0]
 
 
 def ranks(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from regard import catalog
 from regard.claims.lab import difference, generator, right_answers, seeded, sweep, threads, trained
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 
 WORDS, LONG, SHORT = 48, 24, 3
@@ -67,7 +68,7 @@ class Layer(nn.Module):
         q, k, v = (t[:, None] for t in y.split(self.sizes, dim=-1))
         if self.recurrent:
             page = catalog.get("jrt")
-            mixed = page.fast(q, k, v, page.configure(prefix=0), pattern="causal_self")[0]
+            mixed = page.fast(q, k, v, page.configure(prefix=0), Call())[0]
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return x + self.out(mixed[:, 0])
@@ -114,11 +115,11 @@ def parallel_against_recurrent() -> float:
         dims = {"heads": 2, "kv_heads": 2, "key": 16, "value": 16, "width": 32}
         params, x = page.init(cfg, dims), torch.randn(1, n, 32)
         q, k, v = (torch.randn(1, 2, n, 16) / 2 for _ in range(3))
-    whole = page.fast(q, k, v, cfg, pattern="causal_self", params=params, x=x)[0]
+    whole = page.fast(q, k, v, cfg, Call(params=params, x=x))[0]
     state, rows, cuts = None, [], [slice(0, prompt), *(slice(t, t + 1) for t in range(prompt, n))]
     for cut in cuts:
         part = (t[:, :, cut] for t in (q, k, v))
-        out, state = page.fast(*part, cfg, pattern="causal_self", params=params, x=x[:, cut], state=state)
+        out, state = page.fast(*part, cfg, Call(params=params, x=x[:, cut], initial_state=state))
         rows.append(out)
     return difference(torch.cat(rows, 2), whole)
 

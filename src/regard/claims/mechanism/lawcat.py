@@ -24,6 +24,7 @@ from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted
 from regard.attaching.replacement import MechanismReplacement
 from regard.claims.lab import difference, generator, seeded, threads
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.train.convert import convert, language_loss
 from regard.train.loop import cosine_to, fit
@@ -87,7 +88,9 @@ class Apart(MechanismReplacement):
         rows, state = [], None
         for t in range(site.q.shape[2]):
             q, k, v = (x[:, :, t : t + 1] for x in (site.scaled(), site.k, site.v))
-            out, state = page.fast(q, k, v, cfg, params=own, x=site.x[:, t : t + 1], state=state)
+            out, state = page.fast(
+                q, k, v, cfg, Call(params=own, x=site.x[:, t : t + 1], initial_state=state)
+            )
             rows.append(out)
         whole = super().compute(site)
         self.worst = max(self.worst, difference(torch.cat(rows, 2), whole))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from regard.claims.lab import difference, generator, median_times, random_qkv, slope, threads
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import lightnet as page
 from regard.ops import linear
@@ -38,7 +39,7 @@ def reordering() -> dict[str, float]:
     q, k, v = drawn(256)
     order, log_decay = torch.randperm(256, generator=generator(1)), torch.full((2,), math.log(0.9))
     sides = {
-        "additive": lambda *qkv: page.fast(*qkv, page.Config(), pattern="self")[0],
+        "additive": lambda *qkv: page.METHOD.fast(*qkv, page.Config(), Call("self"))[0],
         "decay": lambda q, k, v: linear(q, k, v, log_decay, pattern="self")[0],
     }
     moved = [t[:, :, order] for t in (q, k, v)]
@@ -49,7 +50,7 @@ def exponent(pattern: str, repeats: int = 15) -> float:
     asked = {n: drawn(n, heads=4) for n in (SHORT, LONG)}
 
     def mix(n: int) -> None:
-        page.fast(*asked[n], page.Config(), pattern=pattern)
+        page.METHOD.fast(*asked[n], page.Config(), Call(pattern))
 
     times = median_times({n: partial(mix, n) for n in asked}, repeats)
     return slope(list(times), list(times.values()))
@@ -60,8 +61,8 @@ def measure() -> Measured:
     for said, wide, dtype in (("near_keys", 1.0, torch.float32), ("far_keys", 15.0, torch.float64)):
         q, k, v = drawn(300, dtype)
         wanted = cumulative(q, wide * k, v)
-        for form, path in (("recurrent", page.reference), ("chunked", page.fast)):
-            apart[f"{form}_{said}"] = difference(path(q, wide * k, v, page.Config())[0], wanted)
+        for form, path in (("recurrent", page.METHOD.reference), ("chunked", page.METHOD.fast)):
+            apart[f"{form}_{said}"] = difference(path(q, wide * k, v, page.Config(), Call())[0], wanted)
     with threads(1), torch.no_grad():
         grown = {pattern: exponent(pattern) for pattern in ("self", "causal_self")}
     holds = change["additive"] < 1e-5 and change["decay"] > 1e-2 and max(apart.values()) < 1e-5

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.claims.lab import difference, generator, median_times, random_qkv, threads
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import lightning_attention_2 as page
 
@@ -36,7 +37,7 @@ def worst_differences(cfg: page.Config) -> tuple[float, float]:
     forward, backward = 0.0, 0.0
     for n in LENGTHS:
         qkv = q, k, v = drawn(n, seed=n)
-        ways = page.fast(q, k, v, cfg)[0], quadratic(q, k, v, page.log_decay(q, cfg))
+        ways = page.METHOD.fast(q, k, v, cfg, Call())[0], quadratic(q, k, v, page.log_decay(q, cfg))
         into = torch.randn(ways[0].shape, generator=generator(n + 1))
         grads = [torch.autograd.grad(out, qkv, into) for out in ways]
         forward = max(forward, difference(*ways))
@@ -49,7 +50,7 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def lightning(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return page.fast(q, k, v, page.Config(layer=1, layers=4))[0]
+    return page.METHOD.fast(q, k, v, page.Config(layer=1, layers=4), Call())[0]
 
 
 def steps(mix: Callable, n: int, *qkv: Tensor) -> None:

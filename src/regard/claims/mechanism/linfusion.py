@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from regard.claims.lab import difference, generator, paired_ratios, random_qkv, seeded, threads
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import linfusion as page
 from regard.ops import linear
@@ -26,19 +27,19 @@ def measure() -> Measured:
         )
     q, k, v, x = drawn(1_024)
     four = [t.repeat_interleave(4, dim=-2) for t in (q, k, v, x)]
-    once = page.fast(q, k, v, cfg, pattern="self", params=params, x=x)[0]
-    often = page.fast(*four[:3], cfg, pattern="self", params=params, x=four[3])[0]
+    once = page.METHOD.fast(q, k, v, cfg, Call("self", params=params, x=x))[0]
+    often = page.METHOD.fast(*four[:3], cfg, Call("self", params=params, x=four[3]))[0]
     change = difference(often, once.repeat_interleave(4, dim=2))
     sums = []
     for q_n, k_n, v_n, x_n in ((q, k, v, x), four):
-        phi_q, phi_k = page.features(q_n, k_n, cfg, "self", params, x_n)
-        sums.append(linear(phi_q, phi_k, v_n, pattern="self")[0])
+        made = page.form(q_n, k_n, v_n, cfg, Call("self", params=params, x=x_n))
+        sums.append(linear(made.q, made.k, v_n, pattern="self")[0])
     ratio = (sums[1].norm() / sums[0].repeat_interleave(4, dim=2).norm()).item()
     asked = {n: drawn(n) for n in (SHORT, LONG)}
 
     def mix(n: int) -> None:
         *qkv, x_n = asked[n]
-        page.fast(*qkv, cfg, pattern="self", params=params, x=x_n)
+        page.METHOD.fast(*qkv, cfg, Call("self", params=params, x=x_n))
 
     with threads(1), torch.no_grad():
         times = paired_ratios(partial(mix, SHORT), partial(mix, LONG), rounds=9)

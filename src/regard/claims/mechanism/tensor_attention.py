@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from regard.claims.lab import difference, generator, median_times, slope, threads
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import tensor_attention as page
 
@@ -37,7 +38,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, x: Tensor, degree: int | None) -> Ten
 def routes(most: float, degree: int = 4) -> tuple[float, float]:
     """(difference of the page's fast path from the dense polynomial, relative error of it against e^s)."""
     q, k, v, x = drawn(TOKENS, most)
-    found = page.fast(q, k, v, page.Config(degree=degree), pattern="self", params=picks(), x=x)[0]
+    found = page.METHOD.fast(q, k, v, page.Config(degree=degree), Call("self", params=picks(), x=x))[0]
     exact = dense(q, k, v, x, None)
     return difference(found, dense(q, k, v, x, degree)), ((found - exact).norm() / exact.norm()).item()
 
@@ -47,7 +48,7 @@ def exponent(repeats: int = 7) -> float:
 
     def mix(n: int) -> None:
         *qkv, x = asked[n]
-        page.fast(*qkv, cfg, pattern="self", params=picks(torch.float32), x=x)
+        page.METHOD.fast(*qkv, cfg, Call("self", params=picks(torch.float32), x=x))
 
     times = median_times({n: partial(mix, n) for n in asked}, repeats)
     return slope(list(times), list(times.values()))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.claims.lab import generator, median_times, random_qkv, seeded, threads
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.linear import transnormerllm as page
 
@@ -56,7 +57,8 @@ def step(
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v, x = given
     cut = slice(t, t + 1)
-    return page.fast(q[:, :, cut], k[:, :, cut], v[:, :, cut], cfg, params=params, x=x[:, cut], state=state)
+    call = Call(params=params, x=x[:, cut], initial_state=state)
+    return page.METHOD.fast(q[:, :, cut], k[:, :, cut], v[:, :, cut], cfg, call)
 
 
 def difference(layer: int) -> float:
@@ -101,7 +103,7 @@ def measure() -> Measured:
         params, ends = params_of(cfg), {}
         for n in (SHORT, LONG):
             q, k, v, x = drawn(n, seed=n)
-            ends[n] = page.fast(q, k, v, cfg, params=params, x=x)[1]
+            ends[n] = page.METHOD.fast(q, k, v, cfg, Call(params=params, x=x))[1]
         short, long = milliseconds(dict(ends), cfg, params)
     numbers = {
         "relative_difference_by_layer": differences,

@@ -24,6 +24,7 @@ from regard.claims.lab import (
     slope,
     threads,
 )
+from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 
 HEADS, KEY, VALUE, WIDTH = 2, 64, 64, 64
@@ -65,7 +66,7 @@ def exponent() -> tuple[float, list[float]]:
 
     def mix(n: int) -> None:
         (q, k, v), params, x = prepared[n]
-        page.fast(q, k, v, page.config(), pattern="self", params=params, x=x)
+        page.fast(q, k, v, page.config(), Call("self", params=params, x=x))
 
     keep_freed_memory()
     with torch.no_grad():

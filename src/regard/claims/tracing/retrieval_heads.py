@@ -10,12 +10,12 @@ import random
 from itertools import combinations
 from math import ceil
 
+from regard.catalog import task
 from regard.claims.lab import mean
 from regard.core.claim import Claim, Measured
 from regard.explain.retrieval import Read, accuracy, read_all, scored
 from regard.methods.tracing.retrieval_heads import Config, ablate
 from regard.models.shipped import load_shipped
-from regard.tasks import task
 
 LENGTHS, DEPTHS, DRAWS = (256, 512, 1024), 16, 5
 MASKED = 0.05  # share of the heads that is switched off, as in the paper's figure: rounded up, 2 of 24

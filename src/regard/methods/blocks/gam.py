@@ -15,7 +15,7 @@ Worked by hand: one channel, where LN gives its bias, here 1; weights 1, 2 and 4
 >>> import torch
 >>> params = {name: torch.zeros_like(p) for name, p in init(Config(slots=2), {"width": 1}).items()}
 >>> params |= {"ln_1_bias": torch.ones(1), "conv": torch.tensor([[1.0, 2.0, 4.0]])}
->>> reference(torch.zeros(1, 3, 1), Config(slots=2), params=params)[0].flatten()
+>>> reference(torch.zeros(1, 3, 1), Config(slots=2), Call(params=params))[0].flatten()
 tensor([0.5000, 1.5000, 3.5000])
 """
 
@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import BlockPage, Card, require
-from regard.ops import at_least_float32
+from regard.core import Card, require
+from regard.core.call import Call
+from regard.kinds.block import BlockPage
+from regard.ops import at_least_float32, exact, initial, rounded
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,15 @@ class Config:
         require(smallest >= 1, "slots, kernel and expand are at least 1", cfg=self)
 
 
-def init(cfg: Config, dims: dict, layer: int = 0, layers: int = 1) -> dict[str, Tensor]:
+def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     c = dims["width"]
 
     def uniform(*shape: int, fan: int) -> Tensor:
         return torch.empty(*shape).uniform_(-1, 1) * fan**-0.5
 
     return {
-        "conv": uniform(c, cfg.kernel, fan=cfg.kernel),  # conv[:, i] weighs the token i places back
+        # conv[:, i] weighs the token i places back
+        "conv": uniform(c, cfg.kernel, fan=cfg.kernel),
         "conv_bias": uniform(c, fan=cfg.kernel),
         "bank": torch.nn.init.xavier_uniform_(torch.empty(cfg.slots, c)),
         "gate": uniform(2 * c, c, fan=c),
@@ -64,65 +67,78 @@ def init(cfg: Config, dims: dict, layer: int = 0, layers: int = 1) -> dict[str, 
     }
 
 
-def normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    x = at_least_float32(x)
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+def reference(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, Tensor]:
+    """Token by token, each with the norms of the kernel - 1 tokens before it, which are the state."""
+    names = list(call.params)
+    p = dict(zip(names, exact(*(call.params[name] for name in names)), strict=True))
+    outs, past = [], initial(call, x, len(x), cfg.kernel - 1, x.shape[2])
+    for t, token in enumerate(x.double().unbind(1)):
+        out, after = one_token(token, past, p, cfg)
+        outs.append(out)
+        # a hidden token is as if it were not there
+        there = None if call.key_mask is None else call.key_mask[:, 0, t, None, None]
+        past = after if there is None else torch.where(there, after, past)
+    return rounded(torch.stack(outs, dim=1), past, x)
 
 
-def lined_up(
-    y: Tensor, mask: Tensor | None, state: Tensor | None, back: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(what the convolution reads [B, back + N, C], where each token stands in it [B, N], the state after it).
+def one_token(x: Tensor, past: Tensor, p: dict[str, Tensor], cfg: Config) -> tuple[Tensor, Tensor]:
+    """(out [B, C], the last norms with its own) of x [B, C] and the norms before it [B, kernel - 1, C]."""
 
-    Tokens close up to the state, hidden ones go behind them: so padding, wherever it stands, is as if not there.
-    """
-    state = y.new_zeros(len(y), back, y.shape[2]) if state is None else state.to(y.dtype)
-    if mask is None:
-        line = torch.cat([state, y], dim=1)
-        return line, torch.arange(y.shape[1], device=y.device).expand(len(y), -1), line[:, y.shape[1] :]
-    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)  # the tokens first
-    line = torch.cat([state, y.gather(1, order[..., None].expand_as(y))], dim=1)
-    last = mask.sum(1, keepdim=True) + torch.arange(back, device=y.device)
-    return line, order.argsort(dim=1), line.gather(1, last[..., None].expand(-1, -1, y.shape[2]))
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        spread = ((centred**2).mean(-1, keepdim=True) + cfg.eps).sqrt()
+        return centred / spread * p[name] + p[name + "_bias"]
 
-
-def reference(
-    x: Tensor, cfg: Config, *, params, mask=None, state=None, layer=0, layers=1
-) -> tuple[Tensor, Tensor]:
-    p = {name: t.to(at_least_float32(x).dtype) for name, t in params.items()}
-    out, back = at_least_float32(x), cfg.kernel - 1
-    y = normed(out, p["ln_1"], p["ln_1_bias"], cfg.eps)
-    line, place, state = lined_up(y, mask, state, back)
-    local = p["conv_bias"].expand_as(y)
-    for i in range(cfg.kernel):
-        behind = (place + back - i)[..., None].expand_as(y)
-        local = local + p["conv"][:, i] * line.gather(1, behind)
-    scores = torch.einsum("bnc,sc->bns", y, p["bank"])
-    stored = torch.einsum("bns,sc->bnc", scores.softmax(-1), p["bank"])
-    g_1, g_2 = torch.einsum("bnc,dc->bnd", y, p["gate"]).add(p["gate_bias"]).sigmoid().chunk(2, dim=-1)
-    out = out + g_1 * local + g_2 * stored
-    middle = (
-        torch.einsum("bnc,dc->bnd", normed(out, p["ln_2"], p["ln_2_bias"], cfg.eps), p["up"]) + p["up_bias"]
-    )
-    out = out + torch.einsum("bnd,cd->bnc", F.gelu(middle), p["down"]) + p["down_bias"]
-    return out.to(x.dtype), state
+    y = norm(x, "ln_1")
+    line = torch.cat([past, y[:, None]], dim=1)
+    local = sum(p["conv"][:, i] * line[:, cfg.kernel - 1 - i] for i in range(cfg.kernel)) + p["conv_bias"]
+    match = torch.einsum("bc,sc->bs", y, p["bank"]).softmax(-1)
+    stored = torch.einsum("bs,sc->bc", match, p["bank"])
+    g_1, g_2 = (torch.einsum("bc,dc->bd", y, p["gate"]) + p["gate_bias"]).sigmoid().chunk(2, dim=-1)
+    x = x + g_1 * local + g_2 * stored
+    middle = torch.einsum("bc,dc->bd", norm(x, "ln_2"), p["up"]) + p["up_bias"]
+    gelu = middle * (1 + torch.erf(middle / 2**0.5)) / 2
+    return x + torch.einsum("bd,cd->bc", gelu, p["down"]) + p["down_bias"], line[:, 1:]
 
 
-def fast(
-    x: Tensor, cfg: Config, *, params, mask=None, state=None, layer=0, layers=1
-) -> tuple[Tensor, Tensor]:
-    p = {name: t.to(x.dtype) for name, t in params.items()}
-    wide = normed(x, params["ln_1"], params["ln_1_bias"], cfg.eps)
-    line, place, state = lined_up(wide, mask, state, cfg.kernel - 1)
+def fast(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, Tensor]:
+    """All tokens at once, the products in the dtype of x."""
+    p = {name: t.to(x.dtype) for name, t in call.params.items()}
+    wide = layer_norm(x, call, "ln_1", cfg)
+    line, position, state = lined_up(wide, call, cfg.kernel - 1)
     y = wide.to(x.dtype)
     local = F.conv1d(line.to(x.dtype).mT, p["conv"].flip(1)[:, None], p["conv_bias"], groups=x.shape[2]).mT
-    if mask is not None:
-        local = local.gather(1, place[..., None].expand_as(local))
+    if position is not None:
+        local = local.gather(1, position[..., None].expand_as(local))
     stored = (y @ p["bank"].mT).softmax(-1) @ p["bank"]
     g_1, g_2 = F.linear(y, p["gate"], p["gate_bias"]).sigmoid().chunk(2, dim=-1)
     x = x + g_1 * local + g_2 * stored
-    y = normed(x, params["ln_2"], params["ln_2_bias"], cfg.eps).to(x.dtype)
+    y = layer_norm(x, call, "ln_2", cfg).to(x.dtype)
     return x + F.linear(F.gelu(F.linear(y, p["up"], p["up_bias"])), p["down"], p["down_bias"]), state
+
+
+def layer_norm(x: Tensor, call: Call, name: str, cfg: Config) -> Tensor:
+    x = at_least_float32(x)
+    weight, bias = (call.params[n].to(x.dtype) for n in (name, name + "_bias"))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, cfg.eps)
+
+
+def lined_up(y: Tensor, call: Call, back: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(what the convolution reads [B, back + N, C], where each token stands in its result [B, N], the state after it).
+
+    Tokens close up to the state, hidden ones go behind them: so padding, wherever it stands, is as if not there.
+    """
+    state = call.initial_state
+    state = y.new_zeros(len(y), back, y.shape[2]) if state is None else state.to(y.dtype)
+    if call.key_mask is None:
+        line = torch.cat([state, y], dim=1)
+        return line, None, line[:, y.shape[1] :]
+    mask = call.key_mask[:, 0].expand(len(y), -1)
+    # the tokens first
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+    line = torch.cat([state, y.gather(1, order[..., None].expand_as(y))], dim=1)
+    last = mask.sum(1, keepdim=True) + torch.arange(back, device=y.device)
+    return line, order.argsort(dim=1), line.gather(1, last[..., None].expand(-1, -1, y.shape[2]))
 
 
 METHOD = BlockPage(
@@ -131,7 +147,7 @@ METHOD = BlockPage(
     fast=fast,
     init=init,
     patterns=("causal_self",),
-    tries=({"slots": 5}, {"slots": 3, "kernel": 1}, {"slots": 7, "kernel": 4, "expand": 2}),
+    test_settings=({"slots": 5}, {"slots": 3, "kernel": 1}, {"slots": 7, "kernel": 4, "expand": 2}),
     state_size=lambda cfg, dims, n: (cfg.kernel - 1) * dims["width"],
     card=Card(
         title="GAM: gated associative memory",

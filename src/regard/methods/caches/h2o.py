@@ -9,13 +9,14 @@ cache at little loss). Grouped heads share a stored key, so A sums over the quer
 
 from dataclasses import dataclass
 
-from regard.core import CachePage, Card, require
-from regard.ops import Kept, View, keep_best
+from regard.core import Card, require
+from regard.kinds.cache import CachePage
+from regard.ops import Budget, Kept, View, keep_best
 
 
 @dataclass(frozen=True)
 class Config:
-    budget: int | float | str | None = None  # heavy hitters and recent tokens together; None: 0.2
+    budget: Budget | int | float | str | None = None  # heavy hitters and recent tokens together; None: 0.2
     recent: float = 0.5  # share of the budget for the most recent tokens
 
     def __post_init__(self) -> None:

@@ -13,38 +13,29 @@ by (t - k + 1) - (c - r) chunks for each of its k ranks. Llama-2-7B (4k) finds p
 [(256, 16), (64, 16), (16, 8), (3, 4)]
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import CachePage, Card, Unsupported, require
-from regard.ops import (
-    View,
-    at_least_float32,
-    best,
-    gather_rows,
-    lower_right,
-    masked_softmax,
-    mix,
-    parse_budget,
-    row_blocks,
-    slots_of,
-)
-from regard.ops import attend as plain
+from regard.core import Card, Unsupported, require
+from regard.kinds.cache import CachePage
+from regard.ops import Budget, View, best, gather_rows, parse_budget, slots_of
+from regard.ops.softmax import at_least_float32, attend, lower_right, masked_softmax, mix, row_blocks
 
 
 @dataclass(frozen=True)
 class Config:
     chunk: int = 256
     chunks: int = 16  # that a query reads: the first, the last two, the best of the rest
-    budget: int | float | str | None = None  # tokens that a query reads; None: chunks · chunk
+    budget: Budget | int | float | str | None = None  # tokens that a query reads; None: chunks · chunk
     trained: int | None = None  # queries before this place read everything; None: the budget
 
     def __post_init__(self) -> None:
-        require(self.chunk >= 1, "chunk >= 1", chunk=self.chunk)
-        require(self.chunks >= 3, "chunks >= 3 (the first and the last two)", chunks=self.chunks)
+        # the first, the last two
+        require(self.chunk >= 1 and self.chunks >= 3, "chunk >= 1 and chunks >= 3", cfg=self)
 
 
 def split(budget: int | None, cfg: Config) -> tuple[int, int]:
@@ -56,17 +47,19 @@ def split(budget: int | None, cfg: Config) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of the batch whose text starts at the same slot, with chunks of one size."""
+class Part:
+    """Rows of the batch whose text starts at the same slot, without the padding before it."""
 
     rows: slice
-    start: int  # slot of the first real token
-    chunk: int
-    chunks: int
+    q: Tensor  # [b, H, N, D] queries of this step
+    k: Tensor  # [b, G, n, D] all keys so far
+    v: Tensor
+    chunk: int  # its tokens
+    chunks: int  # that a query reads
     full: int  # queries before this place read everything
 
 
-def parts(view: View, cfg: Config) -> list[Rows]:
+def parts(view: View, cfg: Config) -> Iterator[Part]:
     """All rows at once where they start together, else one by one. A row's chunk is fixed at its first step.
 
     A fraction or bytes give a chunk by the tokens of that step; a number of tokens gives the same always.
@@ -78,27 +71,27 @@ def parts(view: View, cfg: Config) -> list[Rows]:
         view.memory["chunk"] = torch.tensor([split(b, cfg)[0] for b in budgets])
     kinds = list(zip(starts, view.memory["chunk"].tolist(), budgets, strict=True))
     each = [slice(None)] if len(set(kinds)) == 1 else [slice(b, b + 1) for b in range(len(kinds))]
-    made = []
     for rows, (start, w, budget) in zip(each, kinds, strict=False):
-        k = cfg.chunks if budget is None else max(3, budget // w)
-        made.append(Rows(rows, start, w, k, max(k * w, budget or 0, cfg.trained or 0)))
-    return made
+        chunks = cfg.chunks if budget is None else max(3, budget // w)
+        full = max(chunks * w, budget or 0, cfg.trained or 0)
+        q = view.q[rows, :, max(0, start - (view.seen - view.new)) :]
+        yield Part(rows, q, view.k[rows, :, start:], view.v[rows, :, start:], w, chunks, full)
 
 
-def attend(view: View, cfg: Config) -> Tensor | None:
+def read_chunks(view: View, cfg: Config) -> Tensor | None:
     """[B, H, N, E], or None while every query reads everything."""
     if view.bias is not None or view.stored != view.seen:
         raise Unsupported("LongHeads on a model with a position bias or on a cache that lacks tokens")
     if (cfg.budget == 1.0 and isinstance(cfg.budget, float)) or windowed(view):
-        return None  # nothing is ever left out
-    groups = parts(view, cfg)
+        # nothing is ever left out
+        return None
+    groups = list(parts(view, cfg))
     remember(view, groups)
-    if all(view.seen - part.start <= part.full for part in groups):
+    if all(part.k.shape[2] <= part.full for part in groups):
         return None
     out = view.q.new_zeros(*view.q.shape[:3], view.v.shape[-1])
     for part in groups:
-        skip = max(0, part.start - (view.seen - view.new))  # queries that are padding
-        out[part.rows, :, skip:] = read(view, part, skip)
+        out[part.rows, :, view.new - part.q.shape[2] :] = read(view, part)
     return out
 
 
@@ -109,103 +102,100 @@ def windowed(view: View) -> bool:
     return seen is not None and not bool(seen[:, 0, 0].gather(1, first.expand(len(seen))[:, None]).all())
 
 
-def remember(view: View, groups: list[Rows]) -> None:
+def remember(view: View, groups: list[Part]) -> None:
     """Compute the key of every chunk that this step fills; keep the queries of those still open."""
-    memory, old = view.memory, view.memory.get("queries", view.q[:, :, :0])
-    q = torch.cat([old, view.q], dim=2)  # [B, H, recent, D], ends at the newest token
-    memory["queries"] = q[:, :, -max(part.chunk for part in groups) :].clone()
-    keys = memory.setdefault("keys", at_least_float32(q[:, :, :0]))
-    need = max((view.seen - part.start) // part.chunk for part in groups)
-    memory["keys"] = keys = F.pad(keys, (0, 0, 0, max(0, need - keys.shape[2])))  # [B, H, chunks, D]
+    # [B, H, recent, D], ends at the newest token
+    recent = torch.cat([view.memory.get("queries", view.q[:, :, :0]), view.q], dim=2)
+    view.memory["queries"] = recent[:, :, -max(part.chunk for part in groups) :].clone()
+    keys = view.memory.get("keys", at_least_float32(view.q[:, :, :0]))
+    most = max(part.k.shape[2] // part.chunk for part in groups)
+    # [B, H, chunks, D]
+    view.memory["keys"] = keys = F.pad(keys, (0, 0, 0, max(0, most - keys.shape[2])))
     for part in groups:
-        past = max(0, view.seen - view.new - part.start)
-        old, now = past // part.chunk, (view.seen - part.start) // part.chunk
+        stored, w = part.k.shape[2], part.chunk
+        old, now = (stored - part.q.shape[2]) // w, stored // w
         if now > old:
-            cut = slice(part.start + old * part.chunk, part.start + now * part.chunk)
-            late = cut.start - (view.seen - q.shape[2])
-            own = q[part.rows, :, late : late + cut.stop - cut.start]
-            keys[part.rows, :, old:now] = chunk_keys(view, own, part, cut, old)
+            own = recent[part.rows, :, old * w - stored :][:, :, : (now - old) * w]
+            keys[part.rows, :, old:now] = chunk_keys(view, at_least_float32(own), part, old, now)
 
 
-def chunk_keys(view: View, q: Tensor, part: Rows, cut: slice, number: int) -> Tensor:
-    """[B, H, C, D] keys of the chunks numbered from `number`, whose slots are `cut`."""
-    k, v = (at_least_float32(x[part.rows, :, cut]) for x in (view.k, view.v))
-    back = (number + torch.arange(k.shape[2], device=k.device) // part.chunk) * part.chunk
-    turned = view.turn(k, -back)  # from each chunk's start
+def chunk_keys(view: View, q: Tensor, part: Part, old: int, now: int) -> Tensor:
+    """[b, H, C, D] keys of the chunks numbered old … now - 1, whose queries are q."""
+    w = part.chunk
+    k, v = (at_least_float32(x[:, :, old * w : now * w]) for x in (part.k, part.v))
+    # from each chunk's start
+    rotated = view.turn(k, -torch.arange(old, now, device=k.device).repeat_interleave(w) * w)
     require(k.shape[-1] == v.shape[-1], "a chunk's mean value asks its keys: widths agree", k=k, v=v)
-    alone = lambda x: x.unflatten(2, (-1, part.chunk)).transpose(1, 2).flatten(0, 1)  # noqa: E731  # [B·C, G, w, D]
-    # within a chunk only differences of positions count: queries and keys serve as they are
-    mean = plain(alone(at_least_float32(q)), alone(k), alone(v), scale=view.scale).mean(2, keepdim=True)
-    key = plain(mean, alone(turned), alone(turned), scale=view.scale)  # [B·C, H, 1, D]
-    return key.squeeze(2).unflatten(0, (len(k), -1)).transpose(1, 2)
+    # [b·C, G, w, D]; within a chunk only differences of positions count: queries and keys serve as they are
+    q, k, v, rotated = (x.unflatten(2, (-1, w)).transpose(1, 2).flatten(0, 1) for x in (q, k, v, rotated))
+    # the chunk's mean value asks its keys: [b·C, H, 1, D]
+    key = attend(attend(q, k, v, scale=view.scale).mean(2, keepdim=True), rotated, rotated, scale=view.scale)
+    return key.squeeze(2).unflatten(0, (-1, now - old)).transpose(1, 2)
 
 
-def read(view: View, part: Rows, skip: int) -> Tensor:
-    """[B, H, N, E] for these rows: ordinary attention before `full`, chosen chunks from there on."""
-    q = view.q[part.rows, :, skip:]
-    k, v = (x[part.rows, :, part.start :] for x in (view.k, view.v))
-    new, past = q.shape[2], k.shape[2] - q.shape[2]
-    full, outs = min(max(part.full - past, 0), new), []
-    if full:
-        seen, mask = past + full, lower_right(full, past + full, q.device)
-        settings = {"scale": view.scale, "softcap": view.softcap, "sinks": view.sinks}
-        outs.append(plain(q[:, :, :full], k[:, :, :seen], v[:, :, :seen], mask=mask, **settings))
+def read(view: View, part: Part) -> Tensor:
+    """[b, H, N, E] for these rows: ordinary attention before `full`, chosen chunks from there on."""
+    new, past, w = part.q.shape[2], part.k.shape[2] - part.q.shape[2], part.chunk
+    full = min(max(part.full - past, 0), new)
     if full < new == 1:
-        return gathered(view, part, q, k, v)
-    rest = -k.shape[2] % part.chunk
-    k, v = (F.pad(x, (0, 0, 0, rest)) for x in (k, v)) if full < new else (k, v)
+        return gathered(view, part)
+    outs = []
+    if full:
+        q, k, v = part.q[:, :, :full], part.k[:, :, : past + full], part.v[:, :, : past + full]
+        settings = {"scale": view.scale, "softcap": view.softcap, "sinks": view.sinks}
+        outs.append(attend(q, k, v, mask=lower_right(full, past + full, q.device), **settings))
+    k, v = (F.pad(x, (0, 0, 0, -x.shape[2] % w)) if full < new else x for x in (part.k, part.v))
     while full < new:
-        t = (past + full) // part.chunk
-        stop, seen = min(new, (t + 1) * part.chunk - past), (t + 1) * part.chunk
-        for rows in row_blocks(stop - full, q.shape[0] * q.shape[1] * seen):
-            own = slice(full + rows.start, full + rows.stop)
-            outs.append(dense(view, part, q[:, :, own], past + own.start, k[:, :, :seen], v[:, :, :seen]))
-        full = stop
+        seen = ((past + full) // w + 1) * w  # the queries of one chunk, in blocks
+        for rows in row_blocks(min(new, seen - past) - full, len(part.q) * part.q.shape[1] * seen):
+            q = part.q[:, :, full + rows.start : full + rows.stop]
+            outs.append(dense(view, part, q, past + full + rows.start, k[:, :, :seen], v[:, :, :seen]))
+        full = seen - past
     return torch.cat(outs, dim=2)
 
 
-def choose(view: View, part: Rows, q: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """For queries at places first, first + 1, … of one chunk: chosen [B, H, r, C], q turned [B, H, r, k, D]."""
+def choose(view: View, part: Part, q: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """For queries at positions first, first + 1, … of one chunk: chosen [b, H, r, C], q rotated [b, H, r, k, D]."""
     w, k, t = part.chunk, part.chunks, first // part.chunk
-    place = torch.arange(first, first + q.shape[2], device=q.device)
-    bare = view.turn(at_least_float32(q), -place)
-    score = bare @ view.memory["keys"][part.rows, :, 1 : t - 1].mT  # [B, H, r, t-2]
-    chosen = best(F.pad(score, (1, 2), value=torch.inf), k)
-    gap = slots_of(chosen) - torch.arange(k, device=q.device)  # [B, H, r, k] chunks left out before each rank
-    back = (gap - (t - k + 1)) * w  # never above 0
+    bare = view.turn(at_least_float32(q), -torch.arange(first, first + q.shape[2], device=q.device))
+    # the first and the last two are always among them
+    chosen = best(F.pad(bare @ view.memory["keys"][part.rows, :, 1 : t - 1].mT, (1, 2), value=torch.inf), k)
+    # chunks left out before each rank [b, H, r, k], less those before the last k: never above 0
+    back = (slots_of(chosen) - torch.arange(k, device=q.device) - (t - k + 1)) * w
     spread = q[:, :, :, None].expand(-1, -1, -1, k, -1).flatten(2, 3)
     return chosen, view.turn(spread, back.flatten(2)).unflatten(2, (-1, k))
 
 
-def dense(view: View, part: Rows, q: Tensor, first: int, k: Tensor, v: Tensor) -> Tensor:
-    """[B, H, r, E]: scores against all chunks, each with the query of the rank that the chunk has for it."""
-    w, k_heads, (chosen, turned) = part.chunk, k.shape[1], choose(view, part, q, first)
+def dense(view: View, part: Part, q: Tensor, first: int, k: Tensor, v: Tensor) -> Tensor:
+    """[b, H, r, E]: scores against all chunks, each with the query of the rank that the chunk has for it."""
+    w, (chosen, rotated) = part.chunk, choose(view, part, q, first)
     rows = torch.arange(chosen[..., 0].numel(), device=q.device).view(*chosen.shape[:3], 1) * part.chunks
-    at = (
-        (rows + chosen.cumsum(-1) - 1).unflatten(1, (k_heads, -1)).permute(0, 1, 4, 2, 3)
-    )  # [B, G, C, H/G, r]
-    packed = turned.flatten(0, 3).index_select(0, at.flatten()).view(*at.shape[:3], -1, q.shape[-1])
-    s = (packed @ k.unflatten(2, (-1, w)).mT).unflatten(3, at.shape[3:])  # [B, G, C, H/G, r, w]
-    s = s.permute(0, 1, 3, 4, 2, 5).flatten(4).flatten(1, 2)  # [B, H, r, C·w]
-    place = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
-    seen = chosen.repeat_interleave(w, -1) & (torch.arange(k.shape[2], device=q.device) <= place)
+    # [b, G, C, H/G, r]
+    at = (rows + chosen.cumsum(-1) - 1).unflatten(1, (k.shape[1], -1)).permute(0, 1, 4, 2, 3)
+    packed = rotated.flatten(0, 3).index_select(0, at.flatten()).view(*at.shape[:3], -1, q.shape[-1])
+    s = (packed @ k.unflatten(2, (-1, w)).mT).unflatten(3, at.shape[3:])  # [b, G, C, H/G, r, w]
+    s = s.permute(0, 1, 3, 4, 2, 5).flatten(4).flatten(1, 2)  # [b, H, r, C·w]
+    position = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
+    seen = chosen.repeat_interleave(w, -1) & (torch.arange(k.shape[2], device=q.device) <= position)
     return blend(view, s, seen, v)
 
 
-def gathered(view: View, part: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, H, 1, E]: one step of decoding copies only the chunks that its query chose."""
-    w, last = part.chunk, k.shape[2] - 1
-    chosen, turned = choose(view, part, q, last)
-    chunks = slots_of(chosen[:, :, 0])[..., None]  # [B, H, k, 1]
-    slots = (chunks * w + torch.arange(w, device=q.device)).flatten(2)  # [B, H, k·w]
-    k, v = (gather_rows(x, slots.clamp(max=last)) for x in (k, v))
-    s = (k.unflatten(2, (-1, w)) @ turned[:, :, 0, :, :, None]).flatten(2)  # [B, H, k·w]
-    view.report_bytes(len(view.q) // len(q) * (k.nbytes + v.nbytes) + view.memory["keys"].nbytes)
+def gathered(view: View, part: Part) -> Tensor:
+    """[b, H, 1, E]: one step of decoding copies only the chunks that its query chose."""
+    w, last = part.chunk, part.k.shape[2] - 1
+    chosen, rotated = choose(view, part, part.q, last)
+    # [b, H, k·w]
+    slots = (slots_of(chosen[:, :, 0])[..., None] * w + torch.arange(w, device=chosen.device)).flatten(2)
+    k, v = (gather_rows(x, slots.clamp(max=last)) for x in (part.k, part.v))
+    s = (k.unflatten(2, (-1, w)) @ rotated[:, :, 0, :, :, None]).flatten(2)  # [b, H, k·w]
+    # what this step reads of the layer, instead of all that is stored
+    copied = len(view.q) // len(part.q) * (k.nbytes + v.nbytes)
+    view.report_bytes(copied + view.memory["keys"].nbytes)
     return blend(view, s[:, :, None], (slots <= last)[:, :, None], v)
 
 
 def blend(view: View, s: Tensor, seen: Tensor, v: Tensor) -> Tensor:
-    """[B, H, r, E] of products s [B, H, r, m]; every query sees at least its own token."""
+    """[b, H, r, E] of products s [b, H, r, m]; every query sees at least its own token."""
     s = at_least_float32(s) * view.scale
     s = s if view.softcap is None else view.softcap * torch.tanh(s / view.softcap)
     return mix(masked_softmax(s.masked_fill(~seen, -torch.inf), None, view.sinks), v)
@@ -213,7 +203,7 @@ def blend(view: View, s: Tensor, seen: Tensor, v: Tensor) -> Tensor:
 
 METHOD = CachePage(
     config=Config,
-    attend=attend,
+    attend=read_chunks,
     budget=lambda cfg: cfg.chunk * cfg.chunks,
     patterns=("causal_self",),
     card=Card(
@@ -226,11 +216,9 @@ METHOD = CachePage(
         needs=("qkv", "decoder-lm"),
         lineage=("streaming_llm",),
         neutral={"chunk": 1 << 20},
-        caveat="the prompt computes scores against every chunk and hides those not chosen: exact, but quadratic. "
-        "In the released code a query of the prompt does not see its own token, and a step of decoding that ends "
-        "a chunk reads k-1 chunks; here every query reads k, its own token included. As released, attention "
-        "inside a chunk is not causal and choosing uses q·key without 1/√D. With left padding, positions are "
-        "those that generate gives (counted over real tokens). Layers that slide a window of their own stay as "
-        "they are",
+        caveat="the prompt computes scores against every chunk and hides those not chosen: exact, but quadratic. In "
+        "the released code a query of the prompt does not see its own token, and a step that ends a chunk reads k-1 "
+        "chunks; here all read k, with their own. As released, attention in a chunk is not causal and choosing has no "
+        "1/√D. Positions count real tokens, not padding. Layers that slide a window of their own stay as they are",
     ),
 )

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regard.core import CachePage, Card, require
-from regard.ops import Kept, View, at_least_float32, slots_of
+from regard.core import Card, require
+from regard.kinds.cache import CachePage
+from regard.ops import Budget, Kept, View, at_least_float32, slots_of
 
 SPARE = 16  # a cut goes at most so far below the share
 
@@ -27,7 +28,7 @@ class Config:
     heads: tuple[tuple[int, int], ...] | None = (
         None  # (layer, KV head), best first; None: measured when attached
     )
-    budget: int | float | str | None = None  # mean tokens per head; None: the paper's rule
+    budget: Budget | int | float | str | None = None  # mean tokens per head; None: the paper's rule
     sinks: int = 4
     window: int = 4000
     retrieval: float = 0.15  # share of KV heads that keep everything
@@ -93,12 +94,15 @@ def compensation(view: View, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean[0], mean[1], count
 
 
+TEST_HEADS = tuple((layer, head) for head in range(4) for layer in (1, 0, 2))
+
 METHOD = CachePage(
     config=Config,
     keep=keep,
     calibrate="induction",
     budget=lambda cfg: 1.0,
     patterns=("causal_self",),
+    test_settings=({"budget": 8, "sinks": 1, "window": 3, "heads": TEST_HEADS},),
     card=Card(
         title="RazorAttention",
         paper="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads",

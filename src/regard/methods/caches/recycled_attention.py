@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import CachePage, Card, require
-from regard.ops import View, top_slots
+from regard.core import Card, require
+from regard.kinds.cache import CachePage
+from regard.ops import Budget, View, top_slots
 
 
 @dataclass(frozen=True)
 class Config:
-    budget: int | float | str | None = None  # K; None: k
+    budget: Budget | int | float | str | None = None  # K; None: k
     k: int = 4096
     stride: int = 50  # S: one step in so many is full; 1: all are
     similarity: float | None = None  # dynamic variant: a step is full when the cosine falls below
@@ -61,6 +62,7 @@ METHOD = CachePage(
     select=select,
     budget=lambda cfg: cfg.k,
     patterns=("causal_self",),
+    reads_generated=True,
     card=Card(
         title="Recycled Attention",
         paper="Recycled Attention: Efficient inference for long-context language models",

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import CachePage, Card, require
-from regard.ops import Kept, View, keep_best
+from regard.core import Card, require
+from regard.kinds.cache import CachePage
+from regard.ops import Budget, Kept, View, keep_best
 
 
 @dataclass(frozen=True)
 class Config:
-    budget: int | float | str | None = None  # None: 1024 tokens
+    budget: Budget | int | float | str | None = None  # None: 1024 tokens
     window: int = 32  # observing queries
     pool: int = 7  # neighbours that share a vote; odd
 

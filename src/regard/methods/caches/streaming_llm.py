@@ -19,15 +19,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regard.core import CachePage, Card, require
-from regard.ops import Kept, View, slots_of
+from regard.core import Card, require
+from regard.kinds.cache import CachePage
+from regard.ops import Budget, Kept, View, slots_of
 
 
 @dataclass(frozen=True)
 class Config:
     sinks: int = 4
     window: int = 512
-    budget: int | float | str | None = None  # all tokens, sinks included; None: sinks + window
+    budget: Budget | int | float | str | None = None  # all tokens, sinks included; None: sinks + window
     positions: str = "slot"  # or "text": leave positions as they are in the text
 
     def __post_init__(self) -> None:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regard.core import CachePage, Card, require
-from regard.ops import View, top_slots
+from regard.core import Card, require
+from regard.kinds.cache import CachePage
+from regard.ops import Budget, View, top_slots
 
 
 @dataclass(frozen=True)
 class Config:
-    budget: int | float | str | None = None  # keys per head that sparse layers read; None: k
+    budget: Budget | int | float | str | None = None  # keys per head that sparse layers read; None: k
     k: int = 256
     full: int = 2  # layers before the first selecting one
     select: tuple[int, ...] = (2, 13)  # selecting layers; those beyond the model's depth do nothing
@@ -45,6 +46,7 @@ METHOD = CachePage(
     select=select,
     budget=lambda cfg: cfg.k,
     patterns=("causal_self",),
+    test_settings=({"budget": 8, "full": 1, "select": (1,)},),
     card=Card(
         title="TidalDecode",
         paper="TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention (ICLR 2025)",

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import CachePage, Card, require
-from regard.ops import View, slots_of, top_slots
+from regard.core import Card, require
+from regard.kinds.cache import CachePage
+from regard.ops import Budget, View, slots_of, top_slots
 
 
 @dataclass(frozen=True)
 class Config:
-    budget: int | float | str | None = None  # init + local + k together, in their proportion; None: as given
+    budget: Budget | int | float | str | None = (
+        None  # init + local + k together, in their proportion; None: as given
+    )
     init: int = 128
     local: int = 512
     k: int = 2048

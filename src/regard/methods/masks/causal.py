@@ -12,8 +12,9 @@ tensor([[1, 1, 1, 0],
 
 from dataclasses import dataclass
 
+from regard.core import Card
 from regard.core.mask import Mask, causal
-from regard.core.pages import Card, MaskPage
+from regard.kinds.mask import MaskPage
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from regard.core import Card
 from regard.core.mask import Mask, Place, predicate
-from regard.core.pages import Card, MaskPage
+from regard.kinds.mask import MaskPage
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ tensor([[1, 1, 0, 0],
 
 from dataclasses import dataclass
 
+from regard.core import Card
 from regard.core.errors import require
 from regard.core.mask import Mask, causal, first
-from regard.core.pages import Card, MaskPage
+from regard.kinds.mask import MaskPage
 
 
 @dataclass(frozen=True)

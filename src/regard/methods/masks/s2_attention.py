@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from regard.core import Card
 from regard.core.errors import require
 from regard.core.mask import Mask, Place, causal, predicate
-from regard.core.pages import Card, MaskPage
+from regard.kinds.mask import MaskPage
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ tensor([[[0, 1, 7, 8, 9]]])
 
 from dataclasses import dataclass
 
+from regard.core import Card
 from regard.core.errors import require
 from regard.core.mask import Mask, causal, first, window
-from regard.core.pages import Card, MaskPage
+from regard.kinds.mask import MaskPage
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ tensor([[[4, 5, 6]]])
 
 from dataclasses import dataclass
 
-from regard.core import mask
+from regard.core import Card, mask
 from regard.core.errors import require
 from regard.core.mask import Mask
-from regard.core.pages import Card, MaskPage
+from regard.kinds.mask import MaskPage
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regard.core import Card
 from regard.core.errors import require
 from regard.core.mask import Mask, Place, predicate
-from regard.core.pages import Card, PositionPage
 from regard.core.roles import Roles
+from regard.kinds.position import PositionPage
 
 
 @dataclass(frozen=True)

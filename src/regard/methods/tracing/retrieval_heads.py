@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.core import Card, Edit, Observer, Site, TracingPage, require
+from regard.core import Card, Edit, Observer, Site, require
+from regard.kinds.tracing import TracingPage
 
 HOW = ("uniform", "zero")
 
@@ -67,6 +68,8 @@ def ablate(heads: Iterable[tuple[int, int]], cfg: Config, phase: str = "decode")
 METHOD = TracingPage(
     config=Config,
     measure=measure,
+    observer=observer,
+    ablate=ablate,
     patterns=("causal_self",),
     card=Card(
         title="Retrieval heads",

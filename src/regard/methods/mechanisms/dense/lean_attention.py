@@ -27,9 +27,10 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, carried, finish, masked_softmax, merge, mix, partial, scores, seen_by
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import carried, exact, finish, heads_of, merge, partial, quotient, visible
 
 Span = tuple[int, int, int]  # unit, first tile, past the last tile
 
@@ -72,43 +73,29 @@ def loads(work: list[list[Span]]) -> list[int]:
     return [sum(stop - start for _, start, stop in spans) for spans in work]
 
 
-def reference(
-    q: Q,
-    k: K,
-    v: V,
-    cfg: Config,
-    *,
-    pattern="causal_self",
-    mask=None,
-    state=None,
-    roles=None,
-    params=None,
-    x=None,
-) -> tuple[Out, tuple | None]:
-    k, v, state = carried(k, v, pattern, state)
-    mask = seen_by(mask, q, k, roles, pattern)
-    q_h, k_h, v_h = (at_least_float32(x) for x in (q, k, v))
-    s = scores(q_h, k_h, q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale)
-    return mix(masked_softmax(s, mask), v_h).to(v.dtype), state
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    """Softmax attention, written out: a schedule changes no number."""
+    k, v, state = carried(k, v, call)
+    q_h, k_h, v_h = exact(q, heads_of(k, q.shape[1]), heads_of(v, q.shape[1]))
+    s = torch.einsum("bhnd,bhmd->bhnm", q_h, k_h) * (q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale)
+    sees = torch.ones_like(s, dtype=torch.bool)
+    for mask in (call.pair_mask, None if call.key_mask is None else call.key_mask[:, :, None]):
+        sees = sees if mask is None else sees & mask
+    if call.pattern == "causal_self":
+        # the last query is that of the last key
+        sees = sees.tril(s.shape[3] - s.shape[2])
+    s = s.masked_fill(~sees, -torch.inf)
+    # cancels; keeps the exponentials below 1
+    top = s.amax(-1, keepdim=True).detach()
+    e = (s - top.masked_fill(top == -torch.inf, 0)).exp()
+    return quotient(e @ v_h, e.sum(-1, keepdim=True)).to(v.dtype), state
 
 
-def fast(
-    q: Q,
-    k: K,
-    v: V,
-    cfg: Config,
-    *,
-    pattern="causal_self",
-    mask=None,
-    state=None,
-    roles=None,
-    params=None,
-    x=None,
-) -> tuple[Out, tuple | None]:
-    k, v, state = carried(k, v, pattern, state)
-    mask = seen_by(mask, q, k, roles, pattern)
+def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    k, v, state = carried(k, v, call)
     (batch, heads, n, _), (_, groups, m, _) = q.shape, k.shape
     scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
+    mask = visible(call, n, m, q.device)
     sees = None if mask is None else mask.expand(batch, heads, n, m)
     done: list = [None] * (batch * groups)
     for spans in schedule([-(-m // cfg.tile)] * (batch * groups), cfg.workers):
@@ -117,10 +104,11 @@ def fast(
             head = slice(group * heads // groups, (group + 1) * heads // groups)
             keys = slice(start * cfg.tile, min(stop * cfg.tile, m))
             seen = None if sees is None else sees[row, head, :, keys]
-            k_s, v_s = (x[row, group : group + 1, keys] for x in (k, v))
+            k_s, v_s = (t[row, group : group + 1, keys] for t in (k, v))
             part = partial(q[row, head], k_s, v_s, scale, seen)
             done[unit] = part if done[unit] is None else merge(done[unit], part)
-    out = torch.cat([finish(*parts) for parts in done])  # [B·G, H/G, N, E]
+    # [B·G, H/G, N, E]
+    out = torch.cat([finish(*parts) for parts in done])
     return out.view(batch, heads, n, -1).to(v.dtype), state
 
 
@@ -129,8 +117,9 @@ METHOD = Mechanism(
     reference=reference,
     fast=fast,
     patterns=PATTERNS,
-    speed=("tile", "workers"),
-    tries=({"tile": 4, "workers": 3}, {"tile": 7, "workers": 5}),
+    pair_masks=True,
+    speed_settings=("tile", "workers"),
+    test_settings=({"tile": 4, "workers": 3}, {"tile": 7, "workers": 5}),
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
     card=Card(
         title="Lean Attention",

@@ -13,10 +13,10 @@ a sink score of log 4 the sum is 8 instead of 4, and the output 3/2.
 
 >>> import math, torch
 >>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1.0], [0.0, math.log(3)], [0.0, 4.0]))
->>> round(reference(q, k, v, Config(scale=1.0))[0].item(), 6)
+>>> round(reference(q, k, v, Config(scale=1.0), Call())[0].item(), 6)
 3.0
->>> sinks = torch.tensor([math.log(4)])
->>> round(reference(q, k, v, Config(scale=1.0, sinks=True), params={"sinks": sinks})[0].item(), 6)
+>>> call = Call(params={"sinks": torch.tensor([math.log(4)])})
+>>> round(reference(q, k, v, Config(scale=1.0, sinks=True), call)[0].item(), 6)
 1.5
 """
 
@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, attend, carried, dense_mask, seen_by
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import attend, carried, exact, heads_of, quotient, visible
 
 
 @dataclass(frozen=True)
@@ -44,66 +45,35 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return {"sinks": torch.zeros(dims["heads"])} if cfg.sinks else {}
 
 
-def learned(cfg: Config, params: dict | None) -> Tensor | None:
-    sinks = (params or {}).get("sinks")
-    require(cfg.sinks == (sinks is not None), "sinks=True takes params['sinks'] [H]", cfg=cfg, sinks=sinks)
-    return sinks
-
-
-def reference(
-    q: Q,
-    k: K,
-    v: V,
-    cfg: Config,
-    *,
-    pattern="causal_self",
-    mask=None,
-    state=None,
-    roles=None,
-    params=None,
-    x=None,
-) -> tuple[Out, tuple | None]:
-    k, v, state = carried(k, v, pattern, state)
-    share, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
-    q_h, k_h, v_h = (at_least_float32(x) for x in (q, k, v))
-    k_h, v_h = (x.repeat_interleave(share, dim=1) for x in (k_h, v_h))
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    k, v, state = carried(k, v, call)
+    q_h, k_h, v_h = exact(q, heads_of(k, q.shape[1]), heads_of(v, q.shape[1]))
+    scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
     s = torch.einsum("bhnd,bhmd->bhnm", q_h, k_h) * scale
     if cfg.softcap is not None:
         s = cfg.softcap * torch.tanh(s / cfg.softcap)
-    sees = (
-        torch.ones_like(s, dtype=torch.bool) if mask is None else dense_mask(mask, q, k, roles).expand_as(s)
-    )
-    if pattern == "causal_self":
-        sees = sees.tril(s.shape[3] - s.shape[2])  # the last query is that of the last key
-    sink = learned(cfg, params)
-    sink = s.new_tensor([-torch.inf]) if sink is None else at_least_float32(sink)
+    sees = torch.ones_like(s, dtype=torch.bool)
+    for mask in (call.pair_mask, None if call.key_mask is None else call.key_mask[:, :, None]):
+        sees = sees if mask is None else sees & mask
+    if call.pattern == "causal_self":
+        # the last query is that of the last key
+        sees = sees.tril(s.shape[3] - s.shape[2])
+    sink = call.params["sinks"].double() if cfg.sinks else s.new_tensor([-torch.inf])
     s, sink = s.masked_fill(~sees, -torch.inf), sink.view(1, -1, 1, 1)
-    top = torch.maximum(s.amax(-1, keepdim=True), sink).detach()  # cancels; keeps the exponentials below 1
+    # cancels; keeps the exponentials below 1
+    top = torch.maximum(s.amax(-1, keepdim=True), sink).detach()
     top = top.masked_fill(top == -torch.inf, 0)
     e = (s - top).exp()  # [B, H, N, M]
-    total = e.sum(-1, keepdim=True) + (sink - top).exp()
-    out = e @ v_h / total.masked_fill(total == 0, 1)
-    return out.to(v.dtype), state
+    return quotient(e @ v_h, e.sum(-1, keepdim=True) + (sink - top).exp()).to(v.dtype), state
 
 
-def fast(
-    q: Q,
-    k: K,
-    v: V,
-    cfg: Config,
-    *,
-    pattern="causal_self",
-    mask=None,
-    state=None,
-    roles=None,
-    params=None,
-    x=None,
-) -> tuple[Out, tuple | None]:
-    k, v, state = carried(k, v, pattern, state)
-    square = pattern == "causal_self" and mask is None and q.shape[2] == k.shape[2]
-    mask = None if square else seen_by(mask, q, k, roles, pattern)
+def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    k, v, state = carried(k, v, call)
+    n, m = q.shape[2], k.shape[2]
+    square = call.pattern == "causal_self" and call.key_mask is None and call.pair_mask is None and n == m
+    mask = None if square else visible(call, n, m, q.device)
     scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
-    sinks = learned(cfg, params)
+    sinks = call.params["sinks"] if cfg.sinks else None
     out = attend(q, k, v, scale=scale, mask=mask, causal=square, softcap=cfg.softcap, sinks=sinks)
     return out.to(v.dtype), state
 
@@ -114,7 +84,8 @@ METHOD = Mechanism(
     fast=fast,
     init=init,
     patterns=PATTERNS,
-    tries=({"scale": 0.3, "softcap": 2.0}, {"sinks": True}),
+    pair_masks=True,
+    test_settings=({"scale": 0.3, "softcap": 2.0}, {"sinks": True}),
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
     card=Card(
         title="Softmax attention",

@@ -15,7 +15,8 @@ Worked by hand: scale and query 1, keys 0, log 3, log 4 and values 4, 8, 2: the 
 
 >>> import torch
 >>> k, v = (torch.tensor(x, dtype=torch.float64).view(1, 1, -1, 1) for x in ([1.0, 3.0, 4.0], [4.0, 8.0, 2.0]))
->>> out, _ = reference(0 * k, k.log(), v, Config(scale=1.0), params={"query": torch.ones(1, 1).double()})
+>>> call = Call(params={"query": torch.ones(1, 1)})
+>>> out, _ = reference(0 * k, k.log(), v, Config(scale=1.0), call)
 >>> [round(o, 4) for o in out.flatten().tolist()]
 [4.0, 7.0, 4.5]
 """
@@ -26,11 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, key_mask, per_query_head, shown
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import at_least_float32, exact, heads_of, per_query_head, quotient, recurrence, rounded, shown
 
-NOTHING = -1e30  # the score of a key that is not there; finite, so that no -inf - (-inf) arises
+# the score of a key that is not there; finite, so that no -inf - (-inf) arises
+NOTHING = -1e30
 
 
 @dataclass(frozen=True)
@@ -46,65 +49,70 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return {"query": torch.randn(dims["heads"], dims["key"])}
 
 
-def scored(q, k, v, cfg, pattern, mask, state, roles, params):
-    """(scores [B, H, M], values and a one [B, H, M, E + 1], state): hidden keys score NOTHING and add nothing."""
-    require(pattern in PATTERNS, f"pattern is one of {PATTERNS}", pattern=pattern)
-    require(state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern)
-    there, heads = key_mask(mask, q, k, roles), q.shape[1]
-    k, v = (at_least_float32(per_query_head(t, heads).expand(-1, heads, -1, -1)) for t in (k, v))
-    scale = k.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
-    s = (k @ at_least_float32(params["query"])[:, :, None])[..., 0] * scale
-    s = s if there is None else s.masked_fill(~there, NOTHING)
-    values = shown(torch.cat([v, torch.ones_like(v[..., :1])], dim=-1), there)
-    if state is None:
-        state = (torch.full_like(s[:, :, 0], NOTHING), values.new_zeros(values[:, :, 0].shape))
-    else:
-        state = (state[0], torch.cat([state[2], state[1][..., None]], dim=-1))
-    return s, values, state
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+    query, k_h, v_h = exact(call.params["query"], heads_of(k, heads), heads_of(v, heads))
+    scale = k.shape[3] ** -0.5 if cfg.scale is None else cfg.scale
+    s = scale * torch.einsum("hd,bhmd->bhm", query, k_h)
+
+    def write(state: tuple, t: int) -> tuple:
+        m_old, c, a = state
+        m_t = torch.maximum(m_old, s[:, :, t])
+        kept, new = (m_old - m_t).exp(), (s[:, :, t] - m_t).exp()
+        return m_t, c * kept + new, a * kept[..., None] + new[..., None] * v_h[:, :, t]
+
+    def read(state: tuple, i: int) -> Tensor:
+        return quotient(state[2], state[1][..., None])
+
+    zero = s.new_zeros(len(q), heads)
+    begin = (zero + NOTHING, zero, s.new_zeros(len(q), heads, v.shape[3]))
+    if call.initial_state is not None:
+        begin = exact(*call.initial_state)
+    return rounded(*recurrence(begin, write, read, n, m, call), v)
+
+
+def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    n, heads = q.shape[2], q.shape[1]
+    k, values = (at_least_float32(per_query_head(t, heads).expand(-1, heads, -1, -1)) for t in (k, v))
+    scale = k.shape[3] ** -0.5 if cfg.scale is None else cfg.scale
+    s = (k @ at_least_float32(call.params["query"])[:, :, None])[..., 0] * scale  # [B, H, M]
+    s = s if call.key_mask is None else s.masked_fill(~call.key_mask, NOTHING)
+    values = shown(pad(values, (0, 1), value=1.0), call.key_mask)  # [B, H, M, E + 1]
+    if call.pattern != "causal_self":
+        weights = (s - s.amax(-1, keepdim=True)).exp()
+        return pooled(weights[:, :, None] @ values, v.dtype).expand(-1, -1, n, -1), None
+    begin = (torch.full_like(s[:, :, 0], NOTHING), torch.zeros_like(values[:, :, 0]))
+    if call.initial_state is not None:
+        m, c, a = call.initial_state
+        begin = (m, torch.cat([a, c[..., None]], dim=-1))
+    m, joined = prefixes(s, values, begin, cfg.chunk)
+    state = (m[:, :, -1], joined[:, :, -1, -1], joined[:, :, -1, :-1])
+    return pooled(joined[:, :, -n:], v.dtype), state
 
 
 def pooled(joined: Tensor, dtype: torch.dtype) -> Tensor:
-    """a / c from [.., E + 1], zero where nothing was seen."""
+    """a / c from [..., E + 1], zero where nothing was seen."""
     a, c = joined[..., :-1], joined[..., -1:]
     return (a / c.masked_fill(c == 0, 1)).to(dtype)
 
 
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, tuple | None]:  # fmt: skip
-    s, values, (m, joined) = scored(q, k, v, cfg, pattern, mask, state, roles, params)
-    rows = []
-    for t in range(s.shape[2]):
-        top = torch.maximum(m, s[:, :, t])
-        joined = (m - top).exp()[..., None] * joined + (s[:, :, t] - top).exp()[..., None] * values[:, :, t]
-        m = top
-        rows.append(pooled(joined, v.dtype))
-    if pattern == "causal_self":
-        return torch.stack(rows[-q.shape[2] :], dim=2), (m, joined[..., -1], joined[..., :-1])
-    return rows[-1][:, :, None].expand(-1, -1, q.shape[2], -1), None
-
-
-def prefixes(m: Tensor, joined: Tensor, begun: tuple[Tensor, Tensor], chunk: int) -> tuple[Tensor, Tensor]:
-    """All prefixes of spans (m [B, H, n], joined [B, H, n, E + 1]), tokens or chunks of them, that go on from begun."""
+def prefixes(m: Tensor, joined: Tensor, begin: tuple[Tensor, Tensor], chunk: int) -> tuple[Tensor, Tensor]:
+    """All prefixes of spans (m [B, H, n], joined [B, H, n, E + 1]), tokens or chunks of them, that go on from begin."""
     n, size = m.shape[2], max(2, chunk)
-    before, carried = (t[:, :, None] for t in begun)
-    m, joined = (
-        t.unflatten(2, (-1, size if n > size else n)) for t in filled(m, joined, -n % size if n > size else 0)
-    )
-    m, joined = one_chunk(m, joined)  # [B, H, chunks, C], [B, H, chunks, C, E + 1]
+    missing, size = (-n % size, size) if n > size else (0, n)
+    if missing:
+        m, joined = pad(m, (0, missing), value=NOTHING), pad(joined, (0, 0, 0, missing))
+    m, joined = one_chunk(
+        m.unflatten(2, (-1, size)), joined.unflatten(2, (-1, size))
+    )  # [B, H, chunks, C], [B, H, chunks, C, E + 1]
+    before, carried = (t[:, :, None] for t in begin)
     if n > size:
-        ends = prefixes(m[..., -1], joined[..., -1, :], begun, chunk)
+        ends = prefixes(m[..., -1], joined[..., -1, :], begin, chunk)
         before, carried = (torch.cat([t, end[:, :, :-1]], dim=2) for t, end in zip((before, carried), ends))
     top = torch.maximum(before[..., None], m)
     joined = (m - top).exp()[..., None] * joined
     joined = torch.addcmul(joined, (before[..., None] - top).exp()[..., None], carried[..., None, :])
     return top.flatten(2, 3)[:, :, :n], joined.flatten(2, 3)[:, :, :n]
-
-
-def filled(m: Tensor, joined: Tensor, missing: int) -> tuple[Tensor, Tensor]:
-    if missing == 0:
-        return m, joined
-    return pad(m, (0, missing), value=NOTHING), pad(joined, (0, 0, 0, missing))
 
 
 def one_chunk(m: Tensor, joined: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,26 +122,14 @@ def one_chunk(m: Tensor, joined: Tensor) -> tuple[Tensor, Tensor]:
     return top, weights @ joined
 
 
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, tuple | None]:  # fmt: skip
-    s, values, (m, joined) = scored(q, k, v, cfg, pattern, mask, state, roles, params)
-    if pattern == "causal_self":
-        m, joined = prefixes(s, values, (m, joined), cfg.chunk)
-        out = pooled(joined[:, :, -q.shape[2] :], v.dtype)
-        return out, (m[:, :, -1], joined[:, :, -1, -1], joined[:, :, -1, :-1])
-    weights = (s - s.amax(-1, keepdim=True)).exp()
-    return pooled(weights[:, :, None] @ values, v.dtype).expand(-1, -1, q.shape[2], -1), None
-
-
 METHOD = Mechanism(
     config=Config,
     reference=reference,
     fast=fast,
     init=init,
     patterns=PATTERNS,
-    speed=("chunk",),
-    tries=({"chunk": 4, "scale": 1.0},),
+    speed_settings=("chunk",),
+    test_settings=({"chunk": 4, "scale": 1.0},),
     state_size=lambda cfg, dims, n: dims["heads"] * (dims["value"] + 2),
     exempt={
         "neutral": "the learned query stands in the place of the token's: no setting is softmax attention of q",

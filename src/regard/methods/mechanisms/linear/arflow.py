@@ -12,7 +12,8 @@ of one token gives 1. The second image reads S_1 = 1 as 0.9576; the third S_2 = 
 
 >>> import torch
 >>> one, cfg = torch.ones(1, 1, 3, 1, dtype=torch.float64), Config(tokens_per_image=1)
->>> out, _ = reference(one, one, one, cfg, params={"w_gate": torch.zeros(1, 1)}, x=torch.ones(1, 3, 1))
+>>> call = Call(params={"w_gate": torch.zeros(1, 1)}, x=torch.ones(1, 3, 1))
+>>> out, _ = reference(one, one, one, cfg, call)
 >>> [round(o, 4) for o in out.flatten().tolist()]
 [1.0, 1.9576, 2.8746]
 """
@@ -23,14 +24,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import Card, K, Mechanism, Out, Q, Unsupported, V, require
-from regard.ops import at_least_float32, attend, explicit, key_mask, masked_softmax, per_query_head, shown
+from regard.core import Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import (
+    at_least_float32,
+    attend,
+    exact,
+    explicit,
+    heads_of,
+    initial,
+    per_query_head,
+    quotient,
+    rounded,
+    shown,
+)
 
-REFUSES = {
-    "self": "images are ordered from noisy to clean: without that order the state has nothing to decay along",
-    "cross": "half of the output is the attention of a token to its own image: a query outside has no image",
-    "causal_cross": "half of the output is the attention of a token to its own image: a query outside has no image",
-}
+NO_ORDER = "images are ordered from noisy to clean: without that order the state has nothing to decay along"
+NO_IMAGE = "half of the output is the attention of a token to its own image: a query outside has no image"
 NO_BORDER = (
     "an image is seen as a whole: a text can be cut between images only, which the page's own tests do"
 )
@@ -52,68 +63,82 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return {"w_gate": torch.empty(width, dims["heads"]).uniform_(-1, 1) * width**-0.5}
 
 
-def prepared(q, k, v, cfg, pattern, mask, state, roles, params, x):
-    """(q [B, H, M, D], k, v per query head, log gates g [B, H, M], which are there [B, 1|H, M], S before them)."""
-    if pattern in REFUSES:
-        raise Unsupported(f"ARFlow does not do {pattern}: {REFUSES[pattern]}")
-    require(pattern == "causal_self", "pattern is causal_self", pattern=pattern)
-    require(params is not None, "params holds w_gate, as init gives it", params=params)
-    there, heads = key_mask(mask, q, k, roles), q.shape[1]
-    k, v = (shown(per_query_head(t, heads).expand(-1, heads, -1, -1), there) for t in (k, v))
-    x = at_least_float32(x)
-    g = F.logsigmoid(x @ params["w_gate"].to(x.dtype)).mT / cfg.normalizer
-    there = torch.ones_like(g[:, :1], dtype=torch.bool) if there is None else there.expand(g.shape[0], -1, -1)
-    blank = at_least_float32(k).new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
-    q = F.pad(q, (0, 0, k.shape[2] - q.shape[2], 0))  # the last query is that of the last key
-    return q, k, v, g.masked_fill(~there, 0), there, blank if state is None else state.to(blank.dtype)
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor]:
+    n, m, heads, size, scale = q.shape[2], k.shape[2], q.shape[1], cfg.tokens_per_image, k.shape[3] ** -0.5
+    q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
+    x, w_gate = exact(call.x, call.params["w_gate"])
+    there = torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    # a hidden token neither decays nor writes, and it does not count in the mean
+    g = torch.where(there, F.logsigmoid(torch.einsum("bmc,ch->bhm", x, w_gate)) / cfg.normalizer, 0.0)
+    states = [initial(call, q, len(q), heads, k.shape[3], v.shape[3])]
+    for first in range(0, m, size):
+        image = slice(first, first + size)
+        gamma = quotient(g[:, :, image].sum(-1), there[:, :, image].sum(-1)).exp()
+        shown_k = torch.where(there[:, :, image, None], k_h[:, :, image], 0.0)
+        written = torch.einsum("bhjd,bhje->bhde", shown_k, v_h[:, :, image]) * scale
+        states.append(gamma[..., None, None] * states[-1] + written)
+    rows = []
+    for i, token in enumerate(range(m - n, m)):
+        first = token // size * size
+        image = slice(first, first + size)
+        s = torch.einsum("bhd,bhjd->bhj", q_h[:, :, i], k_h[:, :, image]) * scale
+        inside = softmax_mean(s, v_h[:, :, image], there[:, :, image])
+        c = g[:, :, first : token + 1].sum(-1, keepdim=True)
+        rows.append(inside + c.exp() * torch.einsum("bhd,bhde->bhe", q_h[:, :, i], states[token // size]))
+    return rounded(torch.stack(rows, dim=2), states[-1], v)
 
 
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor]:  # fmt: skip
-    n, m, dtype = q.shape[2], k.shape[2], v.dtype
-    q, k, v, g, there, state = prepared(q, k, v, cfg, pattern, mask, state, roles, params, x)
-    q, k, v = at_least_float32(q), at_least_float32(k) * k.shape[-1] ** -0.5, at_least_float32(v)
-    token = torch.arange(m, device=q.device)
-    image = token // cfg.tokens_per_image
-    ours = F.one_hot(image).to(g.dtype)  # [M, images]
-    decay = (g @ ours) / (there.to(g.dtype) @ ours).clamp(min=1)  # [B, H, images], log γ
-    c = g @ ((image[:, None] == image) & (token[:, None] <= token)).to(g.dtype)  # [B, H, M]
-    upto = decay.cumsum(-1)  # log γ_1 + ... + log γ_n
-    before = (upto - decay)[..., image]  # [B, H, M], over the images before the token's
-    age = before[..., :, None] - upto[..., image][..., None, :]  # [B, H, M, M], over the images between
-    earlier = (image < image[:, None]).expand_as(age)
-    weights = (c[..., None] + age).masked_fill(~earlier, -torch.inf).exp() * (q @ k.mT)
-    same = (image == image[:, None]) & there[:, :, None]  # [B, 1|H, M, M]
-    out = (weights + masked_softmax(q @ k.mT, same)) @ v + (q * (c + before).exp()[..., None]) @ state
-    end = upto[..., -1:] - upto[..., image]  # [B, H, M]
-    state = (k * end.exp()[..., None]).mT @ v + upto[..., -1].exp()[..., None, None] * state
-    return out[:, :, m - n :].to(dtype), state
+def softmax_mean(s: Tensor, v: Tensor, there: Tensor) -> Tensor:
+    """Σ_j softmax_j(s_j) v_j over the tokens j of an image that are there; of the reference only."""
+    s = s.masked_fill(~there, -torch.inf)
+    # cancels; keeps the exponentials below 1
+    top = s.amax(-1, keepdim=True).detach()
+    e = (s - top.masked_fill(top == -torch.inf, 0)).exp()
+    return quotient(torch.einsum("bhj,bhje->bhe", e, v), e.sum(-1, keepdim=True))
 
 
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor]:  # fmt: skip
-    n, m, size, scale = q.shape[2], k.shape[2], min(cfg.tokens_per_image, k.shape[2]), k.shape[-1] ** -0.5
-    q, k, v, g, there, state = prepared(q, k, v, cfg, pattern, mask, state, roles, params, x)
-    q, k, v = (F.pad(t, (0, 0, 0, -m % size)).unflatten(2, (-1, size)).transpose(1, 2) for t in (q, k, v))
-    g, there = (F.pad(t, (0, -m % size)).unflatten(2, (-1, size)).transpose(1, 2) for t in (g, there))
-    seen = None if mask is None and m % size == 0 else there.flatten(0, 1)[:, :, None]
+def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor]:
+    n, m, heads, scale = q.shape[2], k.shape[2], q.shape[1], k.shape[-1] ** -0.5
+    size = min(cfg.tokens_per_image, m)
+    g, there = gates(cfg, call)
+    k, v = (shown(per_query_head(t, heads).expand(-1, heads, -1, -1), call.key_mask) for t in (k, v))
+    # the last query is that of the last key
+    q = F.pad(q, (0, 0, m - n, 0))
+    q, k, v = (images(t, size) for t in (q, k, v))  # [B, images, H, T, D | E]
+    g, there = (images(t[..., None], size)[..., 0] for t in (g, there))
+    seen = None if call.key_mask is None and m % size == 0 else there.flatten(0, 1)[:, :, None]
     inside = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale=scale, mask=seen)
     decay = (g.sum(-1) / there.sum(-1).clamp(min=1)).exp()  # [B, images, H]
-    asked = at_least_float32(q) * g.cumsum(-1).exp()[..., None]  # [B, images, H, T, D]
+    reading = at_least_float32(q) * g.cumsum(-1).exp()[..., None]
     writes = at_least_float32(k).mT @ at_least_float32(v) * scale  # [B, images, H, D, E]
+    state = call.initial_state
+    state = torch.zeros_like(writes[:, 0]) if state is None else state.to(writes.dtype)
     across = []
     for i in range(writes.shape[1]):
-        across.append(asked[:, i] @ state)
+        across.append(reading[:, i] @ state)
         state = decay[:, i, :, None, None] * state + writes[:, i]
-    out = inside.unflatten(0, (len(q), -1)) + torch.stack(across, dim=1)  # [B, images, H, T, E]
+    out = inside.unflatten(0, (len(q), -1)) + torch.stack(across, dim=1)
     return out.transpose(1, 2).flatten(2, 3)[:, :, m - n : m].to(v.dtype), state
 
 
-def whole(q: Q, k: K, v: V, *, pattern: str, mask: Tensor | None) -> Out:
+def gates(cfg: Config, call: Call) -> tuple[Tensor, Tensor]:
+    """(log gates g [B, H, M], which tokens are there [B, 1|H, M]); a hidden token does not decay."""
+    x = at_least_float32(call.x)
+    g = F.logsigmoid(x @ call.params["w_gate"].to(x.dtype)).mT / cfg.normalizer
+    if call.key_mask is None:
+        return g, torch.ones_like(g[:, :1], dtype=torch.bool)
+    return g.masked_fill(~call.key_mask, 0), call.key_mask.expand(len(g), -1, -1)
+
+
+def images(t: Tensor, size: int) -> Tensor:
+    """[B, H, M, D] -> [B, images, H, T, D], zeros behind the last token."""
+    return F.pad(t, (0, 0, 0, -t.shape[2] % size)).unflatten(2, (-1, size)).transpose(1, 2)
+
+
+def one_image(q: Q, k: K, v: V, call: Call) -> Out:
     """What one image of all tokens gives: softmax attention without causality."""
-    return explicit(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+    seen = None if call.key_mask is None else call.key_mask[:, :, None]
+    return explicit(q, k, v, scale=q.shape[-1] ** -0.5, mask=seen)
 
 
 METHOD = Mechanism(
@@ -121,19 +146,19 @@ METHOD = Mechanism(
     reference=reference,
     fast=fast,
     init=init,
-    x=True,
-    ordered=True,
+    needs_x=True,
+    order_aware=True,
     patterns=("causal_self",),
-    refuses=REFUSES,
-    tries=({"tokens_per_image": 1}, {"tokens_per_image": 4}, {"tokens_per_image": 16}),
-    base=whole,
+    unsupported={"self": NO_ORDER, "cross": NO_IMAGE, "causal_cross": NO_IMAGE},
+    test_settings=({"tokens_per_image": 1}, {"tokens_per_image": 4}, {"tokens_per_image": 16}),
+    neutral_base=one_image,
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     exempt={
         "influence": "causal over images: inside one, later tokens move earlier ones by design",
         "segments": NO_BORDER,
         "decode": NO_BORDER,
         "padded_state": NO_BORDER,
-        "padding_left": "a token's image is told by its place; padding by whole images changes nothing",
+        "padding_left": "a token's image is known by its position; padding by whole images changes nothing",
     },
     card=Card(
         title="ARFlow's hybrid linear attention",
@@ -149,8 +174,8 @@ METHOD = Mechanism(
             "the paper's text leaves gate and inner term open, so both are those of the released kernels: a softmax "
             "inside, a mean gate per image on the state, and a running sum of gates on the query, through which later "
             "tokens of an image read the past more weakly; x is to hold the embedding of time and class, which the "
-            "released gate adds to it; norms of q, k and v over the full width belong to the layer; images are told "
-            "by place, so a hidden token keeps its place, and a hidden image neither decays nor writes"
+            "released gate adds to it; norms of q, k and v over the full width belong to the layer; images are known "
+            "by position, so a hidden token keeps its position, and a hidden image neither decays nor writes"
         ),
     ),
 )

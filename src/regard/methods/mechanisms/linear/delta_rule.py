@@ -17,7 +17,8 @@ Worked by hand: one key twice with β = 1/2 and value 4: S = 2, then 2 + (4 - 2)
 
 >>> import torch
 >>> one = torch.ones(1, 1, 2, 1, dtype=torch.float64)
->>> out, _ = reference(one, one, 4 * one, Config(), params={"w_beta": torch.zeros(1, 1)}, x=torch.ones(1, 2, 1))
+>>> call = Call(params={"w_beta": torch.zeros(1, 1)}, x=torch.ones(1, 2, 1))
+>>> out, _ = reference(one, one, 4 * one, Config(), call)
 >>> [round(o, 4) for o in out.flatten().tolist()]
 [2.0, 3.0]
 """
@@ -28,9 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, inputs_of_keys, key_mask, per_query_head, shown
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import at_least_float32, exact, heads_of, initial, per_query_head, recurrence, rounded, shown
 
 
 @dataclass(frozen=True)
@@ -48,65 +50,67 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return {"w_beta": torch.empty(width, dims["heads"]).uniform_(-1, 1) * width**-0.5}
 
 
-def prepared(q, k, v, cfg, pattern, mask, state, roles, params, x):
-    """(q [B, H, M or N, D], k, v, β [B, H, M, 1], state) in float32 at least; a hidden token has k = v = 0."""
-    require(pattern in PATTERNS, f"pattern is one of {PATTERNS}", pattern=pattern)
-    require(state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern)
-    require(params is not None, "params holds w_beta, as init gives it", params=params)
-    there, heads = key_mask(mask, q, k, roles), q.shape[1]
-    k, v = (
-        shown(at_least_float32(per_query_head(t, heads)).expand(-1, heads, -1, -1), there) for t in (k, v)
-    )
-    q = at_least_float32(q)
-    q, k = (t * (t.square().sum(-1, keepdim=True) + cfg.eps).rsqrt() for t in (q, k))
-    if pattern == "causal_self":
-        q = F.pad(q, (0, 0, k.shape[2] - q.shape[2], 0))  # the last query is that of the last key
-    x = inputs_of_keys(x, pattern).to(k.dtype)
-    beta = (x @ params["w_beta"].to(k.dtype)).sigmoid().mT[..., None]
-    state = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state.to(k.dtype)
-    return q, k, v, beta, state
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+    q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
+    q_h, k_h = (t / (t.square().sum(-1, keepdim=True) + cfg.eps).sqrt() for t in (q_h, k_h))
+    x, w_beta = exact(call.x_of_keys, call.params["w_beta"])
+    beta = torch.einsum("bmc,ch->bhm", x, w_beta).sigmoid()
+
+    def write(s: Tensor, t: int) -> Tensor:
+        answer = torch.einsum("bhd,bhde->bhe", k_h[:, :, t], s)
+        correction = beta[:, :, t, None] * (v_h[:, :, t] - answer)
+        return s + torch.einsum("bhd,bhe->bhde", k_h[:, :, t], correction)
+
+    def read(s: Tensor, i: int) -> Tensor:
+        return torch.einsum("bhd,bhde->bhe", q_h[:, :, i], s)
+
+    s = initial(call, q, len(q), heads, k.shape[3], v.shape[3])
+    return rounded(*recurrence(s, write, read, n, m, call), v)
 
 
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor | None]:  # fmt: skip
-    n, dtype = q.shape[2], v.dtype
-    q, k, v, beta, state = prepared(q, k, v, cfg, pattern, mask, state, roles, params, x)
-    rows = []
-    for t in range(k.shape[2]):
-        k_t, v_t = k[:, :, t, None], v[:, :, t, None]  # [B, H, 1, D], [B, H, 1, E]
-        state = state + beta[:, :, t, None] * k_t.mT @ (v_t - k_t @ state)
-        if pattern == "causal_self":
-            rows.append(q[:, :, t, None] @ state)
-    if pattern != "causal_self":
-        return (q @ state).to(dtype), None
-    return torch.cat(rows, dim=2)[:, :, -n:].to(dtype), state
-
-
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor | None]:  # fmt: skip
+def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
     n, m, dtype = q.shape[2], k.shape[2], v.dtype
-    q, k, v, beta, state = prepared(q, k, v, cfg, pattern, mask, state, roles, params, x)
-    size, causal = min(cfg.chunk, m), pattern == "causal_self"
-    cut = (q, k, v, beta) if causal else (k, v, beta)
-    *q_cut, k_c, v_c, b_c = (F.pad(t, (0, 0, 0, -m % size)).unflatten(2, (-1, size)) for t in cut)
-    lower = (b_c * k_c @ k_c.mT).tril(-1)  # [B, H, chunks, C, C]
-    rhs = b_c * torch.cat([v_c, k_c], dim=-1)
-    known, pull = (
-        torch.linalg.solve_triangular(lower, rhs, upper=False, unitriangular=True)
-        .split([v.shape[3], k.shape[3]], dim=-1)
-    )  # fmt: skip
-    inside = (q_cut[0] @ k_c.mT).tril() if causal else None
-    rows = []
+    q, k, v, beta = tensors(q, k, v, cfg, call)
+    state = call.initial_state
+    state = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state.to(k.dtype)
+    k_c, *rest = chunks(k, v, beta, size=min(cfg.chunk, m))
+    known, pull = corrections(k_c, *rest)
+    if call.pattern != "causal_self":
+        for c in range(k_c.shape[2]):
+            state = state + k_c[:, :, c].mT @ (known[:, :, c] - pull[:, :, c] @ state)
+        return (q @ state).to(dtype), None
+    # the last query is that of the last key
+    (q_c,) = chunks(F.pad(q, (0, 0, m - n, 0)), size=k_c.shape[3])
+    inside, rows = (q_c @ k_c.mT).tril(), []
     for c in range(k_c.shape[2]):
         write = known[:, :, c] - pull[:, :, c] @ state  # [B, H, C, E]
-        if causal:
-            rows.append(q_cut[0][:, :, c] @ state + inside[:, :, c] @ write)
+        rows.append(q_c[:, :, c] @ state + inside[:, :, c] @ write)
         state = state + k_c[:, :, c].mT @ write
-    if not causal:
-        return (q @ state).to(dtype), None
     return torch.cat(rows, dim=2)[:, :, m - n : m].to(dtype), state
+
+
+def tensors(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Tensor, ...]:
+    """q [B, H, N, D], k, v and β [B, H, M, 1] per query head, float32 at least; a hidden token has k = v = 0."""
+    heads = q.shape[1]
+    k, v = (at_least_float32(per_query_head(t, heads)).expand(-1, heads, -1, -1) for t in (k, v))
+    k, v = shown(k, call.key_mask), shown(v, call.key_mask)
+    q, k = (t * (t.square().sum(-1, keepdim=True) + cfg.eps).rsqrt() for t in (at_least_float32(q), k))
+    beta = (call.x_of_keys.to(k.dtype) @ call.params["w_beta"].to(k.dtype)).sigmoid()
+    return q, k, v, beta.mT[..., None]
+
+
+def chunks(*tensors: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Each [B, H, M, ...] as [B, H, chunks, C, ...], zeros behind the last token."""
+    return tuple(F.pad(t, (0, 0, 0, -t.shape[2] % size)).unflatten(2, (-1, size)) for t in tensors)
+
+
+def corrections(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """(U of an empty state, what U loses to a state S: U - pull S), for every chunk."""
+    lower = (beta * k @ k.mT).tril(-1)  # [B, H, chunks, C, C]
+    right = beta * torch.cat([v, k], dim=-1)
+    solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
+    return solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
 
 
 METHOD = Mechanism(
@@ -114,12 +118,12 @@ METHOD = Mechanism(
     reference=reference,
     fast=fast,
     init=init,
-    x=True,
-    normed=True,
-    ordered=True,
+    needs_x=True,
+    needs_norm=True,
+    order_aware=True,
     patterns=PATTERNS,
-    speed=("chunk",),
-    tries=({"chunk": 4},),
+    speed_settings=("chunk",),
+    test_settings=({"chunk": 4},),
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     exempt={"neutral": "no setting turns its correction off: it is the method"},
     card=Card(

@@ -9,14 +9,15 @@ source that gains attention takes it from the others: softmax's competition, in 
 queries, so queries speak to each other; in `self` a hidden token neither answers nor asks.
 
 causal_self is the paper's own form: a sum over tokens becomes the sum up to t, in I, O, Î, Ô the mean up to t, and what
-a source gives is settled at its own place t: n_k softmax_j(Ô_j) becomes t e^{Ô_t} / Σ_{s<=t} e^{Ô_s}.
+a source gives is settled at its own place t: n_k softmax_j(Ô_j) becomes t e^{Ô_t} / Σ_{s<=t} e^{Ô_s}. A key of another
+text has no place among the queries, so there is no causal_cross.
 
 Worked by hand: one query and two keys of 0 have φ = 1/2; I = 1/2, O = 1/4, Î = 2 and Ô = 1/2 each, so each source
 competes for 1, and values 4 and 8 give σ(2·1/2) · (1/2)/(1/2) · (1/2·4 + 1/2·8) = 6 σ(1) = 4.386.
 
 >>> import torch
 >>> q, k, v = (torch.tensor(x, dtype=torch.float64).view(1, 1, -1, 1) for x in ([0.0], [0.0, 0.0], [4.0, 8.0]))
->>> round(reference(q, k, v, Config(), pattern="cross")[0].item(), 3)
+>>> round(reference(q, k, v, Config(), Call("cross"))[0].item(), 3)
 4.386
 """
 
@@ -25,18 +26,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.core import Card, K, Mechanism, Out, Q, Unsupported, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, key_mask, per_query_head, shown
+from regard.core import Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import at_least_float32, exact, heads_of, linear, per_query_head, recurrence, rounded, shown
 
-REFUSED = (
-    "with every key in sight each prefix of the queries gives each source another outflow, so another softmax over "
-    "all keys: N·M numbers that share nothing. The paper's causal form settles a source at its own place among the "
-    "queries, and a key of another text has none"
-)
-
-
-BLOCK = 1024  # tokens at a time where all keys are in sight, so that products stay in cache
+REFUSED = "each prefix of the queries gives a source another outflow, so another softmax over all keys"
+OWN_TEXT = "own text: as many queries as keys"
 
 
 @dataclass(frozen=True)
@@ -49,138 +45,107 @@ class Config:
         require(self.eps > 0 and self.chunk >= 1, "eps > 0 and chunk >= 1", eps=self.eps, chunk=self.chunk)
 
 
-def flows(q, k, v, pattern, mask, roles):
-    """φ(q), φ(k), v [B, H, N|M, D|E] with hidden keys zeroed, φ(q) of the tokens that ask, who is there [.., M, 1]."""
-    if pattern == "causal_cross":
-        raise Unsupported(f"causal_cross: {REFUSED}")
-    require(pattern in PATTERNS, f"pattern is one of {PATTERNS}", pattern=pattern)
-    own = pattern != "cross"
-    require(not own or q.shape[2] == k.shape[2], "own text: as many queries as keys", q=q.shape, k=k.shape)
-    there, heads = key_mask(mask, q, k, roles), q.shape[1]
-    k, v = (at_least_float32(per_query_head(t, heads).expand(-1, heads, -1, -1)) for t in (k, v))
-    phi_q, phi_k = at_least_float32(q).sigmoid(), shown(k.sigmoid(), there)
-    seen = (
-        torch.ones_like(k[..., :1]) if there is None else there[..., None].to(k.dtype).expand_as(k[..., :1])
-    )
-    return phi_q, phi_k, shown(v, there), phi_q * seen if own and there is not None else phi_q, seen
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    require(call.cross or q.shape[2] == k.shape[2], OWN_TEXT, q=q, k=k)
+    q_h, k_h, v_h = exact(q, heads_of(k, q.shape[1]), heads_of(v, q.shape[1]))
+    form = settled if call.pattern == "causal_self" else conserved
+    out, state = form(q_h.sigmoid(), k_h.sigmoid(), v_h, cfg, call)
+    return rounded(out, state, v)
 
 
 def flow(a: Tensor, b: Tensor, eps: float) -> Tensor:
-    """a·b, eps added to both: [B, H, N, 1]."""
     return ((a + eps) * (b + eps)).sum(-1, keepdim=True)
 
 
-def competing(kept_out: Tensor, seen: Tensor, cfg: Config) -> Tensor:
-    return (kept_out if cfg.clamp is None else kept_out.clamp(-cfg.clamp, cfg.clamp)).exp() * seen
+def conserved(phi_q: Tensor, phi_k: Tensor, v: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
+    """All sinks and sources at once, through the weight of every pair."""
+    there = torch.ones_like(phi_k[..., :1]) if call.key_mask is None else call.key_mask[..., None].double()
+    sinks, sources = phi_q if call.cross else phi_q * there, phi_k * there
+    inflow = flow(phi_q, sources.sum(2, keepdim=True), cfg.eps)
+    outflow = flow(phi_k, sinks.sum(2, keepdim=True), cfg.eps)
+    kept_in = flow(phi_q, (sources / outflow).sum(2, keepdim=True), cfg.eps)
+    kept_out = flow(phi_k, (sinks / inflow).sum(2, keepdim=True), cfg.eps)
+    kept_out = kept_out if cfg.clamp is None else kept_out.clamp(-cfg.clamp, cfg.clamp)
+    n_k = there.sum(2, keepdim=True)
+    share = n_k * kept_out.masked_fill(there == 0, -1e30).softmax(2) * there
+    weights = torch.einsum("bhnd,bhmd->bhnm", phi_q / inflow, phi_k) * share.mT
+    # n_q / n_k, which is 1 where a text asks itself
+    ratio = phi_q.shape[2] / n_k.clamp(min=1) if call.cross else 1
+    return (kept_in * ratio).sigmoid() * (weights @ v), None
 
 
-def begun(state: tuple | None, pattern: str, phi_k: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-    """Σφ(k), Σφ(q), Σφ(k)/O, Σφ(q)/I [B, H, D], Σe^Ô and the number of tokens [B, H, 1], Σφ(k)ᵀv' [B, H, D, E]."""
-    require(state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern)
-    if state is not None:
-        return state
-    zeros = phi_k.new_zeros(*phi_k.shape[:2], phi_k.shape[3], values.shape[3])
-    return (*4 * (zeros[..., 0],), *2 * (zeros[..., :1, 0],), zeros)
+def settled(phi_q: Tensor, phi_k: Tensor, v: Tensor, cfg: Config, call: Call) -> tuple[Tensor, tuple]:
+    """Token by token, sums as means up to it: Σφ(k), Σφ(q), Σφ(k)/O, Σφ(q)/I, Σe^Ô, t, Σφ(k)ᵀv'."""
+
+    def write(state: tuple, i: int) -> tuple:
+        k_sum, q_sum, k_kept, q_kept, e_sum, t, s = state
+        query, key, t = phi_q[:, :, i], phi_k[:, :, i], t + 1
+        k_sum, q_sum = k_sum + key, q_sum + query
+        k_kept = k_kept + key / (flow(key, q_sum, cfg.eps) / t)
+        q_kept = q_kept + query / (flow(query, k_sum, cfg.eps) / t)
+        kept_out = flow(key, q_kept, cfg.eps) / t
+        e = (kept_out if cfg.clamp is None else kept_out.clamp(-cfg.clamp, cfg.clamp)).exp()
+        e_sum = e_sum + e
+        s = s + key[..., None] * (v[:, :, i] * t * e / e_sum)[..., None, :]
+        return k_sum, q_sum, k_kept, q_kept, e_sum, t, s
+
+    def read(state: tuple, i: int) -> Tensor:
+        k_sum, _, k_kept, _, _, t, s = state
+        query, gate = phi_q[:, :, i], (flow(phi_q[:, :, i], k_kept, cfg.eps) / t.clamp(min=1)).sigmoid()
+        return gate * torch.einsum("bhd,bhde->bhe", query / flow(query, k_sum, cfg.eps), s)
+
+    start = beginning(phi_k, v) if call.initial_state is None else exact(*call.initial_state)
+    return recurrence(start, write, read, phi_q.shape[2], phi_k.shape[2], call)
 
 
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, tuple | None]:  # fmt: skip
-    phi_q, phi_k, values, asked, seen = flows(q, k, v, pattern, mask, roles)
-    state, eps, rows = begun(state, pattern, phi_k, values), cfg.eps, []
-    if pattern == "causal_self":
-        for i in range(q.shape[2]):
-            row, state = one_token(cfg, state, *(a[:, :, i] for a in (phi_q, phi_k, values, asked, seen)))
-            rows.append(row)
-        return torch.stack(rows, dim=2).to(v.dtype), state
-    n_k = seen.sum(2, keepdim=True).clamp(min=1)
-    n_q = n_k if pattern == "self" else q.shape[2]
-    into = flow(phi_q, phi_k.sum(2, keepdim=True), eps)
-    out_of = flow(phi_k, asked.sum(2, keepdim=True), eps)
-    kept_in = flow(phi_q, (phi_k / out_of).sum(2, keepdim=True), eps)
-    kept_out = flow(phi_k, (asked / into).sum(2, keepdim=True), eps)
-    e = competing(kept_out, seen, cfg)  # [B, H, M, 1]
-    share = n_k * e / e.sum(2, keepdim=True).clamp(min=eps)
-    weights = torch.einsum("bhnd,bhmd->bhnm", phi_q / into, phi_k) * share.mT
-    return ((kept_in * n_q / n_k).sigmoid() * (weights @ values)).to(v.dtype), None
+def beginning(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """A state of zeros: four [B, H, D], two [B, H, 1] and [B, H, D, E]."""
+    zeros = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
+    return (*4 * (zeros[..., 0],), *2 * (zeros[..., 0, :1],), zeros)
 
 
-def one_token(cfg: Config, state: tuple, q, k, v, asked, seen) -> tuple[Tensor, tuple]:
-    """One step of causal_self on the features of one token, [B, H, D|E|1]."""
-    k_sum, q_sum, k_out, q_in, e_sum, count, s = state
-    k_sum, q_sum, count = k_sum + k, q_sum + asked, count + seen
-    t = count.clamp(min=1)
-    into, out_of = flow(q, k_sum, cfg.eps), flow(k, q_sum, cfg.eps)
-    k_out, q_in = k_out + k * t / out_of, q_in + asked * t / into
-    e = competing(flow(k, q_in, cfg.eps) / t, seen, cfg)
-    e_sum = e_sum + e
-    s = s + k[..., :, None] * (v * t * e / e_sum.clamp(min=cfg.eps))[..., None, :]  # [B, H, D, E]
-    mixed = torch.einsum("bhd,bhde->bhe", q / into, s)
-    return (flow(q, k_out, cfg.eps) / t).sigmoid() * mixed, (k_sum, q_sum, k_out, q_in, e_sum, count, s)
+def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    """All four flows from sums over the tokens, in causal_self up to each; then linear attention."""
+    require(call.cross or q.shape[2] == k.shape[2], OWN_TEXT, q=q, k=k)
+    phi_q, phi_k, values, asked, seen = features(q, k, v, call)
+    causal = call.pattern == "causal_self"
+    before = call.initial_state or beginning(phi_k, values)
+
+    def up_to(t: Tensor, start: Tensor) -> Tensor:
+        return t.cumsum(2) + start[:, :, None] if causal else t.sum(2, keepdim=True)
+
+    count = up_to(seen, before[5])
+    n_k = count.clamp(min=1)
+    n = n_k if causal else 1.0
+    k_sum, q_sum = up_to(phi_k, before[0]), up_to(asked, before[1])
+    into, out_of = met(phi_q, k_sum, cfg.eps) / n, met(phi_k, q_sum, cfg.eps) / n
+    k_kept, q_kept = up_to(phi_k / out_of, before[2]), up_to(asked / into, before[3])
+    kept_in, kept_out = met(phi_q, k_kept, cfg.eps) / n, met(phi_k, q_kept, cfg.eps) / n
+    e = (kept_out if cfg.clamp is None else kept_out.clamp(-cfg.clamp, cfg.clamp)).exp() * seen
+    e_sum = up_to(e, before[4])
+    values = values * (n_k * e / e_sum.clamp(min=cfg.eps))
+    settings = {"state": before[6] if causal else None, "chunk": cfg.chunk, "backend": call.backend}
+    out, s = linear(phi_q, phi_k, values, pattern=call.pattern, **settings)
+    out = out * (kept_in * (q.shape[2] / n_k if call.cross else 1)).sigmoid() / (into * n)
+    sums = (t[:, :, -1] for t in (k_sum, q_sum, k_kept, q_kept, e_sum, count))
+    return out.to(v.dtype), (*sums, s) if causal else None
 
 
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, tuple | None]:  # fmt: skip
-    phi_q, phi_k, values, asked, seen = flows(q, k, v, pattern, mask, roles)
-    state, rows = begun(state, pattern, phi_k, values), []
-    if pattern == "causal_self":
-        for cut in zip(
-            *(a.split(cfg.chunk, dim=2) for a in (phi_q, phi_k, values, asked, seen)), strict=True
-        ):
-            row, state = one_chunk(cfg, state, *cut)
-            rows.append(row)
-        return torch.cat(rows, dim=2).to(v.dtype), state
-    n_k = seen.sum(2, keepdim=True).clamp(min=1)
-    n_q = n_k if pattern == "self" else q.shape[2]
-    into, out_of = met(phi_q, phi_k.sum(2), cfg.eps), met(phi_k, asked.sum(2), cfg.eps)
-    kept_in = met(phi_q, (out_of.reciprocal().mT @ phi_k)[:, :, 0], cfg.eps)
-    kept_out = met(phi_k, (into.reciprocal().mT @ asked)[:, :, 0], cfg.eps)
-    e = competing(kept_out, seen, cfg)
-    share, given = n_k * e / e.sum(2, keepdim=True).clamp(min=cfg.eps), (kept_in * n_q / n_k).sigmoid() / into
-    sources = zip(*(a.split(BLOCK, dim=2) for a in (phi_k, values, share)), strict=True)
-    pool = sum(k_b.mT @ (v_b * share_b) for k_b, v_b, share_b in sources)  # [B, H, D, E]
-    sinks = zip(phi_q.split(BLOCK, dim=2), given.split(BLOCK, dim=2), strict=True)
-    return torch.cat([given_b * (q_b @ pool) for q_b, given_b in sinks], dim=2).to(v.dtype), None
+def features(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, ...]:
+    """φ(q), φ(k), v [B, H, N|M, D|E] with hidden keys zeroed, φ(q) of the tokens that ask, who is there [.., M, 1]."""
+    heads, there = q.shape[1], call.key_mask
+    k, v = (at_least_float32(per_query_head(t, heads).expand(-1, heads, -1, -1)) for t in (k, v))
+    phi_q, seen = at_least_float32(q).sigmoid(), shown(torch.ones_like(k[..., :1]), there)
+    asked = phi_q if call.cross else shown(phi_q, there)
+    return phi_q, shown(k.sigmoid(), there), shown(v, there), asked, seen
 
 
 def met(a: Tensor, total: Tensor, eps: float) -> Tensor:
-    """flow(a, total) for a [B, H, N, D] and one total [B, H, D], as a product: [B, H, N, 1]."""
-    total = total[..., None] + eps
-    return a @ total + eps * total.sum(2, keepdim=True)
-
-
-def one_chunk(cfg: Config, state: tuple, q, k, v, asked, seen) -> tuple[Tensor, tuple]:
-    """causal_self on the features of C tokens: all flows among them are the entries of two products [B, H, C, C]."""
-    k_sum, q_sum, k_out, q_in, e_sum, count, s = state
-    past, heard = (q @ k.mT).tril(), (k @ asked.mT).tril()
-    k_mass, q_mass = k.sum(-1, keepdim=True), asked.sum(-1, keepdim=True)
-
-    def up_to(a: Tensor, pairs: Tensor, mass: Tensor, share: Tensor, before: Tensor) -> Tensor:
-        """flow(a, what came before and the shares of these tokens up to each)."""
-        return pairs @ share + cfg.eps * (mass * share).cumsum(2) + met(a, before, cfg.eps)
-
-    so_far = seen.cumsum(2) + count[:, :, None]
-    t = so_far.clamp(min=1)
-    t_into = t / up_to(q, past, k_mass, seen, k_sum)
-    t_out_of = t / up_to(k, heard, q_mass, seen, q_sum)
-    kept_in = up_to(q, past, k_mass, t_out_of, k_out) / t
-    kept_out = up_to(k, heard, q_mass, t_into, q_in) / t
-    e = competing(kept_out, seen, cfg)
-    e_so_far = e.cumsum(2) + e_sum[:, :, None]
-    v = v * (t * e / e_so_far.clamp(min=cfg.eps))
-    out = kept_in.sigmoid() * t_into / t * (past @ v + q @ s)
-    k_out, q_in = ((t_out_of.mT @ k)[:, :, 0] + k_out, (t_into.mT @ asked)[:, :, 0] + q_in)
-    state = (
-        k_sum + k.sum(2),
-        q_sum + asked.sum(2),
-        k_out,
-        q_in,
-        e_so_far[:, :, -1],
-        so_far[:, :, -1],
-        s + k.mT @ v,
-    )
-    return out, state
+    """a·total, eps added to both, [B, H, N, 1]: a total for each token, or one for all [B, H, 1, D]."""
+    total = total + eps
+    if total.shape[2] == 1:
+        return a @ total.mT + eps * total.sum(-1, keepdim=True)
+    return ((a + eps) * total).sum(-1, keepdim=True)
 
 
 METHOD = Mechanism(
@@ -188,9 +153,9 @@ METHOD = Mechanism(
     reference=reference,
     fast=fast,
     patterns=("self", "causal_self", "cross"),
-    refuses={"causal_cross": REFUSED},
-    speed=("chunk",),
-    tries=({"clamp": None},),
+    unsupported={"causal_cross": REFUSED},
+    speed_settings=("chunk",),
+    test_settings=({"clamp": None},),
     state_size=lambda cfg, dims, n: dims["heads"] * (dims["key"] * (dims["value"] + 4) + 2),
     exempt={
         "neutral": "no setting turns it into softmax attention",
@@ -206,10 +171,8 @@ METHOD = Mechanism(
         state="D·(E + 4) + 2 numbers per head, whatever the length",
         needs=("qkv",),
         lineage=("softmax", "linear_attention"),
-        caveat=(
-            "in self the mean of Ô over the keys is 1 by conservation, so the clamp at ±1 of the released core file "
-            "flattens every source above the mean; its file for language clamps at 5, that for control at 10, those "
-            "for time series and long range not at all (clamp=None)"
-        ),
+        caveat="in self the mean of Ô over the keys is 1 by conservation, so the clamp at ±1 of the released core file "
+        "flattens every source above the mean; its file for language clamps at 5, that for control at 10, those "
+        "for time series and long range not at all (clamp=None)",
     ),
 )

@@ -18,24 +18,26 @@ e^{-δ l/L}: with δ = log(100)/1.5 and L = 1 h_0 = 1, h_1 = 100^(-2/3) = 0.0464
 >>> import math, torch
 >>> one, cfg = torch.ones(1, 1, 2, 1, dtype=torch.float64), Config(length=1, floor=0.0, hidden=1, layers=1)
 >>> params = {"w_0": torch.zeros(3, 1), "b_0": torch.tensor([math.pi / 2]), "frequency": torch.ones(1)}
->>> out, _ = reference(one, one, one, cfg, params=params | {"w_out": torch.ones(1, 1)})
+>>> call = Call(params=params | {"w_out": torch.ones(1, 1)})
+>>> out, _ = reference(one, one, one, cfg, call)
 >>> [round(o, 4) for o in out.flatten().tolist()]
 [1.0, 1.0464]
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from regard.core import Card, K, Mechanism, Out, Q, Unsupported, V, require
-from regard.ops import at_least_float32, carried, key_mask, per_query_head, shown
+from regard.core import Card, K, Out, Q, Unsupported, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import at_least_float32, exact, heads_of, per_query_head, shown
 
-REFUSES = dict.fromkeys(
-    ("cross", "causal_cross"), "its filter weighs by distance, which two texts do not have"
-)
+NO_DISTANCE = "its filter weighs by distance, which two texts do not have"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Config:
 
 def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     widths = [1 + 2 * cfg.bands, *[cfg.hidden] * cfg.layers]
-    params = {"frequency": torch.ones(cfg.hidden)}  # of the sines; learned
+    # of the sines; learned
+    params = {"frequency": torch.ones(cfg.hidden)}
     for i, (rows, columns) in enumerate(pairwise(widths)):
         params[f"w_{i}"] = torch.empty(rows, columns).uniform_(-1, 1) * rows**-0.5
         params[f"b_{i}"] = torch.empty(columns).uniform_(-1, 1) * rows**-0.5
@@ -62,59 +65,72 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return params
 
 
-def filters(params: dict[str, Tensor] | None, cfg: Config, heads: int, like: Tensor, count: int) -> Tensor:
-    """h [H, D, count] for the distances 0 .. count - 1, in the dtype of `like` [..., D]."""
-    require(params is not None, "params holds the filter's layers, as init gives them", params=params)
-    p = {name: t.to(like.dtype) for name, t in params.items()}
-    far = torch.arange(count, dtype=like.dtype, device=like.device)[:, None] / cfg.length
-    angle = 2 * math.pi * far * torch.arange(1, cfg.bands + 1, dtype=like.dtype, device=like.device)
-    z = torch.cat([far, angle.cos(), angle.sin()], dim=-1)  # [count, 1 + 2·bands]
+def check_widths(k: K, v: V) -> None:
+    if k.shape[3] != v.shape[3]:
+        widths = f"{k.shape[3]} and {v.shape[3]}"
+        raise Unsupported(f"keys gate values channel by channel: widths {widths} differ")
+
+
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    check_widths(k, v)
+    state = k * v if call.initial_state is None else torch.cat([call.initial_state, k * v], dim=2)
+    n, m, heads = q.shape[2], state.shape[2], q.shape[1]
+    q_h, u = exact(q, heads_of(state, heads))
+    if call.key_mask is not None:
+        u = torch.where(call.key_mask[..., None], u, 0.0)
+    h = torch.stack([filter_at(distance, cfg, call) for distance in range(m)]).unflatten(
+        1, (heads, -1)
+    )  # [M, H, D]
+    rows = []
+    for i, t in enumerate(range(m - n, m)):
+        s = torch.arange(m if call.pattern == "self" else t + 1, device=q.device)
+        mixed = torch.einsum("shd,bhsd->bhd", h[(t - s).abs()], u[:, :, s])
+        rows.append(q_h[:, :, i] * mixed)
+    return torch.stack(rows, dim=2).to(v.dtype), state if call.pattern == "causal_self" else None
+
+
+def filter_at(distance: int, cfg: Config, call: Call) -> Tensor:
+    """h_l [H·D] at one distance, as the equation has it; of the reference only."""
+    p = {name: t.double() for name, t in call.params.items()}
+    share, width = distance / cfg.length, p["w_out"].shape[1]
+    waves = [2 * math.pi * f * share for f in range(1, cfg.bands + 1)]
+    z = p["w_out"].new_tensor([share, *map(math.cos, waves), *map(math.sin, waves)])
+    for i in range(cfg.layers):
+        z = torch.sin(p["frequency"] * (z @ p[f"w_{i}"] + p[f"b_{i}"]))
+    slow, fast = math.log(100) / 1.5, math.log(100) / 0.3
+    deltas = [slow + (fast - slow) * c / max(width - 1, 1) for c in range(width)]
+    window = [math.exp(-delta * share) + cfg.floor for delta in deltas]
+    return z.new_tensor(window) * (z @ p["w_out"])
+
+
+def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    check_widths(k, v)
+    state = k * v
+    if call.initial_state is not None:
+        state = torch.cat([call.initial_state, state], dim=2)
+    n, m, heads = q.shape[2], state.shape[2], q.shape[1]
+    u = at_least_float32(per_query_head(state, heads)).expand(-1, heads, -1, -1)
+    q, u = at_least_float32(q), shown(u, call.key_mask)
+    h = filters(call.params, cfg, heads, u)
+    if call.pattern == "self":
+        mixed = convolved(u, h) + convolved(u.flip(2), h).flip(2) - h[:, None, :, 0] * u
+        return (q * mixed).to(v.dtype), None
+    if n == 1:
+        return (q * (h.flip(-1).mT * u).sum(2, keepdim=True)).to(v.dtype), state
+    return (q * convolved(u, h)[:, :, m - n :]).to(v.dtype), state
+
+
+def filters(params: Mapping[str, Tensor], cfg: Config, heads: int, u: Tensor) -> Tensor:
+    """h [H, D, M] for the distances 0 .. M - 1, in the dtype of u [B, H, M, D]."""
+    p = {name: t.to(u.dtype) for name, t in params.items()}
+    far = torch.arange(u.shape[2], dtype=u.dtype, device=u.device)[:, None] / cfg.length
+    angle = 2 * math.pi * far * torch.arange(1, cfg.bands + 1, dtype=u.dtype, device=u.device)
+    z = torch.cat([far, angle.cos(), angle.sin()], dim=-1)  # [M, 1 + 2·bands]
     for i in range(cfg.layers):
         z = (p["frequency"] * (z @ p[f"w_{i}"] + p[f"b_{i}"])).sin()
-    slow, fast = (math.log(100) / share for share in (1.5, 0.3))
-    width = heads * like.shape[-1]
-    delta = torch.linspace(slow, fast, width, dtype=like.dtype, device=like.device)
+    ends = (math.log(100) / share for share in (1.5, 0.3))
+    delta = torch.linspace(*ends, heads * u.shape[3], dtype=u.dtype, device=u.device)
     return ((z @ p["w_out"]) * ((-delta * far).exp() + cfg.floor)).mT.unflatten(0, (heads, -1))
-
-
-def gated(q, k, v, cfg, pattern, mask, state, roles, params):
-    """(q, u [B, H, M, D] with hidden tokens zero, h [H, D, M], the state: every u)."""
-    if pattern in REFUSES:
-        raise Unsupported(f"a gated convolution does not do {pattern}: {REFUSES[pattern]}")
-    if k.shape[-1] != v.shape[-1]:
-        raise Unsupported(
-            f"keys gate values channel by channel: widths {k.shape[-1]} and {v.shape[-1]} differ"
-        )
-    u, _, state = carried(k * v, v, pattern, None if state is None else (state, state))
-    state = None if state is None else state[0]
-    there = key_mask(mask, q, u, roles)
-    u = shown(at_least_float32(per_query_head(u, q.shape[1])).expand(-1, q.shape[1], -1, -1), there)
-    return at_least_float32(q), u, filters(params, cfg, q.shape[1], u, u.shape[2]), state
-
-
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor | None]:  # fmt: skip
-    q, u, h, state = gated(q, k, v, cfg, pattern, mask, state, roles, params)
-    s = torch.arange(u.shape[2], device=u.device)
-    lag = s[u.shape[2] - q.shape[2] :, None] - s  # [N, M]
-    weights = h[:, :, lag.abs()]  # [H, D, N, M]
-    if pattern == "causal_self":
-        weights = weights.masked_fill(lag < 0, 0)
-    return (q * torch.einsum("hdnm,bhmd->bhnd", weights, u)).to(v.dtype), state
-
-
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor | None]:  # fmt: skip
-    q, u, h, state = gated(q, k, v, cfg, pattern, mask, state, roles, params)
-    n, m = q.shape[2], u.shape[2]
-    if n == 1 and pattern == "causal_self":
-        return (q * (h.flip(-1).mT * u).sum(2, keepdim=True)).to(v.dtype), state
-    mixed = convolved(u, h)
-    if pattern == "self":
-        mixed = mixed + convolved(u.flip(2), h).flip(2) - h[:, None, :, 0] * u
-    return (q * mixed[:, :, m - n :]).to(v.dtype), state
 
 
 def convolved(u: Tensor, h: Tensor) -> Tensor:
@@ -129,10 +145,10 @@ METHOD = Mechanism(
     reference=reference,
     fast=fast,
     init=init,
-    ordered=True,
+    order_aware=True,
     patterns=("self", "causal_self"),
-    refuses=REFUSES,
-    tries=({"length": 8, "bands": 2, "hidden": 4, "layers": 1},),
+    unsupported={"cross": NO_DISTANCE, "causal_cross": NO_DISTANCE},
+    test_settings=({"length": 8, "bands": 2, "hidden": 4, "layers": 1},),
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * dims["key"],
     exempt={"neutral": "its weights know distances only: no filter makes them depend on who asks"},
     card=Card(
@@ -147,8 +163,8 @@ METHOD = Mechanism(
             "the short convolutions on q, k and v belong to the layer; the released code takes frequencies from 1e-4 "
             "to bands - 1, so that its default single band is next to constant, where 1 .. bands stand here, and it "
             "adds a learned weight at distance 0, which is left out; a hidden token gives nothing but keeps its "
-            "place, so padding on either side changes nothing while a hole between real tokens keeps them apart; the "
-            "two-sided form for self is not the paper's; fast and reference differ by the rounding of the Fourier "
+            "position, so padding on either side changes nothing while a hole between real tokens keeps them apart; "
+            "the two-sided form for self is not the paper's; fast and reference differ by the rounding of the Fourier "
             "transform, through which in float32 a later token may move an earlier output by 1e-7 of the largest"
         ),
     ),

@@ -12,7 +12,7 @@ Worked by hand: zero weights give α = 2^(-1/τ); with τ = 1 a value of one ste
 
 >>> one = torch.ones(1, 1, 2, 1)
 >>> params = {"down": torch.zeros(1, 16), "up": torch.zeros(16, 1, 1), "bias": torch.zeros(1, 1)}
->>> reference(one, one, one, Config(tau=1.0), params=params, x=one[0])[0].flatten().tolist()
+>>> reference(one, one, one, Config(tau=1.0), Call(params=params, x=one[0]))[0].flatten().tolist()
 [1.0, 1.5]
 """
 
@@ -22,14 +22,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
 from regard.ops import (
+    Form,
     at_least_float32,
-    dense_linear,
-    inputs_of_keys,
-    linear,
+    exact,
+    heads_of,
+    initial,
     per_query_head,
+    recurrence,
+    rounded,
     undecayed,
 )
 
@@ -53,42 +57,44 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return {"down": torch.randn(width, cfg.rank) * width**-0.5, "up": up, "bias": torch.zeros(heads, key)}
 
 
-def log_gates(q: Q, k: K, cfg: Config, params: dict | None, x, pattern: str) -> Tensor:
-    """[B, H, M, D] log α of the keys."""
-    x = inputs_of_keys(x, pattern)
-    require(params is not None, "the gates need params: what init gave")
-    require(x is not None and x.shape[1] == k.shape[2], "x [B, M, C] stands beside the keys", keys=k.shape[2])
-    x = at_least_float32(x)
-    low = x @ params["down"].to(x.dtype)
-    z = torch.einsum("bmr,rgd->bgmd", low, params["up"].to(x.dtype)) + params["bias"].to(x.dtype)[:, None]
-    return per_query_head(F.logsigmoid(z) / cfg.tau, q.shape[1]).expand(-1, q.shape[1], -1, -1)
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+    q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
+    x, down, up, bias = exact(call.x_of_keys, *(call.params[name] for name in ("down", "up", "bias")))
+    alpha = torch.einsum("bmc,cr,rgd->bgmd", x, down, up) + bias[:, None]
+    alpha = heads_of(alpha.sigmoid() ** (1 / cfg.tau), heads)  # [B, H, M, D]
+
+    def write(s: Tensor, t: int) -> Tensor:
+        return alpha[:, :, t, :, None] * s + k_h[:, :, t, :, None] * v_h[:, :, t, None]
+
+    def read(s: Tensor, i: int) -> Tensor:
+        return torch.einsum("bhd,bhde->bhe", q_h[:, :, i], s)
+
+    s = initial(call, q, len(q), heads, k.shape[3], v.shape[3])
+    return rounded(*recurrence(s, write, read, n, m, call, two_sided=True), v)
 
 
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", params=None, x=None, **told
-) -> tuple[Out, Tensor | None]:
-    return dense_linear(q, k, v, log_gates(q, k, cfg, params, x, pattern), pattern=pattern, **told)
-
-
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", params=None, x=None, **told
-) -> tuple[Out, Tensor | None]:
-    gates = log_gates(q, k, cfg, params, x, pattern)
-    return linear(q, k, v, gates, pattern=pattern, chunk=cfg.chunk, **told)
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
+    x = at_least_float32(call.x_of_keys)
+    low = x @ call.params["down"].to(x.dtype)
+    up, bias = (call.params[name].to(x.dtype) for name in ("up", "bias"))
+    z = torch.einsum("bmr,rgd->bgmd", low, up) + bias[:, None]
+    gates = per_query_head(F.logsigmoid(z) / cfg.tau, q.shape[1]).expand(-1, q.shape[1], -1, -1)
+    return Form(q, k, v, gates, state=call.initial_state)
 
 
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
+    form=form,
     init=init,
-    ordered=True,
+    order_aware=True,
     patterns=PATTERNS,
-    x=True,
-    normed=True,
-    speed=("chunk",),
-    tries=({"rank": 2, "tau": 1.0},),
-    base=undecayed,
+    needs_x=True,
+    needs_norm=True,
+    speed_settings=("chunk",),
+    test_settings=({"rank": 2, "tau": 1.0},),
+    neutral_base=undecayed,
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     card=Card(
         title="Gated linear attention (GLA)",

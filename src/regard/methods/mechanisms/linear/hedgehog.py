@@ -14,7 +14,7 @@ query log 2 has (4, 1)/5, keys 0 and log 2 have (1/2, 1/2) and (4, 1)/5, product
 >>> import math, torch
 >>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([math.log(2)], [0.0, math.log(2)], [0.0, 59.0]))
 >>> params = init(Config(), {"heads": 1, "kv_heads": 1, "key": 1})
->>> round(reference(q, k, v, Config(), params=params, pattern="cross")[0].item(), 3)
+>>> round(reference(q, k, v, Config(), Call("cross", params=params))[0].item(), 3)
 34.0
 """
 
@@ -23,9 +23,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, dense_linear, key_mask, linear, per_query_head
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import (
+    Form,
+    at_least_float32,
+    exact,
+    heads_of,
+    initial,
+    per_query_head,
+    quotient,
+    recurrence,
+    rounded,
+)
 
 FEATURES = ("softmax", "exp")
 
@@ -50,32 +61,35 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return {f"w_{n}": eye.repeat(dims[h], 1, 1) for n, h in (("q", "heads"), ("k", "kv_heads"))}
 
 
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, params=None, state=None, x=None, **told
-) -> tuple[Out, Tensor | None]:
-    require(params, "hedgehog's maps: params from init(cfg, dims)", params=params)
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    n, m, (heads, groups) = q.shape[2], k.shape[2], (q.shape[1], k.shape[1])
+    w_q, w_k, q_h, k_g, v_g = exact(call.params["w_q"], call.params["w_k"], q, k, v)
+    # one state for each KV head, unless query heads differ in the keys hidden from them, now or before
+    masked = call.key_mask is not None and call.key_mask.shape[1] > 1
+    divided = call.initial_state is not None and call.initial_state.shape[1] > groups
+    held = heads if masked or divided else groups
 
-    def features(t: Tensor, w: Tensor, of_query: bool) -> Tensor:
-        y = torch.einsum(
-            "bhnd,hde->bhne", at_least_float32(t), at_least_float32(w).to(at_least_float32(t).dtype)
-        )
-        y = torch.cat([y, -y], dim=-1)  # [B, H, N, 2F]
-        if cfg.feature == "exp":  # a factor that all features of a query share cancels
-            y = y - y.amax(-1, keepdim=True).detach() if of_query else y.clamp(-cfg.limit, cfg.limit)
-            return y.exp()
-        e = (y - y.amax(-1, keepdim=True)).exp()
-        return e / e.sum(-1, keepdim=True)
+    def phi(x: Tensor, w: Tensor, of_query: bool) -> Tensor:
+        y = torch.einsum("bhd,hdf->bhf", x, w)
+        y = torch.cat([y, -y], dim=-1)
+        if cfg.feature == "softmax":
+            return (y - y.logsumexp(-1, keepdim=True)).exp()
+        # a factor that all features of a query share cancels
+        return (y - y.amax(-1, keepdim=True) if of_query else y.clamp(-cfg.limit, cfg.limit)).exp()
 
-    told = dict(told, state=None if state is None else per_query_head(state, q.shape[1]))
-    phi_q, phi_k = features(q, params["w_q"], True), features(k, params["w_k"], False)
-    out, end = dense_linear(phi_q, phi_k, v, normalise=True, eps=cfg.eps, **told)
-    return out, None if end is None else end[:, :: share(q, k, told)]
+    def write(state: tuple, t: int) -> tuple:
+        s, z = state
+        key, value = heads_of(phi(k_g[:, :, t], w_k, False), held), heads_of(v_g[:, :, t], held)
+        return s + key[..., None] * value[:, :, None], z + key
 
+    def read(state: tuple, i: int) -> Tensor:
+        s, z = (heads_of(part, heads) for part in state)
+        query = phi(q_h[:, :, i], w_q, True)
+        return quotient(torch.einsum("bhf,bhfe->bhe", query, s), (query * z).sum(-1, keepdim=True) + cfg.eps)
 
-def share(q: Tensor, k: Tensor, told: dict) -> int:
-    """Query heads that hold one state: those of a KV head, unless the mask hides different keys from each."""
-    there = key_mask(told.get("mask"), q, k, told.get("roles"))
-    return q.shape[1] // k.shape[1] if there is None or there.shape[1] == 1 else 1
+    s = heads_of(initial(call, q, len(q), held, 2 * w_k.shape[-1], v.shape[3] + 1), held)
+    out, end = recurrence((s[..., :-1], s[..., -1]), write, read, n, m, call)
+    return rounded(out, None if end is None else torch.cat([end[0], end[1][..., None]], -1), v)
 
 
 def mapped(x: Tensor, w: Tensor) -> Tensor:
@@ -83,21 +97,28 @@ def mapped(x: Tensor, w: Tensor) -> Tensor:
     return x @ w.to(x.dtype)  # [B, H, N, F]
 
 
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, params=None, state=None, x=None, **told
-) -> tuple[Out, Tensor | None]:
-    require(params, "hedgehog's maps: params from init(cfg, dims)", params=params)
-    y_q, y_k = mapped(q, params["w_q"]), mapped(k, params["w_k"])
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
+    y_q, y_k = mapped(q, call.params["w_q"]), mapped(k, call.params["w_k"])
     if cfg.feature == "softmax":
         phi_q, phi_k = (torch.cat([y, -y], dim=-1).softmax(-1) for y in (y_q, y_k))
     else:
         y_k = y_k.clamp(-cfg.limit, cfg.limit)
         top = y_q.abs().amax(-1, keepdim=True).detach()
         phi_q, phi_k = (torch.cat([y - m, -y - m], dim=-1).exp() for y, m in ((y_q, top), (y_k, 0)))
-    state = None if state is None else per_query_head(state, q.shape[1])
-    told = dict(told, normalise=True, eps=cfg.eps, chunk=cfg.chunk)
-    out, end = linear(phi_q, phi_k, v, state=state, **told)
-    return out, None if end is None else end[:, :: share(q, k, told)]
+    state, share = call.initial_state, q.shape[1] // different_heads(k, call)
+    if state is not None:
+        state = per_query_head(state, q.shape[1])
+
+    def finish(out: Tensor, end: Tensor | None) -> tuple[Out, Tensor | None]:
+        return out, None if end is None else end[:, ::share]
+
+    return Form(phi_q, phi_k, v, normalise=True, eps=cfg.eps, state=state, finish=finish)
+
+
+def different_heads(k: K, call: Call) -> int:
+    """How many heads of the state differ: KV heads, or all where a mask or the state before tells them apart."""
+    known = [k, *(t for t in (call.key_mask, call.initial_state) if t is not None)]
+    return max(t.shape[1] for t in known)
 
 
 def state_size(cfg: Config, dims: dict, n: int) -> int:
@@ -107,11 +128,11 @@ def state_size(cfg: Config, dims: dict, n: int) -> int:
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
+    form=form,
     init=init,
     patterns=PATTERNS,
-    speed=("chunk",),
-    tries=({"feature": "exp", "width": 3},),
+    speed_settings=("chunk",),
+    test_settings=({"feature": "exp", "width": 3},),
     state_size=state_size,
     exempt={"neutral": "no setting turns it into softmax attention"},
     card=Card(

@@ -14,7 +14,7 @@ Worked by hand: q = 1, k = 0, v = 7 has weight 1; x = 1 gives k^e = 1, with weig
 >>> import torch
 >>> q, k, v = (torch.tensor(a).view(1, 1, 1, 1) for a in (1.0, 0.0, 7.0))
 >>> params = {"k_enc": torch.ones(1, 1, 1), "v_enc": torch.zeros(1, 1, 1)}
->>> round(reference(q, k, v, Config(), params=params, x=torch.ones(1, 1, 1))[0].item(), 6)
+>>> round(reference(q, k, v, Config(), Call(params=params, x=torch.ones(1, 1, 1)))[0].item(), 6)
 2.0
 """
 
@@ -22,11 +22,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, dense_linear, inputs_of_keys, key_mask, linear, taylor
-from regard.ops.linear import finished, prepared
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import (
+    Form,
+    at_least_float32,
+    dense_linear,
+    exact,
+    heads_of,
+    per_query_head,
+    quotient,
+    rounded,
+    shown,
+    taylor,
+)
 
 
 @dataclass(frozen=True)
@@ -42,78 +54,92 @@ class Config:
 
 def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     width, h, g = min(cfg.features, dims["key"]), dims["heads"], dims["kv_heads"]
-    shapes = (
-        {"k_enc": (g, dims["width"], width), "v_enc": (g, dims["width"], dims["value"])} if cfg.prefix else {}
-    )
+    shapes = {}
+    if cfg.prefix:
+        shapes |= {"k_enc": (g, dims["width"], width), "v_enc": (g, dims["width"], dims["value"])}
     if width < dims["key"]:
         shapes |= {"q_map": (h, dims["key"], width), "k_map": (g, dims["key"], width)}
     return {name: torch.randn(shape) * shape[1] ** -0.5 for name, shape in shapes.items()}
+
+
+def phi(t: Tensor) -> Tensor:
+    """[..., 1 + D + D²], whose product is 1 + s + s²/2: what a state is made of."""
+    t = t * t.shape[-1] ** -0.25
+    squares = torch.einsum("...i,...j->...ij", t, t).flatten(-2) / 2**0.5
+    return torch.cat([torch.ones_like(t[..., :1]), t, squares], dim=-1)
+
+
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    """Every pair of a query and a key, with its weight; sums of features are for the state alone."""
+    heads, n, m, like = q.shape[1], q.shape[2], k.shape[2], v
+    q, k, v = exact(q, heads_of(k, heads), F.pad(heads_of(v, heads), (0, 1), value=1.0))
+    p = {name: heads_of(t.double()[None], heads)[0] for name, t in call.params.items()}
+    if "q_map" in p:
+        q, k = q @ p["q_map"], k @ p["k_map"]
+    there = torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    seen = there[:, :, None] & torch.ones(n, m, dtype=torch.bool, device=q.device)
+    seen = seen.tril(m - n) if call.pattern == "causal_self" else seen
+
+    def pairs(k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        s = q @ k.mT / q.shape[-1] ** 0.5
+        return torch.where(seen, 1 + s + s**2 / 2, 0) @ v
+
+    def sums(k: Tensor, v: Tensor, there: Tensor) -> Tensor:
+        return phi(k).mT @ torch.where(there[..., None], v, 0)
+
+    total, end = pairs(k, v, seen), sums(k, v, there)
+    if call.initial_state is not None:
+        state = call.initial_state.double()
+        total, end = total + phi(q) @ state, end + state
+    elif cfg.prefix:
+        x, first = call.x_of_keys.double()[:, None], there & (there.cumsum(-1) <= cfg.prefix)
+        k, v = x @ p["k_enc"], F.pad(x @ p["v_enc"], (0, 1), value=1.0)
+        total, end = total + pairs(k, v, first[:, :, None]), end + sums(k, v, first)
+    out = quotient(total[..., :-1], total[..., -1:])
+    return rounded(out, end if call.pattern == "causal_self" else None, like)
 
 
 def features(x: Tensor) -> Tensor:
     return taylor(x * x.shape[-1] ** -0.25)
 
 
-def with_one(v: Tensor) -> Tensor:
-    return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-
-
-def inputs(q: Q, k: K, v: V, cfg: Config, pattern, mask, state, roles, params, x) -> tuple[Tensor, ...]:
-    """q, k, [v, 1], k^e, [v^e, 1] per query head, at least float32 and at most `features` wide, zero where hidden."""
-    there, params = key_mask(mask, q, k, roles), params or {}
-    q, k, v = (at_least_float32(t) for t in (q, k, v))
-    if q.shape[-1] > cfg.features:
-        require(
-            "q_map" in params, "q and k wider than `features` take params['q_map'] and ['k_map']", cfg=cfg
-        )
-        q, k = q @ params["q_map"].to(q.dtype), k @ params["k_map"].to(k.dtype)
-    per_head = prepared(q, k, with_one(v), None, pattern, mask, state, roles, False)[:3]
-    if cfg.prefix == 0 or state is not None:
-        return *per_head, *(t[:, :, :0] for t in per_head[1:])
-    x = inputs_of_keys(x, pattern)
-    require(x is not None and x.shape[1] == k.shape[2], "x [B, M, C] stands beside the keys", keys=k.shape[2])
-    if there is None:
-        x = x[:, : cfg.prefix]
+def prefix_sums(heads: int, cfg: Config, call: Call) -> Tensor | None:
+    """[B, H, 1 + D + D², E + 1]: Σ φ(k^e)ᵀ [v^e, 1] over the first `prefix` keys that are there."""
+    if cfg.prefix == 0:
+        return None
+    x, first = at_least_float32(call.x_of_keys)[:, None], call.key_mask
+    if first is None:
+        x = x[:, :, : cfg.prefix]
     else:
-        there = (there & (there.cumsum(-1) <= cfg.prefix))[:, :, None]
-    x = at_least_float32(x)[:, None]
-    k_e, v_e = x @ params["k_enc"].to(x.dtype), x @ params["v_enc"].to(x.dtype)  # [B, G, n, D], [B, G, n, E]
-    return *per_head, *prepared(q, k_e, with_one(v_e), None, "cross", there, None, None, False)[1:3]
+        first = first & (first.cumsum(-1) <= cfg.prefix)
+    k, v = (x @ call.params[name].to(x.dtype) for name in ("k_enc", "v_enc"))  # [B, G, n, D], [B, G, n, E]
+    k, v = features(k), F.pad(v, (0, 1), value=1.0)
+    k, v = (per_query_head(t, heads).expand(-1, heads, -1, -1) for t in (k, v))
+    return shown(k, first).mT @ v
 
 
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor | None]:  # fmt: skip
-    dtype = v.dtype
-    q, k, v, k_e, v_e = inputs(q, k, v, cfg, pattern, mask, state, roles, params, x)
-    s, s_e = (q @ keys.mT * q.shape[-1] ** -0.5 for keys in (k, k_e))
-    w, w_e = 1 + s + s**2 / 2, 1 + s_e + s_e**2 / 2
-    if pattern == "causal_self":
-        w = w.tril(k.shape[2] - q.shape[2])  # the last query is that of the last key
-    total, end = w @ v + w_e @ v_e, features(k).mT @ v + features(k_e).mT @ v_e
-    if state is not None:
-        total, end = total + features(q) @ state.to(q.dtype), end + state
-    return finished(total, True, 0.0, dtype), end if pattern == "causal_self" else None
-
-
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor | None]:  # fmt: skip
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
     """The state that the prefix leaves is the one that causal linear attention starts from."""
     dtype = v.dtype
-    q, k, v, k_e, v_e = inputs(q, k, v, cfg, pattern, mask, state, roles, params, x)
-    q, k, k_e = features(q), features(k), features(k_e)
-    if pattern == "causal_self":
-        total, state = linear(q, k, v, state=k_e.mT @ v_e if state is None else state, chunk=cfg.chunk)
-    else:
-        total = q @ (k.mT @ v + k_e.mT @ v_e)
-    return finished(total, True, 0.0, dtype), state
+    q, k, v = (at_least_float32(t) for t in (q, k, v))
+    if "q_map" in call.params:
+        q, k = (t @ call.params[name].to(t.dtype) for name, t in (("q_map", q), ("k_map", k)))
+    q, k = features(q), features(k)
+    begin = prefix_sums(q.shape[1], cfg, call) if call.initial_state is None else call.initial_state
+
+    def finish(out: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        # without an order the sums of the keys begin with nothing
+        out = out if begin is None or call.pattern == "causal_self" else out + q @ begin
+        total = out[..., -1:]
+        return (out[..., :-1] / total.masked_fill(total == 0, 1)).to(dtype), end
+
+    return Form(q, k, F.pad(v, (0, 1), value=1.0), state=begin, finish=finish)
 
 
-def plain(q: Q, k: K, v: V, *, pattern: str, mask=None) -> Out:
+def plain(q: Q, k: K, v: V, call: Call) -> Out:
     """Linear attention with Taylor features: no prefix."""
     q, k = (features(at_least_float32(t)) for t in (q, k))
-    return dense_linear(q, k, v, pattern=pattern, mask=mask, normalise=True, eps=0.0)[0]
+    return dense_linear(q, k, v, pattern=call.pattern, key_mask=call.key_mask, normalise=True, eps=0.0)[0]
 
 
 def state_size(cfg: Config, dims: dict, n: int) -> int:
@@ -127,13 +153,13 @@ WHOLE = (
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
+    form=form,
     init=init,
     patterns=PATTERNS,
-    x=True,
-    speed=("chunk",),
-    tries=({"prefix": 4}, {"prefix": 1, "features": 2}, {"prefix": 0}),
-    base=plain,
+    needs_x=lambda cfg: cfg.prefix > 0,
+    speed_settings=("chunk",),
+    test_settings=({"prefix": 4}, {"prefix": 1, "features": 2}, {"prefix": 0}),
+    neutral_base=plain,
     state_size=state_size,
     exempt={
         "influence": "a query within the prefix sees all of the prefix, also what follows it: not causal there",

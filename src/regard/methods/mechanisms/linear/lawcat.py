@@ -18,10 +18,10 @@ feature each way are softmaxes over one number, so φ = (1, 1), every weight is 
 
 >>> import math, torch
 >>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([0.0, 0.0], [math.log(4)] * 2, [2.0, 4.0]))
->>> convolved(k, torch.tensor([[[0.5], [0.5]]]), None, None)[0].exp().flatten()
+>>> convolved(k, torch.tensor([[[0.5], [0.5]]]), torch.zeros(1, 1, 1, 1), None)[0].exp().flatten()
 tensor([2., 4.])
 >>> params = init(Config(kernel=2, gate=False), {"heads": 1, "kv_heads": 1, "key": 1, "value": 1, "width": 1})
->>> round(reference(q, k, v, Config(kernel=2, gate=False), params=params)[0][0, 0, 1].item(), 3)
+>>> round(reference(q, k, v, Config(kernel=2, gate=False), Call(params=params))[0][0, 0, 1].item(), 3)
 3.0
 """
 
@@ -31,17 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import (
-    at_least_float32,
-    dense_linear,
-    inputs_of_keys,
-    key_mask,
-    linear,
-    per_query_head,
-    shown,
-)
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import Form, at_least_float32, exact, heads_of, per_query_head, quotient, recurrence, rounded
 
 
 @dataclass(frozen=True)
@@ -63,114 +56,117 @@ class Config:
 
 
 def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
-    made = {"w": torch.eye(dims["key"], cfg.width or dims["key"]).repeat(dims["kv_heads"], 1, 1)}
-    for name, heads in (("conv_q", dims["heads"]), ("conv_k", dims["kv_heads"])):
-        if cfg.kernel > 1:
-            made[name] = torch.zeros(heads, cfg.kernel, dims["key"])  # tap i is that of the token i before
-            made[name][:, 0] = 1
+    heads, groups, key = dims["heads"], dims["kv_heads"], dims["key"]
+    made = {"w": torch.eye(key, cfg.width or key).repeat(groups, 1, 1)}
+    if cfg.kernel > 1:
+        # tap i is that of the token i before
+        taps = F.pad(torch.ones(1, key), (0, 0, 0, cfg.kernel - 1))
+        made |= {"conv_q": taps.repeat(heads, 1, 1), "conv_k": taps.repeat(groups, 1, 1)}
     if cfg.gate:
-        made["w_g"] = torch.zeros(dims["kv_heads"], dims["width"])
-        made["b_g"] = torch.full((dims["kv_heads"],), cfg.bias)
-    if not cfg.normalise:
-        made["gain"] = torch.full((dims["heads"],), 0.1)
-    return made
+        made |= {"w_g": torch.zeros(groups, dims["width"]), "b_g": torch.full((groups,), cfg.bias)}
+    return made if cfg.normalise else made | {"gain": torch.full((heads,), 0.1)}
 
 
-def convolved(
-    t: Tensor, taps: Tensor | None, tail: Tensor | None, there: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(t̃ [B, h, N, D], the last taps - 1 tokens that are there), tap by tap over the tokens that are there."""
-    t = at_least_float32(t)
-    if taps is None:
-        return t, t[:, :, :0]
-    r, n = taps.shape[1] - 1, t.shape[2]
-    tail = t.new_zeros(*t.shape[:2], r, t.shape[3]) if tail is None else tail.to(t.dtype)
-    there = torch.ones(1, 1, n, dtype=torch.bool, device=t.device) if there is None else there
-    there = there.expand(t.shape[0], t.shape[1], n)
-    rows, ends = torch.zeros_like(t), torch.zeros_like(tail)
-    for b in range(t.shape[0]):
-        for h in range(t.shape[1]):
-            at = there[b, h].nonzero()[:, 0]
-            text = torch.cat([tail[b, h], t[b, h, at]])  # [r + tokens, D]
-            mixed = sum(taps[h, i].to(t.dtype) * text[r - i : len(text) - i] for i in range(r + 1))
-            rows[b, h, at] = mixed
-            ends[b, h] = text[len(at) :]
-    return rows, ends
+def state_heads(q: Q, k: K, call: Call) -> int:
+    """Heads of the state's sums and keys: H where each query head sees, or has seen, keys of its own, else G."""
+    own = call.key_mask is not None and call.key_mask.shape[1] > 1
+    own = own or (call.initial_state is not None and call.initial_state[0].shape[1] > k.shape[1])
+    return q.shape[1] if own else k.shape[1]
 
 
-def convolved_fast(
-    t: Tensor, taps: Tensor | None, tail: Tensor | None, there: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def convolved(t: Tensor, taps: Tensor, last: Tensor, there: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(t̃ [B, h, n, D], the last r tokens that are there), token by token; zero where hidden."""
+    there = torch.ones_like(t[:1, :1, :, 0], dtype=torch.bool) if there is None else there
+    rows = []
+    for i in range(t.shape[2]):
+        here, text = there[:, :, i, None], torch.cat([last, t[:, :, i, None]], dim=2)  # [B, h, r + 1, D]
+        rows.append(torch.where(here, (taps.flip(1) * text).sum(2), 0))
+        last = torch.where(here[..., None], text[:, :, 1:], last)
+    return torch.stack(rows, dim=2), last
+
+
+def phi(t: Tensor, w: Tensor) -> Tensor:
+    y = torch.einsum("bhnd,hdf->bhnf", t, w)
+    up, down = (y - y.amax(-1, keepdim=True)).exp(), (y.amin(-1, keepdim=True) - y).exp()
+    return torch.cat([up / up.sum(-1, keepdim=True), down / down.sum(-1, keepdim=True)], dim=-1)
+
+
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    n, m, heads, step, like = q.shape[2], k.shape[2], q.shape[1], q.shape[1] // state_heads(q, k, call), v
+    q, k, v = exact(q, heads_of(k, heads), F.pad(heads_of(v, heads), (0, int(cfg.normalise)), value=1.0))
+    p = {name: heads_of(t.double()[None], heads)[0] for name, t in call.params.items()}
+    tail = q.new_zeros(*q.shape[:2], cfg.kernel - 1, q.shape[3])
+    begin = call.initial_state or (q.new_zeros(*q.shape[:2], 2 * p["w"].shape[2], v.shape[3]), tail, tail)
+    s, last_q, last_k = exact(*(heads_of(t, heads) for t in begin))
+    if cfg.kernel > 1:
+        own = None if call.key_mask is None or call.cross else call.key_mask[..., m - n :]
+        q, last_q = convolved(q, p["conv_q"], last_q, own)
+        k, last_k = convolved(k, p["conv_k"], last_k, call.key_mask)
+    q, k, gate = phi(q, p["w"]), phi(k, p["w"]), q.new_ones(1, heads, m)
+    if cfg.gate:
+        score = torch.einsum("bmc,hc->bhm", call.x_of_keys.double(), p["w_g"]) + p["b_g"][:, None]
+        gate = score.sigmoid() ** (1 / cfg.slowness)
+
+    def write(s: Tensor, t: int) -> Tensor:
+        return gate[:, :, t, None, None] * s + k[:, :, t, :, None] * v[:, :, t, None]
+
+    def read(s: Tensor, i: int) -> Tensor:
+        o = torch.einsum("bhf,bhfe->bhe", q[:, :, i], s)
+        return quotient(o[..., :-1], o[..., -1:] + cfg.eps) if cfg.normalise else o * p["gain"][:, None]
+
+    out, end = recurrence(s, write, read, n, m, call, two_sided=True)
+    return rounded(out, None if end is None else (end[:, ::step], last_q, last_k[:, ::step]), like)
+
+
+def convolved_at_once(t: Tensor, taps: Tensor, last: Tensor, there: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `convolved`: hidden tokens are sorted to the front, one depthwise convolution, and back."""
-    t = at_least_float32(t)
-    if taps is None:
-        return t, t[:, :, :0]
     r, (batch, heads, n, width) = taps.shape[1] - 1, t.shape
-    tail = t.new_zeros(batch, heads, r, width) if tail is None else tail.to(t.dtype)
-    text = torch.cat([tail, shown(t, there)], dim=2)
-    order = None
+    text = torch.cat([last.to(t.dtype), t], dim=2)
     if there is not None:
         held = F.pad(there.expand(batch, heads, n), (r, 0), value=True)
         order = held.int().argsort(dim=-1, stable=True)[..., None].expand_as(text)
-        text = text.gather(2, order)
-    kernel = taps.flip(1).mT.flatten(0, 1)[:, None].to(t.dtype)  # [h·D, 1, r + 1]
-    rows = F.conv1d(F.pad(text, (0, 0, r, 0)).mT.flatten(1, 2), kernel, groups=heads * width)
-    rows = rows.unflatten(1, (heads, width)).mT  # [B, h, r + N, D]
-    rows = rows if order is None else torch.zeros_like(rows).scatter(2, order, rows)
-    return rows[:, :, r:], text[:, :, n:].clone()  # not a part that keeps the text in memory
+        text = text.masked_fill(~held[..., None], 0).gather(2, order)
+    kernel = taps.flip(1).mT.flatten(0, 1)[:, None]  # [h·D, 1, r + 1]
+    rows = F.conv1d(text.mT.flatten(1, 2), kernel, groups=heads * width).unflatten(1, (heads, width)).mT
+    if there is not None:
+        rows = torch.zeros_like(text).scatter(2, order[:, :, r:], rows)[:, :, r:]
+    # not a part that keeps the text in memory
+    return rows, text[:, :, n:].clone()
 
 
-def run(q, k, v, cfg: Config, features, conv, op, *, pattern="causal_self", mask=None, state=None, roles=None,
-        params=None, x=None) -> tuple[Tensor, tuple | None]:  # fmt: skip
-    """What both paths share: who is convolved over which tokens, and what is carried."""
-    require(params, "lawcat's filters, map and gate: params from init(cfg, dims)", params=params)
-    there = key_mask(mask, q, k, roles)
-    if there is not None and there.shape[1] > 1:  # each head sees keys of its own
-        k, v = per_query_head(k, q.shape[1]), per_query_head(v, q.shape[1])
-    heads, groups = q.shape[1], k.shape[1]
-    own = {
-        n: per_query_head(params[n][None], groups)[0] for n in ("w", "conv_k", "w_g", "b_g") if n in params
-    }
-    memory, tail_q, tail_k = (None, None, None) if state is None else state
-    mine = None if there is None or "cross" in pattern else there[..., k.shape[2] - q.shape[2] :]
-    q, tail_q = conv(q, params.get("conv_q"), tail_q, mine)
-    tail_k = None if tail_k is None else per_query_head(tail_k, groups)
-    k, tail_k = conv(k, own.get("conv_k"), tail_k, there)
-    gate = None
+def features(t: Tensor, w: Tensor) -> Tensor:
+    y = t @ w
+    return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
+
+
+def spread(t: Tensor, heads: int) -> Tensor:
+    """[B, G, ...] -> [B, heads, ...]"""
+    return per_query_head(t, heads).expand(-1, heads, *t.shape[2:])
+
+
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
+    n, heads, held = q.shape[2], q.shape[1], state_heads(q, k, call)
+    q, k = at_least_float32(q), at_least_float32(spread(k, held))
+    p = {name: t.to(q.dtype)[None] for name, t in call.params.items()}
+    tails = (t.new_zeros(*t.shape[:2], cfg.kernel - 1, t.shape[3]) for t in (q, k))
+    s, last_q, last_k = call.initial_state or (None, *tails)
+    s, last_k = None if s is None else spread(s, heads), spread(last_k, held)
+    if cfg.kernel > 1:
+        own = None if call.key_mask is None or call.cross else call.key_mask[..., -n:]
+        q, last_q = convolved_at_once(q, p["conv_q"][0], last_q, own)
+        k, last_k = convolved_at_once(k, spread(p["conv_k"], held)[0], last_k, call.key_mask)
+    gates = None
     if cfg.gate:
-        x = at_least_float32(inputs_of_keys(x, pattern))
-        score = (x @ own["w_g"].mT.to(x.dtype) + own["b_g"].to(x.dtype)).mT  # [B, G, M]
-        gate = per_query_head(F.logsigmoid(score) / cfg.slowness, heads)
-        gate = gate.expand(-1, heads, -1)
-    w = own["w"].to(q.dtype)
-    out, end = op(
-        features(q, per_query_head(w[None], heads)[0]), features(k, w), v, gate, pattern=pattern, mask=mask,
-        state=None if memory is None else per_query_head(memory, heads), roles=roles, normalise=cfg.normalise,
-        eps=cfg.eps,
-    )  # fmt: skip
-    if not cfg.normalise:
-        out = (at_least_float32(out) * params["gain"].to(q.dtype).view(-1, 1, 1)).to(v.dtype)
-    return out, None if end is None else (end[:, :: heads // groups], tail_q, tail_k)
+        score = call.x_of_keys.to(q.dtype) @ p["w_g"].mT + p["b_g"]
+        gates = spread(F.logsigmoid(score).mT / cfg.slowness, heads)
 
+    def finish(out: Tensor, end: Tensor | None) -> tuple[Tensor, tuple | None]:
+        if not cfg.normalise:
+            out = (at_least_float32(out) * p["gain"][..., None, None]).to(v.dtype)
+        return out, None if end is None else (end[:, :: heads // held], last_q, last_k)
 
-def reference(q: Q, k: K, v: V, cfg: Config, **told) -> tuple[Out, tuple | None]:
-    def features(t: Tensor, w: Tensor) -> Tensor:
-        y = torch.einsum("bhnd,hde->bhne", t, w)
-        up, down = ((s - s.amax(-1, keepdim=True)).exp() for s in (y, -y))
-        return torch.cat([up / up.sum(-1, keepdim=True), down / down.sum(-1, keepdim=True)], dim=-1)
-
-    return run(q, k, v, cfg, features, convolved, dense_linear, **told)
-
-
-def fast(q: Q, k: K, v: V, cfg: Config, **told) -> tuple[Out, tuple | None]:
-    def features(t: Tensor, w: Tensor) -> Tensor:
-        y = t @ w
-        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
-
-    def op(*args, **given):
-        return linear(*args, chunk=cfg.chunk, **given)
-
-    return run(q, k, v, cfg, features, convolved_fast, op, **told)
+    phi_q, phi_k = features(q, spread(p["w"], heads)), features(k, spread(p["w"], held))
+    return Form(phi_q, phi_k, v, gates, cfg.normalise, cfg.eps, s, finish)
 
 
 def state_size(cfg: Config, dims: dict, n: int) -> int:
@@ -181,12 +177,16 @@ def state_size(cfg: Config, dims: dict, n: int) -> int:
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
+    form=form,
     init=init,
-    x=True,
+    needs_x=lambda cfg: cfg.gate,
     patterns=PATTERNS,
-    speed=("chunk",),
-    tries=({"kernel": 3, "width": 3, "bias": 0.0}, {"kernel": 1, "normalise": False}, {"gate": False}),
+    speed_settings=("chunk",),
+    test_settings=(
+        {"kernel": 3, "width": 3, "bias": 0.0},
+        {"kernel": 1, "normalise": False},
+        {"gate": False},
+    ),
     state_size=state_size,
     exempt={
         "neutral": "no setting turns it into softmax attention",

@@ -8,14 +8,14 @@ sum by its own e^{k_j}, and only the sum is divided: tokens may come in any orde
 
     z_t = log(e^{z_{t-1}} + e^{k_t})        S_t = e^{z_{t-1} - z_t} S_{t-1} + e^{k_t - z_t}ᵀ v_t        state (S, z)
 
-whose gates open by themselves: after t equal keys each counts 1/t. `fast` runs it without gates, on e^{k_j - m} for
+whose gates open by themselves: after t equal keys each counts 1/t. `form` runs it without gates, on e^{k_j - m} for
 one m per channel, where all keys lie within a factor e^SPREAD; where they do not, and in a graph, with them.
 
 Worked by hand: silu(q) = 1 at q = 1.27846; keys 0 and log 3 weigh 1/4 and 3/4, values 4 and 8 give 4, then 7.
 
 >>> import math, torch
 >>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1.27846] * 2, [0.0, math.log(3)], [4.0, 8.0]))
->>> [round(o, 3) for o in reference(q, k, v, Config())[0].flatten().tolist()]
+>>> [round(o, 3) for o in reference(q, k, v, Config(), Call())[0].flatten().tolist()]
 [4.0, 7.0]
 """
 
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, key_mask, linear, per_query_head, shown
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import Form, at_least_float32, exact, heads_of, per_query_head, recurrence, rounded
 
 NOTHING = -1e30  # the key of a token that is not there, and z before the first; finite, so that gradients are
-BLOCK = 1024  # tokens at a time where all keys are in sight
 SPREAD = 30.0  # keys this far apart still divide in float32: 1 / Σ² stays below e^60
 
 
@@ -42,64 +42,49 @@ class Config:
         require(self.chunk >= 1, "chunk >= 1", chunk=self.chunk)
 
 
-def prepared(q, k, v, pattern, mask, state, roles):
-    """q, k, v [B, H, N|M, D|E], state (S, z), who is there: a hidden token's key is NOTHING, its value 0."""
-    require(pattern in PATTERNS, f"pattern is one of {PATTERNS}", pattern=pattern)
-    require(state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern)
-    there, heads = key_mask(mask, q, k, roles), q.shape[1]
-    k, v = (at_least_float32(per_query_head(t, heads).expand(-1, heads, -1, -1)) for t in (k, v))
-    if there is not None:
-        k, v = k.masked_fill(~there[..., None], NOTHING), shown(v, there)
-    if state is None:
-        state = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]), torch.full_like(k[:, :, 0], NOTHING)
-    return at_least_float32(q), k, v, state
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    heads = q.shape[1]
+    q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
+
+    def write(state: tuple, t: int) -> tuple:
+        s, z = state
+        opened = torch.logaddexp(z, k_h[:, :, t])
+        gate, new = (z - opened).exp(), (k_h[:, :, t] - opened).exp()
+        return gate[..., None] * s + new[..., None] * v_h[:, :, t, None], opened
+
+    def read(state: tuple, i: int) -> Tensor:
+        return torch.einsum("bhd,bhde->bhe", q_h[:, :, i] * q_h[:, :, i].sigmoid(), state[0])
+
+    zero = q_h.new_zeros(len(q), heads, k.shape[3], v.shape[3]), torch.full_like(k_h[:, :, 0], NOTHING)
+    begin = zero if call.initial_state is None else exact(*call.initial_state)
+    return rounded(*recurrence(begin, write, read, q.shape[2], k.shape[2], call), v)
 
 
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, tuple | None]:  # fmt: skip
-    dtype = v.dtype
-    q, k, v, (s, z) = prepared(q, k, v, pattern, mask, state, roles)
-    if pattern != "causal_self":
-        return (F.silu(q) @ (k.softmax(2).mT @ v)).to(dtype), None
-    rows, missing = [], k.shape[2] - q.shape[2]
-    for t in range(k.shape[2]):
-        before, z = z, torch.logaddexp(z, k[:, :, t])
-        s = (before - z).exp()[..., None] * s + (k[:, :, t] - z).exp()[..., None] * v[:, :, t, None]
-        if t >= missing:
-            rows.append(F.silu(q[:, :, t - missing, None]) @ s)
-    return torch.cat(rows, dim=2).to(dtype), (s, z)
-
-
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, tuple | None]:  # fmt: skip
-    dtype = v.dtype
-    q, k, v, (s, z) = prepared(q, k, v, pattern, mask, state, roles)
-    if pattern != "causal_self":
-        return whole(q, k, v).to(dtype), None
-    q, top = F.silu(q), torch.maximum(z, k.amax(2)).detach()[:, :, None]  # [B, H, 1, D]
-    if torch.compiler.is_compiling() or apart(top, z, k, mask is not None):
-        every = torch.cat([z[:, :, None], k], dim=2).logcumsumexp(2)  # all that came before is one key z
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
+    heads, dtype = q.shape[1], v.dtype
+    q, k, v = F.silu(at_least_float32(q)), at_least_float32(per_query_head(k, heads)), at_least_float32(v)
+    k = k.expand(-1, heads, -1, -1)
+    k = k if call.key_mask is None else k.masked_fill(~call.key_mask[..., None], NOTHING)
+    if call.pattern != "causal_self":
+        return Form(q, k.softmax(2), v, finish=lambda out, _: (out.to(dtype), None))
+    zero = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]), torch.full_like(k[:, :, 0], NOTHING)
+    s, z = zero if call.initial_state is None else call.initial_state
+    top = torch.maximum(z, k.amax(2)).detach()[:, :, None]  # [B, H, 1, D]
+    if torch.compiler.is_compiling() or apart(top, z, k, call.key_mask is not None):
+        # all that came before is one key z
+        every = torch.cat([z[:, :, None], k], dim=2).logcumsumexp(2)
         gates, k, z = every[:, :, :-1] - every[:, :, 1:], (k - every[:, :, 1:]).exp(), every[:, :, -1]
-        out, s = linear(q, k, v, gates, state=s, chunk=cfg.chunk)
-        return out.to(dtype), (s, z)
+        return Form(q, k, v, gates, state=s, finish=lambda out, s: (out.to(dtype), (s, z)))
     k, before = (k - top).exp(), (z[:, :, None] - top).exp()
     total = k.cumsum(2) + before
-    total = total.masked_fill(total == 0, 1) if mask is not None else total  # before the first that is there
-    out, s = linear(q / total[:, :, -q.shape[2] :], k, v, state=before.mT * s, chunk=cfg.chunk)
-    return out.to(dtype), (s / total[:, :, -1, :, None], top[:, :, 0] + total[:, :, -1].log())
+    # before the first that is there
+    total = total if call.key_mask is None else total.masked_fill(total == 0, 1)
+    last = total[:, :, -1]
 
+    def finish(out: Tensor, s: Tensor) -> tuple[Tensor, tuple]:
+        return out.to(dtype), (s / last[..., None], top[:, :, 0] + last.log())
 
-def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every query on all keys, [B, H, N, E], some tokens at a time so that what is between stays in cache."""
-    top = k.amax(2, keepdim=True)
-    total, s = torch.zeros_like(top[:, :, 0]), v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
-    for k_b, v_b in zip(k.split(BLOCK, dim=2), v.split(BLOCK, dim=2), strict=True):
-        e = (k_b - top).exp()
-        total, s = total + e.sum(2), s + e.mT @ v_b
-    s = s / total[..., None]
-    return torch.cat([F.silu(q_b) @ s for q_b in q.split(BLOCK, dim=2)], dim=2)
+    return Form(q / total[:, :, -q.shape[2] :], k, v, state=before.mT * s, finish=finish)
 
 
 def apart(top: Tensor, z: Tensor, k: Tensor, hidden: bool) -> bool:
@@ -112,11 +97,11 @@ def apart(top: Tensor, z: Tensor, k: Tensor, hidden: bool) -> bool:
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
-    ordered=True,
+    form=form,
+    order_aware=True,
     patterns=PATTERNS,
-    normed=True,
-    speed=("chunk",),
+    needs_norm=True,
+    speed_settings=("chunk",),
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * (dims["value"] + 1),
     exempt={"neutral": "no setting turns it into softmax attention"},
     card=Card(

@@ -15,25 +15,29 @@ that hardly decays: 2⁻⁸ · (1 - 1/1 + 10⁻⁵).
 >>> log_decay(torch.empty(1, 2, 1, 1), Config(layer=1, layers=2)).tolist()
 [-0.0, -2.0]
 >>> q = k = v = torch.ones(1, 2, 2, 1)
->>> round(reference(q, k, v, Config(layer=1, layers=2))[0][0, 1, 1].item(), 6)  # 1 + e⁻²
+>>> round(reference(q, k, v, Config(layer=1, layers=2), Call())[0][0, 1, 1].item(), 6)  # 1 + e⁻²
 1.135335
 >>> log_decay(q, Config("slopes", layer=1, layers=2)).mul(2**8 * 1e5).tolist()  # heads have slopes 2⁻⁴ and 2⁻⁸
 [-16.0, -1.0]
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import dense_linear, linear, undecayed
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import Form, exact, heads_of, initial, recurrence, rounded, undecayed
 from regard.ops.lightning import DECAYS, layer_decay
 
 
 @dataclass(frozen=True)
 class Config:
-    decay: str = "paper"  # or "slopes", that of the released models, or "none", the kernel without decay
+    # or "slopes", that of the released models, or "none", the kernel without decay
+    decay: str = "paper"
     layer: int = 0
     layers: int = 1
     chunk: int = 64  # changes the speed, never the result
@@ -44,29 +48,56 @@ class Config:
         require(self.chunk >= 1, "chunk >= 1", chunk=self.chunk)
 
 
+def decay_of(h: int, heads: int, cfg: Config) -> float:
+    """λ of head h, for the reference."""
+    if cfg.decay == "none":
+        return 1.0
+    if cfg.decay == "paper":
+        return math.exp(-8 * h / heads * (1 - cfg.layer / cfg.layers))
+    power = 1 << (heads.bit_length() - 1)
+    # ALiBi: of heads beyond a power of two, every second one of the next power
+    exponent = 8 * (h + 1) / power if h < power else 8 * (2 * (h - power) + 1) / (2 * power)
+    return math.exp(-(2**-exponent) * (1 - cfg.layer / max(cfg.layers - 1, 1) + 1e-5))
+
+
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+    q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
+    lam = q_h.new_tensor([decay_of(h, heads, cfg) for h in range(heads)]).view(-1, 1, 1)
+
+    def write(s: Tensor, t: int) -> Tensor:
+        return lam * s + k_h[:, :, t, :, None] * v_h[:, :, t, None]
+
+    def read(s: Tensor, i: int) -> Tensor:
+        return torch.einsum("bhd,bhde->bhe", q_h[:, :, i], s)
+
+    s = initial(call, q, len(q), heads, k.shape[3], v.shape[3])
+    return rounded(*recurrence(s, write, read, n, m, call, two_sided=True), v)
+
+
 def log_decay(q: Q, cfg: Config) -> Tensor | None:
     """[H] log λ, in float32 at least; None: no decay."""
     return None if cfg.decay == "none" else layer_decay(q, cfg.decay, cfg.layer, cfg.layers)
 
 
-def reference(q: Q, k: K, v: V, cfg: Config, *, params=None, x=None, **told) -> tuple[Out, Tensor | None]:
-    return dense_linear(q, k, v, log_decay(q, cfg), **told)
-
-
-def fast(q: Q, k: K, v: V, cfg: Config, *, params=None, x=None, **told) -> tuple[Out, Tensor | None]:
-    return linear(q, k, v, log_decay(q, cfg), chunk=cfg.chunk, **told)
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
+    return Form(q, k, v, log_decay(q, cfg), state=call.initial_state)
 
 
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
-    ordered=True,
+    form=form,
+    order_aware=True,
     patterns=PATTERNS,
-    normed=True,
-    speed=("chunk",),
-    tries=({"layer": 1, "layers": 2}, {"decay": "slopes", "layer": 1, "layers": 3}, {"decay": "none"}),
-    base=undecayed,
+    needs_norm=True,
+    speed_settings=("chunk",),
+    test_settings=(
+        {"layer": 1, "layers": 2},
+        {"decay": "slopes", "layer": 1, "layers": 3},
+        {"decay": "none"},
+    ),
+    neutral_base=undecayed,
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     card=Card(
         title="Lightning Attention-2",

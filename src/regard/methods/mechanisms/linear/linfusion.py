@@ -12,19 +12,21 @@ are 14 and 2, and 14 / (2 + 0.0001) = 6.9997. Each token twice leaves the means 
 
 >>> import torch
 >>> q, k, v = (torch.tensor(x, dtype=torch.float64).view(1, 1, -1, 1) for x in ([0.0], [0.0, 2.0], [4.0, 8.0]))
->>> round(reference(q, k, v, Config(correct=False), pattern="cross")[0].item(), 4)
+>>> round(reference(q, k, v, Config(correct=False), Call("cross"))[0].item(), 4)
 6.9997
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, dense_linear, elu_plus_one, inputs_of_keys, key_mask, linear
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import Form, at_least_float32, elu_plus_one, exact, heads_of, quotient, recurrence, rounded
 
 
 @dataclass(frozen=True)
@@ -51,63 +53,83 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return params
 
 
-def corrected(t: Tensor, x: Tensor, name: str, params: dict) -> Tensor:
+def f(x: Tensor, name: str, heads: int, params: Mapping[str, Tensor]) -> Tensor:
+    """The correction as it reads, in float64: [B, n, C] -> [B, heads, n, D]."""
+    p = {part.removeprefix(f"{name}_"): t.double() for part, t in params.items()}
+    y = x.double() @ p["in"].T + p["in_bias"]
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    y = y * p["norm"] + p["norm_bias"]
+    y = torch.where(y > 0, y, 0.01 * y) @ p["out"].T + p["out_bias"]
+    return torch.stack(y.chunk(heads, dim=-1), dim=1)
+
+
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    heads, (query, key, value) = q.shape[1], exact(q, k, heads_of(v, q.shape[1]))
+    if cfg.correct:
+        query = query + f(call.x_of_queries[:, -q.shape[2] :], "q", heads, call.params)
+        key = key + f(call.x_of_keys, "k", k.shape[1], call.params)
+    query, key = (torch.where(t > 0, t + 1, t.clamp(max=0).exp()) for t in (query, heads_of(key, heads)))
+
+    def write(state: tuple, j: int) -> tuple:
+        s, z, n = state
+        return s + key[:, :, j, :, None] * value[:, :, j, None], z + key[:, :, j], n + 1
+
+    def read(state: tuple, i: int) -> Tensor:
+        s, z, n = state
+        values, keys = quotient(s, n[..., None, None]), quotient(z, n[..., None])
+        total = (query[:, :, i] * keys).sum(-1, keepdim=True) + cfg.eps
+        return torch.einsum("bhd,bhde->bhe", query[:, :, i], values) / total
+
+    zero = q.new_zeros(*q.shape[:2], k.shape[3], v.shape[3] + 1), q.new_zeros(q.shape[:2])
+    sums, n = exact(*(zero if call.initial_state is None else call.initial_state))
+    begin = sums[..., :-1], sums[..., -1], n
+    out, end = recurrence(begin, write, read, q.shape[2], k.shape[2], call)
+    return rounded(out, None if end is None else (torch.cat([end[0], end[1][..., None]], -1), end[2]), v)
+
+
+def corrected(t: Tensor, x: Tensor, name: str, params: Mapping[str, Tensor]) -> Tensor:
     """t + f(x), [B, heads, n, D]; in float32 at least, as e^t feels what bfloat16 would round away."""
     w = {part: at_least_float32(p) for part, p in params.items()}
     inner = F.linear(at_least_float32(x), w[f"{name}_in"], w[f"{name}_in_bias"])
     inner = F.layer_norm(inner, inner.shape[-1:], w[f"{name}_norm"], w[f"{name}_norm_bias"])
-    found = F.linear(F.leaky_relu(inner), w[f"{name}_out"], w[f"{name}_out_bias"])
-    return at_least_float32(t) + found.unflatten(-1, (t.shape[1], -1)).transpose(1, 2)
+    change = F.linear(F.leaky_relu(inner), w[f"{name}_out"], w[f"{name}_out_bias"])
+    return at_least_float32(t) + change.unflatten(-1, (t.shape[1], -1)).transpose(1, 2)
 
 
-def features(q, k, cfg: Config, pattern: str, params, x) -> tuple[Tensor, Tensor]:
-    if cfg.correct:
-        require(
-            params is not None and x is not None, "correct=True takes params and the layer's input x", x=x
-        )
-        q = corrected(q, x[0] if "cross" in pattern else x, "q", params)
-        k = corrected(k, inputs_of_keys(x, pattern), "k", params)
-    return elu_plus_one(at_least_float32(q)), elu_plus_one(at_least_float32(k))
-
-
-def counted(q, k, pattern: str, mask, state, roles) -> tuple[Tensor, Tensor]:
+def counts(q: Q, k: K, call: Call) -> tuple[Tensor, Tensor]:
     """(keys behind each query [B, H, N|1, 1], keys so far [B, H])."""
-    there = key_mask(mask, q, k, roles)
-    there = k.new_ones(1, 1, k.shape[2], dtype=torch.bool) if there is None else there
+    there = k.new_ones(1, 1, k.shape[2], dtype=torch.bool) if call.key_mask is None else call.key_mask
     count = there.to(at_least_float32(k).dtype).cumsum(2).expand(k.shape[0], q.shape[1], -1)
-    count = count if state is None else count + state[1][..., None]
-    return count[:, :, -q.shape[2] if pattern == "causal_self" else -1 :, None], count[:, :, -1]
+    count = count if call.initial_state is None else count + call.initial_state[1][..., None]
+    return count[:, :, -q.shape[2] if call.pattern == "causal_self" else -1 :, None], count[:, :, -1]
 
 
-def means(form, q, k, v, cfg, params, x, pattern="causal_self", mask=None, state=None, roles=None, **told):
-    """form, dense_linear or linear, on the features; its sums divided by the number of keys cancel but for eps."""
-    q, k = features(q, k, cfg, pattern, params, x)
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
+    """A column of ones beside the values sums the keys; in a quotient of means their number cancels but for eps."""
+    behind, so_far = counts(q, k, call)
+
+    def finish(out: Tensor, sums: Tensor | None) -> tuple[Tensor, tuple | None]:
+        total = out[..., -1:] + cfg.eps * behind
+        mixed = out[..., :-1] / total.masked_fill(total == 0, 1)
+        return mixed.to(v.dtype), None if sums is None else (sums, so_far)
+
+    if cfg.correct:
+        q = corrected(q, call.x_of_queries[:, -q.shape[2] :], "q", call.params)
+        k = corrected(k, call.x_of_keys, "k", call.params)
+    q, k = (elu_plus_one(at_least_float32(t)) for t in (q, k))
     values = torch.cat([at_least_float32(v), torch.ones_like(v[..., :1])], dim=-1)
-    count, so_far = counted(q, k, pattern, mask, state, roles)
-    sums = None if state is None else state[0]
-    mixed, sums = form(q, k, values, pattern=pattern, mask=mask, state=sums, roles=roles, **told)
-    total = mixed[..., -1:] + cfg.eps * count
-    out = mixed[..., :-1] / total.masked_fill(total == 0, 1)
-    return out.to(v.dtype), (sums, so_far) if pattern == "causal_self" else None
-
-
-def reference(q: Q, k: K, v: V, cfg: Config, *, params=None, x=None, **told) -> tuple[Out, tuple | None]:
-    return means(dense_linear, q, k, v, cfg, params, x, **told)
-
-
-def fast(q: Q, k: K, v: V, cfg: Config, *, params=None, x=None, **told) -> tuple[Out, tuple | None]:
-    return means(linear, q, k, v, cfg, params, x, **told, chunk=cfg.chunk)
+    return Form(q, k, values, state=call.initial_state and call.initial_state[0], finish=finish)
 
 
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
+    form=form,
     init=init,
     patterns=PATTERNS,
-    x=True,
-    speed=("chunk",),
-    tries=({"correct": False}, {"hidden": 3, "eps": 0.5}),
+    needs_x=lambda cfg: cfg.correct,
+    speed_settings=("chunk",),
+    test_settings=({"correct": False}, {"hidden": 3, "eps": 0.5}),
     state_size=lambda cfg, dims, n: dims["heads"] * (dims["key"] * (dims["value"] + 1) + 1),
     exempt={"neutral": "no setting turns it into softmax attention"},
     card=Card(

@@ -1,6 +1,6 @@
-"""Retention: linear attention whose state turns and fades at a fixed rate, a different one for every head.
+"""Retention: linear attention whose state rotates and fades at a fixed rate, a different one for every head.
 
-    S_t = γ_h Θ S_{t-1} + k_tᵀ v_t / √D        Θ turns channels 2c and 2c + 1 by the angle θ_c
+    S_t = γ_h Θ S_{t-1} + k_tᵀ v_t / √D        Θ rotates channels 2c and 2c + 1 by the angle θ_c
     o_t = q_t S_t,    that is    o_t = Σ_{s<=t} γ^(t-s) q_t Θ^(t-s) k_sᵀ v_s / √D
     γ_h = 1 - 2^(-5-h)                         head h counted from 0
     θ_c = 10000^(-c / (D/2 - 1))               c = 0 .. D/2 - 1, from 1 down to 1/10000
@@ -14,23 +14,25 @@ Worked by hand: head 0 has γ = 31/32. With D = 2 and θ = 1, q = k = (1, 0) one
 
 >>> q = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
 >>> v = torch.tensor([[[[1.0], [0.0]]]])
->>> round(reference(q, q, v, Config())[0][0, 0, 1].item(), 6)  # 31/32 · 0.540302 / 1.414214
+>>> round(reference(q, q, v, Config(), Call())[0][0, 0, 1].item(), 6)  # 31/32 · 0.540302 / 1.414214
 0.370112
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, dense_linear, key_mask, linear, per_query_head
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import Form, at_least_float32, exact, heads_of, initial, per_query_head, recurrence, rounded
 
 
 @dataclass(frozen=True)
 class Config:
-    turns: bool = True  # the rotation Θ; False where the layer has turned q and k already
+    turns: bool = True  # the rotation Θ; False where the layer has rotated q and k already
     slowest: float = 10000.0  # 1 / the angle of the last pair of channels
     chunk: int = 64  # changes the speed, never the result
 
@@ -39,62 +41,95 @@ class Config:
         require(self.chunk >= 1, "chunk >= 1", chunk=self.chunk)
 
 
-def log_decay(q: Q) -> Tensor:
-    h = torch.arange(q.shape[1], device=q.device).to(at_least_float32(q).dtype)
-    return torch.log1p(-(2 ** (-5 - h)))
+def theta_matrix(width: int, cfg: Config) -> Tensor:
+    """[D, D] Θ, for the reference: (a, b) of channels 2c and 2c + 1 becomes (a cos - b sin, a sin + b cos) of θ_c."""
+    theta = torch.eye(width, dtype=torch.float64)
+    if cfg.turns:
+        require(width % 2 == 0, "the key width is even, as channels turn in pairs", key=width)
+        for c in range(width // 2):
+            angle = torch.tensor(cfg.slowest ** (-c / max(width // 2 - 1, 1)), dtype=torch.float64)
+            theta[2 * c, 2 * c] = theta[2 * c + 1, 2 * c + 1] = angle.cos()
+            theta[2 * c, 2 * c + 1], theta[2 * c + 1, 2 * c] = angle.sin(), -angle.sin()
+    return theta
 
 
-def turned(t: Tensor, place: Tensor, cfg: Config) -> Tensor:
-    """Channels 2c and 2c + 1 of t [B, H, n, D] turned by place [B|1, H|1, n] times the angle θ_c."""
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    n, m, heads, width = q.shape[2], k.shape[2], q.shape[1], k.shape[3]
+    q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
+    gamma = torch.tensor([1 - 2.0 ** (-5 - h) for h in range(heads)], dtype=torch.float64, device=q.device)
+    gamma, theta = gamma.view(-1, 1, 1), theta_matrix(width, cfg).to(q.device)
+
+    def kv(t: int) -> Tensor:
+        return k_h[:, :, t, :, None] * v_h[:, :, t, None] / width**0.5
+
+    def write(s: Tensor, t: int) -> Tensor:
+        return gamma * (theta @ s) + kv(t)
+
+    def read(s: Tensor, i: int) -> Tensor:
+        return torch.einsum("bhd,bhde->bhe", q_h[:, :, i], s)
+
+    s = initial(call, q, len(q), heads, width, v.shape[3])
+    if call.pattern != "self":
+        return rounded(*recurrence(s, write, read, n, m, call), v)
+    out, _ = recurrence(s, write, read, n, m, call.with_(pattern="causal_self"))
+    return rounded(out + later(s, kv, read, gamma, theta, n, call), None, v)
+
+
+def later(
+    s: Tensor, kv: Callable, read: Callable, gamma: Tensor, theta: Tensor, n: int, call: Call
+) -> Tensor:
+    """[B, H, N, E] Σ_{s>t} γ^(s-t) q_t Θ^(t-s) k_sᵀ v_s / √D, for the reference: from the last token on, by Θ⁻¹."""
+    there = torch.ones(1, 1, n, dtype=torch.bool, device=s.device) if call.key_mask is None else call.key_mask
+    rows = []
+    for t in reversed(range(n)):
+        back, here = theta.mT @ s, there[:, :, t, None, None]
+        # what is hidden itself looks ahead from the token before it, and does not fade what it sees
+        back = torch.where(here, gamma * back, back)
+        rows.append(read(back, t))
+        s = torch.where(here, back + kv(t), s)
+    return torch.stack(rows[::-1], dim=2)
+
+
+def rotated(t: Tensor, position: Tensor, cfg: Config) -> Tensor:
+    """Channels 2c and 2c + 1 of t [B, H, n, D] rotated by position [B|1, H|1, n] times the angle θ_c."""
     pairs = t.shape[-1] // 2
     c = torch.arange(pairs, device=t.device).to(t.dtype) / max(pairs - 1, 1)
-    angle = place[..., None] * cfg.slowest**-c  # [B|1, H|1, n, D/2]
+    angle = position[..., None] * cfg.slowest**-c  # [B|1, H|1, n, D/2]
     even, odd = t[..., 0::2], t[..., 1::2]
     both = (even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos())
     return torch.stack(both, dim=-1).flatten(-2)
 
 
-def retained(attend, q, k, v, cfg, pattern, mask, state, roles, **told) -> tuple[Out, Tensor | None]:
-    """`attend` on turned queries and keys; the state comes and goes in the frame of its last token."""
-    dtype = v.dtype
-    told |= {"pattern": pattern, "mask": mask, "state": state, "roles": roles}
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
+    """Queries and keys rotated by their positions; the state comes and goes in the frame of its last token."""
+    dtype, (n, m) = v.dtype, (q.shape[2], k.shape[2])
     q, k, v = (at_least_float32(t) for t in (q, k, v))
-    k, g = k * k.shape[-1] ** -0.5, log_decay(q)
+    k = k * k.shape[-1] ** -0.5
+    decay = torch.log1p(-(2 ** (-5 - torch.arange(q.shape[1], device=q.device).to(q.dtype))))
     if not cfg.turns:
-        out, end = attend(q, k, v, g, **told)
-        return out.to(dtype), end
+        return Form(q, k, v, decay, state=call.initial_state, finish=lambda out, end: (out.to(dtype), end))
     require(q.shape[-1] % 2 == 0, "the key width is even, as channels turn in pairs", key=q.shape[-1])
-    there = key_mask(mask, q, k, roles)
-    if there is None:
-        there = torch.ones(1, 1, k.shape[2], dtype=torch.bool, device=k.device)
-    place = there.cumsum(-1).to(q.dtype)  # [B|1, H|1, M], from 1; the incoming state stands at 0
-    own = place[..., -1:] if "cross" in pattern else place[..., place.shape[-1] - q.shape[2] :]
-    k = turned(per_query_head(k, q.shape[1]), place, cfg)
-    out, end = attend(turned(q, own, cfg), k, v, g, **told)
-    return out.to(dtype), None if end is None else turned(end.mT, -place[..., -1:], cfg).mT
+    there = torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    position = there.cumsum(-1).to(q.dtype)  # [B|1, H|1, M], from 1; the incoming state stands at 0
+    last = position[..., -1:]
 
+    def finish(out: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return out.to(dtype), None if end is None else rotated(end.mT, -last, cfg).mT
 
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor | None]:  # fmt: skip
-    return retained(dense_linear, q, k, v, cfg, pattern, mask, state, roles)
-
-
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor | None]:  # fmt: skip
-    return retained(linear, q, k, v, cfg, pattern, mask, state, roles, chunk=cfg.chunk)
+    k = rotated(per_query_head(k, q.shape[1]), position, cfg)
+    q = rotated(q, last if call.cross else position[..., m - n :], cfg)
+    return Form(q, k, v, decay, state=call.initial_state, finish=finish)
 
 
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
-    ordered=True,
+    form=form,
+    order_aware=True,
     patterns=PATTERNS,
-    normed=True,
-    speed=("chunk",),
-    tries=({"turns": False}, {"slowest": 3.0}),
+    needs_norm=True,
+    speed_settings=("chunk",),
+    test_settings=({"turns": False}, {"slowest": 3.0}),
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     exempt={"neutral": "every head forgets: no setting has γ = 1, and none has softmax's denominator"},
     card=Card(

@@ -16,20 +16,20 @@ Worked by hand: dt = 1, A = -1, D = 1 and ones for q, k and v: S = 1, then eâ»Â
 >>> one = torch.ones(1, 1, 2, 1, dtype=torch.float64)
 >>> params = {"w_dt": torch.zeros(1, 1), "dt_bias": torch.tensor([math.log(math.e - 1)])}
 >>> params |= {"a_log": torch.zeros(1), "d": torch.ones(1)}
->>> out, _ = reference(one, one, one, Config(), params=params, x=torch.ones(1, 2, 1))
+>>> out, _ = reference(one, one, one, Config(), Call(params=params, x=one[0]))
 >>> [round(y, 4) for y in out.flatten().tolist()]
 [2.0, 2.3679]
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
+import torch
 from torch import Tensor
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import dense_linear, inputs_of_keys, linear, per_query_head
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import Form, exact, heads_of, initial, per_query_head, recurrence, rounded
 from regard.ops.ssm import initial_steps, step_sizes, with_skip
 
 
@@ -53,34 +53,51 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return initial_steps(dims["heads"], dims["width"], (cfg.dt_min, cfg.dt_max), (cfg.a_min, cfg.a_max))
 
 
-def mixed(form: Callable, q: Q, k: K, v: V, params: dict, x: Tensor, told: dict) -> tuple[Out, Tensor | None]:
-    pattern = told.get("pattern", "causal_self")
-    dt = step_sizes(inputs_of_keys(x, pattern), params)  # [B, H, M]
-    decay = -dt * params["a_log"].to(dt.dtype).exp()[:, None]
-    y, state = form(q, k, dt[..., None] * per_query_head(v, q.shape[1]), decay, **told)
-    if "cross" not in pattern:
-        y = with_skip(y, q, k, v, params["d"], told.get("mask"), told.get("roles"))
-    return y.to(v.dtype), state
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+    q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
+    x, w_dt, dt_bias, a_log, d = exact(
+        call.x_of_keys, *(call.params[name] for name in ("w_dt", "dt_bias", "a_log", "d"))
+    )
+    a = -a_log.exp()
+    z = torch.einsum("bmc,ch->bhm", x, w_dt) + dt_bias[:, None]
+    # softplus
+    dt = torch.logaddexp(z, torch.zeros_like(z))
+    # a hidden token passes nothing on to itself
+    own = v_h if call.key_mask is None else v_h.masked_fill(~call.key_mask[..., None], 0)
+
+    def write(s: Tensor, t: int) -> Tensor:
+        keep = (dt[:, :, t] * a).exp()
+        new = k_h[:, :, t, :, None] * v_h[:, :, t, None]
+        return keep[..., None, None] * s + dt[:, :, t, None, None] * new
+
+    def read(s: Tensor, i: int) -> Tensor:
+        y = torch.einsum("bhd,bhde->bhe", q_h[:, :, i], s)
+        return y if call.cross else y + d[:, None] * own[:, :, m - n + i]
+
+    s = initial(call, q, len(q), heads, k.shape[3], v.shape[3])
+    return rounded(*recurrence(s, write, read, n, m, call, two_sided=True), v)
 
 
-def reference(q: Q, k: K, v: V, cfg: Config, *, params=None, x=None, **told) -> tuple[Out, Tensor | None]:
-    return mixed(dense_linear, q, k, v, params, x, told)
-
-
-def fast(q: Q, k: K, v: V, cfg: Config, *, params=None, x=None, **told) -> tuple[Out, Tensor | None]:
-    return mixed(partial(linear, chunk=cfg.chunk), q, k, v, params, x, told)
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
+    dt = step_sizes(call)
+    values = dt[..., None] * per_query_head(v, q.shape[1])
+    decay = -dt * call.params["a_log"].to(dt.dtype).exp()[:, None]
+    return Form(
+        q, k, values, decay, state=call.initial_state, finish=lambda y, state: (with_skip(y, v, call), state)
+    )
 
 
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
+    form=form,
     init=init,
-    x=True,
-    normed=True,
-    ordered=True,
+    needs_x=True,
+    needs_norm=True,
+    order_aware=True,
     patterns=PATTERNS,
-    speed=("chunk",),
+    speed_settings=("chunk",),
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     exempt={"neutral": "its decays and steps are learned: no setting turns it into a fixed attention"},
     card=Card(

@@ -17,24 +17,30 @@ the other three weigh 1; with values v = v' of 0 and 1 only that pair counts: 2.
 
 >>> import torch
 >>> q, k = (torch.tensor(x).double().view(1, 1, -1, 1) for x in ([1.0], [0.0, 1.0]))
->>> told = {"x": (q[0], k[0]), "params": {"key": torch.eye(1).double(), "value": torch.eye(1).double()}}
->>> round(reference(q, k, k, Config(degree=2), pattern="cross", **told)[0].item(), 4)
+>>> eye = torch.eye(1).double()
+>>> call = Call("cross", params={"key": eye, "value": eye}, x=(q[0], k[0]))
+>>> round(reference(q, k, k, Config(degree=2), call)[0].item(), 4)
 0.4545
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, inputs_of_keys, key_mask, per_query_head, shown
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import at_least_float32, exact, heads_of, per_query_head, quotient, rounded, shown
 
-MOST = 20_000  # features of one token
-WHOLE = 1024  # tokens at a time where no query needs a sum of its own: changes the speed, never the result
+# features of one token
+MOST = 20_000
+# tokens at a time where no query needs a sum of its own: changes the speed, never the result
+WHOLE = 1024
 
 
 @dataclass(frozen=True)
@@ -52,108 +58,120 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return {p: torch.randn(heads * dims[p], width) * width**-0.5 for p in ("key", "value")}
 
 
-def monomials(width: int, degree: int) -> tuple[list[tuple[list[int], list[int]]], list[float]]:
-    """For each degree: which monomial of the one before is extended, by which channel; 1/(α! D^|α|) of all [F]."""
+def check_count(width: int, degree: int) -> None:
     count = math.comb(width + degree, degree)
-    require(
-        count <= MOST, f"C(D + p, p) <= {MOST} features: narrower heads or a lower degree", features=count
+    rule = f"C(D + p, p) <= {MOST} features: narrower heads or a lower degree"
+    require(count <= MOST, rule, features=count)
+
+
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    """Pair by pair. Only what an earlier call has left is read by monomials, in which a state holds it."""
+    n, m, width, degree, causal = q.shape[2], *k.shape[2:], cfg.degree, call.pattern == "causal_self"
+    check_count(width, degree)
+    q_h, k_h, v_h, k_2, v_2 = by_itself(q, k, v, call)
+    exponents = [a for r in range(degree + 1) for a in combinations_with_replacement(range(width), r)]
+    share = [1 / (width ** len(a) * math.prod(map(math.factorial, Counter(a).values()))) for a in exponents]
+    f, f_2, f_q = (torch.stack([t[..., a].prod(-1) for a in exponents], dim=-1) for t in (k_h, k_2, q_h))
+    old = old_2 = v_h.new_zeros(*v_h.shape[:2], len(share), v_h.shape[3])
+    if call.initial_state is not None:
+        old, old_2 = exact(*call.initial_state)
+    rows = []
+    for i in range(n):
+        upto = slice(m - n + i + 1 if causal else m)
+        s = torch.einsum("bhc,bhjc,bhlc->bhjl", q_h[:, :, i], k_h[:, :, upto], k_2[:, :, upto]) / width
+        w = sum(s**r / math.factorial(r) for r in range(degree + 1))
+        sums = torch.einsum("bhjl,bhje,bhle->bhe", w, v_h[:, :, upto], v_2[:, :, upto])
+        new, new_2 = f[:, :, upto].mT @ v_h[:, :, upto], f_2[:, :, upto].mT @ v_2[:, :, upto]
+        # pairs of which one token or both are in the state
+        met = old * old_2 + old * new_2 + new * old_2
+        rows.append(sums + torch.einsum("bhf,f,bhfe->bhe", f_q[:, :, i], v_h.new_tensor(share), met))
+    sums, state = torch.stack(rows, dim=2), (old + new, old_2 + new_2) if causal else None
+    return rounded(quotient(sums[..., :-1], sums[..., -1:]), state, v)
+
+
+def by_itself(q: Q, k: K, v: V, call: Call) -> tuple[Tensor, ...]:
+    """q, k, v, k' and v' per query head in float64, a one after each value and zeros where a key is hidden; of the
+    reference only."""
+    x, *maps = exact(call.x_of_keys, call.params["key"], call.params["value"])
+    k_2, v_2 = ((x @ w.mT).unflatten(2, (k.shape[1], -1)).transpose(1, 2) for w in maps)
+    q, k, v, k_2, v_2 = exact(q, *(heads_of(t, q.shape[1]) for t in (k, v, k_2, v_2)))
+    one = torch.ones_like(v[..., :1])
+    one = one if call.key_mask is None else one * call.key_mask[..., None]
+    return q, k, torch.cat([v * one, one], dim=-1), k_2, torch.cat([v_2 * one, one], dim=-1)
+
+
+def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
+    n, m, dtype = q.shape[2], k.shape[2], v.dtype
+    plan, weights = monomials(q.shape[3], cfg.degree)
+    q, *tokens = tensors(q, k, v, call)
+    s = s_2 = q.new_zeros(*q.shape[:2], len(weights), tokens[2].shape[3])
+    if call.initial_state is not None:
+        s, s_2 = call.initial_state
+    weights, rows = q.new_tensor(weights), []
+    if call.pattern != "causal_self":
+        for k_c, k_2, v_c, v_2 in zip(*(t.split(WHOLE, dim=2) for t in tokens)):
+            s, s_2 = s + features(k_c, plan).mT @ v_c, s_2 + features(k_2, plan).mT @ v_2
+        rows = [(features(q_c, plan) * weights) @ (s * s_2) for q_c in q.split(WHOLE, dim=2)]
+        return divided(torch.cat(rows, dim=2), dtype), None
+    # the last query is that of the last key
+    q = pad(q, (0, 0, m - n, 0))
+    for q_c, k_c, k_2, v_c, v_2 in zip(*(t.split(cfg.chunk, dim=2) for t in (q, *tokens))):
+        # [B, H, C, F, E + 1]
+        sums = s[:, :, None] + (features(k_c, plan)[..., None] * v_c[..., None, :]).cumsum(2)
+        sums_2 = s_2[:, :, None] + (features(k_2, plan)[..., None] * v_2[..., None, :]).cumsum(2)
+        s, s_2 = sums[:, :, -1], sums_2[:, :, -1]
+        query = (features(q_c, plan) * weights)[..., None, :]
+        rows.append((query @ (sums * sums_2))[..., 0, :])
+    return divided(torch.cat(rows, dim=2)[:, :, m - n :], dtype), (s, s_2)
+
+
+def tensors(q: Q, k: K, v: V, call: Call) -> tuple[Tensor, ...]:
+    """q, k, k', v and v' per query head, values with a one appended, and zeros where a key is hidden."""
+    heads, inputs = q.shape[1], at_least_float32(call.x_of_keys)
+    k_2, v_2 = (
+        linear(inputs, call.params[p].to(inputs.dtype)).unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
+        for p in ("key", "value")
     )
-    plan, weights, found = [], [1.0], [(0, 0, 1.0)]  # last channel, its exponent, weight
+    k, k_2, v, v_2 = (
+        per_query_head(at_least_float32(t), heads).expand(-1, heads, -1, -1) for t in (k, k_2, v, v_2)
+    )
+    v, v_2 = (shown(pad(t, (0, 1), value=1.0), call.key_mask) for t in (v, v_2))
+    return at_least_float32(q), k, k_2, v, v_2
+
+
+Plan = list[tuple[list[int], list[int]]]
+
+
+def monomials(width: int, degree: int) -> tuple[Plan, list[float]]:
+    """For each degree: which monomial of the one before is extended, by which channel; 1/(α! D^|α|) of all [F]."""
+    check_count(width, degree)
+    # last channel, its exponent, weight
+    plan, weights, shorter = [], [1.0], [(0, 0, 1.0)]
     for _ in range(degree):
-        places, channels, longer = [], [], []
-        for place, (last, exponent, weight) in enumerate(found):
+        extended, channels, longer = [], [], []
+        for i, (last, exponent, weight) in enumerate(shorter):
             for c in range(last, width):
                 power = exponent + 1 if c == last else 1
                 longer.append((c, power, weight / (power * width)))
-                places.append(place)
+                extended.append(i)
                 channels.append(c)
-        plan.append((places, channels))
-        found = longer
-        weights += [weight for _, _, weight in found]
+        plan.append((extended, channels))
+        shorter = longer
+        weights += [weight for _, _, weight in longer]
     return plan, weights
 
 
-def features(t: Tensor, plan: list[tuple[list[int], list[int]]]) -> Tensor:
+def features(t: Tensor, plan: Plan) -> Tensor:
     """[..., F]: all monomials of t's channels."""
     parts = [torch.ones_like(t[..., :1])]
-    for places, channels in plan:
-        parts.append(parts[-1][..., places] * t[..., channels])
+    for extended, channels in plan:
+        parts.append(parts[-1][..., extended] * t[..., channels])
     return torch.cat(parts, dim=-1)
-
-
-def pairs(q, k, v, cfg, pattern, mask, state, roles, params, x):
-    """q, k, k', v and v' with a one appended and zeros where a key is hidden, state, plan, 1/(α! D^|α|) [F]."""
-    require(pattern in PATTERNS, f"pattern is one of {PATTERNS}", pattern=pattern)
-    require(state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern)
-    require(params is not None and x is not None, "it takes params and the layer's input x", x=x)
-    heads, there = q.shape[1], key_mask(mask, q, k, roles)
-    inputs = at_least_float32(inputs_of_keys(x, pattern))
-    k_2, v_2 = (
-        linear(inputs, at_least_float32(params[p])).unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
-        for p in ("key", "value")
-    )
-    q, *each = (
-        per_query_head(at_least_float32(t), heads).expand(-1, heads, -1, -1) for t in (q, k, k_2, v, v_2)
-    )
-    k, k_2, v, v_2 = each
-    v, v_2 = (shown(torch.cat([t, torch.ones_like(t[..., :1])], dim=-1), there) for t in (v, v_2))
-    plan, weights = monomials(q.shape[-1], cfg.degree)
-    if state is None:
-        state = 2 * (v.new_zeros(*v.shape[:2], len(weights), v.shape[-1]),)
-    return q, k, k_2, v, v_2, state, plan, q.new_tensor(weights)
 
 
 def divided(sums: Tensor, dtype: torch.dtype) -> Tensor:
     total = sums[..., -1:]
     return (sums[..., :-1] / total.masked_fill(total == 0, 1)).to(dtype)
-
-
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, tuple | None]:  # fmt: skip
-    dtype, carried = v.dtype, state is not None
-    q, k, k_2, v, v_2, (s, s_2), plan, weights = pairs(q, k, v, cfg, pattern, mask, state, roles, params, x)
-    scores = torch.einsum("bhic,bhjc,bhlc->bhijl", q, k, k_2) / q.shape[-1]
-    w = sum(scores**r / math.factorial(r) for r in range(cfg.degree + 1))
-    n, m = q.shape[2], k.shape[2]
-    past = torch.ones(n, m, dtype=w.dtype, device=w.device)
-    if pattern == "causal_self":
-        past = past.tril(m - n)
-        w = w * past[:, :, None] * past[:, None, :]
-    sums = torch.einsum("bhijl,bhje,bhle->bhie", w, v, v_2)
-    if pattern != "causal_self":
-        return divided(sums, dtype), None
-    phi = [features(t, plan) for t in (q, k, k_2)]
-    new, new_2 = (torch.einsum("ij,bhjf,bhje->bhife", past, *two) for two in ((phi[1], v), (phi[2], v_2)))
-    if carried:  # pairs of which one token or both are in the state
-        met = s[:, :, None] * s_2[:, :, None] + s[:, :, None] * new_2 + new * s_2[:, :, None]
-        sums = sums + torch.einsum("bhif,bhife->bhie", phi[0] * weights, met)
-    return divided(sums, dtype), (s + new[:, :, -1], s_2 + new_2[:, :, -1])
-
-
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, tuple | None]:  # fmt: skip
-    dtype, causal = v.dtype, pattern == "causal_self"
-    q, k, k_2, v, v_2, (s, s_2), plan, weights = pairs(q, k, v, cfg, pattern, mask, state, roles, params, x)
-    missing = k.shape[2] - q.shape[2] if causal else 0
-    q, rows = pad(q, (0, 0, missing, 0)), []
-    for t in zip(
-        *(t.split(cfg.chunk if causal else WHOLE, dim=2) for t in (q if causal else k, k, k_2, v, v_2))
-    ):
-        phi, phi_2 = features(t[1], plan), features(t[2], plan)
-        if causal:
-            sums = s[:, :, None] + (phi[..., None] * t[3][..., None, :]).cumsum(2)  # [B, H, C, F, E + 1]
-            sums_2 = s_2[:, :, None] + (phi_2[..., None] * t[4][..., None, :]).cumsum(2)
-            s, s_2 = sums[:, :, -1], sums_2[:, :, -1]
-            asked = (features(t[0], plan) * weights)[..., None, :]
-            rows.append((asked @ (sums * sums_2))[..., 0, :])
-        else:
-            s, s_2 = s + phi.mT @ t[3], s_2 + phi_2.mT @ t[4]
-    if not causal:
-        rows = [(features(asked, plan) * weights) @ (s * s_2) for asked in q.split(WHOLE, dim=2)]
-    out = divided(torch.cat(rows, dim=2), dtype)
-    return (out[:, :, missing:], (s, s_2)) if causal else (out, None)
 
 
 def state_size(cfg: Config, dims: dict, n: int) -> int:
@@ -166,9 +184,9 @@ METHOD = Mechanism(
     fast=fast,
     init=init,
     patterns=PATTERNS,
-    x=True,
-    speed=("chunk",),
-    tries=({"degree": 2},),
+    needs_x=True,
+    speed_settings=("chunk",),
+    test_settings=({"degree": 2},),
     state_size=state_size,
     exempt={
         "neutral": "it weighs pairs of keys: no setting turns it into softmax attention, which weighs single ones"

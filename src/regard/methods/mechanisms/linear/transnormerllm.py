@@ -16,20 +16,23 @@ the norm over two channels and a gate of 1 it is (0.5, 3) · √2 / √9.25.
 
 >>> q, v = torch.ones(1, 1, 2, 1), torch.tensor([[[[1.0, 0.0], [0.0, 3.0]]]])
 >>> params = {"gate": torch.ones(1, 1, 2), "theta": torch.tensor([[torch.pi / 3]])}
->>> reference(q, q, v, Config(), params=params, x=torch.ones(1, 2, 1))[0][0, 0, 1].mul(9.25**0.5).round(decimals=4)
+>>> out, _ = reference(q, q, v, Config(), Call(params=params, x=torch.ones(1, 2, 1)))
+>>> out[0, 0, 1].mul(9.25**0.5).round(decimals=4)
 tensor([0.7071, 4.2426])
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import at_least_float32, dense_linear, key_mask, linear, per_query_head
-from regard.ops.lightning import DECAYS, layer_decay, waves, waves_moved
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import Form, at_least_float32, exact, heads_of, initial, rounded
+from regard.ops.lightning import DECAYS, layer_decay, waves_moved, with_waves
 
 
 @dataclass(frozen=True)
@@ -55,53 +58,93 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return params
 
 
-def log_decay(q: Q, cfg: Config) -> Tensor:
-    return layer_decay(q, cfg.decay, cfg.layer, cfg.layers)
+def decay_of(h: int, heads: int, cfg: Config) -> float:
+    """λ of head h, for the reference."""
+    if cfg.decay == "paper":
+        return math.exp(-8 * h / heads * (1 - cfg.layer / cfg.layers))
+    power = 1 << (heads.bit_length() - 1)
+    # ALiBi: of heads beyond a power of two, every second one of the next power
+    exponent = 8 * (h + 1) / power if h < power else 8 * (2 * (h - power) + 1) / (2 * power)
+    return math.exp(-(2**-exponent) * (1 - cfg.layer / max(cfg.layers - 1, 1) + 1e-5))
 
 
-def gated(attend, q, k, v, cfg, pattern, mask, state, roles, params, x, **told) -> tuple[Out, Tensor | None]:
-    require(params is not None and x is not None, "the gate needs params and the layer's input x")
-    dtype, there, steps = v.dtype, key_mask(mask, q, k, roles), None
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    heads = q.shape[1]
+    q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
+    o, end = decayed_sums(q_h * q_h.sigmoid(), k_h * k_h.sigmoid(), v_h, cfg, call)
+    o = o / (o.square().mean((1, 3), keepdim=True) + cfg.eps).sqrt()
+    x, w_u = exact(call.x_of_queries[:, -q.shape[2] :], call.params["gate"])
+    return rounded(o * torch.einsum("bnc,che->bhne", x, w_u), end, v)
+
+
+def decayed_sums(q: Tensor, k: Tensor, v: Tensor, cfg: Config, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Σ_s M_ts φ(q_t) φ(k_s)ᵀ v_s over the keys that query t sees, and the state; q and k come as φ of them."""
+    n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+    lam = q.new_tensor([decay_of(h, heads, cfg) for h in range(heads)]).view(-1, 1, 1)
+    theta = call.params["theta"].double() if cfg.layer == 0 else q.new_zeros(heads, q.shape[3])
+    there = torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    k, v = (x.masked_fill(~there[..., None], 0) for x in (k, v))
+    # tokens are counted from 1, hidden ones not at all; a state that comes in stands at 0
+    s = there.double().cumsum(-1)
+    t = s[..., -1:].repeat(1, 1, n) if call.cross else s[..., m - n :]
+    age = t[..., None] - s[..., None, :]  # t - s: [B|1, H|1, N, M]
+    steps = age.abs()
+    if call.pattern == "self":
+        # what is hidden itself looks ahead from the token before it, and does not fade what it sees
+        steps = steps - ((age < 0) & ~there[..., None]).double()
+    faded, waved = lam**steps, (theta[:, None, None] * age[..., None]).cos()
+    if call.pattern == "causal_self":
+        faded = faded.masked_fill(age < 0, 0)
+    out = torch.einsum("bhtc,bhsc,bhts,bhtsc->bhts", q, k, faded, waved) @ v
+    if call.pattern != "causal_self":
+        return out, None
+    before, end = carried(q, k, v, lam, theta, t, s, call)
+    return out + before, end
+
+
+def carried(q, k, v, lam, theta, t, s, call: Call) -> tuple[Tensor, Tensor]:
+    """(what queries read of the state that came in, the state that is left), in e^{iθ(t-s)} as the paper writes it."""
+
+    def factor(age: Tensor) -> Tensor:
+        """[B|1, H, n, D] λ^age e^{iθ age}"""
+        return (lam ** age[..., None]) * (1j * theta[:, None] * age[..., None]).exp()
+
+    layer_0 = "theta" in call.params
+    old = initial(call, q, len(q), q.shape[1], (1 + layer_0) * q.shape[3], v.shape[3])
+    old = torch.complex(*old.chunk(2, dim=2)) if layer_0 else old + 0j
+    left = (k * factor(s[..., -1:] - s).conj()).mT @ (v + 0j)
+    end = left + factor(s[..., -1:]).conj().mT * old
+    return ((q * factor(t)) @ old.conj()).real, torch.cat([end.real, end.imag], 2) if layer_0 else end.real
+
+
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
+    dtype = v.dtype
     q, k, v = F.silu(at_least_float32(q)), F.silu(at_least_float32(k)), at_least_float32(v)
-    g = log_decay(q, cfg)
+    x = at_least_float32(call.x_of_queries[:, -q.shape[2] :])
+    decay = layer_decay(q, cfg.decay, cfg.layer, cfg.layers)
     if cfg.layer == 0:
-        theta = params["theta"].to(q.dtype)
-        if there is None:
-            there = torch.ones(1, 1, k.shape[2], dtype=torch.bool, device=k.device)
-        place = there.cumsum(-1).to(q.dtype)  # from 1; the incoming state stands at 0
-        steps = place[..., -1:]
-        own = steps if "cross" in pattern else place[..., place.shape[-1] - q.shape[2] :]
-        k = waves(per_query_head(k, q.shape[1]).expand(-1, q.shape[1], -1, -1), place, theta)
-        q = waves(q, own, theta)
-    out, end = attend(q, k, v, g, pattern=pattern, mask=mask, state=state, roles=roles, **told)
-    out = out * torch.rsqrt(out.square().mean((1, 3), keepdim=True) + cfg.eps)
-    own_x = at_least_float32(x[0] if isinstance(x, tuple) else x)
-    out = out * torch.einsum("bnc,che->bhne", own_x, params["gate"].to(own_x.dtype))
-    return out.to(dtype), waves_moved(end, steps, theta) if steps is not None and end is not None else end
+        theta = call.params["theta"].to(q.dtype)
+        q, k, last = with_waves(q, k, theta, call)
 
+    def finish(out: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        out = out * torch.rsqrt(out.square().mean((1, 3), keepdim=True) + cfg.eps)
+        out = out * torch.einsum("bnc,che->bhne", x, call.params["gate"].to(x.dtype))
+        moves = cfg.layer == 0 and end is not None
+        return out.to(dtype), waves_moved(end, last, theta) if moves else end
 
-def reference(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor | None]:  # fmt: skip
-    return gated(dense_linear, q, k, v, cfg, pattern, mask, state, roles, params, x)
-
-
-def fast(
-    q: Q, k: K, v: V, cfg: Config, *, pattern="causal_self", mask=None, state=None, roles=None, params=None, x=None
-) -> tuple[Out, Tensor | None]:  # fmt: skip
-    return gated(linear, q, k, v, cfg, pattern, mask, state, roles, params, x, chunk=cfg.chunk)
+    return Form(q, k, v, decay, state=call.initial_state, finish=finish)
 
 
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
+    form=form,
     init=init,
-    ordered=True,
+    order_aware=True,
     patterns=PATTERNS,
-    x=True,
-    speed=("chunk",),
-    tries=({"layer": 1, "layers": 2}, {"decay": "slopes", "layers": 2}),
+    needs_x=True,
+    speed_settings=("chunk",),
+    test_settings=({"layer": 1, "layers": 2}, {"decay": "slopes", "layers": 2}),
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"] * (1 if cfg.layer else 2),
     exempt={"neutral": "the norm and the gate are part of it: no setting takes them out"},
     card=Card(

@@ -15,20 +15,20 @@ Worked by hand: dt = 1 and exp(A_log) = 2 weigh values 1 and 3 by 2 each: S = 8,
 >>> one, v = torch.ones(1, 1, 2, 1), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
 >>> params = {"w_dt": torch.zeros(1, 1), "dt_bias": torch.tensor([math.log(math.e - 1)])}
 >>> params |= {"a_log": torch.tensor([math.log(2)]), "d": torch.ones(1)}
->>> out, _ = reference(one, one, v, Config(), pattern="self", params=params, x=torch.ones(1, 2, 1))
+>>> out, _ = reference(one, one, v, Config(), Call("self", params=params, x=one[0]))
 >>> [round(y, 4) for y in out.flatten().tolist()]
 [9.0, 11.0]
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
+import torch
 from torch import Tensor
 
-from regard.core import Card, K, Mechanism, Out, Q, V, require
-from regard.core.shapes import PATTERNS
-from regard.ops import dense_linear, inputs_of_keys, linear, per_query_head
+from regard.core import PATTERNS, Card, K, Out, Q, V, require
+from regard.core.call import Call
+from regard.kinds.mechanism import Mechanism
+from regard.ops import Form, exact, heads_of, initial, per_query_head, recurrence, rounded
 from regard.ops.ssm import initial_steps, step_sizes, with_skip
 
 
@@ -52,33 +52,47 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     return initial_steps(dims["heads"], dims["width"], (cfg.dt_min, cfg.dt_max), (cfg.a_min, cfg.a_max))
 
 
-def mixed(form: Callable, q: Q, k: K, v: V, params: dict, x: Tensor, told: dict) -> tuple[Out, Tensor | None]:
-    pattern = told.get("pattern", "causal_self")
-    dt = step_sizes(inputs_of_keys(x, pattern), params)  # [B, H, M]
-    weight = dt * params["a_log"].to(dt.dtype).exp()[:, None]
-    y, state = form(q, k, weight[..., None] * per_query_head(v, q.shape[1]), **told)
-    if "cross" not in pattern:
-        y = with_skip(y, q, k, v, params["d"], told.get("mask"), told.get("roles"))
-    return y.to(v.dtype), state
+def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
+    n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+    q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
+    x, w_dt, dt_bias, a_log, d = exact(
+        call.x_of_keys, *(call.params[name] for name in ("w_dt", "dt_bias", "a_log", "d"))
+    )
+    z = torch.einsum("bmc,ch->bhm", x, w_dt) + dt_bias[:, None]
+    # softplus(z) exp(A_log)
+    weight = torch.logaddexp(z, torch.zeros_like(z)) * a_log.exp()[:, None]
+    # a hidden token passes nothing on to itself
+    own = v_h if call.key_mask is None else v_h.masked_fill(~call.key_mask[..., None], 0)
+
+    def write(s: Tensor, t: int) -> Tensor:
+        return s + weight[:, :, t, None, None] * k_h[:, :, t, :, None] * v_h[:, :, t, None]
+
+    def read(s: Tensor, i: int) -> Tensor:
+        y = torch.einsum("bhd,bhde->bhe", q_h[:, :, i], s)
+        return y if call.cross else y + d[:, None] * own[:, :, m - n + i]
+
+    s = initial(call, q, len(q), heads, k.shape[3], v.shape[3])
+    return rounded(*recurrence(s, write, read, n, m, call), v)
 
 
-def reference(q: Q, k: K, v: V, cfg: Config, *, params=None, x=None, **told) -> tuple[Out, Tensor | None]:
-    return mixed(dense_linear, q, k, v, params, x, told)
-
-
-def fast(q: Q, k: K, v: V, cfg: Config, *, params=None, x=None, **told) -> tuple[Out, Tensor | None]:
-    return mixed(partial(linear, chunk=cfg.chunk), q, k, v, params, x, told)
+def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
+    dt = step_sizes(call)
+    weight = dt * call.params["a_log"].to(dt.dtype).exp()[:, None]
+    values = weight[..., None] * per_query_head(v, q.shape[1])
+    return Form(
+        q, k, values, state=call.initial_state, finish=lambda y, state: (with_skip(y, v, call), state)
+    )
 
 
 METHOD = Mechanism(
     config=Config,
     reference=reference,
-    fast=fast,
+    form=form,
     init=init,
-    x=True,
-    normed=True,
+    needs_x=True,
+    needs_norm=True,
     patterns=PATTERNS,
-    speed=("chunk",),
+    speed_settings=("chunk",),
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     exempt={"neutral": "its weights are learned: no setting turns it into a fixed attention"},
     card=Card(

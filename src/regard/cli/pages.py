@@ -1,0 +1,157 @@
+"""regard list, regard show, regard new: the pages of the catalogue, and one of your own."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regard.cli.console import Json, app, out, say_json
+
+
+@app.command("list")
+def list_pages(
+    filter: Annotated[
+        str, typer.Argument(metavar="[PATTERN]", help='Names with wildcards, such as "*linear*".')
+    ] = "*",
+    kind: Annotated[
+        str | None, typer.Option(help="Of one kind: regard list --kinds says which there are.")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="self, causal_self, cross, causal_cross")] = None,
+    family: Annotated[str | None, typer.Option(help="The folder of a kind, such as linear or dense.")] = None,
+    needs: Annotated[
+        str | None, typer.Option(help="What the card says it needs, such as x or decoder-lm.")
+    ] = None,
+    show_kinds: Annotated[
+        bool, typer.Option("--kinds", help="The kinds, and what is done with them.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table of the README.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The pages of the catalogue, those of your own too."""
+    from regard import catalog
+    from regard.claims import ledger
+    from regard.report import table
+
+    if show_kinds:
+        return say_kinds(as_json)
+    known = ledger.measured()
+    names = catalog.list_methods(filter, kind=kind, pattern=pattern, family=family, needs=needs)
+    rows = [row(name, known) for name in names]
+    if as_json:
+        say_json(rows)
+    elif markdown:
+        typer.echo(methods_table(rows))
+    else:
+        out.print(table(rows, {"name": "name", "kind": "kind", "title": "title", "claim": "claim"}))
+    if not rows:
+        raise typer.Exit(1)
+
+
+def row(name: str, known: dict[str, dict]) -> dict[str, Any]:
+    from regard import catalog
+
+    page = catalog.get(name)
+    return {
+        "name": name,
+        "kind": page.kind,
+        "family": catalog.family_of(name),
+        "title": page.card.title,
+        "paper": page.card.paper,
+        "patterns": list(page.patterns),
+        "path": str(catalog.path_of(name)),
+        "claim": known.get(name, {}).get("verdict", ""),
+    }
+
+
+def say_kinds(as_json: bool) -> None:
+    from regard import catalog
+    from regard.kinds import kinds
+    from regard.report import table
+
+    rows = [
+        {"kind": k.name, "pages": len(catalog.list_methods(kind=k.name)), "says": k.says, "verb": k.verb}
+        for k in kinds().values()
+    ]
+    say_json(rows) if as_json else out.print(table(rows, ["kind", "pages", "says", "verb"]))
+
+
+def methods_table(rows: list[dict]) -> str:
+    """The pages as a Markdown table, printed from their cards and the claims' ledger."""
+    from regard import catalog
+
+    lines = ["| method | kind | idea | claim |", "|---|---|---|---|"]
+    for facts in rows:
+        idea = catalog.get(facts["name"]).card.idea.replace("|", "\\|")
+        lines.append(f"| `{facts['name']}` | {facts['kind']} | {idea} | {facts['claim'] or '–'} |")
+    return "\n".join(lines)
+
+
+@app.command()
+def show(name: str, as_json: Json = False) -> None:
+    """The card of a page, what is done with it, where it lies, and its last measured claim."""
+    from regard import catalog
+    from regard.claims import ledger
+    from regard.kinds import kind
+
+    page = catalog.get(name)
+    known = ledger.measured().get(name)
+    settings = {f.name: getattr(page.config(), f.name) for f in fields(page.config)}
+    card = {**asdict(page.card), "neutral": dict(page.card.neutral)}
+    verb = kind(page.kind).verb.replace("NAME", repr(name))
+    facts = {
+        "name": name,
+        "kind": page.kind,
+        "patterns": list(page.patterns),
+        "path": str(catalog.path_of(name)),
+    }
+    if as_json:
+        say_json({**facts, "verb": verb, "card": card, "settings": settings, "claim": known})
+        return
+    out.print(f"[bold]{page.card.title}[/bold]  ({name}, {page.kind})")
+    for label, value in {**card, "settings": settings, "use": verb, "path": facts["path"]}.items():
+        if value and label != "title":
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            say(label, shown)
+    if known:
+        say("claim", known["statement"])
+        say("bound", known["bound"])
+        out.print(
+            f"[dim] measured[/dim]  [bold]{known['verdict']}[/bold] {json.dumps(known['measured'])}",
+            highlight=False,
+        )
+
+
+def say(label: str, value: Any) -> None:
+    out.print(f"[dim]{label:>9}[/dim]  ", end="")
+    out.print(str(value), highlight=False, markup=False)
+
+
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(help="The kind of page: regard list --kinds")],
+    name: Annotated[str, typer.Argument(help="Its name, a lower-case Python name: the file's name too.")],
+    folder: Annotated[Path, typer.Option("--in", help="Where the file goes.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """A page of your own: a file that works and passes its checks, to be rewritten."""
+    from regard import catalog
+    from regard.core import require
+    from regard.kinds import skeleton
+
+    text, path = skeleton(kind, name), folder / f"{name}.py"
+    require(name not in catalog.pages(), "a page of one's own has a name of its own", name=name)
+    require(not path.exists(), "a file that exists is left as it is", path=str(path))
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf8")
+    if as_json:
+        say_json({"name": name, "kind": kind, "path": str(path)})
+        return
+    out.print(f"[bold]{path}[/bold]", highlight=False, soft_wrap=True)
+    for line in (
+        f"regard check {path}",
+        f"REGARD_PAGES={path} regard list {name}",
+        f"REGARD_PAGES={path} regard show {name}",
+    ):
+        out.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,198 @@
+"""Mechanisms: how values are mixed by queries and keys. What a page gives, and the one way to ask it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.core import Kind, Method, Page, Unsupported, near, require
+from regard.core.call import Call, check_finite, check_mask, check_pattern, check_shapes, split_mask
+from regard.core.trees import tree_leaves
+from regard.ops.linear import run_form
+
+IMPLS = ("auto", "reference", "fast", "torch", "triton")
+PAIRS = "a mask of pairs: this mechanism sums the keys for all queries at once; mask keys instead"
+
+
+@dataclass(frozen=True, eq=False)
+class Mechanism(Page):
+    """A mixing of values by queries and keys, as pure functions:
+
+    reference(q, k, v, cfg, call) -> (out, state), or (out, state, aux) with a dict of what else was computed
+
+    reference   the equation; float64 stays float64.   fast   the same function and numbers, written independently
+    form        for a linear page, form(q, k, v, cfg, call) -> ops.Form: features, decays, normaliser; `fast` follows
+    q           [B, H, N, D]; k [B, G, M, D] and v [B, G, M, E], H a multiple of G; out [B, H, N, E] in v's dtype
+    call        a core Call: pattern, masks, initial state, params, the layer's input, roles; validated before
+    state       what causal_self returns and `call.initial_state` brings back: segments, and single tokens, give the
+                numbers of the whole. A tensor, or a tuple or dict of them; never changed in place
+
+    Scores, sums and fixed-size states are float32 at least; products may be in the input's dtype. A row that sees
+    nothing is zero.
+
+    init            init(cfg, dims) -> params, dims = {"heads": H, "kv_heads": G, "key": D, "value": E, "width": C}
+    unsupported     patterns without a meaning, with the reason
+    pair_masks      whether queries may see different keys beyond causality
+    needs_x         whether it reads the layer's input x: a bool, or a function of cfg
+    needs_norm      whether its outputs have no scale of their own (no denominator), so layers norm them per head
+    order_aware     whether it knows the order of tokens by itself (a decay, a filter), so layers add no positions
+    roles           roles that it reads
+    speed_settings  settings that change the speed, never the result
+    neutral_base    what the card's neutral settings give: neutral_base(q, k, v, call) -> out; None: softmax attention
+    state_size      state_size(cfg, dims, n) -> numbers held for one row of the batch after n tokens
+    exempt          laws of regard.testing that do not hold for this method, with the reason
+    """
+
+    reference: Callable = None  # type: ignore[assignment]
+    fast: Callable | None = None
+    form: Callable | None = None
+    init: Callable | None = None
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    pair_masks: bool = False
+    needs_x: bool | Callable[[Any], bool] = False
+    needs_norm: bool = False
+    order_aware: bool = False
+    roles: tuple[str, ...] = ()
+    speed_settings: tuple[str, ...] = ()
+    neutral_base: Callable | None = None
+    state_size: Callable | None = None
+    exempt: Mapping[str, str] = field(default_factory=dict)
+    kind = "mechanism"
+
+    def __post_init__(self) -> None:
+        if self.form is not None and self.fast is None:
+            object.__setattr__(self, "fast", partial(run_form, self.form))
+
+    def reads_x(self, cfg: Any) -> bool:
+        """Whether it reads the layer's input under these settings."""
+        return self.needs_x(cfg) if callable(self.needs_x) else self.needs_x
+
+
+KIND = Kind(
+    name="mechanism",
+    page=Mechanism,
+    says="how values are mixed by queries and keys",
+    verb="regard.attend(q, k, v, NAME); regard.nn.Attention(dim, heads, NAME); regard.attach(model, NAME)",
+    room="methods/mechanisms",
+    checks="regard.testing.mechanism:check_mechanism_page",
+)
+
+
+def run(
+    method: Method, q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **asked: Any
+) -> tuple[Tensor, Any, dict[str, Any]]:
+    """(out, state, aux) of a mechanism, asked once and in full: see make_call for what may be asked."""
+    path = implementation(method.page, impl)
+    call = make_call(method, q, k, v, backend=impl if impl in ("torch", "triton") else "auto", **asked)
+    out, state, *aux = path(q, k, v, method.config, call)
+    return out, state, aux[0] if aux else {}
+
+
+def implementation(page: Mechanism, impl: str) -> Callable:
+    """The path that `impl` names. What is asked for by name is never replaced."""
+    require(impl in IMPLS, f"impl is one of {IMPLS}", impl=impl)
+    if impl in IMPLS[2:] and page.fast is None:
+        raise Unsupported("this mechanism has no fast path; ask for impl='auto' or 'reference'")
+    if impl == "triton" and page.form is None:
+        raise Unsupported("this mechanism has no Triton kernel; ask for impl='auto'")
+    return page.reference if impl == "reference" or page.fast is None else page.fast
+
+
+def make_call(
+    method: Method, q: Tensor, k: Tensor, v: Tensor, *, pattern: str = "causal_self", mask: Any = None,
+    initial_state: Any = None, params: Mapping[str, Tensor] | None = None, x: Any = None, roles: Any = None,
+    backend: str = "auto", finite: bool = False,
+) -> Call:  # fmt: skip
+    """The Call of a mechanism, validated: the one place where what is asked is held to what the page can do.
+
+    `finite` looks for NaN and infinity in q, k and v too, which reads them once.
+    """
+    page, cfg = method.page, method.config
+    check_pattern(pattern, page.patterns, page.unsupported, page.card.title)
+    check_shapes(q, k, v, pattern)
+    require(
+        initial_state is None or pattern == "causal_self", "only causal_self carries a state", pattern=pattern
+    )
+    keys = k.shape[2] + stored_tokens(page, cfg, initial_state)
+    check_mask(mask, q, keys)
+    key_mask, pair_mask = split_mask(mask, q, keys, roles)
+    if pair_mask is not None and not page.pair_masks:
+        raise Unsupported(PAIRS)
+    check_x(page, cfg, x, q, k, pattern)
+    for letter, t in (("q", q), ("k", k), ("v", v)) if finite else ():
+        check_finite(letter, t)
+    params = dict(params or {})
+    if not torch.compiler.is_compiling():
+        check_params(page, cfg, params, q, k, v, x)
+    return Call(pattern, key_mask, pair_mask, initial_state, params, x, roles, backend)
+
+
+def stores_keys(page: Mechanism, cfg: Any) -> bool:
+    """Whether the state grows with the text, as stored keys do; its mask is then of all keys so far."""
+    if page.state_size is None:
+        return False
+    dims = {"heads": 1, "kv_heads": 1, "key": 2, "value": 2, "width": 2}
+    return page.state_size(cfg, dims, 9) != page.state_size(cfg, dims, 8)
+
+
+def stored_tokens(page: Mechanism, cfg: Any, state: Any) -> int:
+    """Keys in a state: tokens are the third axis of its first tensor where it stores them, else none."""
+    return tree_leaves(state)[0].shape[2] if state is not None and stores_keys(page, cfg) else 0
+
+
+def check_x(page: Mechanism, cfg: Any, x: Any, q: Tensor, k: Tensor, pattern: str) -> None:
+    if not page.reads_x(cfg):
+        require(x is None, "x, the layer's input, is for mechanisms that read it; this one does not", x=x)
+        return
+    require(x is not None, "this mechanism reads the layer's input: x=[B, N, C]", x=x)
+    sides = (x,)
+    if "cross" in pattern:
+        pair = isinstance(x, tuple) and len(x) == 2
+        require(pair, "in cross, x is (inputs of queries [B, N, C], inputs of keys [B, M, C])", x=x)
+        require(
+            x[0].shape[:2] == (q.shape[0], q.shape[2]),
+            "x[0] [B, N, C] stands beside the queries",
+            x=x[0],
+            q=q,
+        )
+        sides = (x[1],)
+    for side in sides:
+        fits = isinstance(side, Tensor) and side.dim() == 3 and side.shape[:2] == (k.shape[0], k.shape[2])
+        require(fits, "x [B, M, C] stands beside the keys", x=side, k=k)
+
+
+def check_params(
+    page: Mechanism, cfg: Any, params: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor, x: Any
+) -> None:
+    """The params are those that init gives for these shapes, by name and by shape."""
+    width = 0 if x is None else (x[1] if isinstance(x, tuple) else x).shape[-1]
+    wanted = learned(page, cfg, q.shape[1], k.shape[1], k.shape[3], v.shape[3], width)
+    missing = [name for name in wanted if name not in params]
+    require(
+        not missing,
+        f"params holds {', '.join(wanted)}, as init gives them",
+        missing=missing,
+        given=list(params),
+    )
+    for name, value in params.items():
+        if name not in wanted:
+            said = near(name, wanted) if wanted else "it learns nothing"
+            raise ValueError(f"{page.card.title} has no parameter {name!r} under {cfg}; {said}")
+        require(
+            tuple(value.shape) == wanted[name], f"params[{name!r}] has the shape {wanted[name]}", given=value
+        )
+
+
+@lru_cache(maxsize=4096)
+def learned(
+    page: Mechanism, cfg: Any, heads: int, kv_heads: int, key: int, value: int, width: int
+) -> dict[str, tuple]:
+    """Name -> shape of what init gives; nothing is computed or drawn."""
+    if page.init is None:
+        return {}
+    dims = {"heads": heads, "kv_heads": kv_heads, "key": key, "value": value, "width": width}
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in page.init(cfg, dims).items()}

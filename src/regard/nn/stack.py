@@ -1,0 +1,92 @@
+"""The layers of a backbone: a mechanism or a block in each, one above the other."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from regard import catalog
+from regard.core import Method, Unsupported
+from regard.core.call import Call
+from regard.kinds.block import BlockPage
+from regard.kinds.mechanism import Mechanism
+from regard.nn.attention import Attention
+from regard.nn.config import RegardConfig
+from regard.nn.layers import RMSNorm, SwiGLU
+
+
+class BlockLayer(nn.Module):
+    """A block page as a layer: the page's own norms and residuals."""
+
+    def __init__(self, config: RegardConfig, method: Method) -> None:
+        super().__init__()
+        self.method = method
+        dims = {"width": config.hidden_size, "heads": config.num_attention_heads}
+        made = method.page.init(method.config, dims)
+        self.params = nn.ParameterDict({n: nn.Parameter(p, p.is_floating_point()) for n, p in made.items()})
+
+    def forward(self, x: Tensor, mask: Tensor | None, state: Any, **_: Any) -> tuple[Tensor, Any]:
+        run = self.method.page.fast or self.method.page.reference
+        key_mask = None if mask is None else mask[:, None]
+        call = Call(key_mask=key_mask, initial_state=state, params=dict(self.params))
+        return run(x, self.method.config, call)[:2]
+
+
+class Layer(nn.Module):
+    """x + attention(norm x); in a decoder that asks an encoder x + cross(norm x, memory); x + SwiGLU(norm x)."""
+
+    def __init__(self, config: RegardConfig, layer: int, pattern: str, which: str, cross: bool) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        shared = dict(kv_heads=config.num_key_value_heads, head_dim=config.head_dim)
+        method = config.method(config.layer_names(which)[layer], layer)
+        self.norm = RMSNorm(width)
+        self.attention = Attention(
+            width, config.num_attention_heads, method, pattern, rope_theta=config.rope_theta, conv=config.conv,
+            **shared,
+        )  # fmt: skip
+        self.cross_norm = self.cross = None
+        if cross:
+            asks = config.method(config.layer_names("cross_mechanisms")[layer], layer)
+            self.cross_norm = RMSNorm(width)
+            self.cross = Attention(width, config.num_attention_heads, asks, "causal_cross", **shared)
+        self.mlp_norm, self.mlp = (RMSNorm(width), SwiGLU(width, inner)) if inner else (None, None)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, state: Any, memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        mixed, state = self.attention(self.norm(x), mask=mask, initial_state=state)
+        x = x + mixed
+        if self.cross is not None:
+            x = x + self.cross(self.cross_norm(x), memory, mask=memory_mask)[0]
+        return (x if self.mlp is None else x + self.mlp(self.mlp_norm(x))), state
+
+
+class Stack(nn.Module):
+    """Layers and a last norm: [B, N, C] -> ([B, N, C], states)."""
+
+    def __init__(
+        self, config: RegardConfig, pattern: str, which: str = "mechanisms", cross: bool = False
+    ) -> None:
+        super().__init__()
+        made = []
+        for i, name in enumerate(config.layer_names(which)):
+            page = catalog.get(name)
+            if isinstance(page, BlockPage):
+                if pattern not in page.patterns or cross:
+                    raise Unsupported(
+                        f"{name} is a block for {', '.join(page.patterns)}, not for {pattern} here"
+                    )
+                made.append(BlockLayer(config, config.method(name, i)))
+            elif isinstance(page, Mechanism):
+                made.append(Layer(config, i, pattern, which, cross))
+            else:
+                raise Unsupported(f"{name} is a {page.kind} page; a layer takes mechanisms and blocks")
+        self.layers, self.norm = nn.ModuleList(made), RMSNorm(config.hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None, states: list | None = None, **memory: Any):
+        states, ends = states or [None] * len(self.layers), []
+        for layer, state in zip(self.layers, states, strict=True):
+            x, end = layer(x, mask, state, **memory)
+            ends.append(end)
+        return self.norm(x), ends

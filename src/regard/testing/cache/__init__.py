@@ -1,0 +1,100 @@
+"""Checks that every cache page must pass; yours too: `check_cache(regard.method("mine", budget=8))`.
+
+The oracle: whatever a policy holds or reads, the model must answer as a full cache does in which exactly the other
+tokens are hidden. A policy is run through a script of forwards, what each head could read is written down, and the
+script is run again through transformers' own cache with an explicit softmax and transformers' own masks.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from regard import catalog
+from regard.core import Method, Unsupported
+from regard.kinds.cache import CachePage
+from regard.testing.cache.checks import (
+    check_bfloat16,
+    check_budget,
+    check_bytes,
+    check_neutral,
+    check_oracle,
+    check_rows,
+    check_turns,
+    check_ways,
+    full_bytes,
+)
+from regard.testing.cache.oracle import movable
+from regard.testing.cache.script import FAMILIES, PADS, play, script
+from regard.testing.zoo import DECODERS, build
+
+
+def small(page: CachePage, **given: Any) -> Mapping[str, Any]:
+    """Settings under which a page acts on twenty tokens: its own, or a budget of 8 and small numbers."""
+    if page.test_settings:
+        return {**page.test_settings[0], **given}
+    default = page.config()
+    numbers = {
+        f.name: 3
+        for f in fields(default)
+        if type(getattr(default, f.name)) is int and getattr(default, f.name) > 8
+    }
+    budget = {"budget": 8} if any(f.name == "budget" for f in fields(default)) else {}
+    for settings in ({**numbers, **budget, **given}, {**budget, **given}):
+        try:
+            page.config(**settings)
+        except ValueError:
+            continue
+        return settings
+    return given
+
+
+def check_cache_page(name: str) -> dict[str, float]:
+    """The checks of its kind on a page of the catalogue, under its test settings."""
+    return check_cache(name)
+
+
+def check_cache(
+    method: str | Method,
+    families: Iterable[str] = FAMILIES,
+    *,
+    budgets: Iterable = (8, 0.4, "bytes"),
+) -> dict[str, float]:
+    """Every check of a cache page on tiny models of these families; "bytes" is half of the full prompt's.
+
+    Returns how far the policy moved the logits, by family: a policy that moves none was not tested. Raises
+    AssertionError with the check, the method and the family.
+    """
+    method = catalog.method(method, **small(catalog.get(method))) if isinstance(method, str) else method
+    families, effect = tuple(families), {}
+    for family in families:
+        model, _ = build(family)
+        if not movable(method, model):
+            refused(method, family)
+            continue
+        effect[family] = check_oracle(method, family)
+        check_rows(method, family)
+    assert max(effect.values()) > 1e-3, (
+        f"{method.label} changed nothing on {families}: settings too large to test it"
+    )
+    first = next(iter(effect))
+    for family in DECODERS:
+        check_neutral(method, family)
+    if any(f.name == "budget" for f in fields(method.config)):
+        for budget in budgets:
+            some = full_bytes(build(first)[0], script()[:1], len(PADS)) // 2
+            check_budget(
+                method, first, f"{some}B" if budget == "bytes" else budget, method.page.reads_generated
+            )
+    for check in (check_bytes, check_turns, check_ways, check_bfloat16):
+        check(method, first)
+    return effect
+
+
+def refused(method: Method, family: str) -> None:
+    """A policy that moves keys runs on other rotary positions, or says that it cannot."""
+    model, _ = build(family)
+    try:
+        play(model, method, script())
+    except Unsupported as told:
+        if method.name not in str(told) and "position" not in str(told):
+            raise AssertionError(f"{told} does not say what cannot be moved") from told

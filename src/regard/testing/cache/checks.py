@@ -1,0 +1,257 @@
+"""The checks of a cache page: each on one tiny model of a family."""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from regard.attaching.attachment import attach
+from regard.core import Method
+from regard.ops import parse_budget
+from regard.testing.cache.oracle import gap, hide
+from regard.testing.cache.script import NEAR, PADS, alone, play, real, script
+from regard.testing.zoo import build
+
+
+def check_oracle(method: Method, family: str) -> float:
+    """The policy's logits are those of a full cache with the same tokens hidden. Returns what hiding them changed."""
+    model, _ = build(family)
+    feeds = script()
+    tape = play(model, method, feeds)
+    if method.page.attend is not None:  # attention of its own: the page brings its own oracle
+        return gap(feeds, tape.outs, hide(model, feeds))
+    wrong = gap(feeds, tape.outs, hide(model, feeds, tape.reads))
+    assert wrong <= NEAR, (
+        f"{method.label} on {family}: {wrong:.1e} away from a full cache with the same tokens hidden"
+    )
+    return gap(feeds, tape.outs, hide(model, feeds))
+
+
+def check_neutral(method: Method, family: str) -> None:
+    """Neutral settings, and a full budget, give the model's own logits and tokens."""
+    model, _ = build(family)
+    feeds, names = script(), [f.name for f in fields(method.config)]
+    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    with torch.no_grad():
+        own = [model(**feed, past_key_values=cache).logits for feed in feeds]
+    settings = [dict(method.page.card.neutral)] + [{"budget": 1.0}] * ("budget" in names)
+    assert settings[0], f"{method.name}: the card names no neutral settings"
+    for changes in settings:
+        calm = method.with_settings(**{**({"budget": None} if "budget" in names else {}), **changes})
+        wrong = gap(feeds, play(model, calm, feeds).outs, own)
+        assert wrong <= NEAR, f"{calm.label} on {family} should change nothing, and changes {wrong:.1e}"
+        with attach(model, calm):
+            tokens = generate(model, feeds[0]).sequences
+        assert torch.equal(tokens, generate(model, feeds[0]).sequences), (
+            f"{calm.label} on {family}: other tokens"
+        )
+
+
+def check_rows(method: Method, family: str) -> None:
+    """Each row of a left-padded batch gives what it gives alone and unpadded, and holds the same tokens."""
+    model, _ = build(family)
+    feeds = script()
+    batch = play(model, method, feeds)
+    for row, pad in enumerate(PADS):
+        single = play(model, method, alone(feeds, row))
+        for step, (a, b) in enumerate(zip(batch.outs, single.outs)):
+            own = real(feeds, step)[row]
+            wrong = float((a[row][own] - b[0]).abs().max())
+            said = f"{method.label} on {family}: row {row} with {pad} pads, forward {step}"
+            for i, there in batch.held[step].items():
+                mask = feeds[step]["attention_mask"][row].bool()
+                one, other = (there[row] & mask)[:, pad:], single.held[step][i][0]
+                assert torch.equal(one, other), f"{said}: layer {i} holds other tokens than the row alone"
+            assert wrong <= NEAR, f"{said}: {wrong:.1e} away from the row alone"
+
+
+def allowed(budget: int | float | str, mask: Tensor, model_bytes: int) -> Tensor:
+    """[B] tokens that a budget allows after the tokens that `mask` [B, seen] shows."""
+    asked, count = parse_budget(budget), mask.sum(-1)
+    if asked.tokens is not None:
+        return count.clamp(max=asked.tokens)
+    if asked.fraction is not None:
+        return torch.tensor([max(1, math.ceil(c * asked.fraction - 1e-9)) for c in count.tolist()])
+    return count.clamp(max=asked.bytes // model_bytes)
+
+
+def check_budget(method: Method, family: str, budget: int | float | str, since: bool = False) -> None:
+    """Right after a step no head holds, and in a step none reads, more real tokens than the budget.
+
+    The newest token stays. Heads that keep different lengths are held to the budget on average. `since`: a
+    selecting policy reads, beyond its budget, what was generated since the prompt.
+    """
+    model, _ = build(family)
+    method, feeds = (
+        method.with_settings(budget=budget),
+        script(pads=(0, 6, 3)),
+    )  # no row too short for sinks and a window
+    tape = play(model, method, feeds)
+    one_token = full_bytes(model, feeds[:1], len(PADS)) // feeds[0]["input_ids"].shape[1]
+    evicts = method.page.keep is not None or method.page.score is not None
+    run = 0
+    for step, feed in enumerate(feeds):
+        mask = feed["attention_mask"].bool()
+        limit, n = allowed(budget, mask, one_token), feed["input_ids"].shape[1]
+        run = run + 1 if n == 1 else 0
+        said = f"{method.label} on {family}, forward {step}"
+        if evicts and (method.page.phase == "both" or n > 1):
+            check_held(tape.held[step], tape.stored[step], mask, limit, said)
+        for i, read in tape.reads[step].items():
+            if read.chosen and n == 1:
+                count, room = (read.alive & mask[:, None]).sum(-1), limit + (run if since else 0)
+                assert bool((count <= room[:, None]).all()), (
+                    f"{said}: layer {i} reads {count.tolist()}, not {room.tolist()}"
+                )
+
+
+def check_held(
+    held: dict[int, Tensor], stored: list[list[int]], mask: Tensor, limit: Tensor, said: str
+) -> None:
+    counts = {i: (x & mask[:, None]).sum(-1) for i, x in held.items()}  # [B, G]
+    ragged = any(len(set(heads)) > 1 for heads in stored) or len({h[0] for h in stored}) > 1
+    for i, count in counts.items():
+        mean = torch.stack(list(counts.values())).double().mean((0, 2)) if ragged else count.double().amax(-1)
+        assert bool((mean <= limit).all()), (
+            f"{said}: layer {i} holds {count.tolist()}, the budget is {limit.tolist()}"
+        )
+        assert bool(held[i][..., -1].all()), f"{said}: layer {i} dropped the newest token"
+
+
+def full_bytes(model: Any, feeds: list[dict], batch: int) -> int:
+    """Bytes of a full cache after the script, counted from the shapes that transformers' own cache holds."""
+    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    with torch.no_grad():
+        for feed in feeds:
+            model(**feed, past_key_values=cache)
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def check_bytes(method: Method, family: str) -> None:
+    """Evicting frees memory: what is held is what the slots need, and room to grow by 20 tokens or a quarter."""
+    if method.page.keep is None and method.page.score is None:
+        return
+    model, _ = build(family)
+    feeds = script(steps=(160, 1, 1, 1))
+    tape = play(model, method, feeds)
+    tables, seen = (
+        2.5,
+        0,
+    )  # index, count, notes and first keys: beside keys of width 8 they weigh more than in life
+    one_slot = full_bytes(model, feeds[:1], len(PADS)) / sum(160 * len(layer) for layer in tape.stored[0])
+    for feed, layers, found in zip(feeds, tape.stored, tape.bytes):
+        seen += feed["input_ids"].shape[1]
+        need = sum(slots + max(20, slots // 4) for layer in layers for slots in layer) * one_slot * tables
+        said = f"{method.label} on {family} holds {found} bytes for {sum(map(sum, layers))} slots of {seen} tokens"
+        assert found <= need, f"{said}, which need {need:.0f}"
+
+
+def generate(model: Any, feed: dict, **settings: Any) -> Any:
+    """Six tokens, greedily; no token ends the text."""
+    asked = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True)
+    with torch.no_grad():
+        inputs = {name: feed[name] for name in ("input_ids", "attention_mask")}
+        return model.generate(**inputs, return_dict_in_generate=True, **{**asked, **settings})
+
+
+def feeds_of(tokens: Tensor, mask: Tensor, steps: Iterable[int]) -> list[dict]:
+    """A script that feeds these tokens in steps of these lengths."""
+    feeds, at, place = [], 0, (mask.cumsum(-1) - 1).clamp(min=0)
+    for n in steps:
+        own = slice(at, at + n)
+        feeds.append(
+            dict(input_ids=tokens[:, own], attention_mask=mask[:, : at + n], position_ids=place[:, own])
+        )
+        at += n
+    return feeds
+
+
+def grown_mask(feed: dict, n: int) -> Tensor:
+    mask = feed["attention_mask"]
+    return torch.cat([mask, mask.new_ones(mask.shape[0], n - mask.shape[1])], 1)
+
+
+def check_turns(method: Method, family: str) -> None:
+    """Two generate() calls on one cache give the logits of the same tokens fed by hand."""
+    model, _ = build(family)
+    feed, cache = script(steps=(20,))[0], Cache(layer_class_to_replicate=DynamicLayer)
+    with attach(model, method):
+        first = generate(model, feed, past_key_values=cache)
+        question = torch.randint(3, 118, (len(PADS), 4), generator=torch.Generator().manual_seed(5))
+        asked = torch.cat([first.sequences, question], 1)
+        second = generate(
+            model, dict(input_ids=asked, attention_mask=grown_mask(feed, 30)), past_key_values=cache
+        )
+    tokens = second.sequences[:, :-1]
+    tape = play(model, method, feeds_of(tokens, grown_mask(feed, 35), (20, 1, 1, 1, 1, 1, 5, 1, 1, 1, 1, 1)))
+    wanted = [out[:, -1] for out in tape.outs]
+    found = [*first.logits, *second.logits]
+    wrong = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
+    assert wrong <= NEAR, (
+        f"{method.label} on {family}: two turns are {wrong:.1e} away from the same tokens by hand"
+    )
+
+
+def check_ways(method: Method, family: str) -> None:
+    """Beams, several sequences and a prompt in chunks: what is returned scores as the same tokens fed by hand."""
+    model, _ = build(family)
+    feed = script(steps=(20,), pads=(0, 6))[0]
+    for name, settings in {
+        "beams": dict(num_beams=3, num_return_sequences=2, output_scores=True),
+        "samples": dict(do_sample=True, num_return_sequences=2),
+    }.items():
+        torch.manual_seed(0)
+        with attach(model, method):
+            out = generate(model, feed, **settings)
+        mask = grown_mask({"attention_mask": feed["attention_mask"].repeat_interleave(2, 0)}, 26)
+        tape = play(model, method, feeds_of(out.sequences[:, :-1], mask[:, :-1], (20, 1, 1, 1, 1, 1)))
+        logits = torch.stack([x[:, -1] for x in tape.outs], 1)
+        if name == "beams":
+            chosen = logits.log_softmax(-1).gather(-1, out.sequences[:, 20:, None])[..., 0]
+            wrong = float((chosen.mean(-1) - out.sequences_scores).abs().max())
+        else:
+            wrong = float((logits - torch.stack(out.logits, 1)).abs().max())
+        assert wrong <= NEAR, (
+            f"{method.label} on {family}, {name}: {wrong:.1e} away from the same tokens by hand"
+        )
+    feed = script(steps=(20,), pads=(0, 0))[0]
+    with attach(model, method):
+        out = generate(model, feed, prefill_chunk_size=8)
+    tape = play(
+        model, method, feeds_of(out.sequences[:, :-1], grown_mask(feed, 25), (8, 8, 4, 1, 1, 1, 1, 1))
+    )
+    wrong = float(
+        (torch.stack([x[:, -1] for x in tape.outs[2:]], 1) - torch.stack(out.logits, 1)).abs().max()
+    )
+    assert wrong <= NEAR, (
+        f"{method.label} on {family}, a prompt in chunks: {wrong:.1e} away from the same by hand"
+    )
+
+
+def check_bfloat16(method: Method, family: str) -> None:
+    """In bfloat16 the policy is as far from its float32 oracle as the model itself is from its own."""
+    model, _ = build(family)
+    feeds = script()
+    exact = hide(model, feeds)
+    low = build(family)[0].bfloat16()
+    tape = play(low, method, feeds)
+    assert all(bool(x.isfinite().all()) for x in tape.outs), (
+        f"{method.label} on {family} in bfloat16: not finite"
+    )
+
+    def far(found: list[Tensor], wanted: list[Tensor]) -> float:
+        return max(
+            float((a.float() - b)[real(feeds, i)].norm() / b.norm())
+            for i, (a, b) in enumerate(zip(found, wanted))
+        )
+
+    if method.page.attend is not None or any(r.merged for step in tape.reads for r in step.values()):
+        return  # float32 keys cannot stand beside merged bfloat16 ones
+    noise, wrong = far(hide(low, feeds), exact), far(tape.outs, hide(model, feeds, tape.reads))
+    assert wrong <= 3 * noise + 0.02, (
+        f"{method.label} on {family} in bfloat16: {wrong:.2f} off, the model {noise:.2f}"
+    )

@@ -1,0 +1,140 @@
+"""The oracle: a full cache with an explicit softmax in which the tokens that a policy dropped are hidden."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import sdpa_mask
+
+from regard.core import Method
+from regard.testing.cache.script import Read, real
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """[B, h, ...] -> [B, heads, ...] by writing every head out."""
+    return torch.stack([x[:, i * x.shape[1] // heads] for i in range(heads)], 1)
+
+
+def angles(model: Any, layer: int) -> Tensor | None:
+    """Angles per position of the rotated pairs, from the configuration alone; None: no plain rotary positions."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None)
+    if rope and "rope_theta" not in rope:
+        rope = rope[config.layer_types[layer]]
+    if (
+        not rope
+        or rope["rope_type"] != "default"
+        or "mrope_section" in rope
+        or hasattr(config, "kv_lora_rank")
+    ):
+        return None
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+    return torch.tensor([rope["rope_theta"] ** (-i / pairs) for i in range(pairs)], dtype=torch.float64)
+
+
+def turned(k: Tensor, by: Tensor, angle: Tensor) -> Tensor:
+    """Keys [B, H, n, D] rotated by `by` [b, h, n] positions: pair i is (x_i, x_{i + pairs}), turned in the plane."""
+    pairs = len(angle)
+    plane = torch.complex(k[..., :pairs].double(), k[..., pairs : 2 * pairs].double())
+    plane = plane * torch.polar(torch.ones((), dtype=torch.float64), by[..., None].double() * angle)
+    return torch.cat([plane.real.to(k), plane.imag.to(k), k[..., 2 * pairs :]], -1)
+
+
+Change = Callable[[int, str, Tensor, Tensor], Tensor]  # (layer, scores, weights or z; x; seen) -> x
+
+
+def oracle_function(model: Any, now: dict[int, Read], change: Change | None = None) -> Callable:
+    change = change or (lambda layer, quantity, x, seen: x)
+
+    def oracle(module, query, key, value, attention_mask=None, *args, scaling=None, **kwargs):
+        heads, layer = query.shape[1], module.layer_idx
+        read = now.get(layer)
+        k, v = by_head(key, heads), by_head(value, heads)
+        seen = attention_mask.expand(-1, heads, -1, -1)
+        if read is not None:
+            seen = seen & by_head(read.alive, heads)[:, :, None]
+            if read.moved is not None:
+                k = turned(k, by_head(read.moved, heads), angles(model, layer))
+        s = torch.einsum("bhnd,bhmd->bhnm", query.float(), k.float()) * scaling
+        if kwargs.get("softcap") is not None:
+            s = kwargs["softcap"] * torch.tanh(s / kwargs["softcap"])
+        s = change(layer, "scores", s, seen).masked_fill(~seen, -math.inf)
+        if read is not None and read.merged is not None:
+            mk, mv, count, index = (by_head(x, heads) for x in read.merged)
+            more = (
+                torch.einsum("bhnd,bhmd->bhnm", query.float(), mk.float()) * scaling + count.log()[:, :, None]
+            )
+            open_ = attention_mask.expand(-1, heads, -1, -1).gather(-1, index[:, :, None].expand_as(more))
+            s, v = torch.cat([s, more.masked_fill(~open_, -math.inf)], -1), torch.cat([v, mv], 2)
+        top = s.amax(-1, keepdim=True)
+        if kwargs.get("s_aux") is not None:
+            sink = kwargs["s_aux"].float().view(1, -1, 1, 1)
+            top = torch.maximum(top, sink)
+        top = top.nan_to_num(neginf=0.0)
+        e = (s - top).exp()
+        total = e.sum(-1, keepdim=True)
+        if kwargs.get("s_aux") is not None:
+            total = total + (sink - top).exp()
+        w = change(layer, "weights", e / total.clamp(min=1e-30), seen)
+        z = change(layer, "z", torch.einsum("bhnm,bhme->bhne", w, v.float()), seen)
+        return z.to(query.dtype).transpose(1, 2).contiguous(), w
+
+    return oracle
+
+
+@contextmanager
+def explicit_attention(model: Any, now: dict[int, Read], change: Change | None = None) -> Iterator[None]:
+    """The model computes attention by `oracle_function` and reads, in layer i, only what now[i] says."""
+    config = model.config.get_text_config()
+    name, old = f"oracle/{id(now)}", config._attn_implementation_internal
+    whole = dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    AttentionInterface.register(name, oracle_function(model, now, change))
+    AttentionMaskInterface.register(name, lambda *a, **k: sdpa_mask(*a, **{**k, **whole}))
+    config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = old
+        AttentionInterface._global_mapping.pop(name)
+        AttentionMaskInterface._global_mapping.pop(name)
+
+
+def hide(
+    model: Any,
+    feeds: list[dict],
+    reads: list[dict[int, Read]] | None = None,
+    change: Change | None = None,
+    cache: Cache | None = None,
+) -> list[Tensor]:
+    """Logits of the script on a full cache in which everything but `reads` is hidden; None: nothing is.
+
+    `change` is handed scores, weights and head outputs of every layer and gives what goes on.
+    """
+    now: dict[int, Read] = {}
+    cache, outs = cache or Cache(layer_class_to_replicate=DynamicLayer), []
+    with explicit_attention(model, now, change), torch.no_grad():
+        for i, feed in enumerate(feeds):
+            now.clear()
+            now.update(reads[i] if reads is not None else {})
+            outs.append(model(**feed, past_key_values=cache).logits)
+    return outs
+
+
+def gap(feeds: list[dict], found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference on tokens that are not padding."""
+    return max(
+        float((a - b)[real(feeds, i)].abs().max()) for i, (a, b) in enumerate(zip(found, wanted, strict=True))
+    )
+
+
+# -- the checks
+
+
+def movable(method: Method, model: Any) -> bool:
+    """Whether this policy's positions can be computed by hand on this model."""
+    return (method.page.place or method.page.attend) is None or angles(model, 0) is not None

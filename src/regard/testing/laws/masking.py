@@ -1,0 +1,108 @@
+"""Masks and padding: what is hidden is as if it were not there."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from regard.core.mask import causal, window
+from regard.core.roles import Roles
+from regard.core.trees import tree_leaves
+from regard.testing.case import GARBAGE, B, Case, NotApplicable, gradients, hold, same
+
+
+def check_padding_right(case: Case, n: int = 7) -> None:
+    """Masked keys after the text, whatever is in them, change nothing."""
+    padding(case, n, 0, 3)
+
+
+def check_padding_left(case: Case, n: int = 7) -> None:
+    """Masked keys before the text, whatever is in them, change nothing."""
+    padding(case, n, 3, 0)
+
+
+def padding(case: Case, n: int, left: int, right: int) -> None:
+    cross = "cross" in case.pattern
+    given = case.inputs(n, n + 2)
+    m = given.k.shape[2]
+
+    def pad(t: Tensor | None) -> Tensor | None:
+        return None if t is None else torch.nn.functional.pad(t, (0, 0, left, right), value=GARBAGE)
+
+    wide = replace(given, k=pad(given.k), v=pad(given.v), y=pad(given.y), roles=case.labels(m + left + right))
+    if not cross:
+        wide = replace(wide, q=pad(given.q), x=pad(given.x))
+    hidden = torch.zeros(B, 1, 1, m + left + right, dtype=torch.bool)
+    hidden[..., left : left + m] = True
+    if given.roles is not None:
+        ends = [torch.zeros(left, dtype=torch.long), torch.zeros(right, dtype=torch.long)]
+        wide = replace(
+            wide, roles=Roles(**{r: torch.cat([ends[0], given.roles[r], ends[1]]) for r in given.roles})
+        )
+    case.able(wide, hidden)
+    for said, path in case.paths.items():
+        wanted, end = case.run(path, given)
+        out, state = case.run(path, wide, hidden)
+        out = out if cross else out[:, :, left : left + n]
+        case.same(f"{said}: padded = unpadded, {left} before and {right} after", out, wanted)
+        if [leaf.shape for leaf in tree_leaves(state)] == [leaf.shape for leaf in tree_leaves(end)]:
+            case.same_states(f"{said}: padded = unpadded, {left} before and {right} after", state, end)
+
+
+def check_mask_obeyed(case: Case, n: int = 7) -> None:
+    """A key that no query may see moves nothing, and a mask that shows everything is no mask."""
+    given = case.inputs(n, n + 2)
+    m = given.k.shape[2]
+    if m == 1:
+        raise NotApplicable("one key cannot be hidden from all")
+    hidden = min(2, m - 1)
+    mask = torch.ones(B, 1, 1, m, dtype=torch.bool)
+    mask[..., hidden] = False
+    case.able(given, mask)
+    for said, path in case.paths.items():
+        case.same(
+            f"{said}: a mask that shows all = no mask",
+            case.run(path, given, mask | True)[0],
+            case.run(path, given)[0],
+        )
+        k, v = given.k.clone(), given.v.clone()
+        k[:, :, hidden], v[:, :, hidden] = GARBAGE, -GARBAGE
+        out = case.run(path, given, mask)[0]
+        found = case.run(path, replace(given, k=k, v=v), mask)[0]
+        case.same(f"{said}: the hidden key {hidden} moves nothing", found, out)
+
+
+def check_mask_object(case: Case) -> None:
+    """A core Mask gives what its dense tensor gives."""
+    given = case.inputs(7, 9)
+    mask = causal() & window(4) if "causal_self" in case.pattern else window(6, ahead=3)
+    case.able(given, mask)
+    dense = mask.dense(7, given.k.shape[2])
+    for said, path in case.paths.items():
+        case.same(
+            f"{said}: {mask!r} = its tensor", case.run(path, given, mask)[0], case.run(path, given, dense)[0]
+        )
+
+
+def check_blind_rows(case: Case, n: int = 5) -> None:
+    """Queries that see no key give zeros, and gradients stay finite."""
+    given = case.inputs(n, n + 2)
+    mask = torch.ones(B, 1, n, given.k.shape[2], dtype=torch.bool)
+    mask[:, :, min(3, n - 1)] = False
+    mask[1] = False
+    try:
+        case.able(given, mask)
+    except NotApplicable:
+        mask = mask[:, :, :1].clone()  # of keys only: row 1 of the batch sees nothing
+        case.able(given, mask)
+    blind = ~mask.any(-1, keepdim=True)
+    for said, path in case.paths.items():
+        out, _, grads = gradients(case, path, given, mask)
+        shown = out.masked_fill(~blind, 0)
+        same(f"{said}: queries that see nothing are zero", shown, torch.zeros_like(out), tol=0)
+        for name, g in grads.items():
+            hold(
+                g.isfinite().all(),
+                f"{said}: queries that see nothing: gradient of {name} is not finite",
+                of=name,
+            )

@@ -1,0 +1,51 @@
+"""`check_page(name)`: what every page must pass, whatever its kind, and then the checks that its kind names."""
+
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from typing import Any
+
+from regard import catalog
+from regard.core import PATTERNS, Page
+from regard.kinds import kind
+
+
+def check_page(name: str) -> Any:
+    """The card, the settings, and the checks of its kind; what these return. Raises AssertionError."""
+    page = catalog.get(name)
+    check_card(name, page)
+    check_config(name, page)
+    where, _, check = kind(page.kind).checks.partition(":")
+    return getattr(import_module(where), check)(name)
+
+
+def check_card(name: str, page: Page) -> None:
+    """The card is complete, its patterns are known, its neutral settings are ones that the page has."""
+    card = page.card
+    for field in ("title", "paper", "idea"):
+        assert getattr(card, field), f"{name}: the card's {field} is empty"
+    if page.kind in ("cache", "mechanism", "block"):
+        assert card.cost and card.state, f"{name}: the card says cost and state"
+    assert 1950 < card.year < 2030, f"{name}: the card's year is {card.year}"
+    assert set(page.patterns) <= set(PATTERNS), (
+        f"{name}: patterns are some of {PATTERNS}, not {page.patterns}"
+    )
+    assert isinstance(page, kind(page.kind).page), (
+        f"{name}: a {page.kind} page is a {kind(page.kind).page.__name__}"
+    )
+    page.configure(**card.neutral)
+
+
+def check_config(name: str, page: Page) -> None:
+    """The settings are a frozen dataclass with defaults, equal by content, and a wrong name is an error."""
+    assert is_dataclass(page.config) and page.config.__dataclass_params__.frozen, f"{name}: Config is frozen"
+    assert page.config() == page.config(), f"{name}: two default Configs are equal"
+    assert hash(page.config()) == hash(page.config()), f"{name}: a Config can be hashed"
+    for settings in page.test_settings:
+        page.configure(**settings)
+    said = ""
+    try:
+        page.configure(no_such_setting=1)
+    except ValueError as error:
+        said = str(error)
+    assert "has no setting 'no_such_setting'" in said, f"{name}: a setting that does not exist is accepted"
+    assert all(f.name.isidentifier() for f in fields(page.config()))

@@ -1,0 +1,63 @@
+"""Checks that every tracing page must pass: looking changes nothing, and what it switches off is switched off."""
+
+import torch
+
+from regard import catalog
+from regard.attaching.attachment import attach
+from regard.core import Edit, Observer
+from regard.kinds.tracing import TracingPage
+from regard.testing.zoo import build
+
+FAMILIES = ("llama", "gemma3")
+
+
+def check_tracing_page(name: str) -> dict[str, str]:
+    """The laws of its kind on a page of the catalogue."""
+    page = catalog.get(name)
+    assert callable(page.measure), f"{name}: a tracing page gives measure"
+    report = {}
+    for law in (check_observing, check_ablation):
+        report[law.__name__.removeprefix("check_")] = law(name, page)
+    return report
+
+
+def check_observing(name: str, page: TracingPage) -> str:
+    """Its observer sees every layer and leaves the model's logits as they are, to the last bit."""
+    if page.observer is None:
+        return "not applicable: it has no observer"
+    observer = page.observer()
+    assert isinstance(observer, Observer), (
+        f"{name}: observer() gives an Observer, not {type(observer).__name__}"
+    )
+    for family in FAMILIES:
+        model, inputs = build(family)
+        with torch.no_grad():
+            plain = model(**inputs).logits
+            with attach(model, observer) as attached:
+                seen = model(**inputs).logits
+        assert torch.equal(plain, seen), (
+            f"{name} on {family}: looking moves the logits by {(plain - seen).abs().max():.1e}"
+        )
+        layers = {record[0] for record in attached.records[observer.name]}
+        assert layers == set(range(model.config.num_hidden_layers)), (
+            f"{name} on {family}: it saw layers {layers}"
+        )
+    return "held"
+
+
+def check_ablation(name: str, page: TracingPage) -> str:
+    """Its edits name the heads they are given, change the logits, and no heads give no edits."""
+    if page.ablate is None:
+        return "not applicable: it switches nothing off"
+    cfg = page.config()
+    assert tuple(page.ablate([], cfg)) == (), f"{name}: no heads, and yet edits"
+    for family in FAMILIES:
+        model, inputs = build(family)
+        edits = page.ablate([(0, 0), (1, 1)], cfg, "both")
+        assert edits and all(isinstance(edit, Edit) for edit in edits), f"{name}: ablate gives edits"
+        with torch.no_grad():
+            plain = model(**inputs).logits
+            with attach(model, list(edits)):
+                without = model(**inputs).logits
+        assert not torch.equal(plain, without), f"{name} on {family}: two heads off change nothing"
+    return "held"

@@ -1,0 +1,43 @@
+"""Existing is being tested: every page of the catalogue passes the checks that its kind names."""
+
+import pytest
+import torch
+
+from regard import catalog
+from regard.core import Page
+from regard.kinds import kinds, skeleton
+from regard.testing.pages import check_page
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", catalog.pages())
+def test_page(name):
+    report = check_page(name)
+    assert report, f"{name}: nothing was checked"
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_kind_says_what_it_is(kind):
+    found = kinds()[kind]
+    assert issubclass(found.page, Page)
+    assert found.page.kind == kind
+    assert "NAME" in found.verb
+    assert catalog.list_methods(kind=kind), "a kind without a page is not written"
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_skeleton_is_a_page_that_passes(kind, tmp_path, monkeypatch):
+    """`regard new KIND NAME`: what a newcomer starts from is right before it is changed."""
+    monkeypatch.setattr(catalog, "_registered", {})
+    path = tmp_path / f"my_own_{kind}.py"
+    path.write_text(skeleton(kind, path.stem))
+    name = catalog.register(path)
+    assert name in catalog.list_methods("my_own*", kind=kind)
+    assert check_page(name)
