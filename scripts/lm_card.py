@@ -12,27 +12,29 @@ import lm_corpus
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from regard.tasks import Source, Task, held_out, recall, task
+from regard.catalog import task
+from regard.kinds.task import Task
+from regard.tasks import Source, held_out
 
 LENGTHS = (256, 512, 1024, 2048)
 QUESTIONS, WINDOW, SINKS = 128, 256, 4
 
 
 @torch.no_grad()
-def generated(model, tokenizer, asked: Task, length: int) -> float:
+def generated(model, tokenizer, questions: Task, length: int) -> float:
     """Share of the answers that greedy generation gives exactly."""
-    samples, right = asked.samples(tokenizer, length, QUESTIONS, seed=2), 0
+    samples, right = questions.samples(tokenizer, length, QUESTIONS, seed=2), 0
     for group in (samples[i : i + 8] for i in range(0, QUESTIONS, 8)):
         ids = torch.tensor([s.prompt for s in group])
         size = len(group[0].answer)
-        said = model.generate(
+        output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=size,
             min_new_tokens=size,
             do_sample=False,
         )
-        right += sum(said[i, length:].tolist() == s.answer for i, s in enumerate(group))
+        right += sum(output[i, length:].tolist() == s.answer for i, s in enumerate(group))
     return right / QUESTIONS
 
 
@@ -85,34 +87,30 @@ def sink_mass(model, rows: torch.Tensor) -> list[list[float]]:
     return [[round(x, 3) for x in w[:, :, half:, 0].mean((0, 2)).tolist()] for w in weights]
 
 
-def measure(model, tokenizer, tell: Callable = print) -> dict:
+def measure(model, tokenizer, show: Callable = print) -> dict:
     held = torch.tensor(held_out().ids(tokenizer))
     prose = torch.tensor(Source("prose", lm_corpus.assemble().prose).ids(tokenizer))
-    first, found = tokenizer.bos_token_id, {"held_out_tokens": len(held)}
-    found["unigram"], found["bigram"] = ngrams(prose, held, len(tokenizer))
+    first, numbers = tokenizer.bos_token_id, {"held_out_tokens": len(held)}
+    numbers["unigram"], numbers["bigram"] = ngrams(prose, held, len(tokenizer))
     for length in (512, 2048):
-        found[f"loss_{length}"] = text_loss(model, windows(held, first, length))
+        numbers[f"loss_{length}"] = text_loss(model, windows(held, first, length))
     long = windows(held, first, 2048)[:16]
-    found["full"] = text_loss(model, long, skip=WINDOW)
+    numbers["full"] = text_loss(model, long, skip=WINDOW)
     for name, sinks in (("window", 0), ("window_and_sinks", SINKS), ("window_and_first", 1)):
-        found[name] = text_loss(model, long, window_mask(2048, sinks), skip=WINDOW)
-    found["sink_mass"] = sink_mass(model, windows(held, first, 512)[:16])
-    tell(found)
+        numbers[name] = text_loss(model, long, window_mask(2048, sinks), skip=WINDOW)
+    numbers["sink_mass"] = sink_mass(model, windows(held, first, 512)[:16])
+    show(numbers)
     for name in ("needle", "recall"):
         for length in LENGTHS:
-            found[f"{name}_{length}"] = generated(model, tokenizer, task(name), length)
-            tell(name, length, found[f"{name}_{length}"])
-    found["recall_of_32"] = crowded(model, tokenizer)
-    return found
+            numbers[f"{name}_{length}"] = generated(model, tokenizer, task(name), length)
+            show(name, length, numbers[f"{name}_{length}"])
+    numbers["recall_of_32"] = crowded(model, tokenizer)
+    return numbers
 
 
 def crowded(model, tokenizer) -> float:
-    """Recall at 2,048 tokens among more facts than the task has."""
-    usual, recall.MOST_FACTS = recall.MOST_FACTS, 32
-    try:
-        return generated(model, tokenizer, recall.RECALL, 2048)
-    finally:
-        recall.MOST_FACTS = usual
+    """Recall at 2,048 tokens among more facts than the task has by default."""
+    return generated(model, tokenizer, task("recall", most_facts=32), 2048)
 
 
 CARD = """# A small language model that can retrieve
@@ -165,14 +163,16 @@ Mean attention of the heads to `<s>` on held-out text (queries 256 to 511):
 """
 
 
-def card(found: dict, model, last: dict, command: str) -> str:
+def card(numbers: dict, model, last: dict, command: str) -> str:
     config = model.config
-    rows = {name: " | ".join(f"{found[f'{name}_{n}']:.1%}" for n in LENGTHS) for name in ("needle", "recall")}
+    rows = {
+        name: " | ".join(f"{numbers[f'{name}_{n}']:.1%}" for n in LENGTHS) for name in ("needle", "recall")
+    }
     masses = [
-        f"- layer {i}: {', '.join(f'{m:.2f}' for m in heads)}" for i, heads in enumerate(found["sink_mass"])
+        f"- layer {i}: {', '.join(f'{m:.2f}' for m in heads)}" for i, heads in enumerate(numbers["sink_mass"])
     ]
     return CARD.format(
-        **found | rows,
+        **numbers | rows,
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,
@@ -196,10 +196,10 @@ def main() -> None:
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    found = measure(model, tokenizer)
+    numbers = measure(model, tokenizer)
     last = json.loads((args.model / "curve.jsonl").read_text().splitlines()[-1])
     (args.model / "CARD.md").write_text(
-        card(found, model, last, "\n    ".join(args.command)), encoding="utf-8"
+        card(numbers, model, last, "\n    ".join(args.command)), encoding="utf-8"
     )
 
 

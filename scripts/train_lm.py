@@ -27,14 +27,15 @@ import torch
 from lm_model import build_tokenizer, new_model, optimizers, save
 from torch.nn.functional import cross_entropy
 
+from regard.catalog import task
 from regard.tasks.base import encode
-from regard.tasks.needle import NEEDLE
-from regard.tasks.recall import RECALL, Fact, near_keys, weave, words
+from regard.tasks.recall import Fact, near_keys, weave, words
 
 # (share of the tokens, length): until this share, sequences have this length
 STAGES = ((0.40, 128), (0.55, 256), (0.70, 512), (0.85, 1024), (1.0, 2048))
 BATCH_TOKENS, WARM_UP, EVERY = 8192, 50, 100
-FACT, TEXT = 0.3, 1.0  # weight of a token in the loss, on a page of facts and in running text
+# weight of a token in the loss, on a page of facts and in running text
+FACT, TEXT = 0.3, 1.0
 # after this share of the tokens, facts and questions have no weight, so that free text does not break into them
 SPOKEN = 0.3
 
@@ -98,9 +99,9 @@ class Mix:
         number = rng.randint(1, max(1, length // 30)) if dense else rng.choice([1, 1, 2, 4, 8, 16, 32])
         number = min(number, max(1, length // 30), 64)
         facts = self.draw(rng, number)
-        asked = rng.sample(facts, number if dense else min(number, rng.randint(1, 4)))
+        questioned = rng.sample(facts, number if dense else min(number, rng.randint(1, 4)))
         statements = [fact.statement(self.pieces) for fact in facts]
-        questions = [(fact.question(self.pieces), fact.answer(self.pieces)) for fact in asked]
+        questions = [(fact.question(self.pieces), fact.answer(self.pieces)) for fact in questioned]
         stop = encode(self.tokenizer, ".")
         room = length - sum(map(len, statements)) - sum(len(q) + len(a) + 1 for q, a in questions)
         if room < 0:
@@ -125,10 +126,10 @@ class Mix:
 
 
 @torch.no_grad()
-def exact(model, task, tokenizer, length: int, count: int, seed: int = 1) -> float:
+def exact(model, questions, tokenizer, length: int, count: int, seed: int = 1) -> float:
     """Share of the questions whose whole answer is the most likely one, token by token."""
     right, device = 0, model.device
-    samples = task.samples(tokenizer, length, count, seed)
+    samples = questions.samples(tokenizer, length, count, seed)
     for group in (samples[i : i + 8] for i in range(0, count, 8)):
         ids = torch.tensor([s.prompt + s.answer for s in group], device=device)
         size = len(group[0].answer)
@@ -147,7 +148,7 @@ def text_loss(model, ids: torch.Tensor, first: int, length: int = 512, rows: int
 
 
 @dataclass
-class Run:
+class Training:
     """A training under way: everything that a checkpoint holds."""
 
     model: torch.nn.Module
@@ -192,41 +193,43 @@ def rate(share: float, step: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def train(run: Run, mix: Mix, held: torch.Tensor, args: argparse.Namespace) -> None:
-    began, before = time.monotonic(), run.seconds
+def train(training: Training, mix: Mix, held: torch.Tensor, args: argparse.Namespace) -> None:
+    began, before = time.monotonic(), training.seconds
     end = min(args.tokens, args.until)
-    while run.tokens < end:
-        share = run.tokens / args.tokens
+    while training.tokens < end:
+        share = training.tokens / args.tokens
         length = args.length or next(size for until, size in STAGES if share < until)
-        loss = run.update(*mix.batch(args.seed, run.step, length, share), rate(share, run.step))
-        run.seconds = before + time.monotonic() - began
-        bar = "#" * int(30 * run.tokens / args.tokens)
+        loss = training.update(
+            *mix.batch(args.seed, training.step, length, share), rate(share, training.step)
+        )
+        training.seconds = before + time.monotonic() - began
+        bar = "#" * int(30 * training.tokens / args.tokens)
         print(
-            f"\r[{bar:30}] {run.tokens / 1e6:6.2f} M tokens, loss {loss:.3f}, {run.seconds:.0f} s",
+            f"\r[{bar:30}] {training.tokens / 1e6:6.2f} M tokens, loss {loss:.3f}, {training.seconds:.0f} s",
             end="",
             flush=True,
         )
-        if run.step % EVERY == 0 or run.tokens >= end:
-            report(run, mix.tokenizer, held, length, loss, args.out)
-            run.keep(args.out / "checkpoint.pt")
+        if training.step % EVERY == 0 or training.tokens >= end:
+            report(training, mix.tokenizer, held, length, loss, args.out)
+            training.keep(args.out / "checkpoint.pt")
 
 
-def report(run: Run, tokenizer, held: torch.Tensor, length: int, loss: float, out: Path) -> None:
-    run.model.eval()
+def report(training: Training, tokenizer, held: torch.Tensor, length: int, loss: float, out: Path) -> None:
+    training.model.eval()
     row = {
-        "step": run.step,
-        "tokens": run.tokens,
-        "seconds": round(run.seconds),
+        "step": training.step,
+        "tokens": training.tokens,
+        "seconds": round(training.seconds),
         "length": length,
         "loss": round(loss, 4),
     }
-    row["held_out"] = round(text_loss(run.model, held, tokenizer.bos_token_id), 4)
-    for task in (NEEDLE, RECALL):
+    row["held_out"] = round(text_loss(training.model, held, tokenizer.bos_token_id), 4)
+    for name in ("needle", "recall"):
         row |= {
-            f"{task.name}_{n}": round(exact(run.model, task, tokenizer, n, 32), 3)
+            f"{name}_{n}": round(exact(training.model, task(name), tokenizer, n, 32), 3)
             for n in (256, max(512, length))
         }
-    run.model.train()
+    training.model.train()
     with (out / "curve.jsonl").open("a") as curve:
         curve.write(json.dumps(row) + "\n")
     print("\n" + "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
@@ -270,10 +273,10 @@ def main() -> None:
     model = new_model(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
     size = sum(p.numel() for p in model.parameters())
     print(f"tokens of prose {len(prose):,}, of code {len(code):,}; weights {size:,}", flush=True)
-    run = Run(model, optimizers(model, args.optimizer))
+    training = Training(model, optimizers(model, args.optimizer))
     if args.resume:
-        run.take_up(args.out / "checkpoint.pt")
-    train(run, Mix(tokenizer, prose, code, args.answer_weight), held, args)
+        training.take_up(args.out / "checkpoint.pt")
+    train(training, Mix(tokenizer, prose, code, args.answer_weight), held, args)
     save(model, tokenizer, args.out / "model")
 
 

@@ -18,24 +18,24 @@ from regard.testing.mask import example_roles  # noqa: E402
 
 
 def ask_mechanism(page) -> int:
-    asked = 0
+    calls = 0
     for settings in ({}, *page.test_settings):
         for pattern in page.patterns:
             case = Case(page, page.configure(**settings), pattern)
             for groups in (H, 1):
-                given = case.inputs(7, 9, groups=groups)
-                mask = torch.ones(B, 1, 1, given.k.shape[2], dtype=torch.bool)
+                inputs = case.inputs(7, 9, groups=groups)
+                mask = torch.ones(B, 1, 1, inputs.k.shape[2], dtype=torch.bool)
                 for path in case.paths.values():
-                    asked += carry_on(case, path, given, mask)
-    return asked
+                    calls += carry_on(case, path, inputs, mask)
+    return calls
 
 
-def carry_on(case, path, given, mask) -> int:
+def carry_on(case, path, inputs, mask) -> int:
     try:
-        case.run(path, given, mask)
-        state = case.run(path, given)[1]
+        case.run(path, inputs, mask)
+        state = case.run(path, inputs)[1]
         if state is not None:
-            case.run(path, given.span(slice(0, 1)), state=state)
+            case.run(path, inputs.span(slice(0, 1)), state=state)
     except Unsupported:
         return 0
     return 1

@@ -45,9 +45,9 @@ def state(model):
 
 
 def greedy(model, inputs, **settings):
-    asked = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    defaults = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
     with torch.no_grad():
-        return model.generate(**inputs, **{**asked, **settings})
+        return model.generate(**inputs, **{**defaults, **settings})
 
 
 def run(model, inputs, **settings):
@@ -61,7 +61,8 @@ def run(model, inputs, **settings):
 @pytest.mark.parametrize("name", REACHED)
 def test_nothing_is_left_behind(name):
     model, inputs = build(name)
-    run(model, inputs)  # transformers puts its own capturing hooks on at the first call
+    # transformers puts its own capturing hooks on at the first call
+    run(model, inputs)
     before = state(model)
     with attach(model):
         run(model, inputs)
@@ -91,12 +92,12 @@ def test_undo_when_entering_fails(monkeypatch):
 
 def test_one_attachment_after_another_and_two_models():
     (a, inputs), (b, _) = build("llama"), build("qwen3")
-    before, own = (state(a), state(b)), run(b, inputs)
+    before, expected = (state(a), state(b)), run(b, inputs)
     for _ in range(2):
         with attach(a, STREAM):
             greedy(a, inputs)
             with attach(b):
-                assert torch.equal(run(b, inputs), own)
+                assert torch.equal(run(b, inputs), expected)
             greedy(a, inputs)
     assert (state(a), state(b)) == before
 
@@ -117,9 +118,9 @@ def test_one_attachment_at_a_time():
 def test_a_model_of_the_same_configuration_object_is_left_alone():
     model, inputs = build("llama")
     other = type(model)(model.config).eval()
-    own = run(other, inputs)
+    expected = run(other, inputs)
     with attach(model, STREAM) as attached:
-        assert torch.equal(run(other, inputs, use_cache=False), own)
+        assert torch.equal(run(other, inputs, use_cache=False), expected)
         assert attached.reached() == {}
         greedy(model, inputs)
 
@@ -136,20 +137,20 @@ def test_importing_changes_nothing():
 @pytest.mark.parametrize("name", REACHED)
 def test_forward_is_the_models_own(name):
     model, inputs = build(name)
-    own = run(model, inputs)
+    expected = run(model, inputs)
     with attach(model) as attached:
-        found = run(model, inputs)
+        result = run(model, inputs)
         assert attached.reached()
-    assert float((found - own).abs().max()) <= (1e-5 if name in EXPLICIT else 0)
+    assert float((result - expected).abs().max()) <= (1e-5 if name in EXPLICIT else 0)
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_generate_is_the_models_own(name):
     model, inputs = build(name)
     inputs = {k: x for k, x in inputs.items() if not k.startswith("decoder")}
-    own = greedy(model, inputs)
+    expected = greedy(model, inputs)
     with attach(model):
-        assert torch.equal(greedy(model, inputs), own)
+        assert torch.equal(greedy(model, inputs), expected)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -161,9 +162,9 @@ def test_static_cache_is_the_models_own(name, padded):
         mask[0, :5] = 0
         inputs = dict(input_ids=ids(2, 12), attention_mask=mask)
     settings = dict(cache_implementation="static", disable_compile=True)
-    own = greedy(model, inputs, **settings)
+    expected = greedy(model, inputs, **settings)
     with attach(model):
-        assert torch.equal(greedy(model, inputs, **settings), own)
+        assert torch.equal(greedy(model, inputs, **settings), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gptoss", "gpt2"])
@@ -172,9 +173,9 @@ def test_left_padded_batch_is_the_models_own(name):
     tokens, mask = ids(2, 14), torch.ones(2, 14, dtype=torch.long)
     mask[1, :5] = 0
     inputs = dict(input_ids=tokens, attention_mask=mask)
-    own, written = run(model, inputs), greedy(model, inputs)
+    expected, written = run(model, inputs), greedy(model, inputs)
     with attach(model):
-        assert float((run(model, inputs) - own)[mask.bool()].abs().max()) <= 1e-5
+        assert float((run(model, inputs) - expected)[mask.bool()].abs().max()) <= 1e-5
         assert torch.equal(greedy(model, inputs), written)
 
 
@@ -187,12 +188,12 @@ def test_gradients_are_the_models_own(name):
         logits(model(**inputs)).square().mean().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    own = gradients()
+    expected = gradients()
     with attach(model):
-        found = gradients()
-    assert own.keys() == found.keys()
-    for label, grad in own.items():
-        torch.testing.assert_close(found[label], grad, rtol=1e-4, atol=1e-6)
+        result = gradients()
+    assert expected.keys() == result.keys()
+    for label, grad in expected.items():
+        torch.testing.assert_close(result[label], grad, rtol=1e-4, atol=1e-6)
 
 
 def test_training_with_dropout_is_the_models_own():
@@ -213,13 +214,13 @@ def test_training_with_dropout_is_the_models_own():
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_compiled_is_the_models_own(name):
     model, inputs = build(name)
-    own = run(model, inputs, use_cache=False)
+    expected = run(model, inputs, use_cache=False)
     with attach(model):
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")
-        found = run(compiled, inputs, use_cache=False)
+        result = run(compiled, inputs, use_cache=False)
     torch._dynamo.reset()
-    assert float((found - own).abs().max()) <= 1e-6
+    assert float((result - expected).abs().max()) <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gptoss", "bert", "vit", "gpt2", "neox", "deepseek3"])
@@ -228,18 +229,18 @@ def test_output_attentions(name):
     other = copy.deepcopy(model)
     other.set_attn_implementation("eager")
     with torch.no_grad():
-        own = other(**inputs, output_attentions=True)
+        expected = other(**inputs, output_attentions=True)
         with attach(model):
-            found = model(**inputs, output_attentions=True)
-    assert len(found.attentions) == len(own.attentions) > 0
-    for a, b in zip(found.attentions, own.attentions):
+            result = model(**inputs, output_attentions=True)
+    assert len(result.attentions) == len(expected.attentions) > 0
+    for a, b in zip(result.attentions, expected.attentions):
         seen = torch.ones(a.shape[0], 1, a.shape[2], 1, dtype=torch.bool)
         if name == "bert":
             seen = inputs["attention_mask"][:, None, :, None].bool()
         assert float((a - b).abs().masked_fill(~seen, 0).max()) <= 1e-5
         if name != "gptoss":  # a part of the mass goes to its sinks
             torch.testing.assert_close(a.sum(-1), torch.ones_like(a.sum(-1)))
-    assert float((logits(found) - logits(own)).abs().max()) <= 1e-5
+    assert float((logits(result) - logits(expected)).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
@@ -250,12 +251,15 @@ def test_a_mask_of_the_users_own(kind, name):
     low = torch.finfo(torch.float32).min
     additive = torch.where(seen, 0.0, low)[None, None]
     mask = seen[None, None] if kind == "bool" else additive
-    place = torch.arange(12)[None]
-    given = additive if name == "gemma2" else mask  # eager attention adds True as 1
-    own = run(model, dict(input_ids=inputs["input_ids"], attention_mask=given, position_ids=place))
+    positions = torch.arange(12)[None]
+    # eager attention adds True as 1
+    eager_mask = additive if name == "gemma2" else mask
+    expected = run(
+        model, dict(input_ids=inputs["input_ids"], attention_mask=eager_mask, position_ids=positions)
+    )
     with attach(model):
-        found = run(model, dict(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=place))
-    assert float((found - own).abs().max()) <= 1e-5
+        result = run(model, dict(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions))
+    assert float((result - expected).abs().max()) <= 1e-5
 
 
 # -- caches
@@ -282,7 +286,7 @@ def test_two_caches_alternate():
 
 def test_roles_belong_to_their_cache():
     model, _ = build("llama")
-    looks = {}
+    results = {}
     for together in (False, True):
         texts = [torch.full((1, 8), 5), torch.full((1, 8), 6)]
         texts[0][0, 2] = texts[1][0, 6] = 100
@@ -297,8 +301,8 @@ def test_roles_belong_to_their_cache():
             for t, i in order:
                 piece = texts[i][:, :5] if t == 0 else texts[i][:, 5:]
                 seen[i].append(run(model, dict(input_ids=piece), past_key_values=caches[i]))
-        looks[together] = seen
-    for a, b in zip(looks[False], looks[True]):
+        results[together] = seen
+    for a, b in zip(results[False], results[True]):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
@@ -329,14 +333,14 @@ def test_a_compressed_cache_cannot_go_on_alone():
 
 def test_an_untouched_cache_goes_on_alone():
     model, inputs = build("mistral")
-    own, after = DynamicCache(), DynamicCache()
+    plain, after = DynamicCache(), DynamicCache()
     with attach(model):
         run(model, inputs, past_key_values=after)
-    run(model, inputs, past_key_values=own)
+    run(model, inputs, past_key_values=plain)
     assert isinstance(after.layers[0], LedgerLayer)
     more = dict(input_ids=ids(1, 3))
     assert (
-        float((run(model, more, past_key_values=after) - run(model, more, past_key_values=own)).abs().max())
+        float((run(model, more, past_key_values=after) - run(model, more, past_key_values=plain)).abs().max())
         <= 1e-6
     )
 
@@ -346,10 +350,10 @@ def test_a_cache_that_began_without():
     one, other, more = DynamicCache(), DynamicCache(), dict(input_ids=ids(1, 1))
     run(model, inputs, past_key_values=one)
     with attach(model, STREAM) as attached:
-        found = run(model, more, past_key_values=one)
+        result = run(model, more, past_key_values=one)
         assert attached.stored() == [[8, 8]] * 3
     run(model, inputs, past_key_values=other)
-    assert float((found - run(model, more, past_key_values=other)).abs().max()) <= 1e-6
+    assert float((result - run(model, more, past_key_values=other)).abs().max()) <= 1e-6
 
 
 # -- refusals
@@ -384,9 +388,9 @@ def test_assisted_decoding_with_a_policy(settings):
     inputs = dict(input_ids=torch.tensor([[7, 8, 9, 10] * 5]))
     if "assistant" in settings:
         settings = dict(assistant_model=build("llama", seed=2)[0])
-    own = greedy(model, inputs, **settings)
+    expected = greedy(model, inputs, **settings)
     with attach(model):
-        assert torch.equal(greedy(model, inputs, **settings), own)
+        assert torch.equal(greedy(model, inputs, **settings), expected)
     for method in (STREAM, catalog.method("h2o", budget=8)):
         with pytest.raises(Unsupported, match="assisted decoding"), attach(model, method):
             greedy(model, inputs, max_new_tokens=20, **settings)
@@ -480,8 +484,7 @@ def test_bytes_and_slots():
     with attach(model, STREAM) as attached:
         run(model, dict(input_ids=ids(2, 100)), past_key_values=cache)
         assert attached.stored() == [[8, 8]] * 3
-        assert (
-            attached.bytes_held() < 2 * 3 * 2 * 2 * 8 * 16 * 4
-        )  # keys and values, layers, rows, heads, slots, width
+        # keys and values, layers, rows, heads, slots, width
+        assert attached.bytes_held() < 2 * 3 * 2 * 2 * 8 * 16 * 4
         run(model, dict(input_ids=ids(2, 1)), past_key_values=cache)
         assert attached.bytes_read() == 3 * 2 * 2 * 9 * 16 * 4

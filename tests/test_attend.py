@@ -16,10 +16,10 @@ from regard.kinds.mechanism import Mechanism
 from regard.nn import Attention
 
 
-def draw(n=5, m=5, heads=4, groups=2, d=8, e=6, **told):
+def draw(n=5, m=5, heads=4, groups=2, d=8, e=6, **options):
     g = torch.Generator().manual_seed(0)
     return [
-        torch.randn(2, h, length, w, generator=g, **told)
+        torch.randn(2, h, length, w, generator=g, **options)
         for h, length, w in ((heads, n, d), (groups, m, d), (groups, m, e))
     ]
 
@@ -103,9 +103,9 @@ def test_it_compiles():
     torch._dynamo.reset()
 
 
-def broken(letter, place, value):
+def broken(letter, index, value):
     qkv = dict(zip("qkv", draw(), strict=True))
-    qkv[letter][place] = value
+    qkv[letter][index] = value
     return list(qkv.values())
 
 
@@ -269,13 +269,13 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input(case):
-    *qkv, name, told, kind, said = WRONG[case]
-    with pytest.raises(kind, match=said) as raised:
-        attend(*qkv, name, **told)
+    *qkv, name, options, kind, message = WRONG[case]
+    with pytest.raises(kind, match=message) as raised:
+        attend(*qkv, name, **options)
     text = str(raised.value)
     if case not in ("near names", "kind", "setting", "setting value"):
         assert len(re.findall(r"(?:\n  |; )q \S.*, k \S.*, v \S", text)) == 1, "the shapes are said once"
-        assert f"pattern {told.get('pattern', 'causal_self')!r}" in text
+        assert f"pattern {options.get('pattern', 'causal_self')!r}" in text
 
 
 def test_a_mask_page_is_a_mask():
@@ -302,8 +302,8 @@ def test_every_way_to_ask_gives_one_answer():
     x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         parts = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
-        own = [t.unflatten(-1, (-1, 2)).transpose(1, 2) for t in parts]
-        out = attend(*own, "gla", params=dict(layer.params), x=x).out
+        by_head = [t.unflatten(-1, (-1, 2)).transpose(1, 2) for t in parts]
+        out = attend(*by_head, "gla", params=dict(layer.params), x=x).out
         wanted = layer.o_proj(layer.norm(out).transpose(1, 2).flatten(2))
         torch.testing.assert_close(layer(x)[0], wanted)
     with pytest.raises(ValueError, match="impl is one of"):

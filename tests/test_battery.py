@@ -69,11 +69,11 @@ def page(fault: Callable, config: type = Plain, both: bool = True, **fields) -> 
     return replace(page, exempt=exempt, **fields)
 
 
-def planted(*laws: str, asked: str = "causal_self", **fields):
+def planted(*laws: str, pattern: str = "causal_self", **fields):
     """Plant this function in a page (as both paths unless both=False); asked for this pattern, it breaks these laws."""
 
     def plant(fault: Callable) -> Callable:
-        FAULTS[fault.__name__] = (page(fault, **fields), asked, laws)
+        FAULTS[fault.__name__] = (page(fault, **fields), pattern, laws)
         return fault
 
     return plant
@@ -130,7 +130,7 @@ def batch_mixing(q, k, v, cfg, call):
     return attention(q, k - 0.1 * k.mean(0, keepdim=True), v, cfg, call)
 
 
-@planted("extremes", asked="self")
+@planted("extremes", pattern="self")
 def overflow(q, k, v, cfg, call):
     e = (q.float() @ k.float().mT * q.shape[-1] ** -0.5).exp()
     return ((e / e.sum(-1, keepdim=True)).to(v.dtype) @ v), None
@@ -147,8 +147,8 @@ def windowed(extra: int) -> Callable:
 
 
 @planted("window", config=Windowed)
-def window_off_by_one(*given):
-    return windowed(1)(*given)
+def window_off_by_one(*args):
+    return windowed(1)(*args)
 
 
 @planted("padding_left", "padded_state", "mask_obeyed", "blind_rows")
@@ -156,7 +156,7 @@ def reads_padding(q, k, v, cfg, call):
     return attention(q, k, v, cfg, call.with_(key_mask=None, pair_mask=None))
 
 
-@planted("padding_right", asked="self")
+@planted("padding_right", pattern="self")
 def reads_padding_after_the_text(q, k, v, cfg, call):
     return attention(q, k, v, cfg, hiding(call, lambda mask: mask | mask.flip(-1)))
 
@@ -226,13 +226,13 @@ def cannot_be_traced(q, k, v, cfg, call):
     return out if out.sum() > -1e30 else out * 2, state
 
 
-@planted("influence", asked="causal_cross")
+@planted("influence", pattern="causal_cross")
 def causal_cross_as_a_triangle(q, k, v, cfg, call):
     sees = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     return attention(q, k, v, cfg, call, sees=sees)
 
 
-@planted("queries", asked="cross")
+@planted("queries", pattern="cross")
 def queries_speak(q, k, v, cfg, call):
     return attention(q + 0.1 * q.mean(2, keepdim=True), k, v, cfg, call)
 
@@ -280,8 +280,10 @@ def test_fault_is_found(fault, monkeypatch):
             mechanism, "CHECKS", tuple(c for c in CHECKS if c is not mechanism.check_compiles)
         )
     report = examine(broken, [pattern])
-    found = {key.split(",")[0]: verdict for key, verdict in report.items() if verdict.startswith("broken")}
-    assert set(laws) <= set(found), f"found by {found}"
+    laws_broken = {
+        key.split(",")[0]: verdict for key, verdict in report.items() if verdict.startswith("broken")
+    }
+    assert set(laws) <= set(laws_broken), f"found by {laws_broken}"
     with pytest.raises(AssertionError, match="Softmax attention"):
         check_mechanism(broken, [pattern])
 
@@ -300,7 +302,7 @@ def test_what_cannot_be_asked_says_why():
 def test_mask_objects_that_are_not_lowered_are_found(monkeypatch):
     """Masks are split into those of keys and of pairs in one place; should it leave one out, the law says so."""
     whole = call.split_mask
-    ignoring = lambda mask, *given: whole(None if isinstance(mask, Mask) else mask, *given)  # noqa: E731
+    ignoring = lambda mask, *args: whole(None if isinstance(mask, Mask) else mask, *args)  # noqa: E731
     monkeypatch.setattr("regard.kinds.mechanism.split_mask", ignoring)
     assert examine(page(attention), ["causal_self"])["mask_object, causal_self"].startswith("broken")
 

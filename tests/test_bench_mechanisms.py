@@ -15,7 +15,7 @@ def known_machine(monkeypatch):
     monkeypatch.setattr(mechanisms, "copy_bandwidth", lambda: 1e10)
 
 
-def found(part) -> list[dict]:
+def rows_of(part) -> list[dict]:
     with torch.no_grad():
         return list(part(SMALL, lambda text: None))
 
@@ -24,7 +24,7 @@ def found(part) -> list[dict]:
     "name", ["forward", "longest", "trained_operator", "share", "flat", "memory", "decode"]
 )
 def test_rows(name):
-    rows = found(getattr(mechanisms, name))
+    rows = rows_of(getattr(mechanisms, name))
     assert len(rows) == 2  # one for each dtype
     for row in rows:
         assert set(row) == KEYS
@@ -32,7 +32,7 @@ def test_rows(name):
 
 
 def test_share_is_the_bound_over_the_time():
-    for row in found(mechanisms.share):
+    for row in rows_of(mechanisms.share):
         operations = 2 * 128 * (4 * 16 * 16 + 2 * 64 * 16)
         assert row["baseline_ms"] >= 1e3 * operations / 1e11 * (1 - 1e-9)
         assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"])
@@ -46,5 +46,5 @@ def test_a_state_does_not_grow():
 def test_every_linear_mechanism_has_a_row(monkeypatch):
     names = ["linear_attention", "lightning_attention_2", "gla", "softmax"]
     monkeypatch.setattr(mechanisms.catalog, "list_methods", lambda **_: names)
-    cases = [row["case"].split(",")[0] for row in found(mechanisms.others)]
+    cases = [row["case"].split(",")[0] for row in rows_of(mechanisms.others)]
     assert cases == ["linear_attention", "gla"]

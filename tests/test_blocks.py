@@ -30,10 +30,10 @@ def init(cfg, dims):
 def running(x, cfg, call):
     """x plus a map of the running mean of the tokens so far: a block that is small enough to be wrong on purpose."""
     full = x if x.dtype == torch.float64 else x.float()
-    there = torch.ones_like(full[..., :1])
+    token_mask = torch.ones_like(full[..., :1])
     if call.key_mask is not None:
-        there = call.key_mask[:, 0, :, None].to(full.dtype).expand_as(there)
-    total, count = (full * there).cumsum(1), there.cumsum(1)
+        token_mask = call.key_mask[:, 0, :, None].to(full.dtype).expand_as(token_mask)
+    total, count = (full * token_mask).cumsum(1), token_mask.cumsum(1)
     if call.initial_state is not None:
         total, count = total + call.initial_state[..., None, :-1], count + call.initial_state[..., None, -1:]
     mean = total / count.clamp(min=1)

@@ -14,7 +14,7 @@ from regard.attaching.ledger import LedgerLayer
 from regard.attaching.policy import CachePolicy
 from regard.attaching.rotary import Rotary
 from regard.attaching.slots import Group
-from regard.core import Card, Method, Unsupported
+from regard.core import Card, Method, Observer, Unsupported, edit
 from regard.kinds.cache import CachePage
 from regard.ops import Kept, View, gather_rows, keep_best, slots_of, top_slots
 from regard.testing.cache import check_cache
@@ -191,13 +191,13 @@ def padded_budget(self, view, group, rule, budget=CachePolicy.budget):
 
 def hoard(x, slots):
     wide = x.new_empty(*x.shape[:2], 400, x.shape[3])
-    found = gather_rows(x, slots)
-    wide[:, :, : found.shape[2]] = found
-    return wide[:, :, : found.shape[2]]
+    result = gather_rows(x, slots)
+    wide[:, :, : result.shape[2]] = result
+    return wide[:, :, : result.shape[2]]
 
 
-def one_further(self, attention, table, x, by, turn=Rotary.turn):
-    return turn(self, attention, table, x, by + 1)
+def one_further(self, attention, table, x, by, rotate=Rotary.rotate):
+    return rotate(self, attention, table, x, by + 1)
 
 
 def late_keys(self, k, v, start, append=Group.append):
@@ -227,7 +227,7 @@ MACHINE_FAULTS = {
     ),
     "padding in the budget": (CachePolicy, "budget", padded_budget, page(keep=window), "llama"),
     "nothing is freed": (slots, "gather_rows", hoard, page(keep=window), "llama"),
-    "positions off by one": (Rotary, "turn", one_further, STREAM, "llama"),
+    "positions off by one": (Rotary, "rotate", one_further, STREAM, "llama"),
     "new keys under other heads": (Group, "append", late_keys, page(keep=window), "llama"),
 }
 
@@ -321,11 +321,11 @@ def test_streaming_llm_holds_sinks_and_window():
     model, _ = build("llama")
     feeds = script()
     tape = play(model, catalog.method("streaming_llm", sinks=2, window=5), feeds)
-    for feed, found in zip(feeds, tape.held):
+    for feed, layers in zip(feeds, tape.held):
         for row, mask in enumerate(feed["attention_mask"].bool()):
             real = mask.nonzero()[:, 0].tolist()
             wanted = sorted({*real[:2], *real[-5:]}) if len(real) > 7 else real
-            for layer in found.values():
+            for layer in layers.values():
                 assert all((one & mask).nonzero()[:, 0].tolist() == wanted for one in layer[row])
 
 
@@ -339,11 +339,11 @@ def test_streaming_llm_slots_are_positions():
     with attach(model, "streaming_llm", sinks=2, window=6), torch.no_grad():
         cache = Cache(layer_class_to_replicate=DynamicLayer)
         model(input_ids=tokens[:, :12], past_key_values=cache)
-        found = [
+        result = [
             model(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(12, 24)
         ]
     with torch.no_grad():
-        for i, logits in zip(range(12, 24), found):
+        for i, logits in zip(range(12, 24), result):
             kept = torch.cat([tokens[:, :2], tokens[:, i - 6 : i + 1]], 1)
             assert float((model(input_ids=kept).logits[0, -1] - logits).abs().max()) < 2e-6
 
@@ -361,17 +361,39 @@ def test_streaming_llm_keys_are_raw_keys_at_their_slots():
         layers = list(ledgers(attached).values())
     for hook in hooks:
         hook.remove()
-    turn = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    frequency = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     for keys, layer in zip(raw, layers):
         index = layer.groups[0].table()[0, 0]
         order = index.argsort()
         k = torch.cat(keys, 1).view(-1, 2, 8).transpose(0, 1)[:, index[order]].double()
         gone = layer.seen - 9  # the last step read sinks, window and the new token
-        place = torch.where(index[order] < 2, index[order] + gone, index[order])
-        angle = torch.cat([place[:, None] * turn] * 2, -1)
+        position = torch.where(index[order] < 2, index[order] + gone, index[order])
+        angle = torch.cat([position[:, None] * frequency] * 2, -1)
         half = torch.cat([-k[..., 4:], k[..., :4]], -1)
-        found = layer.groups[0].k()[0][:, order]
-        assert float((k * angle.cos() + half * angle.sin() - found).abs().max()) < 2e-5
+        result = layer.groups[0].k()[0][:, order]
+        assert float((k * angle.cos() + half * angle.sin() - result).abs().max()) < 2e-5
+
+
+def test_old_names_work_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="turns"):
+        old = CachePage(config=Config, card=page().page.card, turns=True)
+    assert old.rotates
+    with pytest.warns(DeprecationWarning, match=r"CachePage\.turns is now CachePage\.rotates"):
+        assert old.turns
+    with pytest.warns(DeprecationWarning, match="place"):
+        assert CachePage(config=Config, card=old.card, place=newest).shift is newest
+    with pytest.raises(ValueError, match="not both"):
+        CachePage(config=Config, card=old.card, place=newest, shift=newest)
+    with pytest.warns(DeprecationWarning, match=r"regard\.core\.edit\.LOOKS"):
+        assert edit.LOOKS is edit.STATISTICS
+    with pytest.warns(DeprecationWarning, match="look"):
+        assert Observer(look="top1") == Observer(statistic="top1")
+    q, slot = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, dtype=torch.long)
+    view = View(q, q, q, slot, None, 1.0, 1, slot[0, 0], 1, rotate=lambda x, by: x)
+    with pytest.warns(DeprecationWarning, match=r"View\.turn is now View\.rotate"):
+        assert view.turn is view.rotate
+    with pytest.warns(DeprecationWarning, match=r"Observer\.look is now"):
+        assert Observer("top1").look == "top1"
 
 
 def test_neutral_families_are_all_decoders():

@@ -61,7 +61,7 @@ FAULTS = [
 ]
 
 
-def told(report: check.Report, law: str) -> dict:
+def row_of(report: check.Report, law: str) -> dict:
     return next(row for row in report.rows if row["law"] == law)
 
 
@@ -76,16 +76,16 @@ def test_sound_functions_pass_clean(name, pattern, against):
 def test_a_fault_is_found_with_its_smallest_counterexample(name, pattern, law, n, facts):
     report = check_file(f"{FAULTY / 'faults.py'}:{name}", pattern)
     assert law in report.violated
-    found = told(report, law)["counterexample"]
-    assert found["n"] == n
-    assert {key: found[key] for key in facts} == facts
+    counterexample = row_of(report, law)["counterexample"]
+    assert counterexample["n"] == n
+    assert {key: counterexample[key] for key in facts} == facts
 
 
 def test_the_counterexample_names_the_outputs_that_moved():
     report = check_file(f"{FAULTY / 'faults.py'}:no_causal_mask")
-    found = told(report, "causality")
-    assert list(found["counterexample"]["moved"]) == [0, 1]
-    assert found["said"].startswith(
+    row = row_of(report, "causality")
+    assert list(row["counterexample"]["moved"]) == [0, 1]
+    assert row["said"].startswith(
         "n=2: no_causal_mask looks ahead: token 1 moves the output of query 0 before it"
     )
 
@@ -95,7 +95,7 @@ def test_against_a_page_finds_what_no_law_can():
     assert check_file(target).violated == []
     report = check_file(target, against="softmax")
     assert report.violated == ["equals", "equal gradients"]
-    assert told(report, "equals")["counterexample"]["n"] == 2  # one key is the answer to every question
+    assert row_of(report, "equals")["counterexample"]["n"] == 2  # one key is the answer to every question
 
 
 def test_a_function_in_float32_is_held_to_its_own_rounding():
@@ -106,9 +106,9 @@ def test_a_function_in_float32_is_held_to_its_own_rounding():
 
 def test_what_does_not_apply_says_why():
     report = check_file(f"{FAULTY / 'correct.py'}:sdpa")
-    assert told(report, "padding left")["said"] == "it takes no mask"
-    assert told(report, "decode")["said"] == "it returns no state"
-    assert told(report, "window")["said"] == "no causal window"
+    assert row_of(report, "padding left")["said"] == "it takes no mask"
+    assert row_of(report, "decode")["said"] == "it returns no state"
+    assert row_of(report, "window")["said"] == "no causal window"
 
 
 def test_the_report_is_data_and_a_table():
@@ -116,14 +116,14 @@ def test_the_report_is_data_and_a_table():
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert data["violated"] == ["extremes"] == report.violated
     assert {"law", "verdict", "means", "said", "counterexample"} == set(data["rows"][0])
-    assert told(report, "compiles")["verdict"] == "held"
+    assert row_of(report, "compiles")["verdict"] == "held"
     console = Console(width=100, file=io.StringIO())
     console.print(report.table())
     assert "violated" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("target", "pattern", "against", "error", "said"),
+    ("target", "pattern", "against", "error", "message"),
     [
         ("correct.py", "self", None, ValueError, "FILE.py:function"),
         ("corect.py:softmax", "self", None, KeyError, "near names: correct.py"),
@@ -140,8 +140,8 @@ def test_the_report_is_data_and_a_table():
         ("cannot_import.py:f", "self", None, ValueError, r"imported: ZeroDivisionError.*\(cannot_import.py:3"),
     ],
 )  # fmt: skip
-def test_a_question_that_cannot_be_asked_says_why(target, pattern, against, error, said):
-    with pytest.raises(error, match=said):
+def test_a_question_that_cannot_be_asked_says_why(target, pattern, against, error, message):
+    with pytest.raises(error, match=message):
         check_file(str(FAULTY / target), pattern, against)
 
 
@@ -158,11 +158,11 @@ def looks_ahead(q, k, v, cfg, call):
 
 def test_support_is_found_by_truncating():
     page = replace(catalog.get("softmax"), reference=looks_ahead, fast=None, init=None)
-    found = supported(page)
-    assert found["self"] == "yes"
-    assert found["causal_self"].startswith("leaks: reference, 9 tokens cut after 1: query 0 changes by")
-    assert found["cross"] == "fails: ValueError: as many queries as keys"
-    assert found["causal_cross"].startswith("leaks: reference, 9 tokens cut after 1")
+    answers = supported(page)
+    assert answers["self"] == "yes"
+    assert answers["causal_self"].startswith("leaks: reference, 9 tokens cut after 1: query 0 changes by")
+    assert answers["cross"] == "fails: ValueError: as many queries as keys"
+    assert answers["causal_cross"].startswith("leaks: reference, 9 tokens cut after 1")
     allowed = replace(page, exempt={"influence": "one token ahead is the method"})
     assert supported(allowed)["causal_self"] == "leaks by design: one token ahead is the method"
 

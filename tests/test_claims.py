@@ -41,7 +41,7 @@ def test_the_exponent_of_a_power_is_found():
 def test_sides_take_turns_and_warm_rounds_do_not_count():
     clock, order = Clock(), []
     sides = {"a": clock.side(9, 1, 2, 3), "b": clock.side(9, 4, 6, 8)}
-    seconds = lab.alternate(sides, rounds=3, clock=clock, given=lambda name: order.append(name) or ())
+    seconds = lab.alternate(sides, rounds=3, clock=clock, arguments=lambda name: order.append(name) or ())
     assert seconds == {"a": [1, 2, 3], "b": [4, 6, 8]} and order == ["a", "b"] * 4
     assert lab.median_times({"a": clock.side(5, 1, 9)}, rounds=3, warm=0, clock=clock) == {"a": 5}
     assert lab.median_time(clock.side(7, 2), rounds=1, clock=clock) == 2
@@ -51,11 +51,13 @@ def test_what_is_given_is_made_before_the_clock_starts():
     clock = Clock()
     seen = []
 
-    def given(name):
+    def arguments(name):
         clock.now += 100
         return (name, clock.now)
 
-    assert lab.alternate({"a": lambda *got: seen.append(got)}, 2, given=given, clock=clock) == {"a": [0, 0]}
+    assert lab.alternate({"a": lambda *got: seen.append(got)}, 2, arguments=arguments, clock=clock) == {
+        "a": [0, 0]
+    }
     assert seen == [("a", 100), ("a", 200), ("a", 300)]
 
 
@@ -99,8 +101,8 @@ def test_small_trainings_learn_and_a_sweep_keeps_the_order_of_its_rates():
         assert lab.mean_loss(model, [(x, y)]) < before
         return lab.right_answers(model, x, y, batch=1)[y >= 0].float().mean().item()
 
-    found = lab.sweep((1e-1, 1e-4), accuracy)
-    assert list(found) == [1e-1, 1e-4] and found[1e-1] == 1.0 > found[1e-4]
+    accuracies = lab.sweep((1e-1, 1e-4), accuracy)
+    assert list(accuracies) == [1e-1, 1e-4] and accuracies[1e-1] == 1.0 > accuracies[1e-4]
     assert lab.count_parameters(nn.Linear(16, 8)) == 16 * 8 + 8
 
 

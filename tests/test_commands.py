@@ -15,41 +15,41 @@ from regard.ops import backend
 FAULTY = Path(__file__).parent / "faulty"
 
 
-def asked(*words: str):
+def invoke(*words: str):
     return CliRunner().invoke(app, list(words))
 
 
 def test_check_says_what_is_violated_and_ends_with_one():
-    found = asked("check", f"{FAULTY}/faults.py:no_causal_mask", "--json")
-    assert found.exit_code == 1
-    report = json.loads(found.stdout)
+    result = invoke("check", f"{FAULTY}/faults.py:no_causal_mask", "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
     row = next(r for r in report["rows"] if r["law"] == "causality")
     assert row["verdict"] == "violated" and row["counterexample"]["n"] == 2
-    assert "violated:" in asked("check", f"{FAULTY}/faults.py:no_causal_mask").stdout
+    assert "violated:" in invoke("check", f"{FAULTY}/faults.py:no_causal_mask").stdout
 
 
 def test_check_passes_a_sound_function():
-    found = asked("check", f"{FAULTY}/correct.py:softmax", "--against", "softmax")
-    assert found.exit_code == 0 and "no law is violated" in found.stdout
+    result = invoke("check", f"{FAULTY}/correct.py:softmax", "--against", "softmax")
+    assert result.exit_code == 0 and "no law is violated" in result.stdout
 
 
 def test_check_asked_wrongly_is_an_error_that_helps():
-    assert "near names" in str(asked("check", f"{FAULTY}/correct.py:softmx").exception)
-    assert "gate" in str(asked("check", f"{FAULTY}/faults.py:needs_a_gate").exception)
+    assert "near names" in str(invoke("check", f"{FAULTY}/correct.py:softmx").exception)
+    assert "gate" in str(invoke("check", f"{FAULTY}/faults.py:needs_a_gate").exception)
 
 
 def test_support_is_a_matrix_of_all_mechanisms():
-    found = asked("support", "--json")
-    assert found.exit_code == 0
-    rows = {row["mechanism"]: row for row in json.loads(found.stdout)}
+    result = invoke("support", "--json")
+    assert result.exit_code == 0
+    rows = {row["mechanism"]: row for row in json.loads(result.stdout)}
     assert rows["linear_attention"]["causal_cross"] == "yes"
     assert rows["gated_convolution"]["cross"].startswith("no: ")
     assert rows["arflow"]["causal_self"].startswith("leaks by design")
 
 
 def test_efficiency_of_one_mechanism():
-    found = asked("bench", "efficiency", "--quick", "--methods", "vssd", "--json")
-    rows = json.loads(found.stdout)
+    result = invoke("bench", "efficiency", "--quick", "--methods", "vssd", "--json")
+    rows = json.loads(result.stdout)
     assert [row["pass"] for row in rows] == ["forward", "forward and backward"]
     assert all(row["points"] for row in rows)
 

@@ -16,9 +16,10 @@ import torch
 
 import regard
 from regard.bench import cell as cells
-from regard.bench.cell import FULL, Bench, Cell, Run, measure
+from regard.bench import executor
+from regard.bench.cell import FULL, Bench, Cell, Pass, measure
 from regard.bench.compare import compare, grid, parsed
-from regard.bench.executor import Broken, InProcess, LocalProcesses, safely
+from regard.bench.executor import InProcess, LocalProcesses, WorkerBroken, safely
 from regard.core import Unsupported
 from regard.models.shipped import load, load_shipped
 from regard.report.folder import Folder
@@ -66,25 +67,31 @@ class Words:
         return "".join(chr(97 + int(i)) for i in ids)
 
 
-def made_run(best: list[list[int]], sure: float = 5.0) -> Run:
+def made_pass(best: list[list[int]], sure: float = 5.0) -> Pass:
     logits = torch.nn.functional.one_hot(torch.tensor(best), 4).float() * sure
-    return Run(logits, 0.0, [0.0], 0, 0, 0.0)
+    return Pass(logits, 0.0, [0.0], 0, 0, 0.0)
 
 
 def test_quality_by_hand():
     samples = [Sample([0], [1, 2], (0, 0), 0.0), Sample([0], [3, 3], (0, 0), 1.0)]
     cell = Cell("h2o", "needle", 8)
-    full, own = [made_run([[1, 2], [3, 3]])], [made_run([[1, 2], [3, 1]])]
-    found = cells.quality(cell, samples, own, full, Words())
-    assert found["quality"] == 0.5
-    assert [s["score"] for s in found["samples"]] == [1.0, 0.0]
-    assert [s["generated"] for s in found["samples"]] == ["bc", "db"]
+    full, ours = [made_pass([[1, 2], [3, 3]])], [made_pass([[1, 2], [3, 1]])]
+    row = cells.quality(cell, samples, ours, full, Words())
+    assert row["quality"] == 0.5
+    assert [s["score"] for s in row["samples"]] == [1.0, 0.0]
+    assert [s["generated"] for s in row["samples"]] == ["bc", "db"]
     right = float(torch.tensor([5.0, 0, 0, 0]).log_softmax(0)[0])
-    assert found["nll"] == pytest.approx(-(3 * right + (right - 5)) / 4, rel=1e-5)
-    assert 0 <= found["quality_low"] <= 0.5 <= found["quality_high"] <= 1
-    score = cells.fidelity(own, full)
+    assert row["nll"] == pytest.approx(-(3 * right + (right - 5)) / 4, rel=1e-5)
+    assert 0 <= row["quality_low"] <= 0.5 <= row["quality_high"] <= 1
+    score = cells.fidelity(ours, full)
     assert score["agreement"] == 0.75
     assert score["kl"] > 0
+
+
+def test_old_names_work_for_one_release():
+    for module, old, new in ((cells, "Run", Pass), (executor, "Broken", WorkerBroken)):
+        with pytest.warns(DeprecationWarning, match=new.__name__):
+            assert getattr(module, old) is new
 
 
 def test_names_and_settings_are_checked():
@@ -196,7 +203,7 @@ def test_a_killed_worker_is_a_row_and_the_next_one_runs():
 
 
 def test_a_model_that_cannot_load_ends_the_run_with_its_error():
-    with pytest.raises(Broken, match="no model can be loaded"):
+    with pytest.raises(WorkerBroken, match="no model can be loaded"):
         list(LocalProcesses(workers=1).run([Cell(FULL, "needle", 96)], partial(load, "no-such-model")))
 
 

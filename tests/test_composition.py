@@ -16,7 +16,7 @@ from regard import catalog
 from regard.attaching import replacement
 from regard.attaching.attachment import attach
 from regard.core import Edit, NeverFired, Observer, Site, Unsupported
-from regard.core.mask import Place, causal, first, predicate, window
+from regard.core.mask import Coordinates, causal, first, predicate, window
 from regard.testing.cache.oracle import gap, hide
 from regard.testing.cache.script import NEAR, play, script
 from regard.testing.zoo import build, ids
@@ -26,7 +26,7 @@ PADS = (0, 6)
 
 
 @predicate()
-def striped(at: Place, heads: int) -> torch.Tensor:
+def striped(at: Coordinates, heads: int) -> torch.Tensor:
     """Head h sees itself and the tokens whose index is h modulo the heads."""
     return ((at.k - at.h) % heads == 0) | (at.k == at.q)
 
@@ -237,8 +237,8 @@ def test_observers_and_attentions_show_what_the_mask_left():
 def test_sparse_prefill_and_a_policy(family, policy, mechanism):
     """These mechanisms are exact: with one of them beside it a policy gives its own numbers."""
     model, _ = build(family)
-    if policy.page.place is not None and family != "llama":
-        policy = policy.with_(positions="text")
+    if policy.page.shift is not None and family != "llama":
+        policy = policy.with_settings(positions="text")
     feeds = script((20, 1, 1, 5, 1), PADS)
     alone = play(model, policy, feeds)
     together = play(model, policy, feeds, [catalog.method(mechanism)])
@@ -251,9 +251,9 @@ def test_the_mechanism_is_what_runs_in_prefill(monkeypatch):
     model, inputs = build("llama")
     calls, plain = [], replacement.run_mechanism
 
-    def counted(method, call, *given, **settings):
+    def counted(method, call, *tensors, **settings):
         calls.append(call.q.shape[2])
-        return plain(method, call, *given, **settings)
+        return plain(method, call, *tensors, **settings)
 
     monkeypatch.setattr(replacement, "run_mechanism", counted)
     with attach(model, ["lean_attention", "snapkv"]):
@@ -322,9 +322,9 @@ def test_refusals_name_what_they_refuse():
         run(model, inputs)
     with pytest.raises(ValueError, match="heads of the mask"), attach(model, striped(heads=3)):
         run(model, inputs)
-    own = torch.ones(12, 12).tril().bool()[None, None]
+    user_mask = torch.ones(12, 12).tril().bool()[None, None]
     with pytest.raises(Unsupported, match="4-D mask of your own"), attach(model, window(4)):
-        run(model, dict(**inputs, attention_mask=own))
+        run(model, dict(**inputs, attention_mask=user_mask))
     assert state(model) == before
 
 
@@ -337,11 +337,11 @@ def test_a_mask_on_an_encoder_and_a_decoder():
 def test_a_mask_on_an_encoder():
     model, inputs = build("bert")
     with attach(model, catalog.method("window", window=5, ahead=2)), torch.no_grad():
-        found = model(**inputs, output_attentions=True)
+        out = model(**inputs, output_attentions=True)
     n = inputs["input_ids"].shape[1]
     age = torch.arange(n)[:, None] - torch.arange(n)
     hidden = (age < -2) | (age >= 3)
-    assert not any(w[hidden.expand_as(w)].any() for w in found.attentions)
+    assert not any(w[hidden.expand_as(w)].any() for w in out.attentions)
 
 
 def test_a_mask_that_is_never_asked():

@@ -40,9 +40,9 @@ def made(model, name, **config):
 @pytest.mark.parametrize("name", PLAIN)
 def test_softmax_in_the_place_of_attention_changes_nothing(name):
     model, inputs = build(name)
-    own, words = run(model, inputs), greedy(model, inputs)
+    expected, words = run(model, inputs), greedy(model, inputs)
     with attach(model, "softmax") as attached:
-        assert (run(model, inputs) - own).abs().max() <= 1e-5
+        assert (run(model, inputs) - expected).abs().max() <= 1e-5
         assert torch.equal(greedy(model, inputs), words)
     assert attached.bytes_held() > 0
 
@@ -97,10 +97,9 @@ def test_a_batch_with_left_padding_is_its_rows_alone(name):
     with attach(model, made(model, name)):
         both = greedy(model, dict(input_ids=padded, attention_mask=mask))
         alone = greedy(model, dict(input_ids=rows[:1, :6])), greedy(model, dict(input_ids=rows[1:]))
-        places = (mask.cumsum(1) - 1).clamp(
-            min=0
-        )  # features of rotated queries know where in the text they stand
-        out = run(model, dict(input_ids=padded, attention_mask=mask, position_ids=places), use_cache=False)
+        # features of rotated queries depend on where in the text they stand
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = run(model, dict(input_ids=padded, attention_mask=mask, position_ids=positions), use_cache=False)
         assert (out[0, 4:] - run(model, dict(input_ids=rows[:1, :6]))[0]).abs().max() <= 1e-5
     assert torch.equal(both[0, 10:], alone[0][0, 6:])
     assert torch.equal(both[1, 10:], alone[1][0, 10:])
@@ -144,21 +143,21 @@ def test_low_precision(name):
         wanted = run(model, inputs)
     model.to(torch.bfloat16)
     with attach(model, converted):
-        found = run(model, inputs).float()
+        result = run(model, inputs).float()
         greedy(model, inputs)
-    assert (found - wanted).norm() / wanted.norm() <= 0.05
+    assert (result - wanted).norm() / wanted.norm() <= 0.05
 
 
 def test_caches_do_not_change_hands(tmp_path):
     model, inputs = build("llama")
-    converted, own, kept = (
+    converted, filled, kept = (
         made(model, "hedgehog"),
         DynamicCache(config=model.config),
         DynamicCache(config=model.config),
     )
-    run(model, inputs, past_key_values=own)
+    run(model, inputs, past_key_values=filled)
     with pytest.raises(Unsupported, match="own attention filled"), attach(model, converted):
-        run(model, inputs, past_key_values=own)
+        run(model, inputs, past_key_values=filled)
     with attach(model, converted):
         run(model, inputs, past_key_values=kept)
         with pytest.raises(Unsupported, match="cannot be saved"):
@@ -175,18 +174,20 @@ def test_caches_do_not_change_hands(tmp_path):
 def test_nothing_is_left_behind_and_weights_come_back():
     model, inputs = build("llama")
     run(model, inputs)
-    before, own = state(model), {n: p.clone() for n, p in model.named_parameters()}
-    changed = {"model.layers.1.self_attn.o_proj.weight": 2 * own["model.layers.1.self_attn.o_proj.weight"]}
+    before, weights = state(model), {n: p.clone() for n, p in model.named_parameters()}
+    changed = {
+        "model.layers.1.self_attn.o_proj.weight": 2 * weights["model.layers.1.self_attn.o_proj.weight"]
+    }
     with attach(model, dataclasses.replace(made(model, "lawcat"), weights=changed)):
         run(model, inputs)
         assert torch.equal(model.model.layers[1].self_attn.o_proj.weight, changed.popitem()[1])
     with (
         pytest.raises(ValueError, match="parameters of this model"),
-        attach(model, Converted(catalog.method("softmax"), {}, {"no": own.popitem()[1]})),
+        attach(model, Converted(catalog.method("softmax"), {}, {"no": weights.popitem()[1]})),
     ):
         pass
     assert state(model) == before
-    assert all(torch.equal(p, own[n]) for n, p in model.named_parameters() if n in own)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
 
 
 def test_gradients_reach_the_learned_parts():
@@ -204,18 +205,18 @@ def test_gradients_reach_the_learned_parts():
 @pytest.mark.parametrize(("name", "finetune"), [("hedgehog", "lora"), ("lawcat", "full"), ("hedgehog", None)])
 def test_conversion_learns_and_leaves_the_model_as_it_was(name, finetune):
     model, _ = build("llama")
-    own, before, text = {n: p.clone() for n, p in model.named_parameters()}, state(model), ids(12, 24)
-    told = []
+    weights, before, text = {n: p.clone() for n, p in model.named_parameters()}, state(model), ids(12, 24)
+    steps_seen = []
     converted = convert(
         model, mechanism=name, ids=text, steps=30, finetune=finetune, finetune_steps=10, batch=4, rate=3e-2,
-        progress=lambda *said: told.append(said),
+        progress=lambda *step: steps_seen.append(step),
     )  # fmt: skip
     curve = converted.report["transfer_loss"]
     assert sum(curve[-5:]) < sum(curve[:5])
-    assert len(told) == 30 + 10 * (finetune is not None)
+    assert len(steps_seen) == 30 + 10 * (finetune is not None)
     assert bool(converted.weights) == (finetune is not None)
     assert sorted(converted.params) == [f"model.layers.{i}.self_attn" for i in range(3)]
-    assert all(torch.equal(p, own[n]) and p.grad is None for n, p in model.named_parameters())
+    assert all(torch.equal(p, weights[n]) and p.grad is None for n, p in model.named_parameters())
     assert state(model) == before
     again = convert(model, mechanism=name, ids=text, steps=3, finetune=None, batch=4, rate=3e-2)
     assert again.report["transfer_loss"] != curve[:3]  # the schedule ends earlier
@@ -225,14 +226,23 @@ def test_conversion_learns_and_leaves_the_model_as_it_was(name, finetune):
 
 def test_a_conversion_goes_on_from_its_transfer():
     model, _ = build("llama")
-    asked = dict(ids=ids(12, 24), steps=4, batch=4, finetune_steps=3)
-    moved = convert(model, finetune=None, **asked)
+    options = dict(ids=ids(12, 24), steps=4, batch=4, finetune_steps=3)
+    transferred = convert(model, finetune=None, **options)
     assert (
-        convert(model, mechanism=moved, **asked).report["finetune_loss"]
-        == convert(model, **asked).report["finetune_loss"]
+        convert(model, mechanism=transferred, **options).report["finetune_loss"]
+        == convert(model, **options).report["finetune_loss"]
     )
     with pytest.raises(ValueError, match="before any fine-tuning"):
-        convert(model, mechanism=convert(model, **asked), **asked)
+        convert(model, mechanism=convert(model, **options), **options)
+    with pytest.raises(ValueError, match="those it was made with"):
+        convert(model, mechanism=transferred, eps=1e-3, **options)
+
+
+def test_settings_reach_a_name_a_spec_and_a_method():
+    model, _ = build("llama")
+    options = dict(ids=ids(12, 24), steps=1, batch=2, finetune=None, eps=1e-3)
+    for mechanism in ("hedgehog", "hedgehog:eps=1e-2", catalog.method("hedgehog")):
+        assert convert(model, mechanism=mechanism, **options).method.config.eps == 1e-3
 
 
 def test_the_command_measures_before_and_after_and_writes_what_can_be_loaded(tmp_path):
@@ -256,17 +266,17 @@ def test_from_disk_it_is_the_same(tmp_path):
     model, inputs = build("llama")
     converted = convert(model, ids=ids(12, 24), steps=3, finetune="lora", finetune_steps=3, batch=4, width=5)
     with attach(model, converted):
-        own = run(model, inputs)
+        expected = run(model, inputs)
     converted.save(tmp_path / "made", model)
     assert not (tmp_path / "made.part").exists()
     other = type(model).from_pretrained(tmp_path / "made").eval()
     read = read_converted(tmp_path / "made")
     assert read.method == converted.method
     with attach(other, read):
-        assert torch.equal(run(other, inputs), own)
+        assert torch.equal(run(other, inputs), expected)
     converted.save(tmp_path / "parts")  # without the model: the weights that changed
     with attach(model, read_converted(tmp_path / "parts")):
-        assert torch.equal(run(model, inputs), own)
+        assert torch.equal(run(model, inputs), expected)
     with pytest.raises(ValueError, match=r"holds a config\.json"):
         load_converted(tmp_path / "parts")
     (tmp_path / "other").mkdir()

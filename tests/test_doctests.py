@@ -19,8 +19,8 @@ MODULES = sorted(
 def test_examples(name):
     import torch
 
-    found = doctest.testmod(
+    result = doctest.testmod(
         import_module(name), extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE
     )
-    assert found.attempted > 0
-    assert found.failed == 0
+    assert result.attempted > 0
+    assert result.failed == 0

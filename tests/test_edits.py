@@ -57,11 +57,11 @@ def by_hand(*edits, role=None):
     return change
 
 
-def verb_by_hand(edit, row, h, place):
+def verb_by_hand(edit, row, h, number):
     value = edit.value
     if torch.is_tensor(value) and value.dim():
         value = value.expand(row.shape[0], len(edit.site.heads), value.shape[2], row.shape[-1])
-        value = value[:, edit.site.heads.index(h), min(place, value.shape[2] - 1)]
+        value = value[:, edit.site.heads.index(h), min(number, value.shape[2] - 1)]
     if edit.verb == "block":
         return torch.full_like(row, -torch.inf) if edit.site.quantity == "scores" else torch.zeros_like(row)
     return row * value if edit.verb == "scale" else torch.zeros_like(row) + value
@@ -116,9 +116,9 @@ def role_of(feeds):
 def test_edit_is_its_definition(family, name):
     model, _ = build(family)
     feeds, edit = script(steps=(20, 1, 4, 1)), EDITS[name]
-    found = play(model, None, feeds, [edit], roles=MARK)
+    result = play(model, None, feeds, [edit], roles=MARK)
     wanted = hide(model, feeds, change=by_hand(edit, role=role_of(feeds)))
-    assert gap(feeds, found.outs, wanted) <= NEAR
+    assert gap(feeds, result.outs, wanted) <= NEAR
     assert gap(feeds, hide(model, feeds), wanted) > 1e-3
 
 
@@ -149,9 +149,10 @@ def test_edits_compose(family):
         Edit(site("z", layers=1, heads=0, rows=-1), "replace", 0.3),
     ]
     feeds = script(steps=(20, 1, 4, 1))
-    for own in (edits, edits[::-1]):
+    for chosen in (edits, edits[::-1]):
         assert (
-            gap(feeds, play(model, None, feeds, own).outs, hide(model, feeds, change=by_hand(*own))) <= NEAR
+            gap(feeds, play(model, None, feeds, chosen).outs, hide(model, feeds, change=by_hand(*chosen)))
+            <= NEAR
         )
 
 
@@ -161,13 +162,13 @@ def test_a_patch_of_many_rows():
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     with torch.no_grad():
-        own = eager(**inputs, output_attentions=True)
-    for layer, weights in enumerate(own.attentions):
+        expected = eager(**inputs, output_attentions=True)
+    for layer, weights in enumerate(expected.attentions):
         patch = Edit(
             Site(layers=layer, heads=(2, 0), rows=(11, 1, 5)), "replace", weights[:, [2, 0]][:, :, [1, 5, 11]]
         )
         with attach(model, patch), torch.no_grad():
-            assert float((model(**inputs).logits - own.logits).abs().max()) <= 1e-5
+            assert float((model(**inputs).logits - expected.logits).abs().max()) <= 1e-5
     values = torch.rand(1, 2, 3, 12)
     patch = Edit(Site(layers=1, heads=(2, 0), rows=(11, 1, 5)), "replace", values)
     feeds = script(steps=(12,), pads=(0,))
@@ -215,14 +216,14 @@ def test_other_rows_and_heads_are_bitwise_the_models_own(family, quantity):
     model, inputs = build(family)
     z = Observer("z", Site("z", layers=2))
     with torch.no_grad():
-        own = logits(model(**inputs))
+        expected = logits(model(**inputs))
         with attach(model, z) as before:
-            assert torch.equal(logits(model(**inputs)), own)
+            assert torch.equal(logits(model(**inputs)), expected)
         with attach(model, [Edit(Site(quantity, layers=2, heads=1, rows=(3, 4)), "scale", 0.5), z]) as after:
-            found = logits(model(**inputs))
+            result = logits(model(**inputs))
     others = [r for r in range(12) if r not in (3, 4)]
-    assert torch.equal(found[:, others], own[:, others])
-    assert not torch.equal(found[:, 3], own[:, 3])
+    assert torch.equal(result[:, others], expected[:, others])
+    assert not torch.equal(result[:, 3], expected[:, 3])
     a, b = before.records["z"][0][2], after.records["z"][0][2]
     changed = (a != b).any(-1)
     assert changed[:, 1, 3:5].all()
@@ -271,9 +272,9 @@ def test_image_tokens_of_a_vision_language_model():
     model, inputs = build("llava")
     edit = Edit(Site(tower="text", rows=-1, keys=None), "move", 0.7, to="image")
     image = inputs["input_ids"] == 120
-    look = Observer("last_row", Site(tower="text"))
+    observer = Observer("last_row", Site(tower="text"))
     masses = []
-    for methods in ([look], [edit, look]):
+    for methods in ([observer], [edit, observer]):
         with attach(model, methods, roles={"image": lambda t: (t == 120).long() * 2 - 1}) as attached:
             generate(model, {**inputs}, max_new_tokens=3, pixel_values=inputs["pixel_values"])
         assert len(attached.records["last_row"]) == 3 * 3
@@ -346,20 +347,20 @@ def eager_attentions(model, feeds):
 def test_observers_are_the_eager_weights(family):
     model, _ = build(family)
     feeds = script(steps=(20, 1, 4))
-    own = eager_attentions(model, feeds)
-    looks = [
+    expected = eager_attentions(model, feeds)
+    observers = [
         Observer("last_row", Site(heads=(1, 3))),
         Observer("top1"),
         Observer("received", Site(rows=(-1, -3, 18))),
         Observer("mass_at", Site(heads=(2, 0)), keys_of=lambda rows: rows - 1),
     ]
-    with attach(model, looks) as attached, torch.no_grad():
+    with attach(model, observers) as attached, torch.no_grad():
         cache = DynamicCache()
         for feed in feeds:
             model(**feed, past_key_values=cache)
     records = attached.records
     for i, (step, layer) in enumerate((s, x) for s in range(3) for x in range(3)):
-        w, seen = own[step][layer], real(feeds, step)[:, None, :]  # [B, H, N, M]
+        w, seen = expected[step][layer], real(feeds, step)[:, None, :]  # [B, H, N, M]
         n, m = w.shape[2:]
         for name in records:
             assert records[name][i][:2] == (layer, step)
@@ -385,22 +386,22 @@ def test_observers_of_an_encoder_and_a_decoder(family, tower):
         out = other(**inputs, output_attentions=True)
         with attach(model, Observer("received", Site(tower=tower))) as attached:
             model(**inputs)
-    own = {
+    expected = {
         "encoder": out.encoder_attentions,
         "decoder": out.decoder_attentions,
         "cross": out.cross_attentions,
     }[tower]
     assert [layer for layer, _, _ in attached.records["received"]] == [0, 1]
-    for (_, _, found), w in zip(attached.records["received"], own):
-        torch.testing.assert_close(found, w.sum(2), rtol=1e-4, atol=1e-5)
+    for (_, _, result), w in zip(attached.records["received"], expected):
+        torch.testing.assert_close(result, w.sum(2), rtol=1e-4, atol=1e-5)
 
 
 def test_observers_under_a_policy_speak_of_true_tokens():
     model, _ = build("llama")
     feeds = script(steps=(20, 1, 1), pads=(0, 6))
-    look = [Observer("top1", Site(phase="decode")), Observer("last_row", Site(phase="decode"))]
+    observers = [Observer("top1", Site(phase="decode")), Observer("last_row", Site(phase="decode"))]
     policy = catalog.method("streaming_llm", budget=8, positions="text")
-    with attach(model, [policy, *look]) as attached, torch.no_grad():
+    with attach(model, [policy, *observers]) as attached, torch.no_grad():
         cache = DynamicCache()
         for feed in feeds:
             model(**feed, past_key_values=cache)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard.bench import efficiency as eff
-from regard.bench.efficiency import Bench, bytes_held, crossing, dear, efficiency, interval, shown
+from regard.bench.efficiency import Workload, bytes_held, crossing, efficiency, interval, shown, stop_reason
 
 
 def point(n: int, ratio: float, spread: float = 0.01, held: int = 1, sdpa_held: int = 1) -> dict:
@@ -33,9 +33,9 @@ def faster(p: dict) -> bool:
 @pytest.mark.parametrize("where", [100, 700, 1500])
 def test_a_crossing_is_bracketed_to_an_eighth_of_a_doubling(where):
     points = doublings(lambda n: where / n)
-    found = crossing(points, faster, lambda n: point(n, where / n))
-    assert where < found <= where * 2 ** (1 / 8) + 1
-    low, high = interval(points, found)
+    length = crossing(points, faster, lambda n: point(n, where / n))
+    assert where < length <= where * 2 ** (1 / 8) + 1
+    low, high = interval(points, length)
     assert low <= where <= high
 
 
@@ -47,8 +47,8 @@ def test_no_crossing_and_one_below_all():
 
 def test_all_longer_lengths_must_be_below_too():
     ratio = {64: 0.9, 128: 0.8, 256: 1.2, 512: 0.9, 1024: 0.8, 2048: 0.7}
-    found = crossing(doublings(ratio.get), faster, lambda n: point(n, 0.9))
-    assert 256 < found <= 304
+    length = crossing(doublings(ratio.get), faster, lambda n: point(n, 0.9))
+    assert 256 < length <= 304
 
 
 def test_a_noisy_crossing_has_a_wide_interval():
@@ -59,11 +59,11 @@ def test_a_noisy_crossing_has_a_wide_interval():
 
 def test_what_would_be_slow_and_slower_than_sdpa_is_left_out():
     slow = {n: {"ms": 10.0 * n, "sdpa_ms": 1.0 * n, "held": 1e6} for n in (64, 128)}
-    assert "256 tokens would take 2.6 s, SDPA 0.3 s" in dear(slow, 128)
-    assert dear({n: {"ms": 1.0 * n, "sdpa_ms": 10.0 * n, "held": 1e6} for n in (64, 128)}, 128) == ""
+    assert "256 tokens would take 2.6 s, SDPA 0.3 s" in stop_reason(slow, 128)
+    assert stop_reason({n: {"ms": 1.0 * n, "sdpa_ms": 10.0 * n, "held": 1e6} for n in (64, 128)}, 128) == ""
     long = {n: {"ms": 20.0 * n, "sdpa_ms": 40.0 * n, "held": 1e6} for n in (64, 128)}
-    assert "256 tokens would take 5.1 s, SDPA 10.2 s" in dear(long, 128)
-    assert "hold 8.0 GB" in dear(
+    assert "256 tokens would take 5.1 s, SDPA 10.2 s" in stop_reason(long, 128)
+    assert "hold 8.0 GB" in stop_reason(
         {n: {"ms": 1.0, "sdpa_ms": 1.0, "held": 1e9 * n / 32} for n in (64, 128)}, 128
     )
 
@@ -79,16 +79,16 @@ def test_memory_is_the_peak_of_what_tensors_hold():
 
 
 def test_explicit_weights_hold_their_square():
-    bench = Bench("self", backward=False)
-    assert bench.unfused(512) >= 2 * eff.HEADS * 512**2 * 4 > bytes_held(bench.sdpa(512))
-    assert bench.unfused(512) is bench.unfused(512)
+    workload = Workload("self", backward=False)
+    assert workload.unfused(512) >= 2 * eff.HEADS * 512**2 * 4 > bytes_held(workload.sdpa(512))
+    assert workload.unfused(512) is workload.unfused(512)
 
 
 @pytest.mark.parametrize("pattern", ["causal_self", "cross"])
 def test_rows_are_whole(pattern, monkeypatch):
     monkeypatch.setattr(eff, "REPEATS", 2)
     heard = []
-    rows = efficiency(["linear_attention"], pattern, most=256, told=heard.append)
+    rows = efficiency(["linear_attention"], pattern, most=256, progress=heard.append)
     assert [row["pass"] for row in rows] == ["forward", "forward and backward"]
     assert len(heard) == 2
     for row in rows:
@@ -114,3 +114,13 @@ def test_wrong_names():
         efficiency(pattern="causal")
     with pytest.raises(ValueError, match="mechanism that does self"):
         efficiency(["h2o"], "self")
+
+
+def test_old_names_work_for_one_release(monkeypatch):
+    with pytest.warns(DeprecationWarning, match="Workload"):
+        assert eff.Bench is Workload
+    monkeypatch.setattr(eff, "attempt", lambda *_: {})
+    heard = []
+    with pytest.warns(DeprecationWarning, match="progress="):
+        efficiency(["softmax"], told=heard.append)
+    assert len(heard) == 2

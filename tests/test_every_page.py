@@ -25,10 +25,10 @@ def test_page(name):
 
 @pytest.mark.parametrize("kind", kinds())
 def test_kind_says_what_it_is(kind):
-    found = kinds()[kind]
-    assert issubclass(found.page, Page)
-    assert found.page.kind == kind
-    assert "NAME" in found.verb
+    page_kind = kinds()[kind]
+    assert issubclass(page_kind.page, Page)
+    assert page_kind.page.kind == kind
+    assert "NAME" in page_kind.verb
     assert catalog.list_methods(kind=kind), "a kind without a page is not written"
 
 

@@ -25,20 +25,20 @@ def parts(module: str) -> list[str]:
 
 def imports(path: Path) -> list[tuple[int, str]]:
     """(line, module) of every import of the package in a file, those inside functions too."""
-    found = []
+    names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            names += [(node.lineno, alias.name) for alias in node.names]
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} write imports in full"
-            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
-    return [(line, name) for line, name in found if parts(name)[0] == "regard" and len(parts(name)) > 1]
+            names += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return [(line, name) for line, name in names if parts(name)[0] == "regard" and len(parts(name)) > 1]
 
 
 def floor(module: str) -> int:
     """Of a file that has one of its own, or of its room."""
-    own = ".".join(parts(module)[1:3])
-    return FLOORS[own] if own in FLOORS else FLOORS[parts(module)[1]]
+    module_floor = ".".join(parts(module)[1:3])
+    return FLOORS[module_floor] if module_floor in FLOORS else FLOORS[parts(module)[1]]
 
 
 def wrong(here: str, name: str) -> bool:
@@ -65,8 +65,8 @@ def graph() -> dict[str, set[str]]:
     files = {".".join(p.relative_to(SRC).with_suffix("").parts): p for p in (SRC / "regard").rglob("*.py")}
     edges = {}
     for here, path in files.items():
-        found = {target(name, files) for _, name in imports(path)}
-        edges[here] = found - {None, here}
+        targets = {target(name, files) for _, name in imports(path)}
+        edges[here] = targets - {None, here}
     return edges
 
 
@@ -138,7 +138,7 @@ def test_a_planted_import_is_found():
     assert wrong("regard.core.mask", "regard.ops.softmax")
     assert wrong("regard.methods.caches.h2o", "regard.methods.caches.snapkv")
     assert wrong("regard.methods.caches.h2o", "regard.attaching.attachment")
-    assert wrong("regard.attaching.attachment", "regard.explain.retrieval")
+    assert wrong("regard.attaching.attachment", "regard.explain.tracing")
     assert wrong("regard.attaching.attachment", "regard.train.loop")
     assert not wrong("regard.attaching.attachment", "regard.catalog")
 

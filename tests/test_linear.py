@@ -35,11 +35,11 @@ def inputs(n: int, kind: str, ones: bool = False, seed: int = 0, dtype=torch.flo
     return {**low, "log_decay": g, "state": state}
 
 
-def strong(given: dict, value: float = -50.0) -> dict:
+def strong(tensors: dict, value: float = -50.0) -> dict:
     """A tenth of the gates nearly close, or close."""
-    g = given["log_decay"]
+    g = tensors["log_decay"]
     shut = torch.rand(g.shape, generator=torch.Generator().manual_seed(0)) < 0.1
-    return {**given, "log_decay": g.masked_fill(shut, value)}
+    return {**tensors, "log_decay": g.masked_fill(shut, value)}
 
 
 def by_token(q, k, v, log_decay, state, normalise=False):
@@ -66,21 +66,25 @@ def slopes(t: torch.Tensor) -> torch.Tensor:
     return (t * torch.arange(t.numel()).view(t.shape).sin().to(t.dtype)).sum().double()
 
 
-def graded(path, given: dict, loss=waves) -> dict:
+def graded(path, tensors: dict, loss=waves) -> dict:
     """Outputs, state and every gradient, by name."""
-    told = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
-    out, state = path(**told)
+    leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in tensors.items()}
+    out, state = path(**leaves)
     (loss(out) + (0 if state is None else loss(state))).backward()
-    found = {f"gradient of {name}": t.grad for name, t in told.items() if t is not None}
-    return {"out": out, "state": state, **found}
+    grads = {f"gradient of {name}": t.grad for name, t in leaves.items() if t is not None}
+    return {"out": out, "state": state, **grads}
 
 
-def same(found: dict, wanted: dict, tol: float = 1e-9) -> None:
+def same(actual: dict, wanted: dict, tol: float = 1e-9) -> None:
     for name, t in wanted.items():
         if t is not None:
             bar = tol * max(1.0, t.abs().max().item())
             assert_close(
-                found[name].to(t.dtype), t, rtol=0, atol=bar, msg=lambda said, name=name: f"{name}: {said}"
+                actual[name].to(t.dtype),
+                t,
+                rtol=0,
+                atol=bar,
+                msg=lambda message, name=name: f"{name}: {message}",
             )
 
 
@@ -88,22 +92,22 @@ def same(found: dict, wanted: dict, tol: float = 1e-9) -> None:
 @pytest.mark.parametrize("n", [1, 7, 64, 65, 300])
 def test_scan_is_the_definition_and_the_loop(n, kind):
     for ones in (False, True):
-        given = inputs(n, kind, ones)
-        wanted = graded(lambda **told: by_token(**told, normalise=ones), given)  # noqa: B023
-        same(graded(lambda **told: dense_linear(**told, normalise=ones), given), wanted)  # noqa: B023
+        tensors = inputs(n, kind, ones)
+        wanted = graded(lambda **kwargs: by_token(**kwargs, normalise=ones), tensors)  # noqa: B023
+        same(graded(lambda **kwargs: dense_linear(**kwargs, normalise=ones), tensors), wanted)  # noqa: B023
         for size in (5, 64, 100):
-            same(graded(lambda **told: linear(**told, normalise=ones, chunk=size), given), wanted)  # noqa: B023
+            same(graded(lambda **kwargs: linear(**kwargs, normalise=ones, chunk=size), tensors), wanted)  # noqa: B023
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_tiles(kind, monkeypatch):
     """Several tiles to a row, and several rows to a tile, give what one gives."""
     monkeypatch.setattr(tiles, "CHANNELS", 16)
-    given = inputs(150, kind)
-    wanted = graded(by_token, given)
+    tensors = inputs(150, kind)
+    wanted = graded(by_token, tensors)
     for size in (1, 400, 4000):
         monkeypatch.setattr(tiles, "TILE", {8: size})
-        same(graded(lambda **told: linear(**told, chunk=16), given), wanted)
+        same(graded(lambda **kwargs: linear(**kwargs, chunk=16), tensors), wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -111,38 +115,38 @@ def test_many_tiles(kind, monkeypatch):
 def test_strong_gates(kind, value):
     """Differences of sums stay exact where a product of e^G and e^-G would overflow."""
     for n in (65, 300):
-        given = strong(inputs(n, kind), value)
+        tensors = strong(inputs(n, kind), value)
         if value == -torch.inf and kind == "fixed":
-            given["log_decay"][0] = value
-        same(graded(linear, given), graded(by_token, given), tol=1e-7)
+            tensors["log_decay"][0] = value
+        same(graded(linear, tensors), graded(by_token, tensors), tol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["token", "channel"])
 def test_a_closed_gate_forgets(kind):
     """What stood before a gate of -inf has no say: as if the text began there."""
-    given = inputs(90, kind)
-    given["log_decay"][:, :, 70] = -torch.inf
-    tail = {name: t[:, :, 70:] for name, t in given.items() if name != "state"}
-    assert_close(linear(**given)[0][:, :, 70:], linear(**tail)[0], rtol=0, atol=1e-12)
+    tensors = inputs(90, kind)
+    tensors["log_decay"][:, :, 70] = -torch.inf
+    tail = {name: t[:, :, 70:] for name, t in tensors.items() if name != "state"}
+    assert_close(linear(**tensors)[0][:, :, 70:], linear(**tail)[0], rtol=0, atol=1e-12)
 
 
 def test_sub_blocks_follow_the_gates():
     """Weak gates: one block of 64. Gates of -50: blocks in which they do not add up to more than 60."""
-    run = tiles.Run(*(torch.zeros(1, 64, 1) for _ in range(3)), torch.zeros(1, 64, 1), 1, 64, False)
+    work = tiles.Workspace(*(torch.zeros(1, 64, 1) for _ in range(3)), torch.zeros(1, 64, 1), 1, 64, False)
     for gate, block in ((-0.5, 64), (-1.5, 32), (-50.0, 2), (-60.0, 2)):
         total = torch.full((1, 64, 1), gate).cumsum(1)
-        assert Channels(run, total).block == block
+        assert Channels(work, total).block == block
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pattern", ["self", "cross", "causal_cross"])
 def test_other_patterns(kind, pattern):
     for ones in (False, True):
-        given = inputs(70, kind, ones)
-        given["state"] = None
-        told = {"pattern": pattern, "normalise": ones}
-        wanted = graded(lambda **given: dense_linear(**given, **told), given)  # noqa: B023
-        same(graded(lambda **given: linear(**given, **told), given), wanted)  # noqa: B023
+        tensors = inputs(70, kind, ones)
+        tensors["state"] = None
+        settings = {"pattern": pattern, "normalise": ones}
+        wanted = graded(lambda **tensors: dense_linear(**tensors, **settings), tensors)  # noqa: B023
+        same(graded(lambda **tensors: linear(**tensors, **settings), tensors), wanted)  # noqa: B023
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,20 +166,20 @@ def test_earlier_keys(kind):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_hidden_keys_are_as_if_not_there(kind, pattern):
     """Outputs of the rest, and the state, are those of a text without them; nothing reaches them backward."""
-    there = torch.arange(70) % 3 != 1
+    key_mask = torch.arange(70) % 3 != 1
     for ones in (False, True):
         whole = inputs(70, kind, ones)
         whole["state"] = whole["state"] if pattern == "causal_self" else None
         tokens = ("q", "k", "v", "log_decay") if kind in ("token", "channel") else ("q", "k", "v")
-        rest = {**whole, **{name: whole[name][:, :, there] for name in tokens}}
+        rest = {**whole, **{name: whole[name][:, :, key_mask] for name in tokens}}
         settings = {"pattern": pattern, "normalise": ones}
         for path in (linear, dense_linear):
-            masked = graded(partial(path, **settings, key_mask=there[None, None]), whole)
+            masked = graded(partial(path, **settings, key_mask=key_mask[None, None]), whole)
             out, state = path(**rest, **settings)
-            assert_close(masked["out"][:, :, there], out, rtol=0, atol=1e-9)
+            assert_close(masked["out"][:, :, key_mask], out, rtol=0, atol=1e-9)
             assert_close(masked["state"], state, rtol=0, atol=1e-9)
             for name in tokens[1:]:
-                assert not masked[f"gradient of {name}"][:, :, ~there].any(), name
+                assert not masked[f"gradient of {name}"][:, :, ~key_mask].any(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,49 +221,49 @@ def test_what_linear_attention_cannot_is_refused():
 def test_low_precision(kind, dtype):
     bound = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}[dtype]
     for ones in (False, True):
-        given = inputs(300, kind, ones, dtype=dtype)
-        exact = {name: None if t is None else t.double() for name, t in given.items()}
-        given = {n: t if t is None or n in "qkv" else t.float() for n, t in given.items()}
-        found = graded(lambda **told: linear(**told, normalise=ones), given, slopes)  # noqa: B023
-        wanted = graded(lambda **told: linear(**told, normalise=ones), exact, slopes)  # noqa: B023
-        assert found["out"].dtype == dtype
-        assert found["state"].dtype == torch.float32
+        tensors = inputs(300, kind, ones, dtype=dtype)
+        exact = {name: None if t is None else t.double() for name, t in tensors.items()}
+        tensors = {n: t if t is None or n in "qkv" else t.float() for n, t in tensors.items()}
+        actual = graded(lambda **kwargs: linear(**kwargs, normalise=ones), tensors, slopes)  # noqa: B023
+        wanted = graded(lambda **kwargs: linear(**kwargs, normalise=ones), exact, slopes)  # noqa: B023
+        assert actual["out"].dtype == dtype
+        assert actual["state"].dtype == torch.float32
         for name, t in wanted.items():
-            error = (found[name].double() - t).norm() / t.norm()
+            error = (actual[name].double() - t).norm() / t.norm()
             assert error < bound, (name, kind, error.item())
 
 
 def test_only_what_is_asked_has_a_gradient():
-    given = inputs(70, "channel")
-    given["k"].requires_grad_()
-    out, _ = linear(**given)
+    tensors = inputs(70, "channel")
+    tensors["k"].requires_grad_()
+    out, _ = linear(**tensors)
     out.sum().backward()
-    assert given["k"].grad is not None
-    assert all(given[name].grad is None for name in ("q", "v", "log_decay", "state"))
+    assert tensors["k"].grad is not None
+    assert all(tensors[name].grad is None for name in ("q", "v", "log_decay", "state"))
     with torch.no_grad():
-        assert not linear(**given)[0].requires_grad
+        assert not linear(**tensors)[0].requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_layouts(dtype):
     """Heads that stand inside tokens, and a gradient that is one number everywhere."""
-    given = {n: None if t is None else t for n, t in inputs(140, "token", dtype=dtype).items()}
-    inside = dict(given)
+    tensors = {n: None if t is None else t for n, t in inputs(140, "token", dtype=dtype).items()}
+    inside = dict(tensors)
     for name in "qkv":
-        inside[name] = given[name].transpose(1, 2).contiguous().transpose(1, 2)
-    found, wanted = (linear(**told)[0] for told in (inside, given))
-    assert torch.equal(found, wanted)
-    for told in (inside, given):
-        told["q"] = told["q"].detach().requires_grad_()
-        linear(**told)[0].sum().backward()
-    assert_close(inside["q"].grad, given["q"].grad, rtol=0, atol=0)
+        inside[name] = tensors[name].transpose(1, 2).contiguous().transpose(1, 2)
+    actual, wanted = (linear(**arguments)[0] for arguments in (inside, tensors))
+    assert torch.equal(actual, wanted)
+    for arguments in (inside, tensors):
+        arguments["q"] = arguments["q"].detach().requires_grad_()
+        linear(**arguments)[0].sum().backward()
+    assert_close(inside["q"].grad, tensors["q"].grad, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_with_gradients(kind):
-    given = inputs(70, kind)
+    tensors = inputs(70, kind)
     traced = torch.compile(linear, backend="aot_eager", fullgraph=True)
-    same(graded(traced, given), graded(linear, given))
+    same(graded(traced, tensors), graded(linear, tensors))
     torch._dynamo.reset()
 
 
@@ -269,8 +273,8 @@ def test_operators_say_what_they_return():
     g, state = -torch.rand(4, 70), torch.randn(4, 5, 6)
     tests = ("test_schema", "test_faketensor")
     for ones in (False, True):
-        told = (q, k, v, g, state if ones else None, 2, 16, ones, 1e-6, True)
-        torch.library.opcheck(scan_tiles, told, test_utils=tests)
+        arguments = (q, k, v, g, state if ones else None, 2, 16, ones, 1e-6, True)
+        torch.library.opcheck(scan_tiles, arguments, test_utils=tests)
 
 
 def test_memory_does_not_grow_with_the_text():
@@ -287,7 +291,7 @@ def test_memory_does_not_grow_with_the_text():
 
 def test_state_of_a_step_is_that_of_a_scan():
     for kind in KINDS:
-        given = inputs(1, kind)
-        told = {**given, "g": given["log_decay"]}
-        told.pop("log_decay")
-        assert_close(linear(**given), chunked(**told, chunk=64), rtol=0, atol=1e-12)
+        tensors = inputs(1, kind)
+        arguments = {**tensors, "g": tensors["log_decay"]}
+        arguments.pop("log_decay")
+        assert_close(linear(**tensors), chunked(**arguments, chunk=64), rtol=0, atol=1e-12)

@@ -114,10 +114,10 @@ def test_one_cycle_is_that_of_torch():
         seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
     theirs = torch.optim.AdamW([x], 0.1)
     cycle = torch.optim.lr_scheduler.OneCycleLR(theirs, 0.1, 50, pct_start=0.1)
-    for found in seen:
-        assert found == (theirs.param_groups[0]["lr"], theirs.param_groups[0]["betas"][0])
+    for rates in seen:
+        assert rates == (theirs.param_groups[0]["lr"], theirs.param_groups[0]["betas"][0])
         theirs.step()
-        if found is not seen[-1]:
+        if rates is not seen[-1]:
             cycle.step()
     with pytest.raises(ValueError, match="begun at step 0"):
         fit(torch.optim.AdamW([x], 0.1), lambda step: x.sum(), 5, start=2, schedule=one_cycle())

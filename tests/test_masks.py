@@ -38,9 +38,9 @@ def test_page(page):
 
 @pytest.mark.parametrize("module", [mask_module, roles_module, *PAGES], ids=["mask", "roles", *ids])
 def test_doctests(module):
-    found = doctest.testmod(module)
-    assert found.attempted > 0
-    assert found.failed == 0
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_flex_attention_with_the_mask_is_masked_attention():
     q, k, v = (torch.randn(1, 4, 40, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(40))
     with pytest.warns(UserWarning, match="torch.compile"):
-        found = flex_attention(q, k, v, block_mask=mask.block_mask(40, block=16))
-    torch.testing.assert_close(found, want)
+        out = flex_attention(q, k, v, block_mask=mask.block_mask(40, block=16))
+    torch.testing.assert_close(out, want)
 
 
 # -- roles
@@ -243,12 +243,12 @@ def test_concentric_positions_of_several_images_padding_and_odd_sides():
     one = cca.image_roles(3, 5, before=2, after=1)
     two = Roles(**{name: torch.cat([one[name], one[name]]) for name in one})
     two = two.with_(image=torch.cat([one["image"], one["image"] * 2]))
-    places = cca.positions(two, cfg)
-    assert places[:2].tolist() == [0, 1]
-    assert places[2:17].view(3, 5).tolist() == [[2] * 5, [2, 3, 3, 3, 2], [2] * 5]
-    assert places[17:20].tolist() == [4, 5, 6]
-    assert places[20:35].unique().tolist() == [7, 8]
-    assert places[-1] == 9 and cca.next_position(36, cfg, images=2) == 10
+    positions = cca.positions(two, cfg)
+    assert positions[:2].tolist() == [0, 1]
+    assert positions[2:17].view(3, 5).tolist() == [[2] * 5, [2, 3, 3, 3, 2], [2] * 5]
+    assert positions[17:20].tolist() == [4, 5, 6]
+    assert positions[20:35].unique().tolist() == [7, 8]
+    assert positions[-1] == 9 and cca.next_position(36, cfg, images=2) == 10
     left = Roles(**{name: torch.cat([torch.tensor([-1, -1]), x]) for name, x in one.labels.items()})
     left = left.with_(image=left["image"].clamp(min=0), padding=[1, 1] + [0] * one.length)
     assert cca.positions(left, cfg)[2:].tolist() == cca.positions(one, cfg).tolist()

@@ -28,9 +28,9 @@ KEEPS_PLACES = {"gated_convolution"}
 STEPPED = [name for name in CAUSAL if name not in WHOLE_ONLY]
 
 
-def layer(name, pattern="causal_self", **told):
+def layer(name, pattern="causal_self", **options):
     torch.manual_seed(0)
-    return Attention(16, 2, name, pattern, **told).double()
+    return Attention(16, 2, name, pattern, **options).double()
 
 
 def x(n=9, seed=0, batch=2):
@@ -40,31 +40,31 @@ def x(n=9, seed=0, batch=2):
 @pytest.mark.parametrize("conv", [0, 3])
 @pytest.mark.parametrize("name", STEPPED)
 def test_token_by_token_is_all_at_once(name, conv):
-    made, text, state, rows = layer(name, conv=conv), x(), None, []
+    attention, text, state, rows = layer(name, conv=conv), x(), None, []
     for i in range(9):
-        row, state = made(text[:, i : i + 1], initial_state=state)
+        row, state = attention(text[:, i : i + 1], initial_state=state)
         rows.append(row)
-    torch.testing.assert_close(torch.cat(rows, 1), made(text)[0])
+    torch.testing.assert_close(torch.cat(rows, 1), attention(text)[0])
 
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_padding_before_and_after_changes_nothing(name):
-    made, text = layer(name, conv=3), x()
+    attention, text = layer(name, conv=3), x()
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, :3] = False
-    out, state = made(text[:, :6], mask=mask[:, :6])
-    more, state = made(text[:, 6:7], initial_state=state, mask=mask[:, 6:7])
-    last, _ = made(text[:, 7:], initial_state=state)
-    found = torch.cat([out, more, last], 1)
-    torch.testing.assert_close(found[0, 3:], made(text[:1, 3:])[0][0])
-    torch.testing.assert_close(found[1], made(text[1:])[0][0])
+    out, state = attention(text[:, :6], mask=mask[:, :6])
+    more, state = attention(text[:, 6:7], initial_state=state, mask=mask[:, 6:7])
+    last, _ = attention(text[:, 7:], initial_state=state)
+    joined = torch.cat([out, more, last], 1)
+    torch.testing.assert_close(joined[0, 3:], attention(text[:1, 3:])[0][0])
+    torch.testing.assert_close(joined[1], attention(text[1:])[0][0])
     if name in KEEPS_PLACES:
         return
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, 6:] = False
-    _, state = made(text, mask=mask)
-    more, _ = made(text[:, :2], initial_state=state)
-    torch.testing.assert_close(more[0], made(torch.cat([text[:1, :6], text[:1, :2]], 1))[0][0, 6:])
+    _, state = attention(text, mask=mask)
+    more, _ = attention(text[:, :2], initial_state=state)
+    torch.testing.assert_close(more[0], attention(torch.cat([text[:1, :6], text[:1, :2]], 1))[0][0, 6:])
 
 
 @pytest.mark.parametrize("pattern", ["self", "cross", "causal_cross"])
@@ -82,11 +82,11 @@ def test_other_patterns_or_a_refusal(name, pattern):
 @pytest.mark.parametrize("name", list(EVERY))
 def test_every_parameter_learns(name):
     pattern = "causal_self" if name in CAUSAL else "self"
-    made = layer(name, pattern)
-    made(x(12))[0].square().sum().backward()
+    attention = layer(name, pattern)
+    attention(x(12))[0].square().sum().backward()
     still = [
         n
-        for n, p in made.named_parameters()
+        for n, p in attention.named_parameters()
         if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
     ]
     # aaren asks with a query of its own, so the projection of queries is not used
@@ -119,18 +119,18 @@ def test_wrong_layers_are_errors():
 # backbones
 
 
-def config(mechanisms="softmax", **told):
-    told = {"vocab_size": 32, "hidden_size": 16, "initializer_range": 0.3, "pad_token_id": 0, **told}
-    return RegardConfig(mechanisms=mechanisms, **told)
+def config(mechanisms="softmax", **options):
+    options = {"vocab_size": 32, "hidden_size": 16, "initializer_range": 0.3, "pad_token_id": 0, **options}
+    return RegardConfig(mechanisms=mechanisms, **options)
 
 
-def decoder(mechanisms, **told):
+def decoder(mechanisms, **options):
     torch.manual_seed(0)
-    return RegardForCausalLM(config(mechanisms, **told)).eval()
+    return RegardForCausalLM(config(mechanisms, **options)).eval()
 
 
-def greedy(model, ids, **told):
-    return model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, **told)
+def greedy(model, ids, **options):
+    return model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, **options)
 
 
 IDS = torch.randint(1, 32, (3, 8), generator=torch.Generator().manual_seed(0))
@@ -169,16 +169,16 @@ def test_states_do_not_grow_where_the_mechanism_says_so():
     assert sizes["softmax"][0] < sizes["softmax"][1]
 
 
-@pytest.mark.parametrize("made", [RegardForCausalLM, RegardForMaskedLM, RegardForSeq2SeqLM])
-def test_saved_and_loaded(made, tmp_path):
+@pytest.mark.parametrize("model_class", [RegardForCausalLM, RegardForMaskedLM, RegardForSeq2SeqLM])
+def test_saved_and_loaded(model_class, tmp_path):
     torch.manual_seed(0)
-    model = made(
-        config(["softmax", "linear_attention"], conv=3 if made is not RegardForSeq2SeqLM else 0)
+    model = model_class(
+        config(["softmax", "linear_attention"], conv=3 if model_class is not RegardForSeq2SeqLM else 0)
     ).eval()
-    more = {"decoder_input_ids": IDS[:, :4]} if made is RegardForSeq2SeqLM else {}
+    more = {"decoder_input_ids": IDS[:, :4]} if model_class is RegardForSeq2SeqLM else {}
     wanted = model(IDS, **more).logits
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(made.from_pretrained(tmp_path).eval()(IDS, **more).logits, wanted)
+    torch.testing.assert_close(model_class.from_pretrained(tmp_path).eval()(IDS, **more).logits, wanted)
 
 
 def test_auto_classes_know_the_models_once_registered(tmp_path):

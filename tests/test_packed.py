@@ -19,9 +19,9 @@ SIZES, MEMORIES = (3, 1, 5, 3), (4, 2, 4, 4)
 def texts(name, pattern, total, memory, seed=0):
     page = catalog.get(name)
     case = Case(page, page.config(), pattern)
-    given = case.inputs(total, memory, seed=seed, batch=1)
-    x = None if given.x is None else given.x if given.y is None else (given.x, given.y)
-    return given, {"params": given.params, "x": x}
+    inputs = case.inputs(total, memory, seed=seed, batch=1)
+    x = None if inputs.x is None else inputs.x if inputs.y is None else (inputs.x, inputs.y)
+    return inputs, {"params": inputs.params, "x": x}
 
 
 def part(x, a, b):
@@ -46,19 +46,21 @@ def test_each_text_is_by_itself(name, pattern):
     if page.roles:
         pytest.skip("the mechanism reads roles")
     cross = "cross" in pattern
-    (own, cuts), (keys, cuts_k) = spans(SIZES), spans(MEMORIES if cross else SIZES)
-    given, told = texts(name, pattern, sum(SIZES), sum(MEMORIES))
+    (texts_q, cuts), (keys, cuts_k) = spans(SIZES), spans(MEMORIES if cross else SIZES)
+    inputs, options = texts(name, pattern, sum(SIZES), sum(MEMORIES))
     more = {"cu_seqlens_k": cuts_k} if cross else {}
-    out, state, _ = regard.attend(given.q, given.k, given.v, name, pattern, cu_seqlens=cuts, **more, **told)
-    for i, (a, b) in enumerate(zip(own, keys, strict=True)):
-        alone = {**told, "x": part(told["x"], a, b)}
-        q, k, v = given.q[:, :, a[0] : a[1]], given.k[:, :, b[0] : b[1]], given.v[:, :, b[0] : b[1]]
+    out, state, _ = regard.attend(
+        inputs.q, inputs.k, inputs.v, name, pattern, cu_seqlens=cuts, **more, **options
+    )
+    for i, (a, b) in enumerate(zip(texts_q, keys, strict=True)):
+        alone = {**options, "x": part(options["x"], a, b)}
+        q, k, v = inputs.q[:, :, a[0] : a[1]], inputs.k[:, :, b[0] : b[1]], inputs.v[:, :, b[0] : b[1]]
         wanted, end, _ = regard.attend(q, k, v, name, pattern, **alone)
         torch.testing.assert_close(out[:, :, a[0] : a[1]], wanted)
         if end is not None:
             mine = state[i] if isinstance(state, list) else tree_map(lambda t, i=i: t[i : i + 1], state)
-            for found, right in zip(tree_leaves(mine), tree_leaves(end), strict=True):
-                torch.testing.assert_close(found, right)
+            for actual, right in zip(tree_leaves(mine), tree_leaves(end), strict=True):
+                torch.testing.assert_close(actual, right)
 
 
 @pytest.mark.parametrize("name", ["softmax", "linear_attention"])
@@ -73,15 +75,15 @@ def test_states_carry_on(name):
 
 
 @pytest.mark.parametrize(
-    ("cuts", "said"),
+    ("cuts", "message"),
     [
         ([0, 4], "ends at the number"),
         ([0, 3, 3, 6], "every text has a token"),
         ([0.0, 6.0], "borders of S texts"),
     ],
 )
-def test_wrong_borders_are_errors(cuts, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_borders_are_errors(cuts, message):
+    with pytest.raises(ValueError, match=message):
         regard.attend(*torch.randn(3, 1, 2, 6, 4), "linear_attention", cu_seqlens=torch.tensor(cuts))
 
 

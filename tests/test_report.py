@@ -184,14 +184,15 @@ def test_failed_missing_and_impossible_cells():
     rows += [one("lacks", 0.1, length=256)]
     rows += [one("whole", 0.1, length=n) for n in (256, 512, 1024)]
     result = Result({}, rows)
-    found = {r["label"]: (r["failed"], r["missing"], r["complete"]) for r in result.summary()}
-    assert found == {
+    counts = {r["label"]: (r["failed"], r["missing"], r["complete"]) for r in result.summary()}
+    assert counts == {
         "full": (0, 0, True),
         "fails": (1, 0, False),
         "lacks": (0, 1, False),
         "whole": (0, 0, True),
     }
-    assert result.summary()[-1]["quality"] == 1.0  # where full attention scores 0 there is no ratio
+    # where full attention scores 0 there is no ratio
+    assert result.summary()[-1]["quality"] == 1.0
     assert any("needle at length 1024" in note for note in result.notes())
 
 
@@ -384,12 +385,12 @@ def test_poor_results_still_make_every_report(result):
 def chromium() -> str:
     if os.environ.get("REGARD_NO_BROWSER") == "1":
         pytest.skip("REGARD_NO_BROWSER=1")
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not found:
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not path:
         pytest.fail(
             "no Chromium found: install it (Debian: apt-get install chromium) or set REGARD_NO_BROWSER=1"
         )
-    return found
+    return path
 
 
 FLAGS = [  # headless, quiet, and nothing but the page
@@ -402,7 +403,8 @@ POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 
 def browse(path, tmp_path, script="") -> str:
     """The page's elements after its scripts, and after `script` if one is given, have run in Chromium."""
-    if script:  # the page's policy refuses scripts that it does not name, so a test that adds one lifts it
+    # the page's policy refuses scripts that it does not name, so a test that adds one lifts it
+    if script:
         page = POLICY.sub("", path.read_text(encoding="utf-8"))
         path = path.with_name("driven.html")
         path.write_text(page.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
@@ -458,7 +460,8 @@ def test_controls_of_the_page(page, tmp_path):
         13 * 3 - 1,
         1 + 12 * 3 + 1,
     )  # length-0 is copy: h2o has no cell at 1024; the winner has a ring
-    assert out["start"] == [lines - 3, every]  # the page starts at the winner's 10 %, where tova has no cell
+    # the page starts at the winner's 10 %, where tova has no cell
+    assert out["start"] == [lines - 3, every]
     assert out["budget"] == [lines, every] and out["none"] == [0, 1] and out["full"] == [3, 2]
     assert out["bars"] >= every - 1 and out["best"] == "100 %" and int(out["worst"].split()[0]) < 80
 

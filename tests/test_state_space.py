@@ -29,19 +29,19 @@ def of_token(t, i: int, rows: int):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_written_system_is_the_one_that_decoding_shows(kind, normalise):
     """Both replay the operator; with one value channel they are the same matrices, where the state is read."""
-    told = {"normalise": normalise, "eps": 0.0}
+    options = {"normalise": normalise, "eps": 0.0}
 
     def step(i, v, state):
-        asked, keys, g = (of_token(t, i, len(v)) for t in (q, k, KINDS[kind]))
-        return linear(asked, keys, v[:, :, None], g, state=state, **told)
+        query, keys, g = (of_token(t, i, len(v)) for t in (q, k, KINDS[kind]))
+        return linear(query, keys, v[:, :, None], g, state=state, **options)
 
-    found, written = export(step, N, (H, 1)), of_features(q, k, KINDS[kind], normalise=normalise)
-    assert_close(found.keep[1:], written.keep[1:])
-    assert_close(found.write, written.write)
-    assert_close(found.read[1:], written.read[1:])
+    exported, written = export(step, N, (H, 1)), of_features(q, k, KINDS[kind], normalise=normalise)
+    assert_close(exported.keep[1:], written.keep[1:])
+    assert_close(exported.write, written.write)
+    assert_close(exported.read[1:], written.read[1:])
     v = drawn(3, 1, H, N, 1)
-    wanted = linear(q, k, v, KINDS[kind], **told)[0][0, :, :, 0].mT
-    assert_close(found.replay(v[0, :, :, 0].mT), wanted)
+    wanted = linear(q, k, v, KINDS[kind], **options)[0][0, :, :, 0].mT
+    assert_close(exported.replay(v[0, :, :, 0].mT), wanted)
     assert_close(written.replay(v[0, :, :, 0].mT), wanted)
 
 

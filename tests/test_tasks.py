@@ -41,10 +41,10 @@ class Words:
 class Chat(Words):
     chat_template = "a template"
 
-    def apply_chat_template(self, said, tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(self, messages, tokenize: bool, add_generation_prompt: bool) -> str:
         assert not tokenize
         assert add_generation_prompt
-        return "<s>user:" + said[0]["content"] + "\nassistant:"
+        return "<s>user:" + messages[0]["content"] + "\nassistant:"
 
 
 class Merging(Words):
@@ -100,8 +100,8 @@ def test_the_answer_is_in_the_evidence_and_nowhere_else(name, kind):
 def test_the_question_asks_for_the_fact_of_the_evidence(name):
     tokenizer = Words()
     for sample in task(name).samples(tokenizer, 512, 9, 3):
-        said = tokenizer.decode(sample.prompt[slice(*sample.evidence)])
-        key, value = re.fullmatch(r"\nThe code of (.+) is (.+)\.", said).groups()
+        statement = tokenizer.decode(sample.prompt[slice(*sample.evidence)])
+        key, value = re.fullmatch(r"\nThe code of (.+) is (.+)\.", statement).groups()
         assert tokenizer.decode(sample.prompt).endswith(f"\nQuestion: the code of {key} is")
         assert tokenizer.decode(sample.answer) == " " + value
 
@@ -109,8 +109,8 @@ def test_the_question_asks_for_the_fact_of_the_evidence(name):
 def test_recall_asks_among_keys_that_share_words():
     tokenizer = Words()
     for sample in task("recall").samples(tokenizer, 512, 9, 3):
-        found = re.findall(r"\nThe code of (\w+ \w+) is (\w+ \w+)\.", tokenizer.decode(sample.prompt))
-        keys = [key for key, _ in found]
+        facts = re.findall(r"\nThe code of (\w+ \w+) is (\w+ \w+)\.", tokenizer.decode(sample.prompt))
+        keys = [key for key, _ in facts]
         assert len(keys) == len(set(keys)) == 8
         for key in keys:
             assert sum(bool(set(key.split()) & set(other.split())) for other in keys) > 1
@@ -230,10 +230,10 @@ def test_mqar_labels_are_the_values_of_the_queried_keys(vocab, length, pairs, fi
         assert len(value_of) == len(set(value_of.values())) == pairs
         assert all(1 <= k < vocab // 2 for k in value_of)
         assert all(vocab // 2 <= v < vocab for v in value_of.values())
-        asked = [i for i in range(2 * pairs, length) if row[i] in value_of]
-        assert sorted(row[i] for i in asked) == sorted(value_of)
-        assert all(i % 2 == 0 for i in asked)
-        assert wanted == [value_of[row[i]] if i in asked else -100 for i in range(length)]
+        queried = [i for i in range(2 * pairs, length) if row[i] in value_of]
+        assert sorted(row[i] for i in queried) == sorted(value_of)
+        assert all(i % 2 == 0 for i in queried)
+        assert wanted == [value_of[row[i]] if i in queried else -100 for i in range(length)]
 
 
 def test_mqar_is_fixed_by_its_seed_whatever_torch_has_drawn():

@@ -20,11 +20,11 @@ class Stop(Exception):
 
 
 def stopping(at):
-    told = []
+    points = []
 
     def hear(point):
-        told.append(point)
-        if len(told) == at:
+        points.append(point)
+        if len(points) == at:
             raise Stop
 
     return hear
@@ -53,7 +53,8 @@ def test_a_kill_between_checkpoint_and_row_loses_neither(tmp_path):
     with pytest.raises(Stop):
         train(plan, tmp_path, stopping(25))
     kept = (tmp_path / "results.jsonl").read_text()
-    (tmp_path / "results.jsonl").write_text("")  # the checkpoint of step 20 is there, its row is not
+    # the checkpoint of step 20 is there, its row is not
+    (tmp_path / "results.jsonl").write_text("")
     with pytest.raises(Stop):
         train(plan, tmp_path, stopping(1))
     assert (tmp_path / "results.jsonl").read_text() == kept
@@ -76,14 +77,20 @@ def test_text_is_measured_in_bits_per_byte(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["text_sha256"]
 
 
+def test_the_old_name_of_the_settings_works_for_one_release():
+    plan = Plan(**SMALL)
+    with pytest.warns(DeprecationWarning, match="to_dict"):
+        assert plan.told() == plan.to_dict()
+
+
 def test_the_command(tmp_path):
-    told = ["train", "--mechanism", "softmax,linear_attention", "--out", str(tmp_path / "run"), "--json"]
+    command = ["train", "--mechanism", "softmax,linear_attention", "--out", str(tmp_path / "run"), "--json"]
     sizes = dict(steps=20, length=32, pairs=4, vocab=32, width=16, every=10, rates=1e-2)
     small = [f"--{key}={value}" for key, value in sizes.items()]
-    found = CliRunner().invoke(app, [*told, *small])
-    assert found.exit_code == 0, found.output
-    result = json.loads(found.stdout)
+    run = CliRunner().invoke(app, [*command, *small])
+    assert run.exit_code == 0, run.output
+    result = json.loads(run.stdout)
     assert result["mechanism"] == "softmax + linear_attention" and 0 <= result["score"] <= 1
-    again = CliRunner().invoke(app, [*told, *small, "--steps=30"])
+    again = CliRunner().invoke(app, [*command, *small, "--steps=30"])
     assert "the same run" in str(again.exception) and "steps" in str(again.exception)
     assert "near names: softmax" in str(CliRunner().invoke(app, ["train", "--mechanism", "sofmax"]).exception)

@@ -61,13 +61,13 @@ def inputs(kind, n, d, e, carried, strong, dtype):
     return (q, k, v, g, state), weights
 
 
-def results(scan, given, weights, device, dtype=None):
+def results(scan, tensors, weights, device, dtype=None):
     """{name: out, end, and the gradient of every input}, in float64."""
-    given = [None if t is None else t.to(device, dtype or t.dtype).requires_grad_() for t in given]
-    out, end = scan(*given)
+    tensors = [None if t is None else t.to(device, dtype or t.dtype).requires_grad_() for t in tensors]
+    out, end = scan(*tensors)
     (out * weights[0].to(out)).sum().add((end * weights[1].to(end)).sum()).backward()
     named = {"out": out, "end": end} | {
-        name: t.grad for name, t in zip(["q", "k", "v", "g", "state"], given, strict=True) if t is not None
+        name: t.grad for name, t in zip(["q", "k", "v", "g", "state"], tensors, strict=True) if t is not None
     }
     return {name: t.detach().double().cpu() for name, t in named.items()}
 
@@ -79,18 +79,19 @@ def dense(q, k, v, g, state):
 def compare(kind):
     bad = []
     for n, d, e, carried, strong, dtype, chunk in CASES[:: 3 if kind == "fixed" else 1]:
-        given, weights = inputs(kind, n, d, e, carried, strong, dtype)
-        want = results(dense, given, weights, "cpu", torch.float64)
-        got = results(lambda *a, c=chunk: triton_scan(*a, chunk=c), given, weights, DEVICE)
+        tensors, weights = inputs(kind, n, d, e, carried, strong, dtype)
+        want = results(dense, tensors, weights, "cpu", torch.float64)
+        got = results(lambda *a, c=chunk: triton_scan(*a, chunk=c), tensors, weights, DEVICE)
         # where all gates are at -50 their gradient is of the size of float64's rounding: there, an absolute error
         off = {
             name: ((got[name] - w).abs().max() / w.abs().max().clamp(min=1e-3)).item()
             for name, w in want.items()
         }
-        said = " ".join(f"{name} {x:.1e}" for name, x in off.items())
+        errors = " ".join(f"{name} {x:.1e}" for name, x in off.items())
         worse = [name for name, x in off.items() if not x <= LIMITS[dtype]]
         print(
-            f"{kind} {dtype} n={n} d={d} e={e} state={carried} strong={strong} chunk={chunk}: {said}", *worse
+            f"{kind} {dtype} n={n} d={d} e={e} state={carried} strong={strong} chunk={chunk}: {errors}",
+            *worse,
         )
         bad += worse
     assert not bad, bad
@@ -138,16 +139,18 @@ class Compiled:
         return self.compile
 
     def compile(self, *args, **sizes):
-        given = dict(zip(self.fn.arg_names, args)) | sizes
+        arguments = dict(zip(self.fn.arg_names, args)) | sizes
         types = {F32: "*fp32", F16: "*fp16", BF16: "*bf16", int: "i32"}
         signature = {
-            p.name: "constexpr" if p.is_constexpr else types[getattr(given[p.name], "dtype", int)]
+            p.name: "constexpr" if p.is_constexpr else types[getattr(arguments[p.name], "dtype", int)]
             for p in self.fn.params
         }
-        fixed = {p.name: given[p.name] for p in self.fn.params if p.is_constexpr}
+        fixed = {p.name: arguments[p.name] for p in self.fn.params if p.is_constexpr}
         source = ASTSource(self.fn, signature, constexprs=fixed)
-        told = {"num_warps": 8, "num_stages": 3}
-        shared = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=told).metadata.shared
+        options = {"num_warps": 8, "num_stages": 3}
+        shared = triton.compile(
+            source, target=GPUTarget("cuda", self.arch, 32), options=options
+        ).metadata.shared
         print(self.fn.__name__, signature["N"], fixed, "shared", shared)
         assert shared <= 99 * 1024
 
@@ -157,11 +160,11 @@ def compile_all(arch):
         setattr(triton_linear, name, Compiled(getattr(triton_linear, name), arch))
     for dtype, d, e in ((BF16, 128, 65),) if arch == 90 else ((F32, 20, 40),):
         for kind in ("none", "token", "channel") if arch == 90 else ("token", "channel"):
-            given, weights = inputs(kind, 20, d, e, True, 0, dtype)
+            tensors, weights = inputs(kind, 20, d, e, True, 0, dtype)
             if DEVICE == "cpu":
                 with pytest.raises(ValueError, match="on a GPU"):
-                    triton_scan(*given)
-            results(lambda *a: triton_linear.Scan.apply(*a, 64), given, weights, "cpu")
+                    triton_scan(*tensors)
+            results(lambda *a: triton_linear.Scan.apply(*a, 64), tensors, weights, "cpu")
 
 
 if __name__ == "__main__":

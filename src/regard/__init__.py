@@ -20,6 +20,7 @@ WHERE = {
     "find": "regard.catalog",
     "list_methods": "regard.catalog",
     "register": "regard.catalog",
+    "trace": "regard.explain.tracing",
     "load_cache": "regard.attaching.store",
     "load_shipped": "regard.models.shipped",
     "method": "regard.catalog",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from regard.catalog import find, list_methods, method, pages, register
     from regard.core import Edit, Observer, Site
     from regard.core.mask import Mask
+    from regard.explain.tracing import trace
     from regard.models.doctor import doctor
     from regard.models.shipped import load_shipped
 
@@ -59,6 +61,7 @@ __all__ = [
     "pages",
     "register",
     "save_cache",
+    "trace",
 ]
 
 

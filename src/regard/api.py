@@ -76,30 +76,30 @@ def attend(
     Raises ValueError, KeyError or Unsupported with the rule, the value, and the shapes of q, k and v.
     """
     method = configured(mechanism, config)
-    asked = {"pattern": pattern, "initial_state": initial_state, "params": params, "x": x}
-    asked |= {"impl": impl, "finite": True}
+    options = {"pattern": pattern, "initial_state": initial_state, "params": params, "x": x}
+    options |= {"impl": impl, "finite": True}
     try:
-        hidden = {"mask": catalog.as_mask(mask), "roles": roles}
+        masking = {"mask": catalog.as_mask(mask, pattern), "roles": roles}
         if cu_seqlens is None and cu_seqlens_k is None:
-            return Attended(*run(method, q, k, v, **asked, **hidden))
-        return packed(method, q, k, v, cu_seqlens, cu_seqlens_k, asked, hidden)
+            return Attended(*run(method, q, k, v, **options, **masking))
+        return packed(method, q, k, v, cu_seqlens, cu_seqlens_k, options, masking)
     except (ValueError, TypeError, KeyError) as error:
         shapes = ", ".join(f"{letter} {show(t)}" for letter, t in (("q", q), ("k", k), ("v", v)))
-        said = error.args[0] if error.args else error
+        message = error.args[0] if error.args else error
         # a KeyError shows its message as a repr
         line = "; " if isinstance(error, KeyError) else "\n  "
-        raise type(error)(f"{method.name}: {said}{line}{shapes}, pattern {pattern!r}") from error
+        raise type(error)(f"{method.name}: {message}{line}{shapes}, pattern {pattern!r}") from error
 
 
 def packed(
-    method: Method, q: Q, k: K, v: V, cu_seqlens: Any, cu_seqlens_k: Any, asked: dict, hidden: dict
+    method: Method, q: Q, k: K, v: V, cu_seqlens: Any, cu_seqlens_k: Any, options: dict, masking: dict
 ) -> Attended:
     """Texts that lie end to end in one row."""
-    cross = "cross" in asked["pattern"]
+    cross = "cross" in options["pattern"]
     require(cu_seqlens is not None, "cu_seqlens are the borders of the queries' texts", cu_seqlens=cu_seqlens)
     require(cross == (cu_seqlens_k is not None), "cu_seqlens_k are the borders of the keys' texts in cross patterns",
-            pattern=asked["pattern"], cu_seqlens_k=cu_seqlens_k)  # fmt: skip
-    if any(value is not None for value in hidden.values()):
+            pattern=options["pattern"], cu_seqlens_k=cu_seqlens_k)  # fmt: skip
+    if any(value is not None for value in masking.values()):
         raise Unsupported("a mask or roles beside cu_seqlens: the borders say which tokens belong together")
     lengths = borders(cu_seqlens, q.shape[2], "cu_seqlens")
     name, cuts = ("cu_seqlens_k", cu_seqlens_k) if cross else ("cu_seqlens", cu_seqlens)
@@ -107,10 +107,10 @@ def packed(
     require(len(lengths) == len(memories), "there are as many memories as texts", texts=len(lengths),
             memories=len(memories))  # fmt: skip
 
-    def one(q: Q, k: K, v: V, **own: Any) -> tuple[Tensor, Any]:
-        return run(method, q, k, v, **{**asked, **own})[:2]
+    def one(q: Q, k: K, v: V, **changes: Any) -> tuple[Tensor, Any]:
+        return run(method, q, k, v, **{**options, **changes})[:2]
 
-    state, x = asked["initial_state"], asked["x"]
+    state, x = options["initial_state"], options["x"]
     return Attended(*run_packed(one, q, k, v, lengths, memories, initial_state=state, x=x), {})
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 from regard.core import Method, Page, Unsupported, require, unknown
 from regard.core.deprecation import warn
-from regard.core.mask import Mask
 from regard.core.spec import parse_spec
 from regard.kinds import kind as kind_of
 from regard.kinds import kinds
-from regard.kinds.task import Task, ask
+from regard.kinds.mask import build_mask
+from regard.kinds.task import Task, TaskPage, ask
 
 HERE = Path(__file__).parent
 ROOMS = ("methods/*/[!_]*.py", "methods/*/*/[!_]*.py", "tasks/[!_]*.py")
@@ -35,14 +35,14 @@ _registered: dict[str, str] = {}  # name -> path or module of a page of one's ow
 @cache
 def built_in() -> dict[str, str]:
     """Name -> module of every page of the package, in alphabetical order: files of the rooms that define METHOD."""
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     for path in sorted((p for room in ROOMS for p in HERE.glob(room)), key=lambda p: p.stem):
         if not defines_page(path):
             continue
         module = "regard." + ".".join(path.relative_to(HERE).with_suffix("").parts)
-        require(path.stem not in found, "two pages share a name", one=found.get(path.stem), other=module)
-        found[path.stem] = module
-    return found
+        require(path.stem not in modules, "two pages share a name", one=modules.get(path.stem), other=module)
+        modules[path.stem] = module
+    return modules
 
 
 def defines_page(path: Path) -> bool:
@@ -58,22 +58,22 @@ def installed() -> dict[str, str]:
 @cache
 def named_in(variable: str) -> dict[str, str]:
     """Name -> file of the pages that REGARD_PAGES names."""
-    found: dict[str, str] = {}
+    files: dict[str, str] = {}
     for part in filter(None, variable.split(os.pathsep)):
         path = Path(part).expanduser()
         require(path.exists(), f"{PAGES} names files and folders that exist", path=part)
         for file in sorted(path.glob("[!_]*.py")) if path.is_dir() else [path]:
             if defines_page(file):
-                found[file.stem] = str(file.resolve())
-    return found
+                files[file.stem] = str(file.resolve())
+    return files
 
 
 def pages() -> dict[str, str]:
     """Name -> module, or file, of every page, in alphabetical order."""
-    own = {**installed(), **named_in(os.environ.get(PAGES, "")), **_registered}
-    for name, where in own.items():
+    outside = {**installed(), **named_in(os.environ.get(PAGES, "")), **_registered}
+    for name, where in outside.items():
         require(name not in built_in(), "a page of one's own has a name of its own", name=name, page=where)
-    return dict(sorted({**built_in(), **own}.items()))
+    return dict(sorted({**built_in(), **outside}.items()))
 
 
 def register(page: str | Path | ModuleType) -> str:
@@ -162,14 +162,16 @@ def method(name: str, **config: Any) -> Method:
 def from_spec(spec: str | Method, kind: str | None = None) -> Method:
     """A configured page as people type it, "streaming_llm:sinks=8"; `kind` says which kind it has to be."""
     if isinstance(spec, Method):
-        made = spec
+        configured = spec
     else:
         name, settings = parse_spec(spec)
-        made = method(name, **settings)
-    if kind is not None and made.page.kind != kind:
+        configured = method(name, **settings)
+    if kind is not None and configured.page.kind != kind:
         known = ", ".join(list_methods(kind=kind))
-        raise Unsupported(f"{made.name} is a {made.page.kind} page; here stand {kind} pages: {known}")
-    return made
+        raise Unsupported(
+            f"{configured.name} is a {configured.page.kind} page; here stand {kind} pages: {known}"
+        )
+    return configured
 
 
 def task(name: str | Method, **config: Any) -> Task:
@@ -188,25 +190,18 @@ def task(name: str | Method, **config: Any) -> Task:
 
 def standard_tasks() -> list[str]:
     """The tasks that compare asks when none are named."""
-    return [name for name in list_methods(kind="task") if get(name).standard]
+    tasks = ((name, get(name)) for name in list_methods(kind="task"))
+    return [name for name, page in tasks if isinstance(page, TaskPage) and page.standard]
 
 
-def as_mask(mask: Any) -> Any:
-    """A mask page, by its name or with its settings, as the Mask that it builds; all else as it is."""
+def as_mask(mask: Any, pattern: str = "self") -> Any:
+    """A mask page, by its name or with its settings, as the Mask that it builds; all else as it is.
+
+    Unsupported where a page's point is to look ahead, and `pattern` is causal_self, which would hide it.
+    """
     if isinstance(mask, str):
         mask = method(mask)
-    if not isinstance(mask, Method):
-        return mask
-    build = getattr(mask.page, "build", None)
-    require(
-        build is not None,
-        "a mask is a mask page, or a position page that has one",
-        page=mask.name,
-        kind=mask.page.kind,
-    )
-    built = build(mask.config)
-    require(isinstance(built, Mask), "build(cfg) gives a Mask", page=mask.name, built=built)
-    return built
+    return build_mask(mask, causal=pattern == "causal_self") if isinstance(mask, Method) else mask
 
 
 def kind_by_room(name: str) -> str | None:

@@ -75,9 +75,9 @@ def causal_from(s):
 
 
 def lengths_one_too_many(q, k, v, lengths=None):
-    there = torch.ones(1, k.shape[2], dtype=torch.bool)
-    there = there if lengths is None else torch.arange(k.shape[2]) <= lengths[:, None]
-    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~there[:, None, None], -torch.inf)
+    key_mask = torch.ones(1, k.shape[2], dtype=torch.bool)
+    key_mask = key_mask if lengths is None else torch.arange(k.shape[2]) <= lengths[:, None]
+    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~key_mask[:, None, None], -torch.inf)
     return s.softmax(-1) @ v
 
 

@@ -30,21 +30,21 @@ def test_a_new_value_replaces_the_old(path):
 @pytest.mark.parametrize("pattern", ["self", "cross", "causal_cross"])
 @pytest.mark.parametrize("path", PATHS)
 def test_other_patterns_read_what_the_text_has_left(path, pattern):
-    given = CASE.inputs(9)
-    _, state = CASE.run(path, given)
-    x = given.x if pattern == "self" else (None, given.x)
-    out, none = path(given.q, given.k, given.v, CASE.cfg, Call(pattern, params=given.params, x=x))
-    same("the state read", out, given.q / given.q.norm(dim=-1, keepdim=True) @ state)
+    inputs = CASE.inputs(9)
+    _, state = CASE.run(path, inputs)
+    x = inputs.x if pattern == "self" else (None, inputs.x)
+    out, none = path(inputs.q, inputs.k, inputs.v, CASE.cfg, Call(pattern, params=inputs.params, x=x))
+    same("the state read", out, inputs.q / inputs.q.norm(dim=-1, keepdim=True) @ state)
     assert none is None
 
 
 def test_long_texts_of_close_keys_stay_near_the_reference():
-    given = CASE.inputs(300)
-    near = given.k[:, :, :1] + 0.01 * given.k
-    call = Call(params=given.params, x=given.x)
-    wanted, end = PAGE.reference(given.q, near, given.v, CASE.cfg, call)
-    single = (t.float() for t in (given.q, near, given.v))
-    call = Call(params={n: p.float() for n, p in given.params.items()}, x=given.x.float())
+    inputs = CASE.inputs(300)
+    near = inputs.k[:, :, :1] + 0.01 * inputs.k
+    call = Call(params=inputs.params, x=inputs.x)
+    wanted, end = PAGE.reference(inputs.q, near, inputs.v, CASE.cfg, call)
+    single = (t.float() for t in (inputs.q, near, inputs.v))
+    call = Call(params={n: p.float() for n, p in inputs.params.items()}, x=inputs.x.float())
     out, state = PAGE.fast(*single, CASE.cfg, call)
     same("float32, 300 keys within 1 %", out.double(), wanted, tol=1e-4)
     same("float32, 300 keys within 1 %, state", state.double(), end, tol=1e-4)

@@ -34,8 +34,8 @@ def cumulative(q, k, v, clamp):
 def test_causal_self_is_the_published_cumulative_form(clamp):
     qkv = drawn(70, 70)
     for path in PATHS:
-        found = path(*qkv, PAGE.configure(clamp=clamp), Call("causal_self"))[0]
-        assert_close(found, cumulative(*qkv, clamp), rtol=1e-9, atol=1e-9)
+        out = path(*qkv, PAGE.configure(clamp=clamp), Call("causal_self"))[0]
+        assert_close(out, cumulative(*qkv, clamp), rtol=1e-9, atol=1e-9)
 
 
 def test_causal_self_begins_as_self_and_then_leaves_it():

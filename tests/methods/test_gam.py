@@ -30,7 +30,7 @@ def near(a: Tensor, b: Tensor, tol: float = 1e-10) -> None:
 @pytest.mark.parametrize("cfg", CONFIGS, ids=repr)
 def test_fast_is_the_reference(cfg):
     for n in (1, 7, 65):
-        found, mask = [], torch.arange(n)[None].expand(2, -1) % 5 != 1
+        results, mask = [], torch.arange(n)[None].expand(2, -1) % 5 != 1
         for path in PATHS:
             x, params = inputs(cfg, n)
             leaves = {"x": x, **params}
@@ -40,8 +40,10 @@ def test_fast_is_the_reference(cfg):
             # what comes out where nothing is means nothing
             out = out[mask]
             total = out.cos().sum() + state.sin().sum()
-            found.append((out, state, *torch.autograd.grad(total, list(leaves.values()), allow_unused=True)))
-        for a, b in zip(*found, strict=True):
+            results.append(
+                (out, state, *torch.autograd.grad(total, list(leaves.values()), allow_unused=True))
+            )
+        for a, b in zip(*results, strict=True):
             if a is not None:
                 near(a, b)
 
@@ -78,13 +80,13 @@ def test_segments_and_decoding_are_the_whole(cfg, path):
 def test_padding_is_as_if_not_there(cfg, path):
     x, params = inputs(cfg, n=7)
     wanted, end = path(x, cfg, Call(params=params))
-    places = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 1, 4, 5, 6, 9, 11]])  # before; between and after
+    positions = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 1, 4, 5, 6, 9, 11]])  # before; between and after
     wide = torch.full((2, 12, WIDTH), 1e3, dtype=torch.float64)
     mask = torch.zeros(2, 12, dtype=torch.bool)
-    wide.scatter_(1, places[..., None].expand(-1, -1, WIDTH), x)
-    mask.scatter_(1, places, True)
+    wide.scatter_(1, positions[..., None].expand(-1, -1, WIDTH), x)
+    mask.scatter_(1, positions, True)
     out, state = path(wide, cfg, Call(key_mask=mask[:, None], params=params))
-    near(out.gather(1, places[..., None].expand(-1, -1, WIDTH)), wanted)
+    near(out.gather(1, positions[..., None].expand(-1, -1, WIDTH)), wanted)
     near(state, end)
     _, state = path(wide[:, :6], cfg, Call(key_mask=mask[:, None, :6], params=params))
     out, state = path(wide[:, 6:], cfg, Call(key_mask=mask[:, None, 6:], params=params, initial_state=state))

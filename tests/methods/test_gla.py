@@ -14,7 +14,7 @@ def drawn(n, heads=2, groups=1, d=4, e=3, c=5):
     return [torch.randn(*s, generator=g, dtype=torch.float64) for s in shapes]
 
 
-def made(cfg, groups=1):
+def params_of(cfg, groups=1):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         params = page.init(cfg, {"heads": 2, "kv_heads": groups, "key": 4, "value": 3, "width": 5})
@@ -24,7 +24,7 @@ def made(cfg, groups=1):
 def test_is_the_recurrence_with_grouped_heads():
     """Two query heads read one KV head, whose gates fall on the state's rows before the new key is added."""
     cfg = page.Config(rank=2, tau=2.0)
-    (q, k, v, x), params = drawn(11), made(cfg)
+    (q, k, v, x), params = drawn(11), params_of(cfg)
     z = (x @ params["down"]) @ params["up"][:, 0] + params["bias"][0]
     alpha = torch.sigmoid(z) ** (1 / cfg.tau)  # [B, N, D]
     state, rows = torch.zeros(2, 4, 3, dtype=torch.float64), []
@@ -40,7 +40,7 @@ def test_is_the_recurrence_with_grouped_heads():
 
 def test_each_channel_forgets_at_its_own_rate():
     cfg, (q, k, v, x) = page.Config(rank=2, tau=1.0), drawn(2)
-    params = {n: torch.zeros_like(p) for n, p in made(cfg).items()}
+    params = {n: torch.zeros_like(p) for n, p in params_of(cfg).items()}
     params["bias"][0] = torch.tensor([40.0, 0.0, -40.0, 40.0])  # keeps, halves, forgets, keeps
     rates = torch.tensor([1.0, 0.5, 0.0, 1.0], dtype=torch.float64)[:, None]
     for path in PATHS:
@@ -52,7 +52,7 @@ def test_each_channel_forgets_at_its_own_rate():
 
 def test_larger_tau_forgets_more_slowly():
     q, k, v, x = drawn(30)
-    params = made(page.Config())
+    params = params_of(page.Config())
     first = [
         page.METHOD.fast(q, k, v, page.Config(tau=tau), Call(params=params, x=x))[1]
         for tau in (1.0, 16.0, 1e12)

@@ -27,9 +27,9 @@ def drawn(heads=4, groups=2, n=12, d=4):
 def test_grouped_heads_are_a_copy_for_each(path):
     run = getattr(METHOD, path)
     q, k, v, params = drawn()
-    own = {"w_q": params["w_q"], "w_k": params["w_k"].repeat_interleave(2, 0)}
+    copied = {"w_q": params["w_q"], "w_k": params["w_k"].repeat_interleave(2, 0)}
     few, state = run(q, k, v, METHOD.config(), Call(params=params))
-    many, wide = run(q, *(t.repeat_interleave(2, 1) for t in (k, v)), METHOD.config(), Call(params=own))
+    many, wide = run(q, *(t.repeat_interleave(2, 1) for t in (k, v)), METHOD.config(), Call(params=copied))
     assert (few - many).abs().max() < 1e-12
     assert state.shape[1] == 2 and (state - wide[:, ::2]).abs().max() < 1e-12
 
@@ -62,8 +62,8 @@ def segments(run, tensors, params, mask, cuts, masked=99):
     """(out, last state) of segments; the mask is given to the first `masked` of them."""
     state, parts = None, []
     for i, cut in enumerate(cuts):
-        own = mask[..., cut] if i < masked else None
-        call = Call(key_mask=own, initial_state=state, params=params)
+        key_mask = mask[..., cut] if i < masked else None
+        call = Call(key_mask=key_mask, initial_state=state, params=params)
         out, state = run(*(t[:, :, cut] for t in tensors), METHOD.config(), call)
         parts.append(out)
     return torch.cat(parts, 2), state

@@ -48,12 +48,12 @@ def test_without_an_order_every_key_is_seen(pattern, prefix):
 
 @PATHS
 def test_the_prefix_sees_itself_and_the_rest_its_past(path):
-    asked, m = case(4), 4
-    given = asked.inputs(9)
+    prefixed, m = case(4), 4
+    inputs = prefixed.inputs(9)
     for j in range(9):
         wanted = list(range(j, 9)) if j >= m else list(range(9))
-        assert moved(asked, path, given, "kvx", j) == wanted, f"token {j} of 9, prefix of {m}"
-        assert moved(asked, path, given, "kv", j) == list(range(j, 9)), (
+        assert moved(prefixed, path, inputs, "kvx", j) == wanted, f"token {j} of 9, prefix of {m}"
+        assert moved(prefixed, path, inputs, "kv", j) == list(range(j, 9)), (
             "k and v are read in order, also within"
         )
 
@@ -62,37 +62,38 @@ def test_the_prefix_sees_itself_and_the_rest_its_past(path):
 @pytest.mark.parametrize("n", [3, 8, 9])  # a prompt shorter than the prefix, as long, longer
 def test_decoding_is_reading_the_rest_at_once(path, n):
     """Against sums over what each token may see, written out."""
-    asked = case(8)
-    given = asked.inputs(12)
-    _, state = asked.run(path, given.span(slice(0, n)))
+    prefixed = case(8)
+    inputs = prefixed.inputs(12)
+    _, state = prefixed.run(path, inputs.span(slice(0, n)))
     rows = []
     for t in range(n, 12):
-        out, state = asked.run(path, given.span(slice(t, t + 1)), state=state)
+        out, state = prefixed.run(path, inputs.span(slice(t, t + 1)), state=state)
         rows.append(out)
-    k_e = torch.einsum("bnc,gcd->bgnd", given.x[:, : min(n, 8)], given.params["k_enc"])
-    v_e = torch.einsum("bnc,gcd->bgnd", given.x[:, : min(n, 8)], given.params["v_enc"])
+    k_e = torch.einsum("bnc,gcd->bgnd", inputs.x[:, : min(n, 8)], inputs.params["k_enc"])
+    v_e = torch.einsum("bnc,gcd->bgnd", inputs.x[:, : min(n, 8)], inputs.params["v_enc"])
     for t in range(n, 12):
         keys, values = (
-            torch.cat(pair, dim=2) for pair in ((given.k[:, :, : t + 1], k_e), (given.v[:, :, : t + 1], v_e))
+            torch.cat(pair, dim=2)
+            for pair in ((inputs.k[:, :, : t + 1], k_e), (inputs.v[:, :, : t + 1], v_e))
         )
-        s = given.q[:, :, t : t + 1] @ keys.mT / 2  # D is 4
+        s = inputs.q[:, :, t : t + 1] @ keys.mT / 2  # D is 4
         w = 1 + s + s * s / 2
         assert_close(rows[t - n], w @ values / w.sum(-1, keepdim=True), **TOLERANCE)
 
 
 @PATHS
 def test_segments_after_the_prefix_and_padding_before_it(path):
-    asked = case(5)
-    given = asked.inputs(16)
-    wanted, end = asked.run(path, given)
+    prefixed = case(5)
+    inputs = prefixed.inputs(16)
+    wanted, end = prefixed.run(path, inputs)
     names = ("q", "k", "v", "x")
-    padded = {n: torch.nn.functional.pad(getattr(given, n), (0, 0, 3, 0), value=1e3) for n in names}
-    wide = replace(given, **padded)
+    padded = {n: torch.nn.functional.pad(getattr(inputs, n), (0, 0, 3, 0), value=1e3) for n in names}
+    wide = replace(inputs, **padded)
     hidden = (torch.arange(19) >= 3).expand(2, 1, 1, 19)
-    out, state = asked.run(path, wide.span(slice(0, 10)), hidden[..., :10])
+    out, state = prefixed.run(path, wide.span(slice(0, 10)), hidden[..., :10])
     rows = [out[:, :, 3:]]
     for cut in (slice(10, 13), slice(13, 14), slice(14, 19)):
-        out, state = asked.run(path, wide.span(cut), state=state)
+        out, state = prefixed.run(path, wide.span(cut), state=state)
         rows.append(out)
     assert_close(torch.cat(rows, dim=2), wanted, **TOLERANCE)
     assert_close(state, end, **TOLERANCE)
@@ -101,20 +102,19 @@ def test_segments_after_the_prefix_and_padding_before_it(path):
 @PATHS
 def test_the_second_reading_is_weighed_by_the_same_denominator(path):
     """With k^e = k and v^e = v of a prefix that is the whole text, the last token reads plain attention's answer."""
-    asked = case(1024)
-    given = asked.inputs(6)
-    x = given.x
+    prefixed = case(1024)
+    inputs = prefixed.inputs(6)
+    x = inputs.x
     solve = torch.linalg.lstsq
     params = {}
-    one = given.rows(slice(0, 1))
+    one = inputs.rows(slice(0, 1))
     for name, t in (("k_enc", one.k), ("v_enc", one.v)):
-        square = torch.cat(
-            [x[:1], torch.ones(1, 6, 1, dtype=x.dtype)], dim=-1
-        )  # six tokens, six numbers each
+        # six tokens, six numbers each
+        square = torch.cat([x[:1], torch.ones(1, 6, 1, dtype=x.dtype)], dim=-1)
         params[name] = torch.stack([solve(square[0], t[0, g]).solution for g in range(t.shape[1])])
     twice = replace(one, x=square, params=params)
     plain = case(0).run(path, replace(one, x=None, params={}))[0]
-    assert_close(asked.run(path, twice)[0][:, :, -1], plain[:, :, -1], **TOLERANCE)
+    assert_close(prefixed.run(path, twice)[0][:, :, -1], plain[:, :, -1], **TOLERANCE)
 
 
 def test_wide_queries_need_their_maps():
@@ -126,10 +126,10 @@ def test_wide_queries_need_their_maps():
 
 
 def test_without_a_prefix_no_input_of_the_layer_is_read():
-    given = case(0).inputs(9)
+    inputs = case(0).inputs(9)
     plain = Method("jrt", PAGE, PAGE.configure(prefix=0))
-    assert given.x is None and given.params == {}
+    assert inputs.x is None and inputs.params == {}
     with pytest.raises(ValueError, match="this one does not"):
-        run(plain, given.q, given.k, given.v, x=torch.zeros(2, 9, 5))
+        run(plain, inputs.q, inputs.k, inputs.v, x=torch.zeros(2, 9, 5))
     with pytest.raises(ValueError, match="reads the layer's input"):
-        run(Method("jrt", PAGE, PAGE.configure()), given.q, given.k, given.v)
+        run(Method("jrt", PAGE, PAGE.configure()), inputs.q, inputs.k, inputs.v)

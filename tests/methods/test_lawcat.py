@@ -24,8 +24,8 @@ def drawn(cfg, n=12, seed=0):
     return q, k, v, x, params
 
 
-def cut(given, rows):
-    return [t[..., rows, :] for t in given]
+def cut(tensors, rows):
+    return [t[..., rows, :] for t in tensors]
 
 
 def ask(path, qkv, cfg, **call):
@@ -37,13 +37,13 @@ def ask(path, qkv, cfg, **call):
 def test_the_convolution_is_that_of_the_tokens_that_are_there(conv):
     g = torch.Generator().manual_seed(0)
     t, taps = torch.randn(2, 3, 9, 4, generator=g), torch.randn(3, 4, 4, generator=g)
-    there = torch.rand(2, 1, 9, generator=g) < 0.6
+    token_mask = torch.rand(2, 1, 9, generator=g) < 0.6
     nothing = torch.zeros(2, 3, 3, 4)
-    rows, tail = conv(t, taps, nothing, there)
+    rows, tail = conv(t, taps, nothing, token_mask)
     for b in range(2):
-        own = t[b : b + 1][:, :, there[b, 0]]
-        wanted, end = conv(own, taps, nothing[:1], None)
-        assert (rows[b][:, there[b, 0]] - wanted[0]).abs().max() < 1e-5
+        tokens = t[b : b + 1][:, :, token_mask[b, 0]]
+        wanted, end = conv(tokens, taps, nothing[:1], None)
+        assert (rows[b][:, token_mask[b, 0]] - wanted[0]).abs().max() < 1e-5
         assert (tail[b] - end[0]).abs().max() == 0
     padded = torch.nn.functional.pad(t, (0, 0, 3, 0))  # by hand, tap i on the token i before
     by_hand = sum(taps[:, i, None].movedim(1, 1) * padded[:, :, 3 - i : 12 - i] for i in range(4))
@@ -53,8 +53,8 @@ def test_the_convolution_is_that_of_the_tokens_that_are_there(conv):
 @PATHS
 def test_hidden_tokens_between_segments_are_passed_over(path):
     cfg = PAGE.config()
-    *given, params = drawn(cfg)
-    q, k, v, x = given
+    *tensors, params = drawn(cfg)
+    q, k, v, x = tensors
     mask = torch.ones(1, 1, 1, 12, dtype=torch.bool)
     mask[..., [0, 4, 5, 6, 11]] = False
     seen = mask[0, 0, 0].nonzero()[:, 0]
@@ -86,9 +86,9 @@ def test_a_query_moves_itself_and_the_three_after_it_at_most(path, pattern):
 def test_grouped_heads_are_a_copy_for_each(path):
     cfg = PAGE.config()
     q, k, v, x, params = drawn(cfg)
-    own = {n: p if n == "conv_q" else p.repeat_interleave(2, 0) for n, p in params.items()}
+    copied = {n: p if n == "conv_q" else p.repeat_interleave(2, 0) for n, p in params.items()}
     few = ask(path, (q, k, v), cfg, params=params, x=x)[0]
-    many = ask(path, (q, *(t.repeat_interleave(2, 1) for t in (k, v))), cfg, params=own, x=x)[0]
+    many = ask(path, (q, *(t.repeat_interleave(2, 1) for t in (k, v))), cfg, params=copied, x=x)[0]
     assert (few - many).abs().max() < 1e-12
 
 
@@ -112,9 +112,9 @@ def one_head_at_a_time(path, cfg, qkv, mask, x, params):
     rows = []
     for h in range(4):
         g = h * k.shape[1] // 4
-        own = {name: p[[h if name in ("conv_q", "gain") else g]] for name, p in params.items()}
+        params_h = {name: p[[h if name in ("conv_q", "gain") else g]] for name, p in params.items()}
         alone = q[:, [h]], k[:, [g]], v[:, [g]]
-        rows.append(ask(path, alone, cfg, params=own, x=x, mask=mask[:, [h]])[0])
+        rows.append(ask(path, alone, cfg, params=params_h, x=x, mask=mask[:, [h]])[0])
     return torch.cat(rows, dim=1)
 
 

@@ -11,7 +11,7 @@ WIDTH, HEADS, LAYERS, N = 12, 3, 4, 40
 DIMS = {"width": WIDTH, "heads": HEADS}
 
 
-def made(cfg):
+def params_of(cfg):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.layer)
         return {n: p.double() for n, p in page.init(cfg, DIMS).items()}
@@ -43,7 +43,7 @@ def paper(x, params, layer):
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_is_the_paper(layer):
     cfg = page.Config(layer=layer, layers=LAYERS, eps=1e-12)
-    x, params = drawn(), made(cfg)
+    x, params = drawn(), params_of(cfg)
     for path in (page.reference, page.fast):
         out, _ = path(x, cfg, Call(params=params))
         torch.testing.assert_close(out, paper(x, params, layer), rtol=1e-6, atol=1e-6)
@@ -59,7 +59,7 @@ def test_a_stack_decodes_what_it_reads(decay, path):
         after = []
         for layer, state in enumerate(states):
             cfg = page.Config(decay, layer, LAYERS)
-            x, state = path(x, cfg, Call(initial_state=state, params=made(cfg)))
+            x, state = path(x, cfg, Call(initial_state=state, params=params_of(cfg)))
             after.append(state)
         return x, after
 

@@ -9,10 +9,10 @@ from regard.testing import zoo
 W, K = 8, 4
 
 
-def rope(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """x [n, D] rotated to its places, base 10000, the two halves paired."""
+def rope(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """x [n, D] rotated to its positions, base 10000, the two halves paired."""
     half = x.shape[-1] // 2
-    angle = place[:, None] * 10000.0 ** (-torch.arange(half) / half)
+    angle = position[:, None] * 10000.0 ** (-torch.arange(half) / half)
     cos, sin = angle.cos(), angle.sin()
     a, b = x[:, :half], x[:, half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -22,9 +22,9 @@ def head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: int, most: int) -
     """One head of one row: q, k, v [n, D] as projected, not rotated."""
     scale, near, keys = q.shape[-1] ** -0.5, torch.arange(w), []
     for c in range(len(k) // w):
-        own = slice(c * w, c * w + w)
-        qc, kc = rope(q[own], near), rope(k[own], near)
-        mean = ((qc @ kc.T * scale).softmax(-1) @ v[own]).mean(0)
+        chunk = slice(c * w, c * w + w)
+        qc, kc = rope(q[chunk], near), rope(k[chunk], near)
+        mean = ((qc @ kc.T * scale).softmax(-1) @ v[chunk]).mean(0)
         keys.append((kc @ mean * scale).softmax(0) @ kc)
     rows = []
     for i in range(len(q)):
@@ -49,8 +49,8 @@ def oracle(model, ids: torch.Tensor, w: int, most: int) -> torch.Tensor:
     for layer in model.model.layers:
         h, a = layer.input_layernorm(x), layer.self_attn
         q, k, v = (p(h).view(len(ids), -1, a.head_dim) for p in (a.q_proj, a.k_proj, a.v_proj))
-        own = [i * groups // heads for i in range(heads)]
-        z = [head(q[:, i], k[:, g], v[:, g], w, most) for i, g in enumerate(own)]
+        kv_head = [i * groups // heads for i in range(heads)]
+        z = [head(q[:, i], k[:, g], v[:, g], w, most) for i, g in enumerate(kv_head)]
         x = x + a.o_proj(torch.cat(z, dim=-1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.lm_head(model.model.norm(x))
@@ -68,23 +68,23 @@ def test_prompt_and_decoding_are_the_definition(model, prompt):
     expected = torch.stack([oracle(model, row, W, K) for row in ids])
     with regard.attach(model, "longheads", chunk=W, chunks=K):
         out = model(ids[:, :prompt])
-        found = [out.logits]
+        logits = [out.logits]
         for i in range(prompt, ids.shape[1]):
             out = model(ids[:, i : i + 1], past_key_values=out.past_key_values)
-            found.append(out.logits)
-    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=2e-4)
+            logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=2e-4)
 
 
 @torch.no_grad()
 def test_a_prompt_in_pieces_is_the_same(model):
-    ids, found, cache = zoo.ids(2, 83), [], None
+    ids, logits, cache = zoo.ids(2, 83), [], None
     expected = torch.stack([oracle(model, row, W, K) for row in ids])
     with regard.attach(model, "longheads", chunk=W, chunks=K):
         for piece in ids.split([3, 29, 20, 31], dim=1):
             out = model(piece, past_key_values=cache)
             cache = out.past_key_values
-            found.append(out.logits)
-    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=2e-4)
+            logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=2e-4)
 
 
 @torch.no_grad()

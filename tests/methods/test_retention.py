@@ -16,8 +16,8 @@ def complex_form(q, k, v, slowest=10000.0):
     age = torch.arange(n)[:, None] - torch.arange(n)
     theta = slowest ** -(torch.arange(d // 2).double() / (d // 2 - 1))
     gamma = 1 - 2.0 ** (-5 - torch.arange(heads).double())
-    turn = torch.exp(1j * age[..., None] * theta)  # [N, M, D/2]
-    weights = torch.einsum("bhnc,bhmc,nmc->bhnm", a, b.conj(), turn).real * d**-0.5
+    rotation = torch.exp(1j * age[..., None] * theta)  # [N, M, D/2]
+    weights = torch.einsum("bhnc,bhmc,nmc->bhnm", a, b.conj(), rotation).real * d**-0.5
     return (weights * gamma[:, None, None] ** age.clamp(min=0)).tril() @ v
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from regard.attaching import calibrate as heads
-from regard.explain import retrieval as trace
+from regard.explain import tracing as trace
 from regard.methods.tracing import retrieval_heads as page
 from regard.testing import zoo
 
 
 @dataclass
-class Asked:
+class Question:
     prompt: list[int]
     answer: list[int]
     evidence: tuple[int, int]
@@ -25,34 +25,34 @@ def model():
 
 @torch.no_grad()
 def test_scores_are_those_of_a_loop(model):
-    asked = [Asked(row.tolist(), row[7:11].tolist(), (5, 13)) for row in torch.randint(3, 6, (3, 20))]
+    questions = [Question(row.tolist(), row[7:11].tolist(), (5, 13)) for row in torch.randint(3, 6, (3, 20))]
     model.lm_head.weight[:3], model.lm_head.weight[6:] = 0, 0  # it says what the prompts are made of
     model.set_attn_implementation("eager")
     expected = torch.zeros(3, 4)
-    for a in asked:
-        ids = torch.tensor([a.prompt])
+    for question in questions:
+        ids = torch.tensor([question.prompt])
         copied = [[set() for _ in range(4)] for _ in range(3)]
-        for _ in a.answer:
+        for _ in question.answer:
             out = model(ids, output_attentions=True)
             token = int(out.logits[0, -1].argmax())
             for layer, weights in enumerate(out.attentions):
                 for head, j in enumerate(weights[0, :, -1].argmax(-1).tolist()):
-                    if 7 <= j < 11 and a.prompt[j] == token:
+                    if 7 <= j < 11 and question.prompt[j] == token:
                         copied[layer][head].add(j)
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
-        expected += torch.tensor([[len(c) / 4 for c in row] for row in copied]) / len(asked)
+        expected += torch.tensor([[len(c) / 4 for c in row] for row in copied]) / len(questions)
     model.set_attn_implementation("sdpa")
-    found = trace.retrieval_heads(model, [asked])
-    torch.testing.assert_close(found.scores, expected)
+    result = trace.retrieval_heads(model, [questions])
+    torch.testing.assert_close(result.scores, expected)
     assert expected.max() > 0
-    assert found.layers == (0, 1, 2)
+    assert result.layers == (0, 1, 2)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", page.HOW)
 def test_switched_off_heads_act_in_generation_only(model, how):
-    asked = [Asked(zoo.ids(1, 20)[0].tolist(), [5, 6, 7], (0, 1))]
-    [text] = trace.read_all(model, [asked])
+    questions = [Question(zoo.ids(1, 20)[0].tolist(), [5, 6, 7], (0, 1))]
+    [text] = trace.read_all(model, [questions])
     before = text.cache.layers[0].keys.clone()
     plain, _ = trace.answer(model, text)
     every = [(layer, head) for layer in range(3) for head in range(4)]
@@ -65,22 +65,22 @@ def test_switched_off_heads_act_in_generation_only(model, how):
 @torch.no_grad()
 def test_induction_and_echo_are_mass_on_earlier_copies(model):
     length, repeats = 20, 3
-    found, ids = heads.retrieval_scores(model, length, repeats), heads.repeated(model, length, repeats, 0)
+    result, ids = heads.retrieval_scores(model, length, repeats), heads.repeated(model, length, repeats, 0)
     model.set_attn_implementation("eager")
     weights = torch.stack(model(ids, output_attentions=True).attentions)[:, 0]  # [L, H, n, n]
     rows = torch.arange(ids.shape[1] - length, ids.shape[1])
     for kind, after in (("echo", 0), ("induction", 1)):
         mass = sum(weights[:, :, rows, rows - length * back + after] for back in range(1, repeats))
-        torch.testing.assert_close(found[kind], mass.mean(-1))
+        torch.testing.assert_close(result[kind], mass.mean(-1))
 
 
 def test_induction_heads_are_measured_once_and_again_when_weights_change(model):
-    found = heads.induction_heads(model)
-    assert sorted(found) == [(layer, group) for layer in range(3) for group in range(2)]
-    assert heads.induction_heads(model) is found
+    result = heads.induction_heads(model)
+    assert sorted(result) == [(layer, group) for layer in range(3) for group in range(2)]
+    assert heads.induction_heads(model) is result
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.mul_(0.5)
-    assert heads.induction_heads(model) is not found
+    assert heads.induction_heads(model) is not result
 
 
 def test_random_ids_have_no_role():

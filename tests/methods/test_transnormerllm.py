@@ -17,7 +17,7 @@ def drawn(n):
     return [torch.randn(*s, generator=g, dtype=torch.float64) for s in shapes]
 
 
-def made(cfg):
+def params_of(cfg):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         params = transnormerllm.init(cfg, {"heads": H, "kv_heads": H, "key": D, "value": E, "width": C})
@@ -28,7 +28,7 @@ def made(cfg):
 @pytest.mark.parametrize("pattern", ["causal_self", "self"])
 def test_is_the_parallel_form(layer, pattern):
     cfg = transnormerllm.Config(layer=layer, layers=3)
-    (q, k, v, x), params = drawn(21), made(cfg)
+    (q, k, v, x), params = drawn(21), params_of(cfg)
     age = torch.arange(21)[:, None] - torch.arange(21)
     decay = torch.exp(-8 * torch.arange(H)[:, None, None] / H * (1 - layer / 3) * age.abs())  # [H, N, M]
     scores = torch.einsum("bhnd,bhmd->bhnmd", F.silu(q), F.silu(k))
@@ -46,7 +46,7 @@ def test_is_the_parallel_form(layer, pattern):
 
 def test_a_state_does_not_count_its_tokens():
     cfg = transnormerllm.Config()
-    (q, k, v, x), params = drawn(50), made(cfg)
+    (q, k, v, x), params = drawn(50), params_of(cfg)
     for path in PATHS:
         state, (whole, _) = None, path(q, k, v, cfg, Call(params=params, x=x))
         for cut in (slice(0, 17), slice(17, 18), slice(18, 50)):
@@ -58,7 +58,7 @@ def test_a_state_does_not_count_its_tokens():
 def test_last_queries_read_the_last_inputs():
     """Fewer queries than keys: the gate is that of the last tokens, where the queries stand."""
     cfg = transnormerllm.Config()
-    (q, k, v, x), params = drawn(9), made(cfg)
+    (q, k, v, x), params = drawn(9), params_of(cfg)
     for path in PATHS:
         whole, _ = path(q, k, v, cfg, Call(params=params, x=x))
         for n in (1, 4):
@@ -68,8 +68,8 @@ def test_last_queries_read_the_last_inputs():
 
 def test_only_the_first_layer_rotates():
     dims = {"heads": H, "kv_heads": H, "key": D, "value": E, "width": C}
-    assert "theta" in made(transnormerllm.Config(layer=0, layers=2))
-    assert "theta" not in made(transnormerllm.Config(layer=1, layers=2))
+    assert "theta" in params_of(transnormerllm.Config(layer=0, layers=2))
+    assert "theta" not in params_of(transnormerllm.Config(layer=1, layers=2))
     for layer, parts in ((0, 2), (1, 1)):
         cfg = transnormerllm.Config(layer=layer, layers=2)
         assert transnormerllm.METHOD.state_size(cfg, dims, 9) == parts * H * D * E

@@ -65,10 +65,10 @@ def test_a_step_weighs_its_own_token_and_no_other(path, pattern):
     m = weights(x, params)
     torch.testing.assert_close(weights(more, params)[:, :, 3], 3 * m[:, :, 3])
     base, heavier = (path(q, k, v, CFG, Call(pattern, params=params, x=t))[0] for t in (x, more))
-    own = (q * k[:, :, 3:4]).sum(-1, keepdim=True) * (2 * m[:, :, 3:4, None]) * v[:, :, 3:4]
+    expected = (q * k[:, :, 3:4]).sum(-1, keepdim=True) * (2 * m[:, :, 3:4, None]) * v[:, :, 3:4]
     if pattern == "causal_self":
-        own[:, :, :3] = 0
-    torch.testing.assert_close(heavier - base, own, rtol=1e-9, atol=1e-9)
+        expected[:, :, :3] = 0
+    torch.testing.assert_close(heavier - base, expected, rtol=1e-9, atol=1e-9)
 
 
 @each_path

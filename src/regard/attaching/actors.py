@@ -1,9 +1,9 @@
 """What acts on a model's attention: one call of an attention module, and the stages at which an actor may act on it.
 
-Masks, mechanisms, cache policies, edits and observers are all actors. The attention function asks them in this order:
+Masks, mechanisms, cache policies, edits and observers are all actors. The attention function calls them in this order:
 
     check_call, acts_on     whether this call can be acted on, and is
-    replace                 a mechanism in the place of attention: nothing else follows
+    replace                 a mechanism instead of attention: nothing else follows
     narrow                  masks: what queries see
     select                  a policy: which slots are read
     attend                  an attention of one's own over what is read
@@ -13,7 +13,7 @@ Masks, mechanisms, cache policies, edits and observers are all actors. The atten
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +27,15 @@ from regard.attaching.slots import Group
 from regard.attaching.step import Labels, Step
 from regard.core import Unsupported
 from regard.ops import View
+
+T = TypeVar("T")
+
+
+def present(value: T | None, rule: str) -> T:
+    """The value, where the stages before have made sure that there is one."""
+    if value is None:
+        raise ValueError(f"must hold: {rule}")
+    return value
 
 
 @dataclass
@@ -84,9 +93,24 @@ class AttentionCall:
         return "decode" if decode else "prefill"
 
     @property
+    def ledger(self) -> LedgerLayer:
+        """The layer, of a call that has one."""
+        return present(self.layer, "the call has written a ledger layer")
+
+    @property
+    def slots(self) -> Group:
+        """The group, of a call that has one."""
+        return present(self.group, "the call attends to slots of a ledger layer")
+
+    @property
+    def stored(self) -> View:
+        """The view of all that is stored, once there is one."""
+        return present(self.view, "the call has a view")
+
+    @property
     def number(self) -> int:
-        """The place of the layer among those that have a cache."""
-        return self.layers.index(self.layer)  # type: ignore[arg-type]
+        """The number of the layer among those that have a cache."""
+        return self.layers.index(self.ledger)
 
     def weights(self, view: View, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
         """[B, heads, rows, n] attention weights as the model uses them, after what acts here."""
@@ -96,14 +120,14 @@ class AttentionCall:
                 return weights
         return view.weights(rows, heads)
 
-    def there(self, stores: bool) -> Tensor | None:
+    def token_mask(self, stores: bool) -> Tensor | None:
         """[B, 1, 1, N] bool: this call's tokens that are not padding, or all so far; None: every token is one."""
         pad = None if self.rule is None else self.rule.pad()
         if pad is None:
             return None
         seen = self.k.shape[2] if self.layer is None else self.layer.seen
-        own = pad[:, :seen] if stores else pad[:, seen - self.k.shape[2] : seen]
-        return own[:, None, None]
+        real = pad[:, :seen] if stores else pad[:, seen - self.k.shape[2] : seen]
+        return real[:, None, None]
 
     def scaled(self) -> Tensor:
         """Queries such that a page's own scale, one over the root of the width, gives the model's."""
@@ -119,7 +143,7 @@ class Actor:
     needs_cache = False  # it acts on a cache, and only on one of ledger layers
     keeps_state = False  # its cache layers hold a state and no keys
     needs_rotary = False
-    needs_input = False  # it asks for the layer's input
+    needs_input = False  # it reads the layer's input
     reads_roles = False
     # it changes or records single rows and heads, and leaves all others to be bitwise those of the model
     touches_rows = False
@@ -128,7 +152,7 @@ class Actor:
         """Raise for a model that it cannot act on."""
 
     def cache_layer(self, old: DynamicLayer) -> LedgerLayer | None:
-        """What takes the place of a dynamic cache layer; None: a ledger layer with what it holds."""
+        """What replaces a dynamic cache layer; None: a ledger layer with what it holds."""
         return None
 
     def begin(self, step: Step) -> None:
@@ -144,7 +168,7 @@ class Actor:
         return False
 
     def replace(self, call: AttentionCall) -> Tensor | None:
-        """[B, H, N, E] in the place of attention."""
+        """[B, H, N, E] instead of attention."""
         return None
 
     def narrow(self, call: AttentionCall) -> AttentionCall:
@@ -167,7 +191,7 @@ class Actor:
         return out
 
     def observe(self, call: AttentionCall, view: View, out: Tensor) -> None:
-        """Write down what is asked for, as it is after the edits."""
+        """Record what an observer asks for, as it is after the edits."""
 
     def evict(self, call: AttentionCall, view: View) -> None:
         """Say which slots stay; `view` is what was read, call.view all that is stored."""

@@ -17,12 +17,12 @@ from regard.attaching.caches import Caches
 from regard.attaching.converted import swap_weights
 from regard.attaching.edits import Edits
 from regard.attaching.function import Context, make_function
-from regard.attaching.given import Attachable, actors_of
 from regard.attaching.lazy_mask import lazy_mask
 from regard.attaching.masking import AttachedMask
 from regard.attaching.observers import Observers, Record
 from regard.attaching.policy import CachePolicy
 from regard.attaching.replacement import Replacement
+from regard.attaching.resolve import Attachable, actors_of
 from regard.attaching.rotary import Rotary
 from regard.attaching.sites import ATTENTION, Sites, refuse_unreachable, towers
 from regard.attaching.step import RoleRule
@@ -34,13 +34,13 @@ NUMBERS = itertools.count()
 class attach:
     """Attach methods to a model for the length of a `with` block.
 
-    model    a transformers model whose code asks the attention interface; others raise Unreachable by name
+    model    a transformers model whose code calls the attention interface; others raise Unreachable by name
     methods  a method's name, a configured `regard.method(...)`, a Mask, an Edit, an Observer, or a list of them;
              None attaches the bare machinery (the ledger cache and native attention)
     where    "text", "vision" or None for all towers; what changes the cache, the mask or the mechanism goes to the
              text tower by itself
     roles    name -> function(input_ids [B, N]) -> bool or int labels [B, N], for sites and masks that name roles
-    config   settings of the method, when it was given by its name
+    config   settings of the method, where `methods` is its name
 
     What acts together: any number of masks, edits and observers, and one cache method. A mask narrows what queries
     see beside the model's own mask, at the true indices of tokens, also where a cache method evicts. A mechanism whose
@@ -158,7 +158,7 @@ class attach:
             elif context.rotary is not None and is_rotary_table(value):
                 context.rotary.tables[id(module)] = value
 
-    # what a user asks while it is attached, or after
+    # what a user reads while it is attached, or after
 
     @property
     def cache(self) -> Cache | None:

@@ -1,4 +1,4 @@
-"""The cache in use: ledger layers in the place of dynamic ones, and which of them was written last."""
+"""The cache in use: ledger layers instead of dynamic ones, and which of them was written last."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +34,7 @@ class Caches:
         return layer
 
     def adopt(self, cache: Any, step: Step) -> None:
-        """Put ledger layers in the place of dynamic ones; refuse the kinds an actor cannot work on."""
+        """Replace dynamic layers by ledger layers; refuse the kinds an actor cannot work on."""
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         step.caching = step.caching or isinstance(cache, Cache)
@@ -47,7 +47,7 @@ class Caches:
             cache.layers.extend(cache.layer_class_to_replicate() for _ in range(count))
         for i, layer in enumerate(cache.layers):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                cache.layers[i] = self._in_place_of(layer)
+                cache.layers[i] = self._as_ledger(layer)
             else:
                 self._check(layer)
         self.cache, self.layers = cache, ledgers(cache)
@@ -55,7 +55,7 @@ class Caches:
             layer.pending = self.pending
             self._adopted.add(layer)
 
-    def _in_place_of(self, old: DynamicLayer) -> LedgerLayer:
+    def _as_ledger(self, old: DynamicLayer) -> LedgerLayer:
         for actor in self.actors:
             layer = actor.cache_layer(old)
             if layer is not None:
@@ -69,9 +69,9 @@ class Caches:
                 "a cache goes on under the kind of attachment that began it: keys under a cache method, the "
                 "state of a mechanism under that mechanism"
             )
-        needy = [actor.name for actor in self.actors if actor.needs_cache]
-        if needy and not isinstance(layer, LedgerLayer) and "Linear" not in type(layer).__name__:
-            raise Unsupported(f"{needy[0]} cannot act on a {type(layer).__name__}; use a dynamic cache")
+        names = [actor.name for actor in self.actors if actor.needs_cache]
+        if names and not isinstance(layer, LedgerLayer) and "Linear" not in type(layer).__name__:
+            raise Unsupported(f"{names[0]} cannot act on a {type(layer).__name__}; use a dynamic cache")
 
     def release(self) -> None:
         """Leave nothing behind in caches that outlive the attachment."""

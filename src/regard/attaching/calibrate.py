@@ -17,7 +17,7 @@ from regard.attaching.policy import CALIBRATORS
 from regard.core import Observer, Site, Unsupported, require
 
 LENGTH, REPEATS = 512, 4
-KNOWN: WeakKeyDictionary[PreTrainedModel, tuple[int, tuple]] = WeakKeyDictionary()
+MEASURED: WeakKeyDictionary[PreTrainedModel, tuple[int, tuple]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -33,28 +33,28 @@ def retrieval_scores(
     length = room(model, repeats) if length is None else length
     ids = repeated(model, length, repeats, seed).to(model.device)
     sums: dict[str, dict[int, Tensor]] = {"echo": {}, "induction": {}}
-    looks = observers(length, repeats)
-    with attach(model, looks, where="text") as attached:
-        was = model.training
+    watching = observers(length, repeats)
+    with attach(model, watching, where="text") as attached:
+        training = model.training
         model.eval()
         try:
             model.base_model(ids, use_cache=False)
         finally:
-            model.train(was)
-    for look in looks:
-        own = sums[look.name.split()[0]]
-        for layer, _, mass in attached.records[look.name]:
-            own[layer] = own.get(layer, 0) + mass[0].mean(-1)
-    return {kind: torch.stack([own[layer] for layer in sorted(own)]) for kind, own in sums.items()}
+            model.train(training)
+    for observer in watching:
+        by_layer = sums[observer.name.split()[0]]
+        for layer, _, mass in attached.records[observer.name]:
+            by_layer[layer] = by_layer.get(layer, 0) + mass[0].mean(-1)
+    return {kind: torch.stack([sums[kind][layer] for layer in sorted(sums[kind])]) for kind in sums}
 
 
 def observers(length: int, repeats: int) -> list[Observer]:
     """For each earlier copy: the mass on the same token, and on the one after it, from the last repetition."""
-    site, found = Site(rows=tuple(range(-length, 0)), tower="text"), []
+    site, result = Site(rows=tuple(range(-length, 0)), tower="text"), []
     for back in range(1, repeats):
         for kind, step in (("echo", 0), ("induction", 1)):
-            found.append(Observer("mass_at", site, away(back * length - step), f"{kind} {back}"))
-    return found
+            result.append(Observer("mass_at", site, away(back * length - step), f"{kind} {back}"))
+    return result
 
 
 def away(distance: int) -> Callable[[Tensor], Tensor]:
@@ -76,22 +76,23 @@ def repeated(model: PreTrainedModel, length: int, repeats: int, seed: int) -> Te
     usable = torch.tensor([i for i in range(config.vocab_size) if i not in special])
     draw = torch.Generator().manual_seed(seed)
     if length <= len(usable):
-        unit = usable[torch.randperm(len(usable), generator=draw)[:length]]  # no token twice
+        # no token twice
+        unit = usable[torch.randperm(len(usable), generator=draw)[:length]]
     else:
         unit = usable[torch.randint(len(usable), (length,), generator=draw)]
-    begin = config.bos_token_id
-    first = begin if isinstance(begin, int) and 0 <= begin < config.vocab_size else int(unit[-1])
+    bos = config.bos_token_id
+    first = bos if isinstance(bos, int) and 0 <= bos < config.vocab_size else int(unit[-1])
     return torch.cat([torch.tensor([first]), unit.repeat(repeats)])[None]
 
 
 def special_ids(model: PreTrainedModel) -> set[int]:
     """Ids that the configurations give a role: begin, end, padding, images."""
-    found: set[int] = set()
+    special: set[int] = set()
     for config in (model.config, model.config.get_text_config(), model.generation_config):
         for name, value in (vars(config) if config is not None else {}).items():
             if name.endswith(("_token_id", "_token_index")) and value is not None:
-                found.update(value if isinstance(value, list | tuple) else [value])
-    return {i for i in found if isinstance(i, int)}
+                special.update(value if isinstance(value, list | tuple) else [value])
+    return {i for i in special if isinstance(i, int)}
 
 
 def induction_heads(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
@@ -100,10 +101,10 @@ def induction_heads(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
     Measured once for a model and kept beside it; again when its weights were changed in place.
     """
     version = sum(p._version for p in model.parameters())
-    known = KNOWN.get(model)
-    if known is None or known[0] != version:
-        known = KNOWN[model] = version, by_kv_head(model, retrieval_scores(model)["induction"])
-    return known[1]
+    measured = MEASURED.get(model)
+    if measured is None or measured[0] != version:
+        measured = MEASURED[model] = version, by_kv_head(model, retrieval_scores(model)["induction"])
+    return measured[1]
 
 
 def by_kv_head(model: PreTrainedModel, scores: Tensor) -> tuple[tuple[int, int], ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from regard import catalog
 from regard.core import Method, require
@@ -26,7 +27,7 @@ class Converted:
     """A mechanism for a model: `regard.attach(model, converted)`.
 
     params   by the name of an attention module: what the page's init gave there, trained; empty for a page without any
-    weights  by the name of a parameter: what takes its place while attached, and is taken out again on leaving
+    weights  by the name of a parameter: what replaces it while attached, until the attachment ends
     report   what was measured when it was made
     """
 
@@ -35,32 +36,32 @@ class Converted:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: str | Path, model: nn.Module | None = None, tokenizer: Any = None) -> None:
+    def save(self, folder: str | Path, model: PreTrainedModel | None = None, tokenizer: Any = None) -> None:
         """Write it to a folder: with the model an ordinary Hugging Face folder of the changed weights beside it."""
         save(self, folder, model, tokenizer)
 
 
 def swap_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Callable[[], Any]]:
-    """Put changed weights in the place of the model's own; what undoes it."""
+    """Replace the model's weights by changed ones; the functions that undo it."""
     named = dict(model.named_parameters())
     undo: list[Callable[[], Any]] = []
     missing = sorted(set(weights) - set(named))
     require(not missing, "the changed weights are parameters of this model", missing=missing)
     for name, new in weights.items():
-        at, old = named[name], named[name].data
+        parameter, old = named[name], named[name].data
         require(new.shape == old.shape, "a changed weight has the shape of the model's", name=name, new=new)
-        undo.append(partial(setattr, at, "data", old))
-        at.data = new.detach().to(old.device, old.dtype)
+        undo.append(partial(setattr, parameter, "data", old))
+        parameter.data = new.detach().to(old.device, old.dtype)
     return undo
 
 
 def save(
-    converted: Converted, folder: str | Path, model: nn.Module | None = None, tokenizer: Any = None
+    converted: Converted, folder: str | Path, model: PreTrainedModel | None = None, tokenizer: Any = None
 ) -> None:
     """All files into a folder beside it that takes its name at the end: nothing is ever half-written."""
     folder = Path(folder)
-    ours = folder / "regard.json"
-    require(not folder.exists() or ours.exists() or not any(folder.iterdir()),
+    marker = folder / "regard.json"
+    require(not folder.exists() or marker.exists() or not any(folder.iterdir()),
             "the folder is new, empty, or an earlier conversion", folder=str(folder))  # fmt: skip
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -74,10 +75,10 @@ def save(
         raise
 
 
-def write(converted: Converted, folder: Path, model: nn.Module | None, tokenizer: Any) -> None:
-    own = {f"params/{at}/{n}": p for at, parts in converted.params.items() for n, p in parts.items()}
+def write(converted: Converted, folder: Path, model: PreTrainedModel | None, tokenizer: Any) -> None:
+    tensors = {f"params/{at}/{n}": p for at, parts in converted.params.items() for n, p in parts.items()}
     if model is None:
-        own |= {f"weights/{n}": p for n, p in converted.weights.items()}
+        tensors |= {f"weights/{n}": p for n, p in converted.weights.items()}
     else:
         undo = swap_weights(model, converted.weights)
         try:
@@ -87,7 +88,8 @@ def write(converted: Converted, folder: Path, model: nn.Module | None, tokenizer
                 back()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    save_file({n: p.detach().cpu().contiguous() for n, p in own.items()}, str(folder / "regard.safetensors"))
+    tensors = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
+    save_file(tensors, str(folder / "regard.safetensors"))
     facts = {"format": FORMAT, "method": converted.method.name, "config": asdict(converted.method.config)}
     facts["report"] = dict(converted.report)
     (folder / "regard.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -101,16 +103,16 @@ def load_converted(folder: str | Path, device: str | None = None) -> tuple[Any, 
 
 def read_converted(folder: str | Path, device: Any = "cpu") -> Converted:
     """What `save` wrote, without the model."""
-    facts_at = Path(folder) / "regard.json"
-    require(facts_at.exists(), "a conversion's folder holds a regard.json", folder=str(folder))
-    facts = json.loads(facts_at.read_text(encoding="utf-8"))
+    path = Path(folder) / "regard.json"
+    require(path.exists(), "a conversion's folder holds a regard.json", folder=str(folder))
+    facts = json.loads(path.read_text(encoding="utf-8"))
     require(facts.get("format") == FORMAT, f"a conversion of the format {FORMAT}", format=facts.get("format"))
-    own = load_file(str(Path(folder) / "regard.safetensors"), device=str(device))
+    tensors = load_file(str(Path(folder) / "regard.safetensors"), device=str(device))
     params: dict[str, dict[str, Tensor]] = {}
-    for key, p in own.items():
+    for key, p in tensors.items():
         kind, _, rest = key.partition("/")
         if kind == "params":
             at, _, name = rest.rpartition("/")
             params.setdefault(at, {})[name] = p
-    weights = {k.partition("/")[2]: p for k, p in own.items() if k.startswith("weights/")}
+    weights = {k.partition("/")[2]: p for k, p in tensors.items() if k.startswith("weights/")}
     return Converted(catalog.method(facts["method"], **facts["config"]), params, weights, facts["report"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from regard.attaching.actors import Actor, AttentionCall
+from regard.attaching.actors import Actor, AttentionCall, present
 from regard.attaching.targets import cells, heads_of, rows_of, seen_columns
 from regard.core import Edit, NeverFired
 from regard.ops import View, mix, row_blocks
@@ -62,15 +62,15 @@ class Edits(Actor):
 
     def edit(self, call: AttentionCall, view: View, out: Tensor) -> Tensor:
         """out [B, H, N, E] with the edits of this site."""
-        named = [
+        targets = [
             (r, heads_of(r.edit.site, out.shape[1]), rows_of(r.edit.site, view.new)) for r in self._of(call)
         ]
-        named = [(r, heads, rows) for r, heads, rows in named if heads and rows]
-        if not named:
+        targets = [(r, heads, rows) for r, heads, rows in targets if heads and rows]
+        if not targets:
             return out
         out, self._met = out.clone(), {}
-        self._recompute(call, view, out, [(h, rows) for r, h, rows in named if r.edit.site.quantity != "z"])
-        for receipt, heads, rows in named:
+        self._recompute(call, view, out, [(h, rows) for r, h, rows in targets if r.edit.site.quantity != "z"])
+        for receipt, heads, rows in targets:
             edit = receipt.edit
             if edit.site.quantity == "z":
                 at = (slice(None), torch.tensor(heads)[:, None], torch.tensor(rows)[None])
@@ -109,58 +109,59 @@ class Edits(Actor):
         """x [B, heads, rows, n] with these edits where they cover it."""
         x = x.clone() if edits else x
         for edit in edits:
-            own_heads = [h for h in heads_of(edit.site, view.q.shape[1]) if h in heads]
-            own_rows = [r for r in rows_of(edit.site, view.new) if r in span]
-            if not own_heads or not own_rows:
+            edit_heads = [h for h in heads_of(edit.site, view.q.shape[1]) if h in heads]
+            edit_rows = [r for r in rows_of(edit.site, view.new) if r in span]
+            if not edit_heads or not edit_rows:
                 continue
             at = (
                 slice(None),
-                torch.tensor([heads.index(h) for h in own_heads])[:, None],
-                torch.tensor([r - span.start for r in own_rows])[None],
+                torch.tensor([heads.index(h) for h in edit_heads])[:, None],
+                torch.tensor([r - span.start for r in edit_rows])[None],
             )
-            keys = seen_columns(view, edit.site.keys, call.labels, own_heads, own_rows)
+            keys = seen_columns(view, edit.site.keys, call.labels, edit_heads, edit_rows)
             if edit.verb == "move":
-                to = seen_columns(view, edit.to, call.labels, own_heads, own_rows)
+                to = seen_columns(view, edit.to, call.labels, edit_heads, edit_rows)
                 x[at] = moved(x[at], keys, to, edit.value)
                 keys = keys & to.any(-1, keepdim=True)
             else:
-                new = changed(x[at], edit, value_at(edit, x, own_heads, own_rows, view))
+                new = changed(x[at], edit, value_at(edit, x, edit_heads, edit_rows, view))
                 x[at] = torch.where(keys, new, x[at])
             if bool(keys.any()):
-                self._met.setdefault(id(edit), set()).update(own_heads)
+                self._met.setdefault(id(edit), set()).update(edit_heads)
         return x
 
 
 def value_at(
     edit: Edit, like: Tensor, heads: list[int], rows: list[int], view: View | None = None
 ) -> Tensor | None:
-    """The edit's value for these heads and rows: a number, or [B, heads, rows, width] cut from what was given."""
+    """The edit's value for these heads and rows: a number, or [B, heads, rows, width] of its tensor."""
     if edit.value is None:
         return None
     value = torch.as_tensor(edit.value, dtype=like.dtype, device=like.device)
     if value.dim() == 0:
         return value
-    own_heads = heads_of(edit.site, like.shape[1] if view is None else view.q.shape[1])
-    own_rows = rows_of(edit.site, like.shape[2] if view is None else view.new)
-    value = value.expand(like.shape[0], len(own_heads), len(own_rows), like.shape[-1])
-    where = {r: i for i, r in enumerate(own_rows)}
-    return value[:, [own_heads.index(h) for h in heads]][:, :, [where[r] for r in rows]]
+    edit_heads = heads_of(edit.site, like.shape[1] if view is None else view.q.shape[1])
+    edit_rows = rows_of(edit.site, like.shape[2] if view is None else view.new)
+    value = value.expand(like.shape[0], len(edit_heads), len(edit_rows), like.shape[-1])
+    number = {r: i for i, r in enumerate(edit_rows)}
+    return value[:, [edit_heads.index(h) for h in heads]][:, :, [number[r] for r in rows]]
 
 
 def changed(x: Tensor, edit: Edit, value: Tensor | None) -> Tensor:
     """x after replace, scale or block."""
     if edit.verb == "block":
         return torch.full_like(x, -torch.inf if edit.site.quantity == "scores" else 0.0)
+    value = present(value, f"{edit.verb} takes a value")
     return x * value if edit.verb == "scale" else value.expand_as(x)
 
 
 def moved(w: Tensor, source: Tensor, to: Tensor, share: float) -> Tensor:
     """Take `share` of the mass on source and give it to `to`; a row that sees no `to` keeps its mass."""
-    open_to = to.expand_as(w)
+    visible = to.expand_as(w)
     taken = torch.where(source, w * share, 0)
-    have = torch.where(open_to, w, 0)
-    even = open_to / open_to.sum(-1, keepdim=True).clamp(min=1)
-    total = have.sum(-1, keepdim=True)
-    part = torch.where(total > 0, have / total.clamp(min=1e-30), even.to(w.dtype))
+    mass = torch.where(visible, w, 0)
+    even = visible / visible.sum(-1, keepdim=True).clamp(min=1)
+    total = mass.sum(-1, keepdim=True)
+    part = torch.where(total > 0, mass / total.clamp(min=1e-30), even.to(w.dtype))
     new = w - taken + taken.sum(-1, keepdim=True) * part
-    return torch.where(open_to.any(-1, keepdim=True), new, w)
+    return torch.where(visible.any(-1, keepdim=True), new, w)

@@ -16,9 +16,13 @@ from regard.attaching.sites import ModuleSite, Sites
 from regard.attaching.step import RoleRule, Step, text_labels
 from regard.attaching.views import make_view, run
 from regard.core import Unsupported
+from regard.core.deprecation import moved
 from regard.ops import View, few_rows, per_query_head
 
-Attended = tuple[Tensor, Tensor | None]  # (out [B, N, H, E], weights or None), what transformers asks for
+# (out [B, N, H, E], weights or None), which transformers expects of an attention function
+AttentionOutput = tuple[Tensor, Tensor | None]
+
+__getattr__ = moved(__name__, {"Attended": "regard.attaching.function:AttentionOutput"})
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Context:
     inputs: dict[int, Tensor] = field(default_factory=dict)  # of attention modules, from the hook to the call
 
 
-def make_function(context: Context) -> Callable[..., Attended]:
+def make_function(context: Context) -> Callable[..., AttentionOutput]:
     """The function `(module, query, key, value, attention_mask, ...) -> (out [B, N, H, E], weights or None)`."""
 
     def regard_attention(
@@ -47,15 +51,16 @@ def make_function(context: Context) -> Callable[..., Attended]:
         scaling: float | None = None,
         dropout: float = 0.0,
         **kwargs: Any,
-    ) -> Attended:
+    ) -> AttentionOutput:
         options = dict(scaling=scaling, dropout=dropout, **kwargs)
-        ours = module in context.sites  # or it is of another model that shares the configuration
-        site = context.sites.of(module) if ours else ModuleSite(type(module).__name__, "text", 0)
+        # else it is of another model that shares the configuration
+        is_attached = module in context.sites
+        site = context.sites.of(module) if is_attached else ModuleSite(type(module).__name__, "text", 0)
         call = AttentionCall(module, site, query, key, value, attention_mask, options, context.step)
-        if not ours:
+        if not is_attached:
             return native(call)
         complete(context, call)
-        return answer(context, call)
+        return dispatch(context, call)
 
     return regard_attention
 
@@ -69,14 +74,16 @@ def complete(context: Context, call: AttentionCall) -> None:
         raise Unsupported(
             f"{type(module).__name__} hands over its own sparse indices, which is not supported"
         )
-    if context.step.output_attentions:  # many models do not pass it on
+    # many models do not pass it on
+    if context.step.output_attentions:
         call.options["output_attentions"] = True
     call.x, call.rotary = context.inputs.pop(id(module), None), context.rotary
     if any(actor.reads_roles for actor in context.actors):
         call.labels = text_labels(call.layer, context.step, context.roles, call.q.shape[2])
 
 
-def answer(context: Context, call: AttentionCall) -> Attended:
+def dispatch(context: Context, call: AttentionCall) -> AttentionOutput:
+    """A mechanism instead of attention, the model's own attention, or the stages of what acts here."""
     for actor in context.actors:
         actor.check_call(call)
     call.acting = [actor for actor in context.actors if actor.acts_on(call)]
@@ -89,14 +96,15 @@ def answer(context: Context, call: AttentionCall) -> Attended:
     return by_groups(call)
 
 
-def native(call: AttentionCall) -> Attended:
+def native(call: AttentionCall) -> AttentionOutput:
     """What the model does by itself: transformers' SDPA with the mask it would have had, or explicit weights."""
     mask, options = call.mask, call.options
     explicit = any(options.get(name) is not None for name in ("softcap", "s_aux"))
     explicit = explicit or bool(options.get("output_attentions"))
-    if not explicit and not (call.own_mask and mask.dtype != torch.bool):
-        given = mask.rule.native() if isinstance(mask, LazyMask) else mask
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](call.module, call.q, call.k, call.v, given, **options)
+    explicit = explicit or (call.own_mask and mask is not None and mask.dtype != torch.bool)
+    if not explicit:
+        sdpa_mask = mask.rule.native() if isinstance(mask, LazyMask) else mask
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](call.module, call.q, call.k, call.v, sdpa_mask, **options)
     if options.get("dropout") and call.module.training:
         raise Unsupported(
             f"attention dropout in {type(call.module).__name__}, which needs explicit weights; call model.eval()"
@@ -109,34 +117,34 @@ def native(call: AttentionCall) -> Attended:
     return run(view).transpose(1, 2).contiguous(), None
 
 
-def by_groups(call: AttentionCall) -> Attended:
+def by_groups(call: AttentionCall) -> AttentionOutput:
     """The stages of every actor, one group of heads at a time."""
     if call.options["dropout"] and call.module.training:
         raise Unsupported("attention dropout under a cache method or an edit; call model.eval()")
     groups = [] if call.layer is None else list(call.layer.groups)
     if len(groups) < 2:
-        out, weights = stages(replace(call, group=groups[0] if groups else None))
+        out, weights = run_stages(replace(call, group=groups[0] if groups else None))
         return out.transpose(1, 2).contiguous(), weights
     if any(actor.touches_rows for actor in call.acting):
         raise Unsupported("edits and observers on a cache whose heads hold different lengths")
     share, parts = call.q.shape[1] // sum(len(g.heads) for g in groups), {}
     for group in groups:
-        own = [h * share + i for h in group.heads for i in range(share)]
-        options = {n: x[own] if n == "s_aux" and x is not None else x for n, x in call.options.items()}
-        cut = replace(call, q=call.q[:, own], k=group.k(), v=group.v(), options=options, group=group,
-                      heads=tuple(own))  # fmt: skip
-        parts.update(zip(own, stages(cut)[0].unbind(1)))
+        heads = [h * share + i for h in group.heads for i in range(share)]
+        options = {n: x[heads] if n == "s_aux" and x is not None else x for n, x in call.options.items()}
+        cut = replace(call, q=call.q[:, heads], k=group.k(), v=group.v(), options=options, group=group,
+                      heads=tuple(heads))  # fmt: skip
+        parts.update(zip(heads, run_stages(cut)[0].unbind(1)))
     return torch.stack([parts[h] for h in range(call.q.shape[1])], dim=2), None
 
 
-def stages(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """Narrow, select, attend, edit, observe, evict: [B, H, N, E], and weights where they were asked for."""
+def run_stages(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Narrow, select, attend, edit, observe, evict: [B, H, N, E], and weights where the model wants them."""
     for actor in call.acting:
         call = actor.narrow(call)
     call.view = read = make_view(call)
     for actor in call.acting:
         read = actor.select(call, read)
-    out, weights = attended(call, read)
+    out, weights = attend(call, read)
     for actor in call.acting:
         out = actor.edit(call, read, out)
     for actor in call.acting:
@@ -148,14 +156,15 @@ def stages(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     return out, weights
 
 
-def attended(call: AttentionCall, read: View) -> tuple[Tensor, Tensor | None]:
+def attend(call: AttentionCall, read: View) -> tuple[Tensor, Tensor | None]:
     """[B, H, N, E] over what is read, by the actor that has an attention of its own, and the weights if known."""
     for actor in call.acting:
         out = actor.attend(call, read)
         if out is not None:
             return out, None
     if untouched(call, read) and (touched(call) or not few_rows(call.q, call.k)):
-        out, weights = native(call)  # rows that no edit touches stay as the model has them
+        # rows that no edit touches stay as the model has them
+        out, weights = native(call)
         return out.transpose(1, 2), weights
     return run(read), None
 
@@ -166,5 +175,5 @@ def touched(call: AttentionCall) -> bool:
 
 def untouched(call: AttentionCall, read: View) -> bool:
     """Whether the model's own attention, under its own mask, reads just this."""
-    whole = read is call.view and read.known is None and not (call.rule and call.rule.narrowings)
+    whole = read is call.view and read.cached_scores is None and not (call.rule and call.rule.narrowings)
     return whole and (call.layer is None or call.layer.plain)

@@ -34,7 +34,7 @@ class MaskRule:
     padding: Tensor | None  # [B, keys seen] True = a real token
     arguments: dict
     device: torch.device
-    made: dict = field(default_factory=dict)
+    cached: dict = field(default_factory=dict)
     narrowings: tuple[Narrowing, ...] = ()
 
     @property
@@ -49,16 +49,16 @@ class MaskRule:
 
     def pad(self) -> Tensor | None:
         """[B, seen] True = a real token; None when all are."""
-        if "pad" not in self.made:
+        if "pad" not in self.cached:
             pad = self.padding
-            self.made["pad"] = None if pad is None or bool(pad.all()) else pad.bool()
-        return self.made["pad"]
+            self.cached["pad"] = None if pad is None or bool(pad.all()) else pad.bool()
+        return self.cached["pad"]
 
     def native(self) -> Tensor | None:
         """What SDPA would have been given: boolean [B, 1, N, M], or None where causality alone says it."""
-        if "native" not in self.made:
-            self.made["native"] = sdpa_mask(**self.arguments)
-        return self.made["native"]
+        if "native" not in self.cached:
+            self.cached["native"] = sdpa_mask(**self.arguments)
+        return self.cached["native"]
 
     def dense(self) -> Tensor:
         whole = {**self.arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -85,8 +85,9 @@ class MaskRule:
         if pad is None:
             return index >= 0
         index = index.expand(pad.shape[0], -1, -1)
-        taken = pad.gather(1, index.clamp(0, pad.shape[1] - 1).flatten(1)).view(index.shape)
-        return taken & (index >= 0) & (index < pad.shape[1])  # a static cache has slots for tokens to come
+        real = pad.gather(1, index.clamp(0, pad.shape[1] - 1).flatten(1)).view(index.shape)
+        # a static cache has slots for tokens to come
+        return real & (index >= 0) & (index < pad.shape[1])
 
 
 class LazyMask(Tensor):
@@ -96,12 +97,11 @@ class LazyMask(Tensor):
 
     @staticmethod
     def of(rule: MaskRule) -> "LazyMask":
-        one = torch.zeros((), dtype=torch.bool, device=rule.device).expand(
-            rule.batch, 1, rule.queries, rule.keys
-        )
-        made = torch.Tensor._make_subclass(LazyMask, one)
-        made.rule = rule
-        return made
+        one = torch.zeros((), dtype=torch.bool, device=rule.device)
+        shape = (rule.batch, 1, rule.queries, rule.keys)
+        mask = torch.Tensor._make_subclass(LazyMask, one.expand(shape))
+        mask.rule = rule
+        return mask
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -127,29 +127,14 @@ def lazy_mask(
     **others: Any,
 ) -> LazyMask:
     """The mask function that an attachment registers with transformers."""
-    frozen = [
-        x.clone() if isinstance(x, Tensor) else x for x in (q_offset, kv_offset)
-    ]  # a StaticCache writes on
+    # copies: a StaticCache writes on into its own
+    q_offset, kv_offset = (x.clone() if isinstance(x, Tensor) else x for x in (q_offset, kv_offset))
     arguments = dict(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=frozen[0],
-        kv_offset=frozen[1],
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        device=device,
-        **others,
-    )
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, device=device, **others,
+    )  # fmt: skip
     rule = MaskRule(
-        batch_size,
-        q_length,
-        kv_length,
-        frozen[0],
-        frozen[1],
-        mask_function,
-        attention_mask,
-        arguments,
-        torch.device(device),
-    )
+        batch=batch_size, queries=q_length, keys=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        function=mask_function, padding=attention_mask, arguments=arguments, device=torch.device(device),
+    )  # fmt: skip
     return LazyMask.of(rule)

@@ -13,10 +13,10 @@ from regard.core import Unsupported, require
 from regard.ops import Kept
 
 
-def picked(memory: dict, rows: Tensor) -> dict:
+def select_rows(memory: dict, rows: Tensor) -> dict:
     """A layer's memory for these rows of the batch: its tensors, those of nested dicts too, lead with 1 or B."""
     return {
-        name: picked(x, rows)
+        name: select_rows(x, rows)
         if isinstance(x, dict)
         else x.index_select(0, rows)
         if isinstance(x, Tensor) and x.dim() and x.shape[0] > 1
@@ -55,12 +55,10 @@ class LedgerLayer(DynamicLayer):
             self._start(key_states, value_states)
         else:
             for group in self.groups:
-                own = (
-                    (key_states, value_states)
-                    if len(self.groups) == 1
-                    else self._cut(key_states, value_states, group)
-                )
-                group.append(*own, self.seen)
+                k, v = key_states, value_states
+                if len(self.groups) > 1:
+                    k, v = k[:, list(group.heads)], v[:, list(group.heads)]
+                group.append(k, v, self.seen)
             self.seen += key_states.shape[2]
         if self.pending is not None:
             self.pending.append(self)
@@ -76,10 +74,6 @@ class LedgerLayer(DynamicLayer):
         else:
             self.groups = [Group(heads, grown(k, n, 0, 2), grown(v, n, 0, 2), n)]
         self.seen += n
-
-    @staticmethod
-    def _cut(k: Tensor, v: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-        return k[:, list(group.heads)], v[:, list(group.heads)]
 
     def keep(self, group: Group, kept: Kept) -> None:
         """Carry out a policy's answer for one group; heads of unequal length part into groups of their own."""
@@ -132,7 +126,9 @@ class LedgerLayer(DynamicLayer):
                 "generate without an assistant or prompt lookup, or attach no cache method"
             )
         require(
-            tokens_to_remove < 0, "crop takes the negative number of tokens to remove", given=tokens_to_remove
+            tokens_to_remove < 0,
+            "crop takes the negative number of tokens to remove",
+            tokens=tokens_to_remove,
         )
         self.groups[0].n += tokens_to_remove
         self.seen += tokens_to_remove
@@ -155,15 +151,15 @@ class LedgerLayer(DynamicLayer):
         rows = rows.to(self.device) if self.groups else rows
         for group in self.groups:
             group.select_rows(rows)
-        self.memory, self.labels = picked(self.memory, rows), picked(self.labels, rows)
+        self.memory, self.labels = select_rows(self.memory, rows), select_rows(self.labels, rows)
 
     def bytes_held(self) -> int:
         """Bytes of memory behind this layer, room and tables included, each storage once."""
-        stores = {}
+        storages = {}
         for group in self.groups:
             for t in group.tensors().values():
-                stores[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return sum(stores.values())
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return sum(storages.values())
 
     def bytes_stored(self) -> int:
         """Bytes of the keys and values, without room to grow and tables."""
@@ -171,8 +167,8 @@ class LedgerLayer(DynamicLayer):
 
     def stored(self) -> list[int]:
         """Slots held by each head."""
-        of = {head: group.n for group in self.groups for head in group.heads}
-        return [of[head] for head in sorted(of)]
+        slots = {head: group.n for group in self.groups for head in group.heads}
+        return [slots[head] for head in sorted(slots)]
 
 
 def as_ledger(layer: DynamicLayer) -> LedgerLayer:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
+from regard.attaching.actors import Actor, AttentionCall, present, refuse_encoder_decoder
 from regard.attaching.lazy_mask import LazyMask, Narrowing
 from regard.core import NeverFired, Unsupported, require
-from regard.core.mask import Mask, Place
+from regard.core.mask import Coordinates, Mask
 from regard.core.roles import Roles
 from regard.ops import per_query_head
 
@@ -32,13 +32,13 @@ class AttachedMask(Actor):
 
     def check_call(self, call: AttentionCall) -> None:
         if call.rule is None:
-            given = (
+            other = (
                 "a 4-D mask of your own; join them by &" if call.own_mask else "attention without a mask rule"
             )
-            raise Unsupported(f"the mask {self.name} at {call.where} beside {given}")
-        wide = call.q.shape[1]
-        require(self.mask.heads in (None, wide), "the heads of the mask are the heads of the layer",
-                mask=self.mask.heads, layer=wide)  # fmt: skip
+            raise Unsupported(f"the mask {self.name} at {call.where} beside {other}")
+        heads = call.q.shape[1]
+        require(self.mask.heads in (None, heads), "the heads of the mask are the heads of the layer",
+                mask=self.mask.heads, layer=heads)  # fmt: skip
         for role in self.mask.needs:
             if role not in call.labels:
                 known = ", ".join(call.labels) or "none"
@@ -49,25 +49,25 @@ class AttachedMask(Actor):
 
     def narrow(self, call: AttentionCall) -> AttentionCall:
         self.acted += 1
-        rule = call.mask.rule
+        rule = present(call.rule, "the call's mask has a rule")
         both = replace(rule, narrowings=(*rule.narrowings, self._narrowing(call)))
         return replace(call, mask=LazyMask.of(both))
 
     def _narrowing(self, call: AttentionCall) -> Narrowing:
         roles = Roles(**{name: call.labels[name] for name in self.mask.needs})
-        device, wide = call.q.device, call.q.shape[1]
+        device, query_heads = call.q.device, call.q.shape[1]
         batch = call.q.shape[0] if self.mask.needs else 1
         b = torch.arange(batch, device=device)[:, None, None, None]
-        heads = range(wide) if call.heads is None else call.heads
+        heads = range(query_heads) if call.heads is None else call.heads
         h = torch.tensor(heads if self.mask.heads else [0], device=device)[None, :, None, None]
 
         def narrow(seen: Tensor, q: Tensor, index: Tensor) -> Tensor:
             if self.mask.heads:
-                seen, index = per_query_head(seen, wide), per_query_head(index, wide)
+                seen, index = per_query_head(seen, query_heads), per_query_head(index, query_heads)
             if self.mask.needs:
                 top = int(index.max()) if index.numel() else -1
                 require(top < roles.length, "every token has its labels: index < labelled",
                         index=top, labelled=roles.length)  # fmt: skip
-            return seen & self.mask(Place(b, h, q, index.clamp(min=0)[:, :, None], (roles, roles)))
+            return seen & self.mask(Coordinates(b, h, q, index.clamp(min=0)[:, :, None], (roles, roles)))
 
         return narrow

@@ -1,16 +1,16 @@
-"""Observers at work: what a model used at a site is written down, as it is after the edits."""
+"""Observers at work: what a model used at a site is recorded, as it is after the edits."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from regard.attaching.actors import Actor, AttentionCall
+from regard.attaching.actors import Actor, AttentionCall, present
 from regard.attaching.targets import cells, heads_of, rows_of
 from regard.core import Observer
 from regard.ops import View, per_query_head, row_blocks
 
-Record = tuple[int, int, Tensor]  # layer, step, what was asked for
+Record = tuple[int, int, Tensor]  # layer, step, what was observed
 
 
 class Observers(Actor):
@@ -22,7 +22,7 @@ class Observers(Actor):
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self.observers: list[tuple[Observer, list[Record]]] = [(o, []) for o in observers]
-        self.records = {o.name or o.look: records for o, records in self.observers}
+        self.records = {o.name or o.statistic: records for o, records in self.observers}
 
     def _of(self, call: AttentionCall) -> list[tuple[Observer, list[Record]]]:
         at = call.site.layer, call.site.tower, call.phase
@@ -34,7 +34,7 @@ class Observers(Actor):
     def observe(self, call: AttentionCall, view: View, out: Tensor) -> None:
         for observer, records in self._of(call):
             heads, rows = heads_of(observer.site, view.q.shape[1]), rows_of(observer.site, view.new)
-            if heads and (rows or observer.look == "last_row"):
+            if heads and (rows or observer.statistic == "last_row"):
                 observed = observation(call, view, out, observer, heads, rows)
                 records.append((call.site.layer, call.step.number, observed))
 
@@ -42,25 +42,27 @@ class Observers(Actor):
 def observation(
     call: AttentionCall, view: View, out: Tensor, observer: Observer, heads: list[int], rows: list[int]
 ) -> Tensor:
-    if observer.look == "z":
+    if observer.statistic == "z":
         return out[:, heads][:, :, rows].detach().clone()
-    if observer.look == "last_row":
+    if observer.statistic == "last_row":
         return call.weights(view, slice(view.new - 1, view.new), heads)[:, :, 0].detach()
     parts = []
     for run, _ in cells([(heads, rows)]):
         for block in row_blocks(run.stop - run.start, view.q.shape[0] * len(heads) * view.stored):
             cut = slice(run.start + block.start, run.start + block.stop)
             parts.append(summary(view, observer, call.weights(view, cut, heads).detach(), cut, heads))
-    return torch.stack(parts).sum(0) if observer.look == "received" else torch.cat(parts, dim=2)
+    return torch.stack(parts).sum(0) if observer.statistic == "received" else torch.cat(parts, dim=2)
 
 
 def summary(view: View, observer: Observer, w: Tensor, rows: slice, heads: list[int]) -> Tensor:
-    if observer.look == "received":
+    if observer.statistic == "received":
         return w.sum(2)
     index = view.index if view.index.shape[1] == 1 else per_query_head(view.index, view.q.shape[1])[:, heads]
     index = index[:, :, None].expand(*w.shape[:2], 1, -1)
-    if observer.look == "top1":
+    if observer.statistic == "top1":
         return index.expand_as(w).gather(-1, w.argmax(-1, keepdim=True)).squeeze(-1)
     query = torch.arange(rows.start, rows.stop, device=w.device) + view.seen - view.new
-    key = torch.as_tensor(observer.keys_of(query), device=w.device)  # true index of the key for each row
+    keys_of = present(observer.keys_of, "mass_at takes keys_of")
+    # the true index of each row's key
+    key = torch.as_tensor(keys_of(query), device=w.device)
     return torch.where(index == key[:, None], w, 0).sum(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regard.attaching.actors import Actor, AttentionCall
+from regard.attaching.actors import Actor, AttentionCall, present
 from regard.attaching.lazy_mask import MaskRule
 from regard.attaching.slots import Group
 from regard.attaching.views import visibility
@@ -16,7 +16,7 @@ from regard.core import Method, NeverFired, Unsupported
 from regard.kinds.cache import CachePage
 from regard.ops import Kept, View, gather_rows, keep_best, parse_budget, per_query_head
 
-# what a page may ask to be measured on the model: name -> the setting `heads` that it finds
+# what a page may want measured on the model: name -> the function that gives the setting `heads`
 CALIBRATORS: dict[str, Callable[[PreTrainedModel], Any]] = {}
 
 
@@ -29,7 +29,7 @@ class CachePolicy(Actor):
         self.method, self.name = method, method.name
         self.acted = 0
         page = self.page
-        self.needs_rotary = page.place is not None or page.attend is not None or page.turns
+        self.needs_rotary = page.shift is not None or page.attention is not None or page.rotates
 
     @property
     def page(self) -> CachePage:
@@ -39,7 +39,7 @@ class CachePolicy(Actor):
         self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
 
     def calibrate(self, model: PreTrainedModel) -> None:
-        """Measure on the model what the page asks for and was not given."""
+        """Measure on the model what the page needs and its settings leave open."""
         if self.page.calibrate and self.method.config.heads is None:
             self.method = self.method.with_settings(heads=CALIBRATORS[self.page.calibrate](model))
 
@@ -75,16 +75,16 @@ class CachePolicy(Actor):
             page.observe(view, cfg)
         slots = page.select(view, cfg) if page.select is not None else None
         if slots is not None:
-            moved = None if page.place is None else page.place(view, slots, cfg)
-            return narrowed(call, view, slots, moved)
-        if page.place is not None:
-            move_first(view, page.place(view, None, cfg), call.group)
+            shift = None if page.shift is None else page.shift(view, slots, cfg)
+            return view_of_slots(call, view, slots, shift)
+        if page.shift is not None:
+            rotate_first(view, page.shift(view, None, cfg), call.slots)
         return view
 
     def _prepare(self, call: AttentionCall, view: View) -> None:
-        """Fill in what a page may ask beyond the tensors."""
-        layer, group, step = call.layer, call.group, call.step
-        if view.layer == 0 and group is layer.groups[0]:
+        """Fill in what a page may use beyond the tensors."""
+        group, step = call.slots, call.step
+        if view.layer == 0 and group is call.ledger.groups[0]:
             step.restart()
         view.shared, view.memory = step.shared, memory_of(call, view)
         view.report_bytes = lambda n: step.reported.__setitem__(view.layer, n)
@@ -94,32 +94,33 @@ class CachePolicy(Actor):
         rotary, module = call.rotary, call.module
         if rotary is not None:
             table = rotary.tables.get(id(module))
-            must = self.page.place is not None or self.page.attend is not None
-            if must or rotary.can(module, table):
-                view.turn = lambda x, by: rotary.turn(module, table, x, by)
+            needed = self.page.shift is not None or self.page.attention is not None
+            if needed or rotary.can_rotate(module, table):
+                view.rotate = lambda x, by: rotary.rotate(module, table, x, by)
 
     def budget(self, view: View, group: Group, rule: MaskRule | None) -> Tensor:
         """[B] tokens that may stay or be read in each row of this step."""
-        own = getattr(self.method.config, "budget", None)
-        asked = parse_budget(self.page.budget(self.method.config) if own is None else own)
+        setting = getattr(self.method.config, "budget", None)
+        budget = parse_budget(self.page.budget(self.method.config) if setting is None else setting)
         real = torch.full((view.q.shape[0],), view.seen, device=view.q.device)
-        if rule is not None and rule.pad() is not None:
-            real = rule.pad()[:, : view.seen].sum(-1)
+        pad = None if rule is None else rule.pad()
+        if pad is not None:
+            real = pad[:, : view.seen].sum(-1)
         per_slot = (group.keys.shape[-1] + group.values.shape[-1]) * group.keys.element_size()
-        return asked.resolve(real, per_slot * view.total_heads * view.q.shape[0])
+        return budget.resolve(real, per_slot * view.total_heads * view.q.shape[0])
 
     def attend(self, call: AttentionCall, view: View) -> Tensor | None:
-        if self.page.attend is None:
+        if self.page.attention is None:
             return None
         if call.rule is not None and call.rule.narrowings:
             raise Unsupported(
                 f"{self.name} has an attention of its own, which would leave an attached mask out"
             )
-        return self.page.attend(call.view, self.method.config)
+        return self.page.attention(call.stored, self.method.config)
 
     def evict(self, call: AttentionCall, view: View) -> None:
         self._count_bytes(call, view)
-        page, cfg, whole = self.page, self.method.config, call.view
+        page, cfg, whole = self.page, self.method.config, call.stored
         if page.phase == "prefill" and whole.phase != "prefill":
             return
         kept: Kept | None = None
@@ -128,55 +129,59 @@ class CachePolicy(Actor):
         elif page.score is not None and whole.over():
             kept = keep_best(whole, page.score(whole, cfg))
         if kept is not None:
-            call.layer.keep(call.group, kept)
+            call.ledger.keep(call.slots, kept)
 
     def _count_bytes(self, call: AttentionCall, read: View) -> None:
         """Note how many bytes of keys and values this step reads, scoring for a selection included."""
-        whole, step, layer = call.view, call.step, call.layer
+        whole, step = call.stored, call.step
         size = read.k.nbytes + read.v.nbytes
-        if read is not whole and whole.known is not None:
+        if read is not whole and whole.cached_scores is not None:
             size += whole.k.nbytes
-        before = 0 if call.group is layer.groups[0] else step.bytes_read.get(whole.layer, 0)
+        before = 0 if call.group is call.ledger.groups[0] else step.bytes_read.get(whole.layer, 0)
         step.bytes_read[whole.layer] = before + step.reported.get(whole.layer, size)
 
 
 def memory_of(call: AttentionCall, view: View) -> dict:
     """What the page remembers of this layer, or of this group of its heads where they hold different lengths."""
-    layer = call.layer
+    layer = call.ledger
     if "first" not in layer.memory:
         pad = None if call.rule is None else call.rule.pad()
         layer.memory["first"] = view.index.new_zeros(1) if pad is None else pad.int().argmax(-1)
     if len(layer.groups) == 1:
         return layer.memory
-    return layer.memory.setdefault(call.group.heads, {"first": layer.memory.get("first")})
+    return layer.memory.setdefault(call.slots.heads, {"first": layer.memory.get("first")})
 
 
-def narrowed(call: AttentionCall, view: View, slots: Tensor, moved: Tensor | None) -> View:
-    """The view restricted to slots [b, h, m]; `moved` turns the chosen keys to other positions."""
+def view_of_slots(call: AttentionCall, view: View, slots: Tensor, shift: Tensor | None) -> View:
+    """The view restricted to slots [b, h, m]; `shift` moves the chosen keys to other positions."""
     k, v = gather_rows(view.k, slots), gather_rows(view.v, slots)
-    if moved is not None:
-        k = view.turn(k, moved)
-    pick = slots.clamp(min=0)
+    if shift is not None:
+        k = rotate(view, k, shift)
+    chosen = slots.clamp(min=0)
     lead = [max(view.index.shape[i], slots.shape[i]) for i in (0, 1)]
     several = slots.shape[1] > view.index.shape[1] > 1
     spread = per_query_head(view.index, slots.shape[1]) if several else view.index
-    index = spread.expand(*lead, -1).gather(-1, pick.expand(*lead, -1)).masked_fill(slots < 0, -1)
+    index = spread.expand(*lead, -1).gather(-1, chosen.expand(*lead, -1)).masked_fill(slots < 0, -1)
     real = None if view.real is None and bool((slots >= 0).all()) else index >= 0
     if view.real is not None:
-        real = call.rule.real(index)
+        real = present(call.rule, "only a mask rule knows of padding").real(index)
     if view.bias is not None:
         raise Unsupported("selecting tokens in a model with a position bias or under merged slots")
     visible = visibility(call.mask, view.q, index, real)
-    return replace(view, known=None, k=k, v=v, index=index, real=real, visible=visible)
+    return replace(view, cached_scores=None, k=k, v=v, index=index, real=real, visible=visible)
 
 
-def move_first(view: View, by: Tensor | None, group: Group) -> None:
-    """Turn the first keys of a group in place; their keys as they first were are kept, so errors never add up."""
+def rotate_first(view: View, by: Tensor | None, group: Group) -> None:
+    """Rotate the first keys of a group in place; the keys as they first were are kept, so errors never add up."""
     if by is None:
         group.restore()
         return
     s = by.shape[-1]
     if group.origin is None:
         group.origin = group.keys[:, :, :s].clone()
-    group.keys[:, :, :s] = view.turn(group.origin, by)
-    view.known = None
+    group.keys[:, :, :s] = rotate(view, group.origin, by)
+    view.cached_scores = None
+
+
+def rotate(view: View, keys: Tensor, by: Tensor) -> Tensor:
+    return present(view.rotate, "a page that moves keys is given the model's rotation")(keys, by)

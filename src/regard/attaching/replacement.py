@@ -1,4 +1,4 @@
-"""A mechanism in the place of a model's attention: what it refuses, how a layer runs it, and its state in the cache.
+"""A mechanism instead of a model's attention: what it refuses, how a layer runs it, and its state in the cache.
 
 While it is attached alone each layer calls the page's function and its cache layer holds the state that came back,
 nothing else: for linear attention that is the same number of bytes at any length. A mechanism whose state stores keys
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -27,11 +27,11 @@ REFUSED = {"softcap": "a softcap", "s_aux": "attention sinks", "position_bias": 
 
 
 class Replacement(Actor, ABC):
-    """What runs in the place of a model's attention while it is attached."""
+    """What runs instead of a model's attention while it is attached."""
 
     needs_cache = True
     needs_input = True
-    changed_weights: Mapping[str, Tensor] = {}  # by the name of a parameter: what takes its place
+    changed_weights: Mapping[str, Tensor] = {}  # by the name of a parameter: what replaces it
     layer: type[LedgerLayer]  # what cache layers become
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class Replacement(Actor, ABC):
 def refuse(what: str, call: AttentionCall) -> None:
     """Raise, by the name of the module, for what a mechanism cannot take over."""
     options, rule, where = call.options, call.rule, f"{what} at {call.where}"
-    for name, said in REFUSED.items():
+    for name, feature in REFUSED.items():
         if options.get(name) is not None:
-            raise Unsupported(f"{where}: this model's attention has {said}, which would be left out")
+            raise Unsupported(f"{where}: this model's attention has {feature}, which would be left out")
     if options.get("sliding_window") is not None or (rule is not None and not rule.model_causal):
         raise Unsupported(
             f"{where}: its mask is not plain causal (a sliding window, chunks, packed texts, images)"
@@ -113,8 +113,7 @@ class MechanismReplacement(Replacement):
 
     def check(self, model: PreTrainedModel) -> None:
         super().check(model)
-        dims = sizes(model)
-        if not self.converted.params and learned(self.method, dims):
+        if not self.converted.params and has_params(self.method, sizes(model)):
             raise Unsupported(
                 f"{self.name} has learned parts and none were given: "
                 "convert first, and attach what regard.train.convert.convert(model, tokenizer, "
@@ -123,12 +122,13 @@ class MechanismReplacement(Replacement):
         self.stores = stores_keys(self.method.page, self.method.config)
 
     def compute(self, call: AttentionCall) -> Tensor:
+        layer = state_layer(call)
         out, state = run_mechanism(
-            self.method, call, call.k, call.v, mask=call.there(self.stores), params=self.params_of(call),
-            state=None if call.layer is None else call.layer.state,
+            self.method, call, call.k, call.v, mask=call.token_mask(self.stores), params=self.params_of(call),
+            state=None if layer is None else layer.state,
         )  # fmt: skip
-        if call.layer is not None:
-            call.layer.state = tree_map(own, state)
+        if layer is not None:
+            layer.state = tree_map(compact, state)
         return out
 
     def params_of(self, call: AttentionCall) -> dict[str, Tensor] | None:
@@ -167,7 +167,7 @@ class MechanismOnKeys(MechanismReplacement):
         if view.bias is not None or view.count is not None:
             raise Unsupported(f"{self.name} at {call.where}: merged slots, whose weights would be left out")
         self.acted += 1
-        pattern, mask = asked_of_view(call, view)
+        pattern, mask = pattern_and_mask(call, view)
         return run_mechanism(
             self.method, call, view.k, view.v, pattern=pattern, mask=mask, params=self.params_of(call)
         )[0]
@@ -179,7 +179,7 @@ class MechanismOnKeys(MechanismReplacement):
         )
 
 
-def asked_of_view(call: AttentionCall, view: View) -> tuple[str, Tensor | None]:
+def pattern_and_mask(call: AttentionCall, view: View) -> tuple[str, Tensor | None]:
     """The pattern, and the mask beside it, that say what the queries of a view see."""
     in_order = view is call.view and (call.group is None or call.group.index is None)
     in_order = in_order and call.k.shape[2] == view.seen
@@ -206,12 +206,19 @@ def run_mechanism(
     )[:2]
 
 
-def own(t: Tensor) -> Tensor:
+def state_layer(call: AttentionCall) -> StateLayer | None:
+    """The cache layer of a mechanism that is attached alone."""
+    if call.layer is None or isinstance(call.layer, StateLayer):
+        return call.layer
+    raise TypeError(f"{call.where}: a {type(call.layer).__name__} holds no state")
+
+
+def compact(t: Tensor) -> Tensor:
     """The tensor, or a copy where it is a part of a larger one that it would keep in memory."""
     return t if t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
 
 
-def sizes(model: nn.Module) -> dict[str, int]:
+def sizes(model: PreTrainedModel) -> dict[str, int]:
     """The sizes that a page's init asks for, from the model's configuration."""
     config = model.config.get_text_config(decoder=True)
     heads, width = config.num_attention_heads, config.hidden_size
@@ -220,7 +227,8 @@ def sizes(model: nn.Module) -> dict[str, int]:
     return {"heads": heads, "kv_heads": kv_heads, "key": key, "value": key, "width": width}
 
 
-def learned(method: Method, dims: dict[str, int]) -> bool:
+def has_params(method: Method, dims: dict[str, int]) -> bool:
+    """Whether the page learns anything at these sizes."""
     page: Mechanism = method.page
     return page.init is not None and bool(page.init(method.config, dims))
 
@@ -230,7 +238,7 @@ def acts_on_keys(method: Method) -> bool:
     return stores_keys(method.page, method.config) and not method.page.reads_x(method.config)
 
 
-def state_bytes(model: nn.Module, converted: Converted, tokens: int, bytes_each: int = 4) -> int:
+def state_bytes(model: PreTrainedModel, converted: Converted, tokens: int, bytes_each: int = 4) -> int:
     """Bytes that one row of the batch holds after so many tokens."""
     count = converted.method.page.state_size(converted.method.config, sizes(model), tokens)
     return count * bytes_each * len(converted.params)

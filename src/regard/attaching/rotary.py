@@ -1,4 +1,4 @@
-"""Turning rotated keys and queries further, by the model's own rotary tables.
+"""Rotating keys and queries further, by the model's own rotary tables.
 
 Rotations compose, so a vector rotated at position p is carried to p + d by the rotation of d alone. The tables
 for d come from replaying the model's own rotary module (linear, llama3 and YaRN scaling, partial rotation), its
@@ -13,22 +13,23 @@ from torch import Tensor, nn
 
 from regard.core import Unsupported
 
-MOVING = ("dynamic", "longrope")
+# rope types whose frequencies change with the length
+CHANGING = ("dynamic", "longrope")
 
 
 class Rotary:
-    """Watches the rotary modules of a model; `turn` replays the one that made a layer's cos and sin."""
+    """Watches the rotary modules of a model; `rotate` replays the one that made a layer's cos and sin."""
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: dict[int, tuple[nn.Module, list, dict, list[str]]] = {}
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}  # cos and sin by attention module
         self.hooks = [
-            m.register_forward_hook(self._saw, with_kwargs=True)
+            m.register_forward_hook(self._record, with_kwargs=True)
             for m in model.modules()
             if "Rotary" in type(m).__name__ and "Vision" not in type(m).__name__
         ]
 
-    def _saw(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+    def _record(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         if isinstance(out, tuple) and torch.is_tensor(out[0]):
             kinds = [a for a in (*args, *kwargs.values()) if isinstance(a, str)]
             self.calls = {k: c for k, c in self.calls.items() if c[0] is not module or c[3] != kinds}
@@ -38,14 +39,14 @@ class Rotary:
         for hook in self.hooks:
             hook.remove()
 
-    def can(self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether `turn` is possible for this attention module."""
+    def can_rotate(self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether `rotate` is possible for this attention module."""
         if cos_sin is None or "kv_b_proj" in attention._modules or cos_sin[0].data_ptr() not in self.calls:
             return False
         kind = getattr(self.calls[cos_sin[0].data_ptr()][0], "rope_type", "default")
-        return not any(k in MOVING for k in (kind.values() if isinstance(kind, dict) else [kind]))
+        return not any(k in CHANGING for k in (kind.values() if isinstance(kind, dict) else [kind]))
 
-    def turn(
+    def rotate(
         self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None, x: Tensor, by: Tensor
     ) -> Tensor:
         """x [B, h, m, D] rotated by `by` [.., .., m] positions further, in x's dtype."""
@@ -63,13 +64,13 @@ class Rotary:
         cos, sin = self._tables(cos_sin, x, flat)
         length = (cos.square() + sin.square()).sqrt()
         wide = x.float().reshape(batch * heads, 1, m, width)
-        turned = self._apply(attention)(wide, wide, cos / length, sin / length)[1]
-        return turned.view(batch, heads, m, width).to(x.dtype)
+        rotated = self._apply(attention)(wide, wide, cos / length, sin / length)[1]
+        return rotated.view(batch, heads, m, width).to(x.dtype)
 
     def _tables(self, cos_sin: tuple[Tensor, Tensor], x: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
         module, args, kwargs, _ = self.calls[cos_sin[0].data_ptr()]
         kind = getattr(module, "rope_type", "default")
-        if any(k in MOVING for k in (kind.values() if isinstance(kind, dict) else [kind])):
+        if any(k in CHANGING for k in (kind.values() if isinstance(kind, dict) else [kind])):
             raise Unsupported(
                 f"rope type {kind!r} changes its frequencies with the length: keys cannot be moved"
             )

@@ -57,27 +57,27 @@ class Sites:
 
 def towers(model: PreTrainedModel, where: str | None) -> list[tuple[str, PreTrainedModel]]:
     """The PreTrainedModels inside, one for each configuration object; `where` is None (all), "text" or "vision"."""
-    text, found, known = model.config.get_text_config(), [], set()
+    text, result, configs = model.config.get_text_config(), [], set()
     for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or id(module.config) in known:
+        if not isinstance(module, PreTrainedModel) or id(module.config) in configs:
             continue
-        known.add(id(module.config))
+        configs.add(id(module.config))
         is_text = module.config is text or (module.config is model.config and text is model.config)
         is_vision = bool(VISION.search(name)) or "vision" in type(module.config).__name__.lower()
         if where is None or (where == "text" and is_text) or (where == "vision" and is_vision):
-            found.append((name, module))
-    if not found:
+            result.append((name, module))
+    if not result:
         raise Unreachable(
             f"{type(model).__name__} has no {where or ''} attention tower; it has none to attach to"
         )
-    return found
+    return result
 
 
-def refuse_unreachable(model: PreTrainedModel, found: list[tuple[str, PreTrainedModel]]) -> None:
-    """Raise for towers whose code never asks the attention interface (Falcon, Bloom, GPT-J, ...)."""
+def refuse_unreachable(model: PreTrainedModel, reachable: list[tuple[str, PreTrainedModel]]) -> None:
+    """Raise for towers whose code never calls the attention interface (Falcon, Bloom, GPT-J, ...)."""
     bad = [
         f"{name or 'the model'} ({type(m).__name__})"
-        for name, m in found
+        for name, m in reachable
         if not m._can_set_attn_implementation()
     ]
     if bad:

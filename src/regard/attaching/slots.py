@@ -1,6 +1,6 @@
 """Slots of a cache layer: heads that store equally many tokens, each slot with the true index of its token.
 
-Buffers have growing room at their end. The tables travel with the slots: `index` (true place in the text, padding
+Buffers have growing room at their end. The tables travel with the slots: `index` (true position in the text, padding
 counted, -1 = empty), `count` (tokens a merged slot stands for) and named notes of policies. Tables have size 1 in
 place of batch or heads where all agree.
 """
@@ -58,11 +58,9 @@ class Group:
         return self.notes[name][..., : self.n]
 
     def tensors(self) -> dict[str, Tensor]:
-        own = {"keys": self.keys, "values": self.values, "index": self.index, "count": self.count}
-        own["origin"] = self.origin
-        return {k: t for k, t in own.items() if t is not None} | {
-            f"note.{k}": t for k, t in self.notes.items()
-        }
+        buffers = {name: getattr(self, name) for name in ("keys", "values", "index", "count", "origin")}
+        buffers |= {f"note.{name}": t for name, t in self.notes.items()}
+        return {name: t for name, t in buffers.items() if t is not None}
 
     def append(self, k: Tensor, v: Tensor, start: int) -> None:
         """Store new tokens whose first has true index `start`."""
@@ -94,7 +92,7 @@ class Group:
     def keep(self, kept: Kept) -> None:
         """Drop every slot that is not in `kept.slots`; free their memory; add what was merged."""
         slots = kept.slots
-        if self.origin is not None and not self._keeps_first(slots):
+        if not self._keeps_first(slots):
             self.restore()
         if kept.merged is None and slots.shape[-1] == self.n - 1 and not bool((slots < 0).any()):
             self._drop_one(slots)
@@ -103,30 +101,32 @@ class Group:
         self.index.masked_fill_(slots < 0, -1)
         self.keys, self.values = gather_rows(self.k(), slots), gather_rows(self.v(), slots)
         tables = {**self.notes} if self.count is None else {**self.notes, "": self.count}
-        picked = slots.clamp(min=0).expand(*self.keys.shape[:2], -1)
-        moved = {name: t[..., : self.n].gather(-1, picked) for name, t in tables.items()}
-        self.count = moved.pop("", None)
-        self.notes = moved
+        chosen = slots.clamp(min=0).expand(*self.keys.shape[:2], -1)
+        tables = {name: t[..., : self.n].gather(-1, chosen) for name, t in tables.items()}
+        self.count = tables.pop("", None)
+        self.notes = tables
         self.n = slots.shape[-1]
         if kept.merged is not None:
             self._merge(*kept.merged)
 
     def _keeps_first(self, slots: Tensor) -> bool:
-        """Whether the turned slots at the beginning all stay where they are."""
+        """Whether the slots at the beginning whose keys were rotated all stay where they are, if there are any."""
+        if self.origin is None:
+            return True
         s = self.origin.shape[2]
         return slots.shape[-1] >= s and bool((slots[..., :s] == torch.arange(s, device=slots.device)).all())
 
     def restore(self) -> None:
-        """Turn the first keys back to where they were in the text."""
+        """Move the first keys back to where they were in the text."""
         if self.origin is not None:
             self.keys[:, :, : self.origin.shape[2]] = self.origin
             self.origin = None
 
     def _drop_one(self, slots: Tensor) -> None:
-        """One slot goes: the last one takes its place. What a window does at every step, without copying it all."""
+        """One slot goes: the last one moves into it. What a window does at every step, without copying it all."""
         last = self.n - 1
-        wrong = slots != torch.arange(last, device=slots.device)
-        hole = torch.where(wrong.any(-1), wrong.to(torch.uint8).argmax(-1), last)  # [1|B, 1|g]
+        shifted = slots != torch.arange(last, device=slots.device)
+        hole = torch.where(shifted.any(-1), shifted.to(torch.uint8).argmax(-1), last)  # [1|B, 1|g]
         if self.index is None:
             self.index = self.table().int()
         if hole.numel() == 1:
@@ -146,8 +146,9 @@ class Group:
         if self.count is None:
             self.count = self.keys.new_ones(self.keys.shape[:3], dtype=torch.float32)
         start, wide = self.n, (*self.keys.shape[:2], -1)
-        self.index = self.index.expand(*wide).contiguous()
-        held = self.table()  # a merged slot takes the index of the first token held, which no padding hides
+        held = self.table()
+        self.index = held.int().expand(*wide).contiguous()
+        # a merged slot takes the index of the first token held, which no padding hides
         first = torch.where(held >= 0, held, held.amax() + 1).amin(-1, keepdim=True)
         self.append(k.to(self.keys.dtype), v.to(self.values.dtype), 0)
         self.index[..., start : self.n] = torch.where(count > 0, first, -1).int()
@@ -158,16 +159,17 @@ class Group:
         parts = []
         self.restore()
         for length in sorted(set(lengths)):
-            own = [i for i, have in enumerate(lengths) if have == length]
-            part = Group(tuple(self.heads[i] for i in own), self.keys[:, own], self.values[:, own], self.n)
-            part.index = None if self.index is None else self.index.expand(-1, len(lengths), -1)[:, own]
-            part.count = None if self.count is None else self.count[:, own]
-            part.notes = {name: t[:, own] for name, t in self.notes.items()}
-            merged = None if kept.merged is None else tuple(t[:, own] for t in kept.merged)
+            chosen = [i for i, n in enumerate(lengths) if n == length]
+            heads = tuple(self.heads[i] for i in chosen)
+            part = Group(heads, self.keys[:, chosen], self.values[:, chosen], self.n)
+            part.index = None if self.index is None else self.index.expand(-1, len(lengths), -1)[:, chosen]
+            part.count = None if self.count is None else self.count[:, chosen]
+            part.notes = {name: t[:, chosen] for name, t in self.notes.items()}
+            merged = None if kept.merged is None else tuple(t[:, chosen] for t in kept.merged)
             if merged is not None and not bool((merged[2] > 0).any()):
                 merged = None
-            if length != self.n or merged is not None or bool((kept.slots[:, own] < 0).any()):
-                part.keep(Kept(kept.slots[:, own, :length], merged))
+            if length != self.n or merged is not None or bool((kept.slots[:, chosen] < 0).any()):
+                part.keep(Kept(kept.slots[:, chosen, :length], merged))
             parts.append(part)
         return parts
 

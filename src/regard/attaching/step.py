@@ -44,11 +44,11 @@ class Step:
     def next(self, inputs: dict, roles: Mapping[str, RoleRule]) -> "Step":
         """The step of a forward that was called with these inputs."""
         ids, answer = inputs.get("input_ids"), inputs.get("decoder_input_ids")
-        own = ids if answer is None else answer
+        text = ids if answer is None else answer
         return Step(
             number=self.number + 1,
             output_attentions=bool(inputs.get("output_attentions")),
-            labels={} if own is None else labelled(roles, own),
+            labels={} if text is None else labelled(roles, text),
             ids_labels=self.ids_labels if ids is None else labelled(roles, ids),
         )
 
@@ -72,8 +72,8 @@ def text_labels(layer: LedgerLayer | None, step: Step, roles: Mapping[str, RoleR
         return step.ids_labels
     for name in roles:
         label, old = step.labels.get(name), layer.labels.get(name)
-        have = 0 if old is None else old.shape[1]
-        if have == layer.seen:
+        labelled_before = 0 if old is None else old.shape[1]
+        if labelled_before == layer.seen:
             continue
         if label is None:
             label = torch.zeros(layer.groups[0].keys.shape[0], new, dtype=torch.bool, device=layer.device)
@@ -81,6 +81,6 @@ def text_labels(layer: LedgerLayer | None, step: Step, roles: Mapping[str, RoleR
             label.shape[1] == new, "a role labels every token of the forward", role=name, label=label, new=new
         )
         # what was fed before the role was known
-        before = label.new_zeros(label.shape[0], layer.seen - new - have)
+        before = label.new_zeros(label.shape[0], layer.seen - new - labelled_before)
         layer.labels[name] = torch.cat([x for x in (old, before, label) if x is not None], 1)
     return layer.labels

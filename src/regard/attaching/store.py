@@ -27,7 +27,12 @@ def save_cache(cache: Cache, path: str | Path) -> None:
             raise Unsupported(
                 f"layer {i} is a {type(layer).__name__}; only caches of an attachment can be saved"
             )
-        facts = {"seen": layer.seen, "compressed": layer.compressed, "memory": {}, "groups": []}
+        facts: dict[str, Any] = {
+            "seen": layer.seen,
+            "compressed": layer.compressed,
+            "memory": {},
+            "groups": [],
+        }
         for g, group in enumerate(layer.groups):
             facts["groups"].append({"heads": group.heads, "n": group.n})
             for name, t in group.tensors().items():
@@ -72,16 +77,15 @@ def load_cache(path: str | Path, device: str | torch.device = "cpu") -> Cache:
 def restored(i: int, facts: dict, tensors: dict[str, Tensor]) -> LedgerLayer:
     layer = LedgerLayer()
     layer.seen, layer.compressed = facts["seen"], facts["compressed"]
-    for g, own in enumerate(facts["groups"]):
+    for g, group in enumerate(facts["groups"]):
         prefix = f"{i}.{g}."
         named: dict[str, Any] = {
             k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
         }
         notes = {k.removeprefix("note."): t for k, t in named.items() if k.startswith("note.")}
         rest = {k: named.get(k) for k in ("index", "count", "origin")}
-        layer.groups.append(
-            Group(tuple(own["heads"]), named["keys"], named["values"], own["n"], notes=notes, **rest)
-        )
+        heads, n = tuple(group["heads"]), group["n"]
+        layer.groups.append(Group(heads, named["keys"], named["values"], n, notes=notes, **rest))
     if layer.groups:
         layer.is_initialized = True
         layer.dtype, layer.device = layer.groups[0].keys.dtype, layer.groups[0].keys.device
@@ -90,20 +94,20 @@ def restored(i: int, facts: dict, tensors: dict[str, Tensor]) -> LedgerLayer:
 
 
 def read_memory(prefix: str, facts: dict, tensors: dict[str, Tensor]) -> dict:
-    found: dict = {}
+    memory: dict = {}
     for key, value in facts.items():
         name = as_key(json.loads(key))
-        found[name] = read_memory(f"{prefix}.{key}", value, tensors) if isinstance(value, dict) else value
+        memory[name] = read_memory(f"{prefix}.{key}", value, tensors) if isinstance(value, dict) else value
     nested = tuple(f"{prefix}.{key}." for key, value in facts.items() if isinstance(value, dict))
     for key, t in tensors.items():
         if not key.startswith(prefix + ".") or key.startswith(nested or ("\0",)):
             continue
-        name, _, place = key.removeprefix(prefix + ".").partition("#")
-        if place:
-            found.setdefault(as_key(json.loads(name)), []).append(t)
+        name, _, number = key.removeprefix(prefix + ".").partition("#")
+        if number:
+            memory.setdefault(as_key(json.loads(name)), []).append(t)
         else:
-            found[as_key(json.loads(name))] = t
-    return found
+            memory[as_key(json.loads(name))] = t
+    return memory
 
 
 def as_key(name: Any) -> Any:

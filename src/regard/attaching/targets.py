@@ -9,18 +9,21 @@ from torch import Tensor
 
 from regard.attaching.step import has_role
 from regard.core import Site
+from regard.core.edit import int_tuple
 from regard.ops import View, per_query_head
 
 
 def rows_of(site: Site, new: int) -> list[int]:
     """Query rows of this forward that a site names; those it does not have are left out."""
-    if site.rows is None:
+    rows = int_tuple(site.rows)
+    if rows is None:
         return list(range(new))
-    return sorted({r % new for r in site.rows if -new <= r < new})
+    return sorted({r % new for r in rows if -new <= r < new})
 
 
 def heads_of(site: Site, heads: int) -> list[int]:
-    return list(range(heads)) if site.heads is None else [h for h in site.heads if h < heads]
+    chosen = int_tuple(site.heads)
+    return list(range(heads)) if chosen is None else [h for h in chosen if h < heads]
 
 
 def key_columns(view: View, keys: Any, roles: dict[str, Tensor], heads: list[int]) -> Tensor:
@@ -34,9 +37,9 @@ def key_columns(view: View, keys: Any, roles: dict[str, Tensor], heads: list[int
         index = view.index.expand(label.shape[0], -1, -1)
         hit = label.gather(1, index.clamp(min=0).flatten(1)).view(index.shape) & (index >= 0)
     else:
-        wanted = torch.tensor(keys, device=view.index.device)
-        wanted = torch.where(wanted < 0, wanted + view.seen, wanted)
-        hit = torch.isin(view.index, wanted) & (view.index >= 0)
+        index = torch.tensor(keys, device=view.index.device)
+        index = torch.where(index < 0, index + view.seen, index)
+        hit = torch.isin(view.index, index) & (view.index >= 0)
     hit = hit[:, :, None]
     return hit if hit.shape[1] == 1 else per_query_head(hit, view.q.shape[1])[:, heads]
 
@@ -56,7 +59,7 @@ def cells(sites: list[tuple[list[int], list[int]]]) -> Iterator[tuple[slice, lis
     """Consecutive rows with the heads that any of the (heads, rows) names there."""
     spans = [(start, stop, heads) for heads, rows in sites for start, stop in runs(rows)]
     for start, stop in pairwise(sorted({at for span in spans for at in span[:2]})):
-        heads = sorted({h for s, e, own in spans if s <= start and stop <= e for h in own})
+        heads = sorted({h for s, e, of_span in spans if s <= start and stop <= e for h in of_span})
         if heads:
             yield slice(start, stop), heads
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from regard.attaching.actors import AttentionCall
 from regard.attaching.lazy_mask import LazyMask
 from regard.core import Unsupported
-from regard.ops import View, attend, mix, per_query_head, row_blocks
+from regard.ops import View, mix, per_query_head, row_blocks, softmax_attention
 
 
 def make_view(call: AttentionCall) -> View:
@@ -29,7 +29,7 @@ def make_view(call: AttentionCall) -> View:
         budget=index.new_full((q.shape[0],), call.k.shape[2]),
         groups=call.k.shape[1] if group is None else group.keys.shape[1],
         phase="prefill" if first or q.shape[2] > 1 else "decode",
-        ordered=rule is not None and rule.causal and (group is None or group.index is None),
+        causal_order=rule is not None and rule.causal and (group is None or group.index is None),
         softcap=call.options.get("softcap"), sinks=call.options.get("s_aux"),
         count=None if group is None or group.count is None else group.count[..., : call.k.shape[2]],
     )  # fmt: skip
@@ -98,13 +98,13 @@ def visibility(
 
 def run(view: View) -> Tensor:
     """[B, H, N, E]: attention over what the view holds, in blocks of rows when the mask would be large."""
-    if view.known is not None:
+    if view.cached_scores is not None:
         return mix(view.weights(), view.v)
     parts = []
     for rows in row_blocks(view.new, 4 * view.q.shape[0] * view.k.shape[2]):
         bias = view.bias if view.bias is None or view.bias.shape[-2] == 1 else view.bias[..., rows, :]
         parts.append(
-            attend(
+            softmax_attention(
                 view.q[:, :, rows], view.k, view.v, scale=view.scale, mask=view.visible(rows),
                 softcap=view.softcap, bias=bias, sinks=view.sinks,
             )

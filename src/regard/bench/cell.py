@@ -14,11 +14,13 @@ from torch import Tensor
 
 from regard import catalog
 from regard.attaching.attachment import attach
+from regard.core.deprecation import moved
 from regard.ops.budget import Budget, parse_budget
 from regard.tasks import Sample, Source
 
 FULL = "full"
-TIMED = 2  # how often method and full attention take turns on one sequence
+# how often method and full attention take turns on one sequence
+TIMED = 2
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,21 @@ class Cell:
     @property
     def key(self) -> str:
         """A name that is the same in every run of the same cell."""
-        told = json.dumps(asdict(self), sort_keys=True, default=str)
-        return f"{self.method}-{self.task}-{self.length}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        identity = json.dumps(asdict(self), sort_keys=True, default=str)
+        return f"{self.method}-{self.task}-{self.length}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     @property
     def label(self) -> str:
-        told = ", ".join(f"{k}={v}" for k, v in self.settings.items())
-        return f"{self.method}({told})" if told else self.method
+        settings = ", ".join(f"{k}={v}" for k, v in self.settings.items())
+        return f"{self.method}({settings})" if settings else self.method
 
     def row(self, **facts: Any) -> dict:
         """The row of a result for this cell."""
-        own = {k: getattr(self, k) for k in ("key", "method", "label", "task", "length", "seed")}
-        own["budget"] = None if self.budget is None else self.budget.value
+        fields = {k: getattr(self, k) for k in ("key", "method", "label", "task", "length", "seed")}
+        fields["budget"] = None if self.budget is None else self.budget.value
         return {
             "kind": "cell",
-            **own,
+            **fields,
             "metric": catalog.task(self.task).metric,
             "status": "ok",
             "error": "",
@@ -66,8 +68,8 @@ class Cell:
 
 
 @dataclass
-class Run:
-    """What one pass of a model over a batch gave: logits at the answer's places, times, bytes."""
+class Pass:
+    """One pass of a model over a batch: logits at the answer's positions, times, bytes."""
 
     logits: Tensor  # [B, T, V]
     prefill: float
@@ -85,19 +87,19 @@ class Bench:
     tokenizer: Any
     memo: dict = field(default_factory=dict)
 
-    def shared(self, cell: Cell) -> tuple[list[Sample], list[Run]]:
-        """Samples of a cell and full attention's runs over them, made once for all methods."""
-        place = (cell.task, cell.length, cell.seed, cell.samples, cell.text, cell.chat)
-        if place not in self.memo:
+    def shared(self, cell: Cell) -> tuple[list[Sample], list[Pass]]:
+        """Samples of a cell and full attention's passes over them, made once for all methods."""
+        key = (cell.task, cell.length, cell.seed, cell.samples, cell.text, cell.chat)
+        if key not in self.memo:
             chat = bool(getattr(self.tokenizer, "chat_template", None)) if cell.chat is None else cell.chat
             source = None if cell.text is None else Source.from_path(Path(cell.text))
-            made = catalog.task(cell.task).samples(
+            samples = catalog.task(cell.task).samples(
                 self.tokenizer, cell.length, cell.samples, cell.seed, source=source, chat=chat
             )
-            self.memo = {place: (made, [self.run(b, None) for b in batches(made, cell)])}
-        return self.memo[place]
+            self.memo = {key: (samples, [self.run(b, None) for b in batches(samples, cell)])}
+        return self.memo[key]
 
-    def run(self, batch: list[Sample], method: Any) -> Run:
+    def run(self, batch: list[Sample], method: Any) -> Pass:
         """Prefill all but the last token of the prompts, then feed it and the answers one token at a time.
 
         The logits that predict answer[t] come from a decode step in every case, so that a method which acts on
@@ -120,7 +122,7 @@ class Bench:
                 logits.append(out.logits[:, -1].float())
                 reads.append(attached.bytes_read())
             held, kept = attached.bytes_held(), attached.bytes_stored()
-        return Run(torch.stack(logits, 1), prefill, steps, held, kept, float(np.mean(reads)))
+        return Pass(torch.stack(logits, 1), prefill, steps, held, kept, float(np.mean(reads)))
 
 
 def now(device: torch.device) -> float:
@@ -160,12 +162,12 @@ def configured(cell: Cell) -> Any:
 
 def paired_times(samples: list[Sample], method: Any, bench: Bench) -> dict:
     """Method and full attention in turns on the same sequence; ratios with their spread."""
-    full, own = [], []
+    full, ours = [], []
     for _ in range(TIMED):
         full.append(bench.run(samples, None))
-        own.append(bench.run(samples, method) if method is not None else full[-1])
-    steps = [np.median(r.steps) for r in own], [np.median(r.steps) for r in full]
-    prefills = [r.prefill for r in own], [r.prefill for r in full]
+        ours.append(bench.run(samples, method) if method is not None else full[-1])
+    steps = [np.median(r.steps) for r in ours], [np.median(r.steps) for r in full]
+    prefills = [r.prefill for r in ours], [r.prefill for r in full]
     facts = {}
     for name, (mine, theirs) in (("decode", steps), ("prefill", prefills)):
         ratios = np.array(mine) / np.array(theirs)
@@ -177,7 +179,7 @@ def paired_times(samples: list[Sample], method: Any, bench: Bench) -> dict:
     return facts
 
 
-def quality(cell: Cell, samples: list[Sample], runs: list[Run], full: list[Run], tokenizer: Any) -> dict:
+def quality(cell: Cell, samples: list[Sample], runs: list[Pass], full: list[Pass], tokenizer: Any) -> dict:
     """Score in [0, 1] with a bootstrap interval: share of exact answers, or perplexity of full over the method's."""
     answer = torch.tensor([s.answer for s in samples])
     best = torch.cat([r.logits for r in runs]).argmax(-1).cpu()
@@ -195,7 +197,7 @@ def quality(cell: Cell, samples: list[Sample], runs: list[Run], full: list[Run],
             depth=s.depth if s.evidence[1] else None,
             score=float(c),
             answer=tokenizer.decode(s.answer),
-            generated=said(b, s, tokenizer),
+            generated=generated_text(b, s, tokenizer),
         )
         for s, c, b in zip(samples, scores, best)
     ]
@@ -205,20 +207,20 @@ def quality(cell: Cell, samples: list[Sample], runs: list[Run], full: list[Run],
     )  # fmt: skip
 
 
-def nlls(runs: list[Run], answer: Tensor) -> Tensor:
+def nlls(runs: list[Pass], answer: Tensor) -> Tensor:
     """[samples] mean negative log-likelihood of each answer."""
     logits = torch.cat([r.logits for r in runs]).double().cpu()
     return -logits.log_softmax(-1).gather(-1, answer[..., None]).squeeze(-1).mean(-1)
 
 
-def said(best: Tensor, sample: Sample, tokenizer: Any) -> str:
+def generated_text(best: Tensor, sample: Sample, tokenizer: Any) -> str:
     """What greedy generation says up to its first departure from the answer."""
     wrong = (best != torch.tensor(sample.answer)).nonzero()
     stop = int(wrong[0]) + 1 if len(wrong) else len(best)
     return tokenizer.decode(best[:stop].tolist()) + ("…" if stop < len(best) else "")
 
 
-def fidelity(runs: list[Run], full: list[Run]) -> dict:
+def fidelity(runs: list[Pass], full: list[Pass]) -> dict:
     """Agreement of the next token with full attention, and KL(full || method) with its interval over samples."""
     ours, theirs = (torch.cat([r.logits for r in x]).double().log_softmax(-1) for x in (runs, full))
     kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(-1).cpu().numpy()
@@ -231,15 +233,18 @@ def fidelity(runs: list[Run], full: list[Run]) -> dict:
 @contextmanager
 def peak_memory(device: torch.device):
     """A list that holds, afterwards, the peak bytes of the block: of the GPU, or of the process where Linux tells."""
-    found = [0]
+    peak = [0]
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif clear.exists():
         clear.write_text("5")
-    yield found
+    yield peak
     if device.type == "cuda":
-        found[0] = torch.cuda.max_memory_allocated(device)
+        peak[0] = torch.cuda.max_memory_allocated(device)
     elif status.exists():
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        found[0] = int(line.split()[1]) * 1024
+        peak[0] = int(line.split()[1]) * 1024
+
+
+__getattr__ = moved(__name__, {"Run": "regard.bench.cell:Pass"})

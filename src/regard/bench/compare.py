@@ -69,13 +69,13 @@ def compare(
     done = folder.open(header(name, cells))
     kept = keys_of(done, retry)
     todo = [c for c in cells if c.key not in kept]
-    told = progress or (lambda row, done, total: None)
-    told(None, len(cells) - len(todo), len(cells))
+    progress = progress or (lambda row, done, total: None)
+    progress(None, len(cells) - len(todo), len(cells))
     if executor is None:
         executor = InProcess() if isinstance(model, tuple) else LocalProcesses(workers, 1, limit)
     for count, row in enumerate(executor.run(todo, load_model), len(cells) - len(todo) + 1):
         folder.add(row)
-        told(row, count, len(cells))
+        progress(row, count, len(cells))
     return report(folder)
 
 

@@ -7,6 +7,7 @@ never saw may fare worse than these.
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import catalog
-from regard.attaching.converted import Converted
 from regard.attaching.replacement import state_bytes
 from regard.bench.cell import Bench, Cell, batches
 from regard.core import require
@@ -27,8 +27,9 @@ from regard.tasks.perplexity import CONTINUATION
 from regard.train.convert import convert, help_pages
 
 TASKS = ("perplexity", "needle", "recall")
-FACTS, ANSWER = 0.1, 4.0  # weight of a token of a page of facts, and of an answer; running text has 1
-SEQUENCES, PLACES = 2048, 8
+# weight of a token of a page of facts, and of an answer; running text has 1
+FACTS, ANSWER = 0.1, 4.0
+SEQUENCES, POSITIONS = 2048, 8
 LEARNED = 10_000  # seeds of what is learned from begin here; measured are those below
 
 
@@ -61,33 +62,35 @@ def convert_folder(
     loaded, tokenizer = load_shipped(model) if model in SHIPPED else load(model)
     ids, weights = sequences(tokenizer, length, SEQUENCES, seed, text)
     bench = Bench(loaded, tokenizer)
-    rows = {"softmax": measured(bench, None, lengths, samples)}
-    show(line("softmax", rows["softmax"], lengths))
-    asked = dict(ids=ids, weights=weights, length=length, batch=batch, seed=seed, progress=progress)
-    moved = convert(loaded, tokenizer, mechanism, steps=steps, finetune=None, **asked, **config)
-    rows["transfer"] = measured(bench, moved, lengths, samples)
-    show(line("after transfer", rows["transfer"], lengths))
-    done, seconds = moved, {"transfer": moved.report["transfer_seconds"]}
+    rows: dict[str, dict[str, float]] = {}
+
+    def measure_stage(stage: str, title: str, method: Any) -> None:
+        rows[stage] = measured(bench, method, lengths, samples)
+        show(line(title, rows[stage], lengths))
+
+    measure_stage("softmax", "softmax", None)
+    options = dict(ids=ids, weights=weights, length=length, batch=batch, seed=seed, progress=progress)
+    converted = convert(loaded, tokenizer, mechanism, steps=steps, finetune=None, **options, **config)
+    measure_stage("transfer", "after transfer", converted)
+    seconds = {"transfer": converted.report["transfer_seconds"]}
     if finetune is not None and finetune_steps:
-        done = convert(
-            loaded, tokenizer, moved, steps=steps, finetune=finetune, finetune_steps=finetune_steps,
-            finetune_rate=finetune_rate, soft=soft, **asked,
+        converted = convert(
+            loaded, tokenizer, converted, steps=steps, finetune=finetune, finetune_steps=finetune_steps,
+            finetune_rate=finetune_rate, soft=soft, **options,
         )  # fmt: skip
-        seconds["finetune"] = done.report["finetune_seconds"]
-        rows["finetune"] = measured(bench, done, lengths, samples)
-        show(line("after fine-tune", rows["finetune"], lengths))
+        seconds["finetune"] = converted.report["finetune_seconds"]
+        measure_stage("finetune", "after fine-tune", converted)
     size = next(loaded.parameters()).element_size()
     report = {
-        "model": str(model), "mechanism": done.method.label, "length": length - CONTINUATION,
-        "lengths": list(lengths), "rows": rows, "state_bytes": state_bytes(loaded, done, 1),
+        "model": str(model), "mechanism": converted.method.label, "length": length - CONTINUATION,
+        "lengths": list(lengths), "rows": rows, "state_bytes": state_bytes(loaded, converted, 1),
         "kv_bytes": {str(n): kv_bytes(loaded, n, size) for n in (*lengths, 32 * max(lengths))},
         "seconds": {**seconds, "all": perf_counter() - began},
     }  # fmt: skip
     show(bytes_line(report))
     if out is not None:
-        Converted(done.method, done.params, done.weights, {**done.report, **report}).save(
-            out, loaded, tokenizer
-        )
+        saved = replace(converted, report={**converted.report, **report})
+        saved.save(out, loaded, tokenizer)
         show(f"written to {out}")
     return report
 
@@ -103,11 +106,12 @@ def sequences(
     ]
     for name in ("recall", "needle"):
         answer = len(catalog.task(name).samples(tokenizer, length, 1, LEARNED + seed, source)[0].answer)
-        for i in range(PLACES):  # questions at many places, or retrieval would hold at one distance only
-            prompt = length // 2 + i * (length - length // 2 - answer) // (PLACES - 1)
+        # questions at many positions, or retrieval would hold at one distance only
+        for i in range(POSITIONS):
+            prompt = length // 2 + i * (length - length // 2 - answer) // (POSITIONS - 1)
             rest = length - prompt - answer
             for sample in catalog.task(name).samples(
-                tokenizer, prompt, rows // 4 // PLACES, LEARNED + seed + i, source
+                tokenizer, prompt, rows // 4 // POSITIONS, LEARNED + seed + i, source
             ):
                 after = source.take(tokenizer, rest, rng) if rest else []
                 weights = [FACTS] * prompt + [ANSWER] * answer + [FACTS] * rest
@@ -119,7 +123,7 @@ def sequences(
 
 def measured(bench: Bench, method: Any, lengths: tuple[int, ...], samples: int) -> dict[str, float]:
     """Nats per token of held-out text, exact answers of the tasks, and bytes held for a row, by length."""
-    found: dict[str, float] = {}
+    row: dict[str, float] = {}
     for length in lengths:
         for name in TASKS:
             chosen = catalog.task(name).samples(bench.tokenizer, length, samples, 1)
@@ -128,9 +132,9 @@ def measured(bench: Bench, method: Any, lengths: tuple[int, ...], samples: int) 
             answer = torch.tensor([s.answer for s in chosen])
             right = (logits.argmax(-1) == answer).all(-1).float().mean().item()
             nats = F.cross_entropy(logits.flatten(0, 1), answer.flatten()).item()
-            found[f"{name}_{length}"] = nats if name == "perplexity" else right
-        found[f"bytes_{length}"] = sum(r.kept for r in runs) / samples
-    return found
+            row[f"{name}_{length}"] = nats if name == "perplexity" else right
+        row[f"bytes_{length}"] = sum(r.kept for r in runs) / samples
+    return row
 
 
 def line(stage: str, row: dict[str, float], lengths: tuple[int, ...]) -> str:

@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from regard import catalog
 from regard.core import Method, require, unknown
+from regard.core.deprecation import moved, renamed
 from regard.core.shapes import PATTERNS
 from regard.kinds.mechanism import Mechanism, make_call
 from regard.testing.case import Case
@@ -36,7 +37,8 @@ LEAST, REPEATS = 64, 3
 LONG = 2.0  # seconds from which a run is repeated once less
 UNFUSED = 4_096  # explicit weights of 8 heads hold half a gigabyte here
 PATIENCE = 1.0  # seconds beyond which a run must promise to be faster than SDPA
-ENOUGH = 4.0  # seconds beyond which a mechanism that is faster than SDPA already is not asked for more
+# seconds beyond which a mechanism that is faster than SDPA already is not asked for more
+ENOUGH = 4.0
 ROOM = 4e9  # bytes that a run may hold
 PASSES = ("forward", "forward and backward")
 Work = Callable[[], Any]
@@ -55,8 +57,8 @@ class Point:
 
 
 @dataclass
-class Bench:
-    """One pattern and one pass: full attention, measured once at every length that is asked for."""
+class Workload:
+    """One pattern and one pass, to be timed at any length; full attention is measured once at each."""
 
     pattern: str
     backward: bool
@@ -153,13 +155,13 @@ def seconds(work: Work) -> float:
             return took / runs
 
 
-def measured(bench: Bench, page: Mechanism, n: int) -> dict[str, Any]:
+def measured(workload: Workload, page: Mechanism, n: int) -> dict[str, Any]:
     """The row of one length: both sides in turns; full attention that takes long is timed once for all mechanisms."""
-    ours, theirs = bench.mechanism(page, n), bench.sdpa(n)
+    ours, theirs = workload.mechanism(page, n), workload.sdpa(n)
     held = bytes_held(ours)  # warms up too
-    if n not in bench.fused:
-        bench.fused[n] = Point([], bytes_held(theirs))
-    base = bench.fused[n]
+    if n not in workload.fused:
+        workload.fused[n] = Point([], bytes_held(theirs))
+    base = workload.fused[n]
     again, pairs = not base.seconds or base.median < 0.1, []
     while len(pairs) < REPEATS - (bool(pairs) and max(pairs[0]) > LONG):
         mine = seconds(ours)
@@ -170,23 +172,23 @@ def measured(bench: Bench, page: Mechanism, n: int) -> dict[str, Any]:
     return {
         "n": n, "ms": 1e3 * statistics.median(a for a, _ in pairs), "sdpa_ms": 1e3 * base.median,
         "ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1], "held": held, "sdpa_held": base.held,
-        "unfused_held": bench.unfused(n) if n <= UNFUSED else None,
+        "unfused_held": workload.unfused(n) if n <= UNFUSED else None,
     }  # fmt: skip
 
 
-def climb(bench: Bench, page: Mechanism, most: int) -> tuple[dict[int, dict], str]:
+def climb(workload: Workload, page: Mechanism, most: int) -> tuple[dict[int, dict], str]:
     """Points at doublings of LEAST up to `most`, and why it stopped before."""
     points: dict[int, dict] = {}
     n = LEAST
     while n <= most:
-        points[n] = measured(bench, page, n)
-        if 2 * n <= most and (why := dear(points, n)):
+        points[n] = measured(workload, page, n)
+        if 2 * n <= most and (why := stop_reason(points, n)):
             return points, why
         n *= 2
     return points, ""
 
 
-def dear(points: dict[int, dict], n: int) -> str:
+def stop_reason(points: dict[int, dict], n: int) -> str:
     """Why the next doubling is left out: it would be slow and tell nothing new, or hold too much."""
     before, now = points.get(n // 2, points[n]), points[n]
     growth = {key: min(4.0, max(2.0, now[key] / before[key])) for key in ("ms", "sdpa_ms", "held")}
@@ -198,7 +200,7 @@ def dear(points: dict[int, dict], n: int) -> str:
 
 
 def crossing(
-    points: dict[int, dict], below: Callable[[dict], bool | None], ask: Callable[[int], dict]
+    points: dict[int, dict], below: Callable[[dict], bool | None], measure_at: Callable[[int], dict]
 ) -> int | None:
     """The smallest length tested from which on `below` holds at every length tested; None: not at the longest.
 
@@ -212,20 +214,20 @@ def crossing(
     low, high = max(n for n in tested if n < start), start
     for _ in range(3):
         middle = round((low * high) ** 0.5)
-        points[middle] = points.get(middle) or ask(middle)
+        points[middle] = points.get(middle) or measure_at(middle)
         low, high = (low, middle) if below(points[middle]) else (middle, high)
     return first(points, below)
 
 
 def first(points: dict[int, dict], below: Callable[[dict], bool | None]) -> int | None:
-    found = None
+    length = None
     for n in sorted(points, reverse=True):
         if (holds := below(points[n])) is None:
             continue
         if not holds:
             break
-        found = n
-    return found
+        length = n
+    return length
 
 
 def interval(points: dict[int, dict], length: int | None) -> list[int | None] | None:
@@ -236,39 +238,40 @@ def interval(points: dict[int, dict], length: int | None) -> list[int | None] | 
     return [max(slower, default=None), first(points, lambda p: p["high"] < 1)]
 
 
-def lengths(bench: Bench, name: str, page: Mechanism, most: int) -> dict[str, Any]:
+def lengths(workload: Workload, name: str, page: Mechanism, most: int) -> dict[str, Any]:
     """The row of one mechanism and one pass."""
-    row: dict[str, Any] = {"mechanism": name, "pattern": bench.pattern, "pass": PASSES[bench.backward]}
+    row: dict[str, Any] = {"mechanism": name, "pattern": workload.pattern, "pass": PASSES[workload.backward]}
     row |= {"path": "fast" if page.fast else "reference"}
-    points, why = climb(bench, page, most)
+    points, why = climb(workload, page, most)
     top = points[max(points)]
 
-    def ask(n: int) -> dict:
-        return measured(bench, page, n)
+    def measure_at(n: int) -> dict:
+        return measured(workload, page, n)
 
-    found = crossing(points, lambda p: p["ratio"] < 1, ask)
-    ends = interval(points, found)
+    crossed = crossing(points, lambda p: p["ratio"] < 1, measure_at)
+    ends = interval(points, crossed)
     if ends and ends[1] is None:
-        found, ends = None, None
+        crossed, ends = None, None
         why = (
             why
             or f"within the noise of SDPA: {top['low']:.2f} to {top['high']:.2f} of its time at {top['n']}"
         )
-    row |= {"time": found, "time_interval": ends}
-    row["memory"] = crossing(points, lambda p: p["held"] < p["sdpa_held"], ask)
+    row |= {"time": crossed, "time_interval": ends}
+    row["memory"] = crossing(points, lambda p: p["held"] < p["sdpa_held"], measure_at)
     row["memory_unfused"] = crossing(
-        points, lambda p: None if p["unfused_held"] is None else p["held"] < p["unfused_held"], ask
+        points, lambda p: None if p["unfused_held"] is None else p["held"] < p["unfused_held"], measure_at
     )
     row |= {"least": LEAST, "most": top["n"], "faster_at_most": 1 / top["ratio"], "note": why}
     row["points"] = [points[n] for n in sorted(points)]
     return row
 
 
+@renamed(told="progress")
 def efficiency(
     names: list[str] | None = None,
     pattern: str = "causal_self",
     most: int = 16_384,
-    told: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Two rows for each mechanism that can do the pattern, forward and forward with backward.
 
@@ -281,31 +284,31 @@ def efficiency(
     for name in names or ():
         require(name in able or catalog.get(name) is None, f"a mechanism that does {pattern}", name=name)
     require(most >= 2 * LEAST, f"most >= {2 * LEAST}", most=most)
-    rows, benches = [], [Bench(pattern, backward) for backward in (False, True)]
+    rows, workloads = [], [Workload(pattern, backward) for backward in (False, True)]
     gc.freeze()  # what is there already is not looked through at every measurement
     for name in names or able:
-        for bench in benches:
+        for workload in workloads:
             start = time.perf_counter()
-            rows.append(attempt(bench, name, most))
-            if told:
-                told(f"{name}, {PASSES[bench.backward]}: {time.perf_counter() - start:.0f} s")
+            rows.append(attempt(workload, name, most))
+            if progress:
+                progress(f"{name}, {PASSES[workload.backward]}: {time.perf_counter() - start:.0f} s")
     gc.unfreeze()
     return rows
 
 
-def attempt(bench: Bench, name: str, most: int) -> dict[str, Any]:
+def attempt(workload: Workload, name: str, most: int) -> dict[str, Any]:
     """The row, or why there is none: a mechanism that cannot be run at this width does not end the others."""
     try:
-        return lengths(bench, name, catalog.get(name), most)
+        return lengths(workload, name, catalog.get(name), most)
     except Exception as error:
-        row = {"mechanism": name, "pattern": bench.pattern, "pass": PASSES[bench.backward]}
+        row = {"mechanism": name, "pattern": workload.pattern, "pass": PASSES[workload.backward]}
         return row | {"note": f"failed: {type(error).__name__}: {error}", "points": []}
 
 
 def shown(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """The rows in words, for a table: a length, or "none up to N"."""
 
-    def said(row: dict, key: str, most: int | None = None) -> str:
+    def length_text(row: dict, key: str, most: int | None = None) -> str:
         if "most" not in row:
             return "–"
         if row[key] is None:
@@ -320,11 +323,14 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         {
             "mechanism": row["mechanism"],
             "pass": row["pass"],
-            "time": said(row, "time") + within(row),
-            "memory": said(row, "memory"),
-            "memory, unfused": said(row, "memory_unfused", UNFUSED),
+            "time": length_text(row, "time") + within(row),
+            "memory": length_text(row, "memory"),
+            "memory, unfused": length_text(row, "memory_unfused", UNFUSED),
             "faster": f"{row['faster_at_most']:.2g}× at {row['most']}" if "most" in row else "",
             "note": row["note"],
         }
         for row in rows
     ]
+
+
+__getattr__ = moved(__name__, {"Bench": "regard.bench.efficiency:Workload"})

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from regard import catalog
 from regard.bench.cell import Bench, Cell, measure
 from regard.core import Unreachable, Unsupported
+from regard.core.deprecation import moved
 
 Loader = Callable[[], tuple[Any, Any]]
 
@@ -39,8 +40,8 @@ def safely(cell: Cell, bench: Bench) -> dict:
             "alloc" in str(error).lower() or "out of" in str(error).lower()
         )
         last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{type(error).__name__}: {error} ({last.filename.rsplit('/', 1)[-1]}:{last.lineno})"
-        return cell.row(status="memory" if memory else "failed", error=place)
+        message = f"{type(error).__name__}: {error} ({last.filename.rsplit('/', 1)[-1]}:{last.lineno})"
+        return cell.row(status="memory" if memory else "failed", error=message)
 
 
 @dataclass
@@ -89,9 +90,11 @@ class Worker:
         self.process.start()
         theirs.close()
         self.cell: Cell | None = None
+        # (task, length, seed) whose samples it holds
+        self.last: tuple[str, int, int] | None = None
         self.ready, self.limit, self.deadline = False, limit, float("inf")
 
-    def give(self, cell: Cell) -> None:
+    def assign(self, cell: Cell) -> None:
         self.cell, self.deadline = cell, time.monotonic() + self.limit
         self.pipe.send(cell)
 
@@ -104,7 +107,7 @@ class Worker:
         self.process.join()
 
 
-class Broken(RuntimeError):
+class WorkerBroken(RuntimeError):
     """A worker could not load the model; the message is its error."""
 
 
@@ -123,7 +126,7 @@ class LocalProcesses:
             while left or any(w.cell for w in crew):
                 for worker in list(crew):
                     if worker.ready and worker.cell is None and left:
-                        worker.give(take_near(left, worker))
+                        worker.assign(take_near(left, worker))
                 yield from self._collect(crew, load, bool(left))
         finally:
             for worker in crew:
@@ -133,23 +136,23 @@ class LocalProcesses:
         soonest = min(w.deadline for w in crew)
         wait([w.pipe for w in crew], timeout=min(1.0, max(0.0, soonest - time.monotonic())))
         for i, worker in enumerate(crew):
-            row = self._hear(worker)
+            row = self._receive(worker)
             if row is not None:
                 yield row
             if not worker.process.is_alive() and not worker.ready:
                 crew[i] = Worker(load, self.threads, self.limit)
 
-    def _hear(self, worker: Worker) -> dict | None:
+    def _receive(self, worker: Worker) -> dict | None:
         """The row a worker ended, if it did; a dead or late one gives the row that says so and stops."""
         try:
             if worker.pipe.poll():
-                kind, said = worker.pipe.recv()
+                kind, content = worker.pipe.recv()
                 if kind == "broken":
-                    raise Broken(said)
+                    raise WorkerBroken(content)
                 worker.ready = True
                 if kind == "row":
                     worker.cell, worker.deadline = None, float("inf")
-                    return said
+                    return content
         except (EOFError, ConnectionResetError):
             return self._lost(worker, "failed", "the worker ended")
         if worker.cell is not None and time.monotonic() > worker.deadline:
@@ -168,16 +171,18 @@ class LocalProcesses:
         worker.stop()
         worker.cell, worker.ready, worker.deadline = None, False, float("inf")
         if not loaded:
-            raise Broken(f"while the model was loading: {error}")
+            raise WorkerBroken(f"while the model was loading: {error}")
         return None if cell is None else cell.row(status=status, error=error)
 
 
 def take_near(left: list[Cell], worker: Worker) -> Cell:
     """The next cell, if possible of the task and length whose samples the worker still holds."""
-    last = getattr(worker, "last", None)
     for i in range(len(left) - 1, -1, -1):
-        if (left[i].task, left[i].length, left[i].seed) == last:
+        if (left[i].task, left[i].length, left[i].seed) == worker.last:
             return left.pop(i)
     cell = left.pop()
-    worker.last = (cell.task, cell.length, cell.seed)  # type: ignore[attr-defined]
+    worker.last = (cell.task, cell.length, cell.seed)
     return cell
+
+
+__getattr__ = moved(__name__, {"Broken": "regard.bench.executor:WorkerBroken"})

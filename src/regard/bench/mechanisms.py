@@ -26,6 +26,7 @@ from regard import catalog
 from regard.bench.timing import paired, row, seconds
 from regard.core import Method
 from regard.core.call import Call
+from regard.core.deprecation import renamed
 from regard.nn import RegardConfig, RegardForCausalLM
 
 LIGHTNING = "lightning_attention_2"
@@ -52,19 +53,20 @@ class Sizes:
 QUICK = Sizes(512, 1_024, 2_048, 512, 256, (10, 1_000), 2, 64, 2)
 
 
-def rows(quick: bool = False, told: Callable[[str], None] | None = None) -> list[dict]:
-    """Everything that this benchmark measures. Say what is being measured through `told`."""
-    sizes, told = QUICK if quick else Sizes(), told or (lambda text: None)
+@renamed(told="progress")
+def rows(quick: bool = False, progress: Callable[[str], None] | None = None) -> list[dict]:
+    """Everything that this benchmark measures. Say what is being measured through `progress`."""
+    sizes, progress = QUICK if quick else Sizes(), progress or (lambda text: None)
     parts = (forward, longest, trained_operator, share, flat, memory, decode, others, decoder)
-    found: list[dict] = []
+    results: list[dict] = []
     with torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(0)
         for part in parts:
-            for one in part(sizes, told):
-                found.append(one)
-                told(f"{one['case']}: {one['ratio']:.2f} (target {one['target']:g}) {one['note']}")
+            for one in part(sizes, progress):
+                results.append(one)
+                progress(f"{one['case']}: {one['ratio']:.2f} (target {one['target']:g}) {one['note']}")
             gc.collect()
-    return found
+    return results
 
 
 def lightning(q: Tensor, k: Tensor, v: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -76,7 +78,7 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def forward(sizes: Sizes, told: Callable) -> Iterator[dict]:
+def forward(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     for (name, dtype), target in zip(DTYPES.items(), (20.0, 25.0)):
         qkv = sizes.qkv(sizes.long, dtype)
         ours, theirs = (
@@ -86,7 +88,7 @@ def forward(sizes: Sizes, told: Callable) -> Iterator[dict]:
         yield row(f"forward, {sizes.long:,} tokens, {name}, over SDPA", times, None, target)
 
 
-def longest(sizes: Sizes, told: Callable) -> Iterator[dict]:
+def longest(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     """SDPA takes half a minute here: it is timed once."""
     for name, dtype in DTYPES.items():
         qkv = sizes.qkv(sizes.longest, dtype)
@@ -102,22 +104,22 @@ def typical(work: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds(work) for _ in range(repeats))
 
 
-def trained_operator(sizes: Sizes, told: Callable) -> Iterator[dict]:
+def trained_operator(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     for (name, dtype), target in zip(DTYPES.items(), (15.0, 20.0)):
         qkv = [t.requires_grad_() for t in sizes.qkv(sizes.long, dtype)]
-        given = torch.randn_like(qkv[2])
+        gradient = torch.randn_like(qkv[2])
 
-        def both(path: Callable, qkv: list[Tensor] = qkv, given: Tensor = given) -> float:
+        def both(path: Callable, qkv: list[Tensor] = qkv, gradient: Tensor = gradient) -> float:
             for t in qkv:
                 t.grad = None
             with torch.enable_grad():
-                return seconds(lambda: path(*qkv).backward(given))
+                return seconds(lambda: path(*qkv).backward(gradient))
 
         times = paired(lambda: both(lambda *qkv: lightning(*qkv)[0]), lambda: both(softmax), 2)  # noqa: B023
         yield row(f"forward and backward, {sizes.long:,} tokens, {name}, over SDPA", times, None, target)
 
 
-def share(sizes: Sizes, told: Callable) -> Iterator[dict]:
+def share(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     chunk = catalog.method(LIGHTNING).config.chunk
     d, n = sizes.width, sizes.long
     for (name, dtype), target in zip(DTYPES.items(), (0.35, 0.5)):
@@ -134,8 +136,8 @@ def share(sizes: Sizes, told: Callable) -> Iterator[dict]:
         )  # fmt: skip
         pages = f"new pages {1e3 * fresh(qkv[0].nbytes):.1f} ms"
         note = f"products at {rate / 1e9:.0f} GFLOP/s, copies at {speed / 1e9:.0f} GB/s; {pages}"
-        found = row(f"share of the bound, {n:,} tokens, {name}", times, None, target, note)
-        yield {**found, "of_bound": times["ratio"]}
+        result = row(f"share of the bound, {n:,} tokens, {name}", times, None, target, note)
+        yield {**result, "of_bound": times["ratio"]}
 
 
 def product_rate(dtype: torch.dtype, size: int = 2048) -> float:
@@ -155,7 +157,7 @@ def fresh(size: int) -> float:
     return statistics.median(seconds(lambda: torch.zeros(size, dtype=torch.uint8)) for _ in range(3))
 
 
-def flat(sizes: Sizes, told: Callable) -> Iterator[dict]:
+def flat(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     for name, dtype in DTYPES.items():
         speed = {}
         for n in (sizes.short, sizes.longest):
@@ -175,7 +177,7 @@ def flat(sizes: Sizes, told: Callable) -> Iterator[dict]:
         )
 
 
-def memory(sizes: Sizes, told: Callable) -> Iterator[dict]:
+def memory(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     """Peak resident memory while it runs, less what came out: at the short length over the long one."""
     for name, dtype in DTYPES.items():
         case = f"memory beyond inputs and outputs, {sizes.short:,} over {sizes.longest:,}, {name}"
@@ -184,32 +186,35 @@ def memory(sizes: Sizes, told: Callable) -> Iterator[dict]:
         if any(p is None for p in peaks):
             yield row(case, times, None, 0.9, "not measured: it takes Linux's /proc")
             continue
-        short, long = (max(p or 0, 1 << 20) for p in peaks)  # below a MiB it is noise
+        # below a MiB it is noise
+        short, long = (max(p or 0, 1 << 20) for p in peaks)
         yield row(
             case, {**times, "ratio": short / long}, None, 0.9, f"{short / 1e6:.1f} and {long / 1e6:.1f} MB"
         )
 
 
 def peak(qkv: list[Tensor]) -> int | None:
-    """Bytes that one call needed at its height beyond what it was given and gave."""
-    lightning(*(t[:, :, :512] for t in qkv))  # what libraries keep for ever is there
+    """Bytes that one call needed at its height beyond its inputs and outputs."""
+    # what libraries keep for ever is there
+    lightning(*(t[:, :, :512] for t in qkv))
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide what is used
+        # freed memory that is still resident would hide what is used
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return None
     start = resident("VmRSS")
-    given = lightning(*qkv)
-    return resident("VmHWM") - start - sum(t.nbytes for t in given)
+    outputs = lightning(*qkv)
+    return resident("VmHWM") - start - sum(t.nbytes for t in outputs)
 
 
 def resident(what: str) -> int:
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(found[1])
+    kilobytes = re.findall(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes[0])
 
 
-def decode(sizes: Sizes, told: Callable) -> Iterator[dict]:
+def decode(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     """One token after a short and after a long text: the same state, the same time."""
     for name, dtype in DTYPES.items():
         states = [prefilled(sizes, n, dtype) for n in sizes.steps]
@@ -222,14 +227,14 @@ def decode(sizes: Sizes, told: Callable) -> Iterator[dict]:
         times = {**times, "ms": times["ms"] / 100, "baseline_ms": times["baseline_ms"] / 100}
         bytes_ = [s.nbytes for s in states]
         note = f"{1e3 * times['ms']:.0f} µs; state {bytes_[0]:,} and {bytes_[1]:,} bytes"
-        found = row(
+        result = row(
             f"decode step, after {sizes.steps[0]:,} over {sizes.steps[1]:,} tokens, {name}",
             times,
             None,
             0.9,
             note,
         )
-        yield {**found, "holds": found["holds"] and bytes_[0] == bytes_[1]}
+        yield {**result, "holds": result["holds"] and bytes_[0] == bytes_[1]}
 
 
 def prefilled(sizes: Sizes, tokens: int, dtype: torch.dtype, segment: int = 8_192) -> Tensor:
@@ -239,7 +244,7 @@ def prefilled(sizes: Sizes, tokens: int, dtype: torch.dtype, segment: int = 8_19
     return state
 
 
-def others(sizes: Sizes, told: Callable) -> Iterator[dict]:
+def others(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     """Every other linear mechanism of the catalogue at its default settings, causal where it can be."""
     for name in catalog.list_methods(kind="mechanism"):
         method = catalog.method(name)
@@ -247,14 +252,14 @@ def others(sizes: Sizes, told: Callable) -> Iterator[dict]:
             continue
         pattern = "causal_self" if "causal_self" in method.page.patterns else "self"
         case = f"{name}, {pattern}, {sizes.others:,} tokens, Lightning Attention-2 over it"
-        told(case)
+        progress(case)
         if pattern not in method.page.patterns:
             continue
         try:
-            given = asked(method, sizes)
+            inputs = arguments(method, sizes)
             qkv = sizes.qkv(sizes.others, torch.float32)
             times = paired(
-                lambda: seconds(lambda: answer(method, qkv, pattern, given)),  # noqa: B023
+                lambda: seconds(lambda: run(method, qkv, pattern, inputs)),  # noqa: B023
                 lambda: seconds(lambda: lightning(*qkv)),  # noqa: B023
                 2,
             )
@@ -265,7 +270,7 @@ def others(sizes: Sizes, told: Callable) -> Iterator[dict]:
         gc.collect()
 
 
-def asked(method: Method, sizes: Sizes) -> dict:
+def arguments(method: Method, sizes: Sizes) -> dict:
     """Parameters and the layer's input, where a page wants them."""
     page, width = method.page, sizes.heads * sizes.width
     dims = {
@@ -282,11 +287,11 @@ def asked(method: Method, sizes: Sizes) -> dict:
     }
 
 
-def answer(method: Method, qkv: list[Tensor], pattern: str, given: dict) -> Any:
-    return (method.page.fast or method.page.reference)(*qkv, method.config, Call(pattern, **given))
+def run(method: Method, qkv: list[Tensor], pattern: str, inputs: dict) -> Any:
+    return (method.page.fast or method.page.reference)(*qkv, method.config, Call(pattern, **inputs))
 
 
-def decoder(sizes: Sizes, told: Callable) -> Iterator[dict]:
+def decoder(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     """A step of training, forward and backward, of four layers of width 256 and four heads."""
     tokens = torch.randint(512, (1, sizes.trained))
     models = {}

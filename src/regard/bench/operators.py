@@ -21,6 +21,7 @@ from regard.attaching.ledger import LedgerLayer
 from regard.bench import mechanisms
 from regard.bench.timing import paired, row, seconds
 from regard.core import unknown
+from regard.core.deprecation import renamed
 
 TOKEN = 7
 
@@ -65,15 +66,16 @@ class Shape:
 QUICK = Shape(context=4_096, layers=4, prompt=512)
 
 
-def bench(name: str, quick: bool = False, told: Callable[[str], None] | None = None) -> list[dict]:
+@renamed(told="progress")
+def bench(name: str, quick: bool = False, progress: Callable[[str], None] | None = None) -> list[dict]:
     """Rows of one benchmark: "decode", "attach" or "mechanisms"."""
     known = {"decode": decode, "attach": attached}
     if name == "mechanisms":
-        return mechanisms.rows(quick, told or (lambda text: None))
+        return mechanisms.rows(quick, progress or (lambda text: None))
     if name not in known:
         raise unknown("benchmark", name, [*known, "mechanisms", "efficiency"])
     with torch.inference_mode():
-        return known[name](QUICK if quick else Shape(), told or (lambda text: None))
+        return known[name](QUICK if quick else Shape(), progress or (lambda text: None))
 
 
 def read_bandwidth() -> float:
@@ -95,10 +97,10 @@ def step(model: Any, cache: Any, method: Any, facts: dict) -> float:
     return took
 
 
-def decode(shape: Shape, told: Callable[[str], None]) -> list[dict]:
+def decode(shape: Shape, progress: Callable[[str], None]) -> list[dict]:
     """A decode step, end to end, of cache methods at a 5 % budget against full attention (SDPA, same ledger cache)."""
     model, speed = shape.model(), read_bandwidth()
-    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
     cases = {
         "streaming_llm, budget 5 %": (catalog.method("streaming_llm", budget=0.05), 5.0),
         "tidaldecode, budget 5 %": (catalog.method("tidaldecode", budget=0.05), 2.0),
@@ -107,9 +109,11 @@ def decode(shape: Shape, told: Callable[[str], None]) -> list[dict]:
     }
     rows: list[dict] = []
     base_cache = shape.ledger()
-    told(f"read bandwidth {speed / 1e9:.1f} GB/s; weights {weights / 1e6:.0f} MB; context {shape.context}")
+    progress(
+        f"read bandwidth {speed / 1e9:.1f} GB/s; weights {weights / 1e6:.0f} MB; context {shape.context}"
+    )
     for case, (method, target) in cases.items():
-        told(case)
+        progress(case)
         cache, facts = shape.ledger(), dict[str, Any]()
         times = paired(lambda: step(model, cache, method, facts), lambda: step(model, base_cache, None, {}))  # noqa: B023
         read = statistics.median(facts["reads"][1:])  # the first step is not timed
@@ -133,7 +137,7 @@ def held(shape: Shape, model: Any) -> dict:
             "note": note}  # fmt: skip
 
 
-def attached(shape: Shape, told: Callable[[str], None]) -> list[dict]:
+def attached(shape: Shape, progress: Callable[[str], None]) -> list[dict]:
     """What attaching costs: against the model's own SDPA with its own cache, prefill and decode."""
     model = shape.model()
     prompt = torch.randint(3, 2000, (1, shape.prompt))
@@ -143,15 +147,15 @@ def attached(shape: Shape, told: Callable[[str], None]) -> list[dict]:
         ("no method", None, 1.05),
         ("a budget that covers everything", everything, 1.10),
     ):
-        told(f"{label}: prefill and decode")
+        progress(f"{label}: prefill and decode")
         times = paired(lambda: prefill(model, prompt, method), lambda: prefill(model, prompt, False))  # noqa: B023
         rows.append(row(f"{label}: prefill of {shape.prompt}", times, None, 1 / most))
-        cache, own = shape.ledger(), shape.dynamic()
-        times = paired(lambda: step(model, cache, method, {}), lambda: native_step(model, own))  # noqa: B023
+        cache, native_cache = shape.ledger(), shape.dynamic()
+        times = paired(lambda: step(model, cache, method, {}), lambda: native_step(model, native_cache))  # noqa: B023
         rows.append(
             row(f"{label}: decode at {shape.context}", times, None, 1 / most, "own: DynamicCache, SDPA")
         )
-        del cache, own
+        del cache, native_cache
         gc.collect()
     return rows
 

@@ -44,7 +44,8 @@ __all__ = [
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
-KEPT = 7_500_000  # floats, just below the 32 MB up to which glibc's threshold moves
+# floats, just below the 32 MB up to which glibc's threshold moves
+KEPT = 7_500_000
 
 
 # seeds and random inputs
@@ -95,19 +96,19 @@ def alternate(
     sides: Mapping[K, Callable[..., Any]],
     rounds: int,
     warm: int = 1,
-    given: Callable[[K], tuple] | None = None,
+    arguments: Callable[[K], tuple] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[K, list[float]]:
     """Seconds of each side in each round, one side after the other; `warm` rounds before these do not count.
 
-    `given` makes the arguments of a side, anew in every round and before its clock starts.
+    `arguments` makes what a side is called with, anew in every round and before its clock starts.
     """
     seconds: dict[K, list[float]] = {name: [] for name in sides}
     for i in range(warm + rounds):
         for name, side in sides.items():
-            arguments = given(name) if given is not None else ()
+            inputs = arguments(name) if arguments is not None else ()
             start = clock()
-            side(*arguments)
+            side(*inputs)
             end = clock()
             if i >= warm:
                 seconds[name].append(end - start)

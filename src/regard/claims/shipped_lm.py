@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.attaching.attachment import attach
-from regard.bench.cell import Bench, Cell, Run, batches
+from regard.bench.cell import Bench, Cell, Pass, batches
 from regard.catalog import task
 from regard.core import Card, Method
 from regard.kinds.cache import CachePage
@@ -36,7 +36,7 @@ def samples(name: str, length: int, count: int, seed: int = 0) -> list[Sample]:
     return task(name).samples(shipped().tokenizer, length, count, seed)
 
 
-def runs(chosen: list[Sample], method: Any) -> list[Run]:
+def runs(chosen: list[Sample], method: Any) -> list[Pass]:
     length = len(chosen[0].prompt)
     return [shipped().run(b, method) for b in batches(chosen, Cell("full", "needle", length))]
 
@@ -52,12 +52,12 @@ class Nothing:
     budget: float = 1.0
 
 
-def spy(look: Callable[[View], None]) -> Method:
-    """A cache method that changes nothing and shows every decode step of every layer to `look`."""
+def spy(callback: Callable[[View], None]) -> Method:
+    """A cache method that changes nothing and shows every decode step of every layer to `callback`."""
 
     def observe(view: View, cfg: Nothing) -> None:
         if view.phase == "decode":
-            look(view)
+            callback(view)
 
     card = Card(title="spy", paper="none", year=2026, idea="look at every view")
     return Method(
@@ -65,14 +65,14 @@ def spy(look: Callable[[View], None]) -> Method:
     )
 
 
-def watch(look: Callable[[View], None], length: int, steps: int, rows: int = 4) -> None:
-    """Show `look` the decode steps of full attention over held-out text and over needles, half and half."""
+def watch(callback: Callable[[View], None], length: int, steps: int, rows: int = 4) -> None:
+    """Show `callback` the decode steps of full attention over held-out text and over needles, half and half."""
     for name in ("perplexity", "needle"):
         chosen = samples(name, length, rows, seed=11)
         for sample in chosen:
             tokens = torch.tensor([sample.prompt + sample.answer])[:, : length + steps]
             start = length - 1
-            with torch.inference_mode(), attach(shipped().model, spy(look)):
+            with torch.inference_mode(), attach(shipped().model, spy(callback)):
                 cache = shipped().model(tokens[:, :start], use_cache=True).past_key_values
                 for t in range(start, tokens.shape[1]):
                     shipped().model(tokens[:, t : t + 1], past_key_values=cache)

@@ -30,13 +30,12 @@ def main() -> None:
 
 def complain(error: Exception) -> int:
     """Say an error of the user's in one line; anything else is a fault of ours and keeps its traceback."""
-    if hasattr(error, "show") and hasattr(
-        error, "exit_code"
-    ):  # click's own: a wrong option, an unknown command
+    # click's own: a wrong option, an unknown command
+    if hasattr(error, "show") and hasattr(error, "exit_code"):
         error.show()
         return error.exit_code
     if not isinstance(error, KNOWN) and not type(error).__module__.startswith("regard."):
         raise error
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    err.print(f"regard: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    err.print(f"regard: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     return 2

@@ -45,14 +45,14 @@ class watching:
         return self.step
 
     def step(self, row: dict | None, done: int, total: int) -> None:
-        said = (
+        text = (
             "loading the model"
             if row is None
             else f"{row['label']} {row['budget'] or ''} {row['task']} {row['length']}"
         )
-        self.bar.update(self.task, completed=done, total=total, description=said)
+        self.bar.update(self.task, completed=done, total=total, description=text)
         if row is not None and row["status"] != "ok" and not self.quiet:
-            self.bar.console.print(f"{row['status']}: {said}: {row['error']}", style="yellow", markup=False)
+            self.bar.console.print(f"{row['status']}: {text}: {row['error']}", style="yellow", markup=False)
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
@@ -73,11 +73,11 @@ class training:
         self.task = self.bar.add_task("starting", total=self.total)
         return self.step
 
-    def step(self, told: dict) -> None:
-        self.score = told["score"] if told["score"] is not None else self.score
+    def step(self, point: dict) -> None:
+        self.score = point["score"] if point["score"] is not None else self.score
         scored = "" if self.score is None else f"  score {self.score:.3f}"
-        said = f"rate {told['rate']:g}  loss {told['loss']:.3f}{scored}"
-        self.bar.update(self.task, completed=told["done"], description=said)
+        text = f"rate {point['rate']:g}  loss {point['loss']:.3f}{scored}"
+        self.bar.update(self.task, completed=point["done"], description=text)
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
@@ -106,8 +106,8 @@ class converting:
         if stage != self.stage:
             self.stage = stage
             self.bar.reset(self.task, total=total)
-        said = f"{stage}  loss {loss:.3f}" if loss else stage
-        self.bar.update(self.task, completed=done, total=total, description=said)
+        text = f"{stage}  loss {loss:.3f}" if loss else stage
+        self.bar.update(self.task, completed=done, total=total, description=text)
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()

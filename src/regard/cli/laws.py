@@ -33,8 +33,8 @@ def check(
         say_json(report.to_dict())
     else:
         out.print(report.table())
-        said = f"violated: {', '.join(report.violated)}" if report.violated else "no law is violated"
-        out.print(said, style="bold red" if report.violated else "green", highlight=False)
+        summary = f"violated: {', '.join(report.violated)}" if report.violated else "no law is violated"
+        out.print(summary, style="bold red" if report.violated else "green", highlight=False)
     if report.violated:
         raise typer.Exit(1)
 
@@ -84,8 +84,8 @@ def support(
         brief = [{"mechanism": r["mechanism"], **{p: r[p].split(":")[0] for p in PATTERNS}} for r in rows]
         out.print(table(brief, ["mechanism", *PATTERNS]))
         if reasons:
-            told = [(r["mechanism"], p, r[p]) for r in rows for p in PATTERNS if ":" in r[p]]
-            for name, pattern, said in told:
-                out.print(f"{name}, {pattern}: {said}", highlight=False)
+            refusals = [(r["mechanism"], p, r[p]) for r in rows for p in PATTERNS if ":" in r[p]]
+            for name, pattern, reason in refusals:
+                out.print(f"{name}, {pattern}: {reason}", highlight=False)
     if any(r[p].startswith("leaks:") for r in rows for p in PATTERNS):
         raise typer.Exit(1)

@@ -42,10 +42,11 @@ def compare(
     from regard.bench.compare import compare as run
     from regard.report import show as show_result
 
-    wide = None if lengths is None else [int(n) for n in split_list(lengths)]
+    tokens = split_list(lengths)
     with watching(as_json) as progress:
         result = run(
-            model, split_specs(methods), split_specs(tasks), wide, split_list(budgets), out=folder,
+            model, split_specs(methods), split_specs(tasks), None if tokens is None else [int(n) for n in tokens],
+            split_list(budgets), out=folder,
             samples=samples, seed=seed, text=text,
             workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, device=device,
             progress=progress,
@@ -113,17 +114,17 @@ def bench(
     """Operator speed, paired with full attention in one process, against the machine's own bound."""
     from regard.report import table
 
-    told = None if as_json else lambda t: err.print(t, highlight=False)
+    progress = None if as_json else lambda t: err.print(t, highlight=False)
     if name == "efficiency":
         from regard.bench import efficiency
 
-        rows = efficiency.efficiency(split_list(names), pattern, 2_048 if quick else 16_384, told)
+        rows = efficiency.efficiency(split_list(names), pattern, 2_048 if quick else 16_384, progress)
         shown = efficiency.shown(rows)
         columns = list(shown[0])
     else:
         from regard.bench import operators
 
-        rows = operators.bench(name, quick=quick, told=told)
+        rows = operators.bench(name, quick=quick, progress=progress)
         shown = [{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
         columns = ["case", "ratio", "of_bound", "spread", "note"]
     if as_json:

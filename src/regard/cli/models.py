@@ -29,9 +29,9 @@ def doctor(
         loaded = load_shipped(model.removeprefix("shipped:"))[0]
     else:
         loaded = load(model, trust_remote_code=trust_remote_code)[0]
-    found = examine(loaded, **inputs)
-    say_json(found.to_dict()) if as_json else out.print(str(found), highlight=False, soft_wrap=True)
-    if not found.healthy:
+    report = examine(loaded, **inputs)
+    say_json(report.to_dict()) if as_json else out.print(str(report), highlight=False, soft_wrap=True)
+    if not report.healthy:
         raise typer.Exit(1)
 
 
@@ -72,9 +72,10 @@ def train(
     from regard.train import Plan
     from regard.train import train as run
 
-    named = [parse_spec(part) for part in split_specs(mechanism) or []]
+    mechanisms = [parse_spec(part) for part in split_specs(mechanism) or []]
     plan = Plan(
-        task=task, mechanisms=tuple(n for n, _ in named), settings={n: told for n, told in named if told},
+        task=task, mechanisms=tuple(n for n, _ in mechanisms),
+        settings={n: options for n, options in mechanisms if options},
         rates=tuple(float(r) for r in split_list(rates) or []), steps=steps, batch=batch, layers=layers, width=width,
         heads=heads, mlp=mlp, conv=conv, rope_theta=rope_theta, length=length, pairs=pairs, vocab=vocab,
         seed=seed, every=every,
@@ -130,7 +131,8 @@ def convert(
     stages = list(report["rows"])
     tasks = [key for key in report["rows"][stages[0]] if not key.startswith("bytes")]
     rows = [
-        {"task": t.replace("_", " at "), **{s: said(t, report["rows"][s][t]) for s in stages}} for t in tasks
+        {"task": t.replace("_", " at "), **{s: score_text(t, report["rows"][s][t]) for s in stages}}
+        for t in tasks
     ]
     out.print(table(rows, ["task", *stages], title=f"{report['mechanism']} in {model}"))
     kept = ", ".join(f"{n} tokens {b / 1024:,.0f} KiB" for n, b in report["kv_bytes"].items())
@@ -139,5 +141,5 @@ def convert(
     out.print(f"[bold]{folder}[/bold]", highlight=False, soft_wrap=True)
 
 
-def said(task: str, value: float) -> str:
+def score_text(task: str, value: float) -> str:
     return f"{value:.2f} nats" if task.startswith("perplexity") else f"{value:.0%}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.core.errors import Unsupported, require, unknown
+from regard.core.errors import Unsupported, present, require, unknown
 from regard.core.mask import Mask
 from regard.core.roles import Roles
 from regard.core.shapes import PATTERNS
@@ -52,12 +52,14 @@ class Call:
     @property
     def x_of_keys(self) -> Tensor:
         """[B, M, C]"""
-        return self.x[1] if self.cross else self.x
+        x = self.x[1] if isinstance(self.x, tuple) else self.x
+        return present(x, "x is the layer's input", x=self.x)
 
     @property
     def x_of_queries(self) -> Tensor:
         """[B, N, C]; the layer's input where a text asks itself."""
-        return self.x[0] if self.cross else self.x
+        x = self.x[0] if isinstance(self.x, tuple) else self.x
+        return present(x, "x is the layer's input", x=self.x)
 
     def with_(self, **changes: Any) -> "Call":
         return replace(self, **changes)
@@ -124,7 +126,7 @@ def check_mask(mask: Any, q: Tensor, keys: int) -> None:
     require(mask.dtype == torch.bool, "a mask is bool, True = attend", mask=mask)
     sizes = (*q.shape[:3], keys)
     fits = mask.dim() <= 4 and all(
-        own in (1, size) for own, size in zip(reversed(mask.shape), reversed(sizes), strict=False)
+        axis in (1, size) for axis, size in zip(reversed(mask.shape), reversed(sizes), strict=False)
     )
     rule = "a mask broadcasts to [B, H, N, M], M counting the keys of the state"
     require(fits, rule, mask=mask, B=sizes[0], H=sizes[1], N=sizes[2], M=keys)

@@ -45,6 +45,37 @@ def renamed(**names: str) -> Callable[[Callable], Callable]:
     return wrap
 
 
+def renamed_fields(**names: str) -> Callable[[Any], Any]:
+    """Fields of a dataclass that have new names, as arguments and where they are read: renamed_fields(old="new").
+
+    >>> from dataclasses import dataclass
+    >>> @renamed_fields(look="statistic")
+    ... @dataclass
+    ... class Watch:
+    ...     statistic: str
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     Watch(look="top1").look
+    'top1'
+    """
+
+    def wrap(owner: Any) -> Any:
+        owner.__init__ = renamed(**names)(owner.__init__)
+        for old, new in names.items():
+            setattr(owner, old, _old_field(owner.__name__, old, new))
+        return owner
+
+    return wrap
+
+
+def _old_field(owner: str, old: str, new: str) -> property:
+    def read(self: Any) -> Any:
+        warn(f"{owner}.{old}", f"{owner}.{new}")
+        return getattr(self, new)
+
+    return property(read)
+
+
 def moved(module: str, names: dict[str, str]) -> Callable[[str], Any]:
     """A module's __getattr__ for names that live elsewhere now: {"old": "regard.new.module:name"}."""
 

@@ -4,15 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from regard.core.deprecation import moved, renamed_fields
 from regard.core.errors import require
 
 QUANTITIES = ("scores", "weights", "z")
 VERBS = ("replace", "scale", "block", "move")
 PHASES = ("prefill", "decode", "both")
-LOOKS = ("last_row", "top1", "received", "mass_at", "z")
+STATISTICS = ("last_row", "top1", "received", "mass_at", "z")
+
+__getattr__ = moved(__name__, {"LOOKS": "regard.core.edit:STATISTICS"})
 
 
-def _ints(value: Any) -> tuple[int, ...] | None:
+def int_tuple(value: Any) -> tuple[int, ...] | None:
+    """One number or several as a tuple; None stays None."""
     if value is None:
         return None
     return (value,) if isinstance(value, int) else tuple(int(v) for v in value)
@@ -20,11 +24,11 @@ def _ints(value: Any) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a model's attention.
+    """Where in a model's attention.
 
     quantity  "scores" (before the softmax), "weights" (after it) or "z" (a head's output, before the projection)
     layers    layer numbers, None: all          heads   query heads, None: all
-    rows      query places within the forward (negative from its end; -1 the last), None: all
+    rows      query positions within the forward (negative from its end; -1 the last), None: all
     keys      true token indices, or a role name such as "image"; None: all
     phase     "prefill", "decode" or "both"     tower   "text", "vision", "encoder", "decoder", "cross" or None: any
     """
@@ -41,13 +45,14 @@ class Site:
         require(self.quantity in QUANTITIES, f"quantity is one of {QUANTITIES}", quantity=self.quantity)
         require(self.phase in PHASES, f"phase is one of {PHASES}", phase=self.phase)
         for name in ("layers", "heads", "rows"):
-            object.__setattr__(self, name, _ints(getattr(self, name)))
+            object.__setattr__(self, name, int_tuple(getattr(self, name)))
         if not isinstance(self.keys, str):
-            object.__setattr__(self, "keys", _ints(self.keys))
+            object.__setattr__(self, "keys", int_tuple(self.keys))
 
     def covers(self, layer: int, tower: str, phase: str) -> bool:
+        layers = int_tuple(self.layers)
         return (
-            (self.layers is None or layer in self.layers)
+            (layers is None or layer in layers)
             and self.tower in (None, tower)
             and self.phase in ("both", phase)
         )
@@ -87,7 +92,7 @@ class Edit:
             keys=self.site.keys,
         )
         if not isinstance(self.to, str):
-            object.__setattr__(self, "to", _ints(self.to))
+            object.__setattr__(self, "to", int_tuple(self.to))
 
     def __str__(self) -> str:
         parts = [
@@ -95,28 +100,29 @@ class Edit:
             for k, v in vars(self.site).items()
             if v is not None and v != "both" and k != "quantity"
         ]
-        told = f" by {self.value}" if isinstance(self.value, int | float) else ""
-        return self.name or f"{self.verb} {self.site.quantity}{told} at {', '.join(parts) or 'every site'}"
+        amount = f" by {self.value}" if isinstance(self.value, int | float) else ""
+        return self.name or f"{self.verb} {self.site.quantity}{amount} at {', '.join(parts) or 'every site'}"
 
 
+@renamed_fields(look="statistic")
 @dataclass(frozen=True)
 class Observer:
-    """A look at attention that never holds an N x N tensor; records are lists of (layer, step, tensor).
+    """A statistic of attention that never holds an N x N tensor; records are lists of (layer, step, tensor).
 
     last_row  [B, heads, n] weights of the last query        top1  [B, heads, rows] true index of the top key
     received  [B, heads, n] weights summed over the rows     z     [B, heads, rows, E] head outputs
     mass_at   [B, heads, rows] weight on one key a row: `keys_of(rows) -> true index per row` (-1: none)
     """
 
-    look: str
+    statistic: str
     site: Site = Site()
     keys_of: Callable[[Any], Any] | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
-        require(self.look in LOOKS, f"look is one of {LOOKS}", look=self.look)
+        require(self.statistic in STATISTICS, f"statistic is one of {STATISTICS}", statistic=self.statistic)
         require(
-            (self.look == "mass_at") == (self.keys_of is not None),
+            (self.statistic == "mass_at") == (self.keys_of is not None),
             "mass_at takes keys_of",
             keys_of=self.keys_of,
         )

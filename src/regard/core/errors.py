@@ -1,7 +1,10 @@
 """Errors that name the rule and the value."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Unreachable(TypeError):
@@ -33,8 +36,26 @@ def require(condition: object, rule: str, **values: object) -> None:
     ValueError: must hold: 1 < 0 (one=1)
     """
     if not condition:
-        said = ", ".join(f"{name}={show(value)}" for name, value in values.items())
-        raise ValueError(f"must hold: {rule}" + (f" ({said})" if said else ""))
+        raise broken(rule, values)
+
+
+def broken(rule: str, values: Mapping[str, object]) -> ValueError:
+    """The error for a rule that does not hold."""
+    details = ", ".join(f"{name}={show(value)}" for name, value in values.items())
+    return ValueError(f"must hold: {rule}" + (f" ({details})" if details else ""))
+
+
+def present(value: T | None, rule: str, **values: object) -> T:
+    """The value, where there has to be one; ValueError with the rule and the values if it is None.
+
+    >>> present(None, "one of the two is set", tokens=None)
+    Traceback (most recent call last):
+    ...
+    ValueError: must hold: one of the two is set (tokens=None)
+    """
+    if value is None:
+        raise broken(rule, values)
+    return value
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -44,8 +65,8 @@ def near(name: str, names: Iterable[str]) -> str:
     'near names: streaming_llm'
     """
     names = sorted(names)
-    found = get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name in n][:3]
-    return f"near names: {', '.join(found)}" if found else f"known: {', '.join(names)}"
+    matches = get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name in n][:3]
+    return f"near names: {', '.join(matches)}" if matches else f"known: {', '.join(names)}"
 
 
 def unknown(what: str, name: str, names: Iterable[str]) -> KeyError:

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from regard.core.errors import require
+from regard.core.deprecation import moved
+from regard.core.errors import present, require
 from regard.core.roles import Roles
 
 Sides = tuple[Roles | None, Roles | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Coordinates:
     """Where a predicate is asked: row, head, true query and key index, integer tensors that broadcast."""
 
     b: Tensor
@@ -37,10 +38,10 @@ class Place:
 
     def q_role(self, name: str) -> Tensor:
         """The query's label. A cross mask is given one Roles for the queries and one for the keys."""
-        return self.sides[0].label(name, self.b, self.q)
+        return present(self.sides[0], "roles label the queries").label(name, self.b, self.q)
 
     def k_role(self, name: str) -> Tensor:
-        return self.sides[1].label(name, self.b, self.k)
+        return present(self.sides[1], "roles label the keys").label(name, self.b, self.k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ class Lowering(ABC):
     heads: int | None
 
     @abstractmethod
-    def __call__(self, place: Place) -> Tensor:
+    def __call__(self, at: Coordinates) -> Tensor:
         """Booleans: whether the query may attend to the key."""
 
     def dense(
@@ -173,7 +174,7 @@ class Lowering(ABC):
         heads = self._check_heads(heads) or heads
         sides = self._sides(roles)
         if k_index is None:
-            return lambda b, h, q, k: self(Place(b, h, q + offset, k, sides))
+            return lambda b, h, q, k: self(Coordinates(b, h, q + offset, k, sides))
         stored = _per_head(k_index)
         require(
             stored.shape[1] == 1 or heads,
@@ -185,7 +186,7 @@ class Lowering(ABC):
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             rows = stored[b] if stored.shape[0] > 1 else stored[0]
             true = (rows[h // share] if stored.shape[1] > 1 else rows[0])[k]
-            return self(Place(b, h, q + offset, true.clamp(min=0), sides)) & (true >= 0)
+            return self(Coordinates(b, h, q + offset, true.clamp(min=0), sides)) & (true >= 0)
 
         return mask_mod
 
@@ -203,7 +204,7 @@ class Lowering(ABC):
         sides = self._sides(roles, q, k)
         b = torch.arange(self._batch(sides, batch), device=q.device).view(-1, 1, 1, 1)
         h = torch.arange(self._check_heads(heads) or 1, device=q.device).view(1, -1, 1, 1)
-        seen = self(Place(b, h, q.clamp(min=0), k.clamp(min=0), sides))
+        seen = self(Coordinates(b, h, q.clamp(min=0), k.clamp(min=0), sides))
         return seen & (q >= 0) & (k >= 0)
 
     def _strips(self, n: int, m: int, block: int, roles: Any, offset: int | None) -> Iterator[Tensor]:
@@ -213,16 +214,13 @@ class Lowering(ABC):
 
     def _sides(self, roles: Roles | Sides | None, q: Tensor | None = None, k: Tensor | None = None) -> Sides:
         sides = roles if isinstance(roles, tuple) else (roles, roles)
-        for side, index, words in zip(sides, (q, k), ("queries", "keys"), strict=True):
+        for side, index, tokens in zip(sides, (q, k), ("queries", "keys"), strict=True):
             for name in self.needs:
                 if side is None or name not in side:
-                    said = "no roles were given" if side is None else f"given: {', '.join(side) or 'none'}"
-                    raise KeyError(f"{self!r} needs the role {name!r} of the {words}; {said}")
-            if self.needs and index is not None and index.numel() and not torch.compiler.is_compiling():
-                top, length = int(index.max()), side.length
-                require(
-                    top < length, "every token has its labels: index < labelled", index=top, labelled=length
-                )
+                    reason = "no roles were given" if side is None else f"given: {', '.join(side) or 'none'}"
+                    raise KeyError(f"{self!r} needs the role {name!r} of the {tokens}; {reason}")
+            if self.needs and side is not None and index is not None:
+                check_labelled(side, index)
         return sides
 
     def _batch(self, sides: Sides, batch: int | None) -> int:
@@ -238,6 +236,13 @@ class Lowering(ABC):
         return self.heads
 
 
+def check_labelled(roles: Roles, index: Tensor) -> None:
+    """Every token at these indices has its labels; not looked at while torch.compile traces."""
+    if index.numel() and not torch.compiler.is_compiling():
+        top, length = int(index.max()), roles.length
+        require(top < length, "every token has its labels: index < labelled", index=top, labelled=length)
+
+
 def _per_head(index: Tensor) -> Tensor:
     """[n], [B, n] or [B, G, n] as [B, G, n]."""
     require(index.dim() in (1, 2, 3), "an index is [n], [B, n] or [B, heads, n]", index=index)
@@ -246,11 +251,11 @@ def _per_head(index: Tensor) -> Tensor:
 
 def _spread(index: Tensor, heads: int) -> Tensor:
     """KV heads repeated for the query heads that share them."""
-    own = index.shape[1]
-    if own in (1, heads):
+    kv_heads = index.shape[1]
+    if kv_heads in (1, heads):
         return index
-    require(heads % own == 0, "query heads are a multiple of KV heads", heads=heads, kv_heads=own)
-    return index.repeat_interleave(heads // own, dim=1)
+    require(heads % kv_heads == 0, "query heads are a multiple of KV heads", heads=heads, kv_heads=kv_heads)
+    return index.repeat_interleave(heads // kv_heads, dim=1)
 
 
 def _offset(n: int, m: int, offset: int | None, roles: Any) -> int:
@@ -268,3 +273,6 @@ def _indices(n: int, m: int | None, offset: int | None, roles: Any, device: Any)
         device = side[side.names[0]].device if side is not None and side.names else None
     q = torch.arange(offset, offset + n, device=device).view(1, 1, -1, 1)
     return q, torch.arange(m, device=device).view(1, 1, 1, -1)
+
+
+__getattr__ = moved(__name__, {"Place": "regard.core.lowering:Coordinates"})

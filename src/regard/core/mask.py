@@ -1,6 +1,6 @@
 """Masks: who may attend to whom, said once as a predicate and lowered to whatever a backend wants. True = attend.
 
-A mask is an expression over predicates of a `Place` (query index, key index, head, roles). `&`, `|` and `~` compose
+A mask is an expression over predicates of `Coordinates` (query index, key index, head, roles). `&`, `|` and `~` compose
 masks, and `repr` prints the expression. Indices are true indices, the position of a token in its text, never slots: so
 the same expression is exact on a dense matrix, in one decode step, and over a cache from which most keys were evicted.
 core/lowering.py makes these out of it.
@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.core.deprecation import moved
 from regard.core.errors import require
-from regard.core.lowering import Blocks, Lowering, Place, Sides
+from regard.core.lowering import Blocks, Coordinates, Lowering, Sides
 from regard.core.roles import Roles
 
-__all__ = ["Blocks", "Mask", "Place", "Roles", "Sides", "causal", "first", "predicate", "window"]
+__all__ = ["Blocks", "Coordinates", "Mask", "Roles", "Sides", "causal", "first", "predicate", "window"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Mask(Lowering):
     heads: int | None = None
     parts: tuple["Mask", ...] = ()
 
-    def __call__(self, place: Place) -> Tensor:
+    def __call__(self, at: Coordinates) -> Tensor:
         if self.parts:
-            return self.rule(*(part(place) for part in self.parts))
-        return self.rule(place, **dict(self.settings))
+            return self.rule(*(part(at) for part in self.parts))
+        return self.rule(at, **dict(self.settings))
 
     def __and__(self, other: "Mask") -> "Mask":
         return _compose(_all, "&", self, other) if isinstance(other, Mask) else NotImplemented
@@ -72,12 +73,14 @@ class Mask(Lowering):
             return f" {self.name} ".join(_bracketed(part, self.name) for part in self.parts)
         usual = inspect.signature(self.rule).parameters
         changed = [(name, value) for name, value in self.settings if value != usual[name].default]
-        words = [repr(value) if i == 0 else f"{name}={value!r}" for i, (name, value) in enumerate(changed)]
-        return f"{self.name}({', '.join(words)})"
+        arguments = [
+            repr(value) if i == 0 else f"{name}={value!r}" for i, (name, value) in enumerate(changed)
+        ]
+        return f"{self.name}({', '.join(arguments)})"
 
 
 def predicate(*needs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Mask]]:
-    """Turn `rule(at: Place, **settings) -> Tensor` into a maker of masks; `needs` names the roles that it reads.
+    """Turn `rule(at: Coordinates, **settings) -> Tensor` into a maker of masks; `needs` names the roles that it reads.
 
     The rule uses elementwise tensor operations only, so that one text serves matrices, single steps and FlexAttention.
     A rule with a setting called `heads` gives each query head its own mask, and holds for that number of heads.
@@ -108,20 +111,20 @@ def predicate(*needs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ma
 
 
 @predicate()
-def causal(at: Place) -> Tensor:
+def causal(at: Coordinates) -> Tensor:
     """Itself and everything before."""
     return at.k <= at.q
 
 
 @predicate()
-def window(at: Place, window: int, ahead: int = 0) -> Tensor:
+def window(at: Coordinates, window: int, ahead: int = 0) -> Tensor:
     """`window` keys, the token itself included, `ahead` of them after it."""
     age = at.q - at.k
     return (-ahead <= age) & (age < window - ahead)
 
 
 @predicate()
-def first(at: Place, n: int) -> Tensor:
+def first(at: Coordinates, n: int) -> Tensor:
     """The first n keys of the text."""
     return at.k < n
 
@@ -148,3 +151,6 @@ def _all(*seen: Tensor) -> Tensor:
 
 def _any(*seen: Tensor) -> Tensor:
     return reduce(torch.logical_or, seen)
+
+
+__getattr__ = moved(__name__, {"Place": "regard.core.mask:Coordinates"})

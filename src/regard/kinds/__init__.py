@@ -21,8 +21,8 @@ def kinds() -> dict[str, Kind]:
     ['block', 'cache', 'mask', 'mechanism', 'position', 'task', 'tracing']
     """
     files = sorted(path.stem for path in HERE.glob("[!_]*.py"))
-    found = [import_module(f"regard.kinds.{stem}").KIND for stem in files]
-    return {kind.name: kind for kind in found}
+    modules = [import_module(f"regard.kinds.{stem}").KIND for stem in files]
+    return {kind.name: kind for kind in modules}
 
 
 def skeleton(kind_name: str, name: str) -> str:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from regard.core import Kind, Page
+from regard.core.deprecation import renamed_fields
 
 
+@renamed_fields(place="shift", attend="attention", turns="rotates")
 @dataclass(frozen=True, eq=False)
 class CachePage(Page):
     """A KV-cache policy. Of these four a page gives what its paper changes (see ops/view.py for View):
@@ -13,12 +15,12 @@ class CachePage(Page):
     score(view, cfg) -> [B, G, n]   importance of every stored token; the runner keeps the best within the budget
     keep(view, cfg) -> Kept | None  which stored tokens stay, after the step's attention (None: all)
     select(view, cfg) -> slots [B, G or H, m] | None   which stored tokens this step reads (None: all)
-    observe(view, cfg) -> None      look at a step (for example its attention weights) without changing it
+    observe(view, cfg) -> None      record something of a step (for example its attention weights) without changing it
 
-    budget     cfg -> the page's own budget, where none is asked for
-    place      (view, slots, cfg) -> positions of keys and queries at reading time; None: as in the text
-    attend     (view, cfg) -> [B, H, N, E] or None: the page's own attention, as a last resort
-    turns      whether the page uses view.turn where the model has rotary positions, and None elsewhere
+    budget     cfg -> the page's own budget, where no budget is set
+    shift      (view, slots, cfg) -> how far stored keys are moved on before they are read; None: as in the text
+    attention  (view, cfg) -> [B, H, N, E] or None: the page's own attention, as a last resort
+    rotates    whether the page uses view.rotate where the model has rotary positions, and None elsewhere
     calibrate  what is measured on the model when the page is attached without it: "induction", or ""
     phase      when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")
     reads_generated  whether a step reads, beyond its budget, what was generated since the page's last full step
@@ -29,9 +31,9 @@ class CachePage(Page):
     keep: Callable | None = None
     select: Callable | None = None
     observe: Callable | None = None
-    place: Callable | None = None
-    attend: Callable | None = None
-    turns: bool = False
+    shift: Callable | None = None
+    attention: Callable | None = None
+    rotates: bool = False
     calibrate: str = ""
     phase: str = "both"
     reads_generated: bool = False

@@ -2,16 +2,39 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from regard.core import Kind, Page
+from regard.core import Kind, Method, Page, Unsupported, require
+from regard.core.mask import Mask
 
 
 @dataclass(frozen=True, eq=False)
 class MaskPage(Page):
-    """Who may attend to whom: build(cfg) -> Mask."""
+    """Who may attend to whom.
+
+    build(cfg) -> Mask
+    looks_ahead   whether it is its point that tokens see later ones: a bool, or a function of cfg. Causal attention
+                  would hide that, so it is refused there: what is causal is said by the mask itself
+    """
 
     build: Callable = None  # type: ignore[assignment]
+    looks_ahead: bool | Callable[[Any], bool] = False
     kind = "mask"
+
+
+def build_mask(method: Method, causal: bool) -> Mask:
+    """The mask of a configured page; `causal`: later tokens are hidden beside it."""
+    build = getattr(method.page, "build", None)
+    require(build is not None, "a mask is a mask page, or a position page that has one", page=method.name)
+    ahead = method.page.looks_ahead
+    if causal and (ahead(method.config) if callable(ahead) else ahead):
+        raise Unsupported(
+            f"{method.name} lets tokens see later ones, which causal attention hides: ask for pattern='self', since "
+            "what is causal is said by the mask itself"
+        )
+    built = build(method.config)
+    require(isinstance(built, Mask), "build(cfg) gives a Mask", page=method.name, built=built)
+    return built
 
 
 KIND = Kind(

@@ -82,11 +82,11 @@ KIND = Kind(
 
 
 def run(
-    method: Method, q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **asked: Any
+    method: Method, q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **options: Any
 ) -> tuple[Tensor, Any, dict[str, Any]]:
     """(out, state, aux) of a mechanism, asked once and in full: see make_call for what may be asked."""
     path = implementation(method.page, impl)
-    call = make_call(method, q, k, v, backend=impl if impl in ("torch", "triton") else "auto", **asked)
+    call = make_call(method, q, k, v, backend=impl if impl in ("torch", "triton") else "auto", **options)
     out, state, *aux = path(q, k, v, method.config, call)
     return out, state, aux[0] if aux else {}
 
@@ -175,14 +175,14 @@ def check_params(
         not missing,
         f"params holds {', '.join(wanted)}, as init gives them",
         missing=missing,
-        given=list(params),
+        names=list(params),
     )
     for name, value in params.items():
         if name not in wanted:
-            said = near(name, wanted) if wanted else "it learns nothing"
-            raise ValueError(f"{page.card.title} has no parameter {name!r} under {cfg}; {said}")
+            message = near(name, wanted) if wanted else "it learns nothing"
+            raise ValueError(f"{page.card.title} has no parameter {name!r} under {cfg}; {message}")
         require(
-            tuple(value.shape) == wanted[name], f"params[{name!r}] has the shape {wanted[name]}", given=value
+            tuple(value.shape) == wanted[name], f"params[{name!r}] has the shape {wanted[name]}", names=value
         )
 
 

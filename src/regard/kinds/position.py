@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from regard.core import Kind, Page
 
@@ -12,10 +13,12 @@ class PositionPage(Page):
 
     positions(roles, cfg) -> integers of the roles' shape, [N] or [B, N]
     build(cfg) -> the Mask that belongs to them, if any
+    looks_ahead   whether this mask lets tokens see later ones, as for a mask page
     """
 
     positions: Callable = None  # type: ignore[assignment]
     build: Callable | None = None
+    looks_ahead: bool | Callable[[Any], bool] = False
     kind = "position"
 
 

@@ -10,12 +10,15 @@ from transformers import PreTrainedModel
 
 from regard.attaching.attachment import attach
 from regard.attaching.sites import ATTENTION, towers
+from regard.core.deprecation import moved
 
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")
 
+__getattr__ = moved(__name__, {"Report": "regard.models.doctor:ModelReport"})
+
 
 @dataclass(frozen=True)
-class Report:
+class ModelReport:
     """What the doctor found. `drift` is the largest difference of the outputs, attached against not."""
 
     model: str
@@ -38,7 +41,7 @@ class Report:
         return f"{self.model}: {len(self.reached)} attention sites reached{missed}; drift {self.drift:.1e}"
 
 
-def doctor(model: PreTrainedModel, **inputs: Any) -> Report:
+def doctor(model: PreTrainedModel, **inputs: Any) -> ModelReport:
     """Run the model once as it is and once attached. Without inputs, a short forward of random tokens is made up."""
     inputs = inputs or made_up(model)
     training = model.training
@@ -46,19 +49,20 @@ def doctor(model: PreTrainedModel, **inputs: Any) -> Report:
     try:
         with torch.no_grad():
             plain, ran = watched(model, inputs)
-            bad = [
+            unreachable = [
                 name or "the model" for name, m in towers(model, None) if not m._can_set_attn_implementation()
             ]
             with attach(model, strict=False) as attached:
-                got = output(model(**inputs))
+                through = output(model(**inputs))
     finally:
         model.train(training)
     reached = tuple(attached.reached())
     missed = tuple(
         n for n in ran if not any(n == r or r.startswith(n + ".") or n.startswith(r + ".") for r in reached)
     )
-    refused = "" if not bad else f"Its code never calls the attention interface ({', '.join(bad)})."
-    return Report(type(model).__name__, reached, missed, float((plain - got).abs().max()), refused)
+    names = ", ".join(unreachable)
+    refused = f"Its code never calls the attention interface ({names})." if names else ""
+    return ModelReport(type(model).__name__, reached, missed, float((plain - through).abs().max()), refused)
 
 
 def watched(model: nn.Module, inputs: dict) -> tuple[Tensor, list[str]]:
@@ -71,11 +75,11 @@ def watched(model: nn.Module, inputs: dict) -> tuple[Tensor, list[str]]:
         or isinstance(m, nn.MultiheadAttention)
     ]
     try:
-        found = output(model(**inputs))
+        result = output(model(**inputs))
     finally:
         for hook in hooks:
             hook.remove()
-    return found, [n for n in ran if not any(o != n and o.startswith(n + ".") for o in ran)]
+    return result, [n for n in ran if not any(o != n and o.startswith(n + ".") for o in ran)]
 
 
 def output(out: Any) -> Tensor:
@@ -86,7 +90,7 @@ def output(out: Any) -> Tensor:
 
 
 def made_up(model: PreTrainedModel) -> dict:
-    """Inputs for one forward: random token ids; models of other inputs are told to bring their own."""
+    """Inputs for one forward: random token ids; models of other inputs have to bring their own."""
     names = inspect.signature(model.forward).parameters
     others = [n for n in ("pixel_values", "input_features", "input_values") if n in names]
     if "input_ids" not in names or model.config.is_encoder_decoder:

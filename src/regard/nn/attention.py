@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from regard import catalog
 from regard.core import Method, Unsupported, require
 from regard.core.call import check_pattern
-from regard.core.deprecation import renamed
+from regard.core.deprecation import renamed, warn
 from regard.core.mask import Mask
 from regard.core.trees import tree_leaves, tree_map
 from regard.kinds.mechanism import Mechanism, implementation, run, stores_keys
@@ -31,10 +31,16 @@ class LayerState(NamedTuple):
     inner: Any  # the mechanism's own
     seen: Tensor  # [B] real tokens so far
     tail: Tensor | None = None  # [B, conv - 1, C], inputs of the short convolution
-    there: Tensor | None = None  # [B, tokens so far] bool, where keys are stored and some are padding
+    token_mask: Tensor | None = None  # [B, tokens so far] bool, where keys are stored and some are padding
 
     def nbytes(self) -> int:
         return nbytes(self)
+
+    @property
+    def there(self) -> Tensor | None:
+        """The old name of token_mask."""
+        warn("LayerState.there", "LayerState.token_mask")
+        return self.token_mask
 
 
 def select_rows(state: Any, rows: Tensor) -> Any:
@@ -85,7 +91,7 @@ class Attention(nn.Module):
                 conv=conv, pattern=pattern)  # fmt: skip
         self.head_dim = width = head_dim or dim // heads
         self.positions = position_page(positions, pattern)
-        self.mask = both(fixed_mask(mask), fixed_mask(self.positions))
+        self.mask = both(fixed_mask(mask, pattern), fixed_mask(self.positions, pattern))
         self.rope_theta = self.default_theta() if rope_theta is None else rope_theta
         require(self.positions is None or self.rope_theta, "positions are for rotary tables: rope_theta > 0",
                 rope_theta=self.rope_theta)  # fmt: skip
@@ -130,12 +136,12 @@ class Attention(nn.Module):
                 pattern=self.pattern, memory=memory)  # fmt: skip
         require(state is None or self.pattern == "causal_self", "only causal_self carries a state",
                 pattern=self.pattern)  # fmt: skip
-        there = mask if mask is not None and mask.dim() == 2 else None
-        q, k, v, tail = self.project(x, x if memory is None else memory, there, state)
+        token_mask = mask if mask is not None and mask.dim() == 2 else None
+        q, k, v, tail = self.project(x, x if memory is None else memory, token_mask, state)
         if self.rope_theta:
-            at = self.where(x, there, state, roles)
+            at = self.where(x, token_mask, state, roles)
             q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
-        seen, history = self.visible(mask, there, state, k.shape[2])
+        seen, history = self.visible(mask, token_mask, state, k.shape[2])
         seen = self.with_own_mask(seen, q, k, state, roles)
         inputs = ((x, memory) if cross else x) if self.page.reads_x(self.method.config) else None
         out, inner, _ = run(
@@ -147,19 +153,21 @@ class Attention(nn.Module):
         out = self.o_proj(out.transpose(1, 2).flatten(2))
         if self.pattern != "causal_self" or inner is None:
             return out, None
-        return out, LayerState(inner, self.count(x, there, state), tail, history)
+        return out, LayerState(inner, self.count(x, token_mask, state), tail, history)
 
-    def project(self, x: Tensor, source: Tensor, there: Tensor | None, state: LayerState | None):
+    def project(self, x: Tensor, source: Tensor, token_mask: Tensor | None, state: LayerState | None):
         """q, k, v [B, heads, tokens, width], and the inputs of the convolution that the next call needs."""
         q, k, v, tail = self.q_proj(x), self.k_proj(source), self.v_proj(source), None
         if self.conv is not None:
             sizes = [t.shape[-1] for t in (q, k, v)]
-            mixed, tail = self.conv(torch.cat([q, k, v], -1), there, None if state is None else state.tail)
+            mixed, tail = self.conv(
+                torch.cat([q, k, v], -1), token_mask, None if state is None else state.tail
+            )
             q, k, v = mixed.split(sizes, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         return q, k, v, tail
 
-    def where(self, x: Tensor, there: Tensor | None, state: LayerState | None, roles: Any) -> Tensor:
+    def where(self, x: Tensor, token_mask: Tensor | None, state: LayerState | None, roles: Any) -> Tensor:
         """[B, N] positions in the text, padding left out, or those of the position page."""
         if self.positions is not None:
             require(
@@ -169,35 +177,38 @@ class Attention(nn.Module):
             )
             at = self.positions.page.positions(roles, self.positions.config)
             return (at if at.dim() == 2 else at[None]).expand(x.shape[0], -1)[:, -x.shape[1] :]
-        if there is None:
+        if token_mask is None:
             at = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         else:
-            at = (there.long().cumsum(1) - 1).clamp(min=0)
+            at = (token_mask.long().cumsum(1) - 1).clamp(min=0)
         return at if state is None else at + state.seen[:, None]
 
-    def count(self, x: Tensor, there: Tensor | None, state: LayerState | None) -> Tensor:
+    def count(self, x: Tensor, token_mask: Tensor | None, state: LayerState | None) -> Tensor:
         """[B] real tokens so far."""
-        if there is not None:
-            new = there.long().sum(1)
+        if token_mask is not None:
+            new = token_mask.long().sum(1)
         else:
             new = x.new_full((x.shape[0],), x.shape[1], dtype=torch.long)
         return new if state is None else state.seen + new
 
-    def visible(self, mask: Tensor | None, there: Tensor | None, state: LayerState | None, new: int):
+    def visible(self, mask: Tensor | None, token_mask: Tensor | None, state: LayerState | None, new: int):
         """(the mask that the mechanism gets, the history of padding that a layer which stores keys keeps)."""
-        if mask is not None and there is None:
+        if mask is not None and token_mask is None:
             return mask, None
-        before = None if state is None else state.there
-        if self.stores and (there is not None or before is not None):
-            if there is None:
-                there = torch.ones(state.seen.shape[0], new, dtype=torch.bool, device=before.device)
-            there = there.bool()
-            if before is None and state is not None:
-                # what is stored was all text
-                before = there.new_ones(there.shape[0], stored(state.inner))
-            there = there if before is None else torch.cat([before, there], 1)
-            return there[:, None, None], there
-        return (None if there is None else there.bool()[:, None, None]), None
+        before = None if state is None else state.token_mask
+        if token_mask is not None:
+            token_mask = token_mask.bool()
+        elif before is not None:
+            token_mask = before.new_ones(before.shape[0], new)
+        else:
+            return None, None
+        if not self.stores:
+            return token_mask[:, None, None], None
+        if before is None and state is not None:
+            # what is stored was all text
+            before = token_mask.new_ones(token_mask.shape[0], stored(state.inner))
+        history = token_mask if before is None else torch.cat([before, token_mask], 1)
+        return history[:, None, None], history
 
     def with_own_mask(self, seen: Tensor | None, q: Tensor, k: Tensor, state: LayerState | None, roles: Any):
         """The layer's own mask over all keys and what `seen` hides: a tensor, or the Mask where nothing is hidden."""
@@ -208,8 +219,8 @@ class Attention(nn.Module):
                 "a mask of the layer's own after a state of fixed size: what it hides is summed up there"
             )
         keys = k.shape[2] + (0 if state is None else stored(state.inner))
-        own = self.mask.dense(q.shape[2], keys, heads=self.heads, roles=roles, device=q.device)
-        return own if seen is None else own & seen
+        fixed = self.mask.dense(q.shape[2], keys, heads=self.heads, roles=roles, device=q.device)
+        return fixed if seen is None else fixed & seen
 
 
 def stored(inner: Any) -> int:
@@ -235,17 +246,17 @@ def position_page(positions: str | Method | None, pattern: str) -> Method | None
             page=method.name,
             kind=method.page.kind,
         )
-        require(
-            pattern in method.page.patterns, f"{method.name} is for {method.page.patterns}", pattern=pattern
-        )
+        # in self, what is causal is said by the page's own mask
+        fits = pattern in method.page.patterns or (pattern == "self" and method.page.build is not None)
+        require(fits, f"{method.name} is for {method.page.patterns}", pattern=pattern)
     return method
 
 
-def fixed_mask(mask: Any) -> Mask | None:
+def fixed_mask(mask: Any, pattern: str) -> Mask | None:
     """The Mask of a mask page or a position page; a core Mask as it is."""
     if isinstance(mask, Method) and getattr(mask.page, "build", None) is None:
         return None
-    mask = catalog.as_mask(mask)
+    mask = catalog.as_mask(mask, pattern)
     require(
         mask is None or isinstance(mask, Mask), "a layer's own mask is a mask page or a core Mask", mask=mask
     )

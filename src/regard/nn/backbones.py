@@ -66,8 +66,9 @@ class RegardModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.data.normal_(0.0, self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                module.bias.data.zero_()
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                bias.data.zero_()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
@@ -98,8 +99,8 @@ def padding(mask: Tensor | None, new: int) -> Tensor | None:
     if mask is None:
         return None
     require(mask.dim() == 2, "attention_mask is [B, tokens], 1 for a token and 0 for padding", mask=mask)
-    there = mask[:, -new:].bool()
-    return None if not torch.compiler.is_compiling() and bool(there.all()) else there
+    token_mask = mask[:, -new:].bool()
+    return None if not torch.compiler.is_compiling() and bool(token_mask.all()) else token_mask
 
 
 def run_decoder(stack: Stack, x: Tensor, mask: Tensor | None, cache: Any, use_cache: bool, **memory: Any):

@@ -31,8 +31,8 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     """Rotary positions on x [B, H, N, D], halves paired as in Llama; positions [B, N]. An odd last channel stays."""
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
-    turn = base ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-    angle = positions[:, None, :, None].to(wide) * turn  # [B, 1, N, D/2]
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    angle = positions[:, None, :, None].to(wide) * frequency  # [B, 1, N, D/2]
     a, b, rest = x[..., :half].to(wide), x[..., half : 2 * half].to(wide), x[..., 2 * half :]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
@@ -49,21 +49,24 @@ class ShortConvolution(nn.Module):
         self.kernel, self.causal = kernel, causal
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel).uniform_(-1, 1) * kernel**-0.5)
 
-    def forward(self, x: Tensor, there: Tensor | None, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        x = x if there is None else x * there[..., None].to(x.dtype)
+    def forward(
+        self, x: Tensor, token_mask: Tensor | None, tail: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        x = x if token_mask is None else x * token_mask[..., None].to(x.dtype)
         left = self.kernel - 1 if self.causal else (self.kernel - 1) // 2
         if tail is None:
             tail = x.new_zeros(x.shape[0], left, x.shape[2])
         wide = torch.cat([tail, x], dim=1)
         padded = F.pad(wide, (0, 0, 0, self.kernel - 1 - left))
         mixed = F.conv1d(padded.mT, self.weight.to(x.dtype), groups=x.shape[2]).mT
-        return x + mixed, self.last(wide, there, left) if self.causal else None
+        return x + mixed, self.last(wide, token_mask, left) if self.causal else None
 
-    def last(self, wide: Tensor, there: Tensor | None, keep: int) -> Tensor:
+    def last(self, wide: Tensor, token_mask: Tensor | None, keep: int) -> Tensor:
         """The last `keep` real tokens of tail and text; where padding follows the text, they end before it."""
-        if there is None or keep == 0:
+        if token_mask is None or keep == 0:
             return wide[:, wide.shape[1] - keep :]
-        n = there.shape[1]
-        end = keep + (torch.arange(1, n + 1, device=there.device) * there).amax(1)  # past the last real token
-        at = end[:, None] - keep + torch.arange(keep, device=there.device)
+        n = token_mask.shape[1]
+        # past the last real token
+        end = keep + (torch.arange(1, n + 1, device=token_mask.device) * token_mask).amax(1)
+        at = end[:, None] - keep + torch.arange(keep, device=token_mask.device)
         return wide.gather(1, at[..., None].expand(-1, -1, wide.shape[2]))

@@ -21,8 +21,8 @@ class BlockLayer(nn.Module):
         super().__init__()
         self.method = method
         dims = {"width": config.hidden_size, "heads": config.num_attention_heads}
-        made = method.page.init(method.config, dims)
-        self.params = nn.ParameterDict({n: nn.Parameter(p, p.is_floating_point()) for n, p in made.items()})
+        params = method.page.init(method.config, dims)
+        self.params = nn.ParameterDict({n: nn.Parameter(p, p.is_floating_point()) for n, p in params.items()})
 
     def forward(self, x: Tensor, mask: Tensor | None, state: Any, **_: Any) -> tuple[Tensor, Any]:
         run = self.method.page.fast or self.method.page.reference
@@ -46,9 +46,9 @@ class Layer(nn.Module):
         )  # fmt: skip
         self.cross_norm = self.cross = None
         if cross:
-            asks = config.method(config.layer_names("cross_mechanisms")[layer], layer)
+            cross_method = config.method(config.layer_names("cross_mechanisms")[layer], layer)
             self.cross_norm = RMSNorm(width)
-            self.cross = Attention(width, config.num_attention_heads, asks, "causal_cross", **shared)
+            self.cross = Attention(width, config.num_attention_heads, cross_method, "causal_cross", **shared)
         self.mlp_norm, self.mlp = (RMSNorm(width), SwiGLU(width, inner)) if inner else (None, None)
 
     def forward(
@@ -69,7 +69,7 @@ class Stack(nn.Module):
         self, config: RegardConfig, pattern: str, which: str = "mechanisms", cross: bool = False
     ) -> None:
         super().__init__()
-        made = []
+        layers = []
         for i, name in enumerate(config.layer_names(which)):
             page = catalog.get(name)
             if isinstance(page, BlockPage):
@@ -77,12 +77,12 @@ class Stack(nn.Module):
                     raise Unsupported(
                         f"{name} is a block for {', '.join(page.patterns)}, not for {pattern} here"
                     )
-                made.append(BlockLayer(config, config.method(name, i)))
+                layers.append(BlockLayer(config, config.method(name, i)))
             elif isinstance(page, Mechanism):
-                made.append(Layer(config, i, pattern, which, cross))
+                layers.append(Layer(config, i, pattern, which, cross))
             else:
                 raise Unsupported(f"{name} is a {page.kind} page; a layer takes mechanisms and blocks")
-        self.layers, self.norm = nn.ModuleList(made), RMSNorm(config.hidden_size)
+        self.layers, self.norm = nn.ModuleList(layers), RMSNorm(config.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None, states: list | None = None, **memory: Any):
         states, ends = states or [None] * len(self.layers), []

@@ -1,5 +1,6 @@
 """Mathematics that two or more pages share."""
 
+from regard.core.deprecation import moved
 from regard.ops.budget import Budget, parse_budget
 from regard.ops.features import elu_plus_one, taylor
 from regard.ops.linear import Form, dense_linear, linear, run_form, shown, undecayed
@@ -7,7 +8,6 @@ from regard.ops.pattern import carried, visible
 from regard.ops.recurrence import exact, heads_of, initial, quotient, recurrence, rounded
 from regard.ops.softmax import (
     at_least_float32,
-    attend,
     explicit,
     few_rows,
     finish,
@@ -20,6 +20,7 @@ from regard.ops.softmax import (
     per_query_head,
     row_blocks,
     scores,
+    softmax_attention,
 )
 from regard.ops.topk import best, gather_rows, slots_of, top_slots
 from regard.ops.view import Kept, View, keep_best
@@ -30,7 +31,6 @@ __all__ = [
     "Kept",
     "View",
     "at_least_float32",
-    "attend",
     "best",
     "carried",
     "dense_linear",
@@ -60,8 +60,11 @@ __all__ = [
     "scores",
     "shown",
     "slots_of",
+    "softmax_attention",
     "taylor",
     "top_slots",
     "undecayed",
     "visible",
 ]
+
+__getattr__ = moved(__name__, {"attend": "regard.ops.softmax:softmax_attention"})

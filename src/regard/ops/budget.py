@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.core import require
+from regard.core.errors import present, require
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -26,8 +26,9 @@ class Budget:
             return self.tokens
         if self.fraction is not None:
             return self.fraction
-        unit = next(u for u in ("GB", "MB", "KB", "B") if self.bytes % UNITS[u] == 0)
-        return f"{self.bytes // UNITS[unit]}{unit}"
+        size = present(self.bytes, "a budget is in tokens, a fraction or bytes", budget=self.bytes)
+        unit = next(u for u in ("GB", "MB", "KB", "B") if size % UNITS[u] == 0)
+        return f"{size // UNITS[unit]}{unit}"
 
     def __str__(self) -> str:
         return str(self.value)
@@ -42,13 +43,10 @@ class Budget:
             return real.clamp(max=self.tokens)
         if self.fraction is not None:
             return torch.ceil(real.double() * self.fraction - 1e-9).long().clamp(min=1)
-        require(
-            self.bytes >= bytes_per_token,
-            "the byte budget holds at least one token",
-            budget=self.bytes,
-            one_token=bytes_per_token,
-        )
-        return real.clamp(max=self.bytes // bytes_per_token)
+        size = present(self.bytes, "a budget is in tokens, a fraction or bytes", budget=self.bytes)
+        rule = "the byte budget holds at least one token"
+        require(size >= bytes_per_token, rule, budget=size, one_token=bytes_per_token)
+        return real.clamp(max=size // bytes_per_token)
 
 
 def parse_budget(budget: "int | float | str | Budget") -> Budget:
@@ -73,9 +71,12 @@ Budget(tokens=None, fraction=None, bytes=64000000))
         else:
             budget = float(number[1]) if "." in number[1] else int(number[1])
     if isinstance(budget, str):
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?i?B)\s*", budget, flags=re.IGNORECASE)
-        require(found, 'a byte budget reads like "64MB" (B, KB, MB, GB, KiB, MiB, GiB)', budget=budget)
-        size = int(float(found[1]) * UNITS[found[2].upper()])
+        match = present(
+            re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?i?B)\s*", budget, flags=re.IGNORECASE),
+            'a byte budget reads like "64MB" (B, KB, MB, GB, KiB, MiB, GiB)',
+            budget=budget,
+        )
+        size = int(float(match[1]) * UNITS[match[2].upper()])
         require(size > 0, "a byte budget is above zero", budget=budget)
         return Budget(bytes=size)
     require(

@@ -33,10 +33,10 @@ def with_waves(q: Tensor, k: Tensor, theta: Tensor, call: Call) -> tuple[Tensor,
     A position is the count of the tokens that are there, from 1, so that an incoming state stands at 0.
     """
     n, m, heads = q.shape[2], k.shape[2], q.shape[1]
-    there = call.key_mask
-    if there is None:
-        there = torch.ones(1, 1, m, dtype=torch.bool, device=k.device)
-    position = there.cumsum(-1).to(q.dtype)
+    key_mask = call.key_mask
+    if key_mask is None:
+        key_mask = torch.ones(1, 1, m, dtype=torch.bool, device=k.device)
+    position = key_mask.cumsum(-1).to(q.dtype)
     last = position[..., -1:]
     k = per_query_head(k, heads).expand(-1, heads, -1, -1)
     return waves(q, last if call.cross else position[..., m - n :], theta), waves(k, position, theta), last

@@ -58,13 +58,17 @@ class Form(NamedTuple):
 def run_form(
     form: Callable[..., Form], q: Tensor, k: Tensor, v: Tensor, cfg: Any, call: Call
 ) -> tuple[Tensor, Any]:
-    """The fast path of a page that gives form(q, k, v, cfg, call); cfg.chunk, if it has one, sets the chunk."""
-    made = form(q, k, v, cfg, call)
+    """The fast path of a page that gives form(q, k, v, cfg, call); cfg.chunk, if it has one, sets the chunk.
+
+    Whatever the dtype of its values, out is in that of v.
+    """
+    parts = form(q, k, v, cfg, call)
     out, state = linear(
-        made.q, made.k, made.v, made.log_decay, pattern=call.pattern, key_mask=call.key_mask, state=made.state,
-        normalise=made.normalise, eps=made.eps, chunk=getattr(cfg, "chunk", CHUNK), backend=call.backend,
+        parts.q, parts.k, parts.v, parts.log_decay, pattern=call.pattern, key_mask=call.key_mask, state=parts.state,
+        normalise=parts.normalise, eps=parts.eps, chunk=getattr(cfg, "chunk", CHUNK), backend=call.backend,
     )  # fmt: skip
-    return (out, state) if made.finish is None else made.finish(out, state)
+    out, state = (out, state) if parts.finish is None else parts.finish(out, state)
+    return out.to(v.dtype), state
 
 
 def shown(t: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -214,12 +218,12 @@ def memory(k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, ones: b
         left, whole = (total[:, :, -1:] - total).exp(), total[:, :, -1].exp()[..., None]
         k = (at_least_float32(k) * (left if left.dim() == 4 else left[..., None])).to(k.dtype)
         whole = whole if whole.dim() == 4 else whole[..., None]
-    found = at_least_float32(in_dtype(k.mT, v))
+    added = at_least_float32(in_dtype(k.mT, v))
     if ones:
-        found = torch.cat([found, at_least_float32(k).sum(2)[..., None].to(found.dtype)], dim=-1)
+        added = torch.cat([added, at_least_float32(k).sum(2)[..., None].to(added.dtype)], dim=-1)
     if state is None:
-        return found
-    return found + (state if whole is None else whole * state).to(found.dtype)
+        return added
+    return added + (state if whole is None else whole * state).to(added.dtype)
 
 
 def step(q, k, v, g, state, normalise: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -244,7 +248,7 @@ def both_ways(q, k, v, g, normalise: bool, eps: float, chunk: int, backend: str)
         v = F.pad(v, (0, 1), value=1.0)
     g = bounded(g, q, backend)
     out = causal(q, k, v, g, None, chunk=chunk, backend=backend)[0]
-    back = [t.flip(2) for t in (q, k, v)]
-    back = causal(*back, g if g.dim() == 1 else g.flip(2), None, chunk=chunk, backend=backend)[0].flip(2)
-    own = at_least_float32((q * k).sum(-1, keepdim=True)) * at_least_float32(v)
-    return finished(out + back - own, normalise, eps, dtype)
+    flipped = [t.flip(2) for t in (q, k, v)]
+    back = causal(*flipped, g if g.dim() == 1 else g.flip(2), None, chunk=chunk, backend=backend)[0].flip(2)
+    itself = at_least_float32((q * k).sum(-1, keepdim=True)) * at_least_float32(v)
+    return finished(out + back - itself, normalise, eps, dtype)

@@ -44,21 +44,21 @@ def run_packed(
     outs: list[Any] = [None] * count
     ends: list[Any] = [None] * count
     for shape in dict.fromkeys(zip(lengths, memories, strict=True)):
-        for own in groups([i for i in range(count) if (lengths[i], memories[i]) == shape], before):
-            batch = [torch.cat(parts) for parts in zip(*(texts[i] for i in own))]
-            given = joined([before[i] for i in own])
-            out, end = run(*batch, initial_state=given, x=joined([inputs[i] for i in own]))
-            for row, i in enumerate(own):
+        for members in groups([i for i in range(count) if (lengths[i], memories[i]) == shape], before):
+            batch = [torch.cat(parts) for parts in zip(*(texts[i] for i in members))]
+            state = joined([before[i] for i in members])
+            out, end = run(*batch, initial_state=state, x=joined([inputs[i] for i in members]))
+            for row, i in enumerate(members):
                 outs[i], ends[i] = out[row : row + 1], picked(end, row)
     return torch.cat(outs, dim=2), merged(ends)
 
 
-def groups(own: list[int], before: list[Any]) -> list[list[int]]:
+def groups(members: list[int], before: list[Any]) -> list[list[int]]:
     """Texts whose states have one size may run together."""
-    found: dict[Any, list[int]] = {}
-    for i in own:
-        found.setdefault(sizes_of(before[i]), []).append(i)
-    return list(found.values())
+    by_size: dict[Any, list[int]] = {}
+    for i in members:
+        by_size.setdefault(sizes_of(before[i]), []).append(i)
+    return list(by_size.values())
 
 
 def split_inputs(x: Any, lengths: list[int], memories: list[int]) -> list[Any]:

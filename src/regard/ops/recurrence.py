@@ -69,8 +69,8 @@ def skipping_hidden(write: Write, key_mask: Tensor | None) -> Write:
 
     def masked(state: Any, t: int) -> Any:
         def pick(new: Tensor, old: Tensor) -> Tensor:
-            there = key_mask[:, :, t]
-            return torch.where(there[(...,) + (None,) * (new.dim() - 2)], new, old)
+            visible = key_mask[:, :, t]
+            return torch.where(visible[(...,) + (None,) * (new.dim() - 2)], new, old)
 
         return tree_map(pick, write(state, t), state)
 
@@ -89,7 +89,7 @@ def both_directions(zero: Any, write: Write, read: Read, n: int) -> Tensor:
         backward.append(state)
     rows = []
     for t, (ahead, behind) in enumerate(zip(forward, reversed(backward), strict=True)):
-        both = tree_map(lambda a, b, own: a + b - own, ahead, behind, write(zero, t))
+        both = tree_map(lambda a, b, itself: a + b - itself, ahead, behind, write(zero, t))
         rows.append(read(both, t))
     return torch.stack(rows, dim=2)
 

@@ -35,7 +35,7 @@ def times(a: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
     slow = x.device.type == "cpu" and x.dtype in LOW and not x.is_contiguous() and a.shape[:2] == x.shape[:2]
     if slow and x.shape[2] >= LONG:
         heads = [
-            own @ (part.mT if transposed else part) for own, part in zip(a.flatten(0, 1), x.flatten(0, 1))
+            rows @ (part.mT if transposed else part) for rows, part in zip(a.flatten(0, 1), x.flatten(0, 1))
         ]
         return torch.stack(heads).unflatten(0, a.shape[:2])
     x = x.contiguous() if slow else x
@@ -48,14 +48,14 @@ def scores(
     """[B, H, N, M] scaled scores in float32 at least: the product in the input's dtype, the rest above it."""
     groups, rows = k.shape[1], q.shape[2]
     if groups in (1, q.shape[1]):
-        found = times(q, k, transposed=True)
+        result = times(q, k, transposed=True)
     else:
         packed = q.reshape(q.shape[0], groups, -1, q.shape[-1])  # [B, G, (H/G)·N, D]
-        found = times(packed, k, transposed=True).view(q.shape[0], q.shape[1], rows, -1)
-    found = at_least_float32(found) * scale
+        result = times(packed, k, transposed=True).view(q.shape[0], q.shape[1], rows, -1)
+    result = at_least_float32(result) * scale
     if softcap is not None:
-        found = softcap * torch.tanh(found / softcap)
-    return found if bias is None else found + bias
+        result = softcap * torch.tanh(result / softcap)
+    return result if bias is None else result + bias
 
 
 def masked_softmax(s: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
@@ -65,10 +65,13 @@ def masked_softmax(s: Tensor, mask: Tensor | None = None, sinks: Tensor | None =
     if sinks is not None:
         column = at_least_float32(sinks).view(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], 1)
         return torch.cat([s, column.to(s.dtype)], dim=-1).softmax(-1)[..., :-1]
-    alive = None if mask is None else mask.any(-1, keepdim=True)
-    if alive is None or (not torch.compiler.is_compiling() and bool(alive.all())):
+    if mask is None:
         return s.softmax(-1)
-    return torch.where(alive, s, 0).softmax(-1).masked_fill(~mask, 0)  # a dead row has finite gradients too
+    alive = mask.any(-1, keepdim=True)
+    if not torch.compiler.is_compiling() and bool(alive.all()):
+        return s.softmax(-1)
+    # a dead row has finite gradients too
+    return torch.where(alive, s, 0).softmax(-1).masked_fill(~mask, 0)
 
 
 def mix(weights: Tensor, v: Tensor) -> Tensor:
@@ -111,9 +114,11 @@ def fused(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """torch's SDPA with grouped heads. `causal` is meant for N = M; other shapes come with a mask."""
-    blind = None if mask is None else ~mask.any(-1, keepdim=True)
-    if blind is not None:
-        mask = mask | blind  # SDPA has no meaning for a row that sees nothing
+    blind = None
+    if mask is not None:
+        # SDPA has no meaning for a row that sees nothing
+        blind = ~mask.any(-1, keepdim=True)
+        mask = mask | blind
     if mask is not None or k.shape[1] == 1:
         k, v = per_query_head(k, q.shape[1]), per_query_head(v, q.shape[1])
     grouped = k.shape[1] not in (1, q.shape[1])
@@ -128,7 +133,7 @@ def few_rows(q: Tensor, k: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype in LOW and q.shape[2] <= 8
 
 
-def attend(
+def softmax_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -140,7 +145,7 @@ def attend(
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention by the fastest path that can do what is asked: [B, H, N, E]."""
+    """Softmax attention by the fastest path that can compute it: [B, H, N, E]."""
     plain = softcap is None and bias is None and sinks is None
     if plain and (torch.is_grad_enabled() or not few_rows(q, k) or causal):
         return fused(q, k, v, scale=scale, mask=mask, causal=causal)

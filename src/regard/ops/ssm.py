@@ -8,12 +8,15 @@ params: w_dt [C, H], dt_bias [H], a_log [H], d [H].
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from regard.core.call import Call
+from regard.core.errors import require
 from regard.ops.linear import shown
 from regard.ops.softmax import at_least_float32, per_query_head
 
@@ -45,6 +48,12 @@ def step_sizes(call: Call) -> Tensor:
     return F.softplus(x @ call.params["w_dt"].to(x.dtype) + call.params["dt_bias"].to(x.dtype)).mT
 
 
+def check_ranges(dt_min: float, dt_max: float, a_min: float, a_max: float) -> None:
+    """The settings of initial_steps."""
+    require(0 < dt_min <= dt_max, "0 < dt_min <= dt_max", dt_min=dt_min, dt_max=dt_max)
+    require(0 < a_min <= a_max, "0 < a_min <= a_max", a_min=a_min, a_max=a_max)
+
+
 def with_skip(y: Tensor, v: Tensor, call: Call) -> Tensor:
     """y + D_h v_t at every query of a text that asks itself, y alone in cross: [B, H, N, E] in v's dtype.
 
@@ -53,6 +62,11 @@ def with_skip(y: Tensor, v: Tensor, call: Call) -> Tensor:
     if call.cross:
         return y.to(v.dtype)
     heads, queries = y.shape[1:3]
-    own = at_least_float32(per_query_head(v, heads)).expand(-1, heads, -1, -1)
-    own = shown(own, call.key_mask)[:, :, v.shape[2] - queries :].to(y.dtype)
-    return torch.addcmul(y, call.params["d"].to(y.dtype).view(-1, 1, 1), own).to(v.dtype)
+    skipped = at_least_float32(per_query_head(v, heads)).expand(-1, heads, -1, -1)
+    skipped = shown(skipped, call.key_mask)[:, :, v.shape[2] - queries :].to(y.dtype)
+    return torch.addcmul(y, call.params["d"].to(y.dtype).view(-1, 1, 1), skipped).to(v.dtype)
+
+
+def adds_skip(v: Tensor, call: Call) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+    """What a Form finishes with: the skip added to its outputs, the state as it is."""
+    return lambda y, state: (with_skip(y, v, call), state)

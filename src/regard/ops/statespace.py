@@ -64,12 +64,12 @@ def of_features(
             sums.append(z)
         q = q / ((q * torch.stack(sums, dim=1)).sum(-1, keepdim=True) + eps)
 
-    def own(t: Tensor) -> Tensor:
+    def by_head(t: Tensor) -> Tensor:
         """[N, H·D, H], head h in the rows of head h."""
         return torch.einsum("hnd,hg->nhdg", t, torch.eye(heads, dtype=t.dtype)).flatten(1, 2)
 
     keep = torch.diag_embed(decay.transpose(0, 1).flatten(1))
-    return System(keep, own(k), own(q).mT, k.new_zeros(n, heads, heads))
+    return System(keep, by_head(k), by_head(q).mT, k.new_zeros(n, heads, heads))
 
 
 Step = Callable[[int, Tensor, Any], tuple[Tensor, Any]]
@@ -94,19 +94,19 @@ def export(step: Step, steps: int, values: tuple[int, ...], tolerance: float = 1
     h = reached.any(0).nonzero()[:, 0]  # the places of the state that values reach
     parts = [probed(step, i, still[i - 1][1] if i else None, h, u[i, 0]) for i in range(steps)]
     system = System(*(torch.stack(t) for t in zip(*parts, strict=True)))
-    found, wanted = system.replay(u.flatten(1)), torch.cat([out.flatten(1) for out, _ in moving])
-    if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item()):
+    replayed, wanted = system.replay(u.flatten(1)), torch.cat([out.flatten(1) for out, _ in moving])
+    if not torch.allclose(replayed, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item()):
         raise Unsupported("not linear: the outputs for random values are not those that the system gives")
     return system
 
 
 def course(step: Step, u: Tensor) -> list[tuple[Tensor, Any]]:
     """(out, state) after each token."""
-    state, found = None, []
+    state, result = None, []
     for i, u_i in enumerate(u):
         out, state = step(i, u_i, state)
-        found.append((out, state))
-    return found
+        result.append((out, state))
+    return result
 
 
 def probed(step: Step, i: int, state: Any, h: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,8 +138,8 @@ def reals(state: Any) -> list[Tensor]:
 
 def flat(state: Any) -> Tensor:
     """[P, numbers of the state]."""
-    found = [leaf.flatten(1) for leaf in reals(state)]
-    return torch.cat(found, dim=1) if found else torch.zeros(1, 0, dtype=torch.float64)
+    parts = [leaf.flatten(1) for leaf in reals(state)]
+    return torch.cat(parts, dim=1) if parts else torch.zeros(1, 0, dtype=torch.float64)
 
 
 def moved(state: Any, h: Tensor, rows: int) -> Any:
@@ -152,8 +152,8 @@ def moved(state: Any, h: Tensor, rows: int) -> Any:
         nonlocal start
         if not part.is_floating_point():
             return part.expand(rows, *part.shape[1:]) if part.dim() else part
-        own = every[:, start : start + part.numel()]
+        entries = every[:, start : start + part.numel()]
         start += part.numel()
-        return own.reshape(rows, *part.shape[1:]).to(part.dtype)
+        return entries.reshape(rows, *part.shape[1:]).to(part.dtype)
 
     return tree_map(cut, state)

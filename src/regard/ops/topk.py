@@ -37,9 +37,9 @@ def top_slots(score: Tensor, count: Tensor | int) -> Tensor:
     """
     most = count if isinstance(count, int) else int(count.max())
     uneven = not isinstance(count, int) and bool((count != most).any())
-    found = score.topk(min(most, score.shape[-1]), dim=-1, sorted=uneven)
-    slots = found.indices.masked_fill(found.values == -torch.inf, -1)
-    if not uneven:
+    top = score.topk(min(most, score.shape[-1]), dim=-1, sorted=uneven)
+    slots = top.indices.masked_fill(top.values == -torch.inf, -1)
+    if isinstance(count, int) or not uneven:
         return slots
     return slots.masked_fill(torch.arange(slots.shape[-1], device=slots.device) >= count.unsqueeze(-1), -1)
 

@@ -112,7 +112,7 @@ def weights_kernel(
     k += bh * N * D
     gates += bh * NC * C * D
     far = tl.zeros([SUB, C], tl.float32)
-    own = tl.zeros([SUB, SUB], tl.float32)
+    within = tl.zeros([SUB, SUB], tl.float32)
     for block in range(0, D, BD):
         d = block + tl.arange(0, BD)
         q_i = load_tile(q, c * C + near, d, N, D).to(tl.float32)
@@ -122,13 +122,13 @@ def weights_kernel(
         k_c = load_tile(k, c * C + all_, d, N, D) * tl.exp(tl.minimum(meet - totals, 0.0))
         far += product(q_i * tl.exp(total - meet), tl.trans(k_c), LOW, PRECISION)
         between = tl.exp(tl.minimum(total[:, None, :] - total[None, :, :], 0.0))
-        own += tl.sum(between * q_i[:, None, :] * k_i[None, :, :], 2)
+        within += tl.sum(between * q_i[:, None, :] * k_i[None, :, :], 2)
     weights += (bh * NC + c) * C * C
     far = tl.where(all_[None, :] < first, far, 0.0)
     elsewhere = (all_[None, :] < first) | (all_[None, :] >= first + SUB)
     tl.store(weights + near[:, None] * C + all_[None, :], far, mask=elsewhere)
-    own = tl.where(near[:, None] >= near[None, :], own, 0.0)
-    tl.store(weights + near[:, None] * C + near[None, :], own)
+    within = tl.where(near[:, None] >= near[None, :], within, 0.0)
+    tl.store(weights + near[:, None] * C + near[None, :], within)
 
 
 @tuned
@@ -190,16 +190,16 @@ def inside_kernel(
     # dw [t, s] of these queries, and dw [s, t] of these keys
     past = tl.zeros([SUB, C], tl.float32)
     later = tl.zeros([SUB, C], tl.float32)
-    own = tl.zeros([SUB, SUB], tl.float32)
+    within = tl.zeros([SUB, SUB], tl.float32)
     for block in range(0, E, BE):
         e = block + tl.arange(0, BE)
         v_i, do_i = load_tile(v + bh * N * E, rows, e, N, E), load_tile(do + bh * N * E, rows, e, N, E)
         past += product(do_i, tl.trans(load_tile(v + bh * N * E, chunk, e, N, E)), LOW, PRECISION)
         later += product(v_i, tl.trans(load_tile(do + bh * N * E, chunk, e, N, E)), LOW, PRECISION)
-        own += product(do_i, tl.trans(v_i), LOW, PRECISION)
+        within += product(do_i, tl.trans(v_i), LOW, PRECISION)
     past = tl.where(all_[None, :] < first, past, 0.0)
     later = tl.where(all_[None, :] >= first + SUB, later, 0.0)
-    own = tl.where(near[:, None] > near[None, :], own, 0.0)
+    within = tl.where(near[:, None] > near[None, :], within, 0.0)
     gates += bh * NC * C * D
     total, totals = sums(gates, rows, d, D, KIND), sums(gates, chunk, d, D, KIND)
     meet = sums(gates, c * C + first + tl.arange(0, 1), d, D, KIND)
@@ -208,7 +208,7 @@ def inside_kernel(
     meet = sums(gates, c * C + first + SUB - 1 + tl.arange(0, 1), d, D, KIND)
     q_c = load_tile(q + bh * N * D, chunk, d, N, D) * tl.exp(tl.minimum(totals - meet, 0.0))
     dk_i = tl.exp(meet - total) * product(later, q_c, LOW, PRECISION)
-    between = own[:, :, None] * tl.exp(tl.minimum(total[:, None, :] - total[None, :, :], 0.0))
+    between = within[:, :, None] * tl.exp(tl.minimum(total[:, None, :] - total[None, :, :], 0.0))
     dq_i += tl.sum(between * load_tile(k + bh * N * D, rows, d, N, D)[None, :, :], 1)
     dk_i += tl.sum(between * load_tile(q + bh * N * D, rows, d, N, D)[:, None, :], 0)
     store_tile(dq + bh * N * D, rows, d, N, D, dq_i)
@@ -236,7 +236,7 @@ def gradients_kernel(
     to_border = tl.zeros([C, BD], tl.float32)
     through = tl.zeros([BD], tl.float32)
     dw = tl.zeros([C, C], tl.float32)
-    own = tl.zeros([C], tl.float32)
+    within = tl.zeros([C], tl.float32)
     for block in range(0, E, BE):
         e = block + tl.arange(0, BE)
         v_c, do_c = load_tile(v + bh * N * E, rows, e, N, E), load_tile(do + bh * N * E, rows, e, N, E)
@@ -245,7 +245,7 @@ def gradients_kernel(
         from_state += product(do_c, tl.trans(state), LOW, PRECISION)
         to_border += product(v_c, tl.trans(dstate), LOW, PRECISION)
         through += tl.sum(state * dstate, 1)
-        own += tl.sum(do_c.to(tl.float32) * v_c.to(tl.float32), 1)
+        within += tl.sum(do_c.to(tl.float32) * v_c.to(tl.float32), 1)
         if KIND != CHANNEL:
             dw += product(do_c, tl.trans(v_c), LOW, PRECISION)
     q_c = load_tile(q + bh * N * D, rows, d, N, D).to(tl.float32)
@@ -279,5 +279,5 @@ def gradients_kernel(
             store_tile(dg + (tl.program_id(1) * heads + bh) * N, rows, tl.arange(0, 1), N, 1, dg_c)
         else:
             store_tile(dg + bh * N * D, rows, d, N, D, dg_c)
-    store_tile(dq + bh * N * D, rows, d, N, D, dq_c + from_state + own[:, None] * k_c)
-    store_tile(dk + bh * N * D, rows, d, N, D, dk_c + to_border + own[:, None] * q_c)
+    store_tile(dq + bh * N * D, rows, d, N, D, dq_c + from_state + within[:, None] * k_c)
+    store_tile(dk + bh * N * D, rows, d, N, D, dk_c + to_border + within[:, None] * q_c)

@@ -119,7 +119,7 @@ class Launch:
             dg = q.new_empty(blocks, self.batch, self.heads, self.n, dtype=torch.float32)
         arrays = (q, k, v, do, self.gates, borders, dborders, *inside, dq, dk, q if dg is None else dg)
         gradients_kernel[(programs, blocks)](*arrays, **sizes)
-        return dq, dk, dg.sum(0) if self.kind == SCALAR.value else dg
+        return dq, dk, dg.sum(0) if dg is not None and self.kind == SCALAR.value else dg
 
 
 def block(width: int, most: int) -> int:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.core.deprecation import renamed_fields
 from regard.ops.softmax import at_least_float32, masked_softmax, row_blocks, scores
 from regard.ops.topk import best, slots_of
 
 
+@renamed_fields(turn="rotate", ordered="causal_order", known="cached_scores")
 @dataclass
 class View:
     """One layer, one step, after the new tokens were stored and (for keep and score) after their attention."""
@@ -22,7 +24,7 @@ class View:
     q: Tensor  # [B, H, N, D] as the model computed them, rotated where it rotates
     k: Tensor  # [B, G, n, D] stored keys, this step's included (MLA: expanded to the query heads)
     v: Tensor  # [B, G, n, E]
-    index: Tensor  # [1|B, 1|G, n] place in the text of every stored token, padding counted; -1: empty slot
+    index: Tensor  # [1|B, 1|G, n] position in the text of every stored token, padding counted; -1: empty slot
     real: Tensor | None  # [1|B, 1|G, n] True where a slot holds a token and not padding; None: everywhere
     scale: float
     seen: int  # tokens fed so far, padding and this step's included
@@ -38,8 +40,8 @@ class View:
     visible: Callable[[slice], Tensor | None] = lambda rows: None
     count: Tensor | None = None  # [B, G, n] tokens that a merged slot stands for; None: one each
     total_heads: int = 1  # cache heads of the whole model, over all layers
-    ordered: bool = False  # slot i is token i and no query sees a later one
-    known: Tensor | None = None  # scores of a single-query step, once somebody asked for them
+    causal_order: bool = False  # slot i is token i and no query sees a later one
+    cached_scores: Tensor | None = None  # of a single-query step, once they were computed
     heads: tuple[int, ...] = ()  # the cache heads of this view, where a layer keeps different lengths by head
     # name -> [B, G, n] float32 that stay with their slot
     notes: Callable[[str], Tensor] = None  # type: ignore[assignment]
@@ -49,7 +51,7 @@ class View:
     # a page with an attention of its own says how many bytes this step reads of the layer, in the place of all stored
     report_bytes: Callable[[int], None] = lambda n: None
     # (x [B, h, m, D], by [.., h, m]) -> x rotated further
-    turn: Callable[[Tensor, Tensor], Tensor] | None = None
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def stored(self) -> int:
@@ -75,8 +77,8 @@ class View:
 
     def scores(self, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
         """[B, heads, rows, n] scores before mask and softmax, float32; `heads` are query heads, None: all."""
-        if self.known is not None:
-            return self.known if heads is None else self.known[:, heads]
+        if self.cached_scores is not None:
+            return self.cached_scores if heads is None else self.cached_scores[:, heads]
         q, k, bias = self.q[:, :, rows], self.k, self.bias
         if bias is not None and bias.shape[-2] > 1:
             bias = bias[..., rows, :]
@@ -84,10 +86,10 @@ class View:
             share = q.shape[1] // k.shape[1]
             q, k = q[:, heads], k[:, [h // share for h in heads]]
             bias = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
-        found = scores(q, k, self.scale, self.softcap, bias)
+        result = scores(q, k, self.scale, self.softcap, bias)
         if self.new == 1 and heads is None:
-            self.known = found
-        return found
+            self.cached_scores = result
+        return result
 
     def visible_scores(self) -> Tensor:
         """[B, H, N, n] scores with -inf where a query does not see a slot."""
@@ -112,9 +114,9 @@ class View:
         total = 0
         for block in row_blocks(stop - start, self.q.shape[0] * self.q.shape[1] * self.stored):
             cut = slice(start + block.start, start + block.stop)
-            last = self.stored - self.new + cut.stop if self.ordered else self.stored
-            found = self.upto(last).weights(cut).sum(2)
-            total = F.pad(found, (0, self.stored - last)) + total
+            last = self.stored - self.new + cut.stop if self.causal_order else self.stored
+            received = self.upto(last).weights(cut).sum(2)
+            total = F.pad(received, (0, self.stored - last)) + total
         return self.by_cache_head(total)
 
     def upto(self, last: int) -> "View":
@@ -130,7 +132,7 @@ class View:
         return self.seen - 1 - self.index
 
     def rank(self) -> Tensor:
-        """[1|B, 1|G, n] place among the real tokens of the text: 0 for the first that is not padding."""
+        """[1|B, 1|G, n] position among the real tokens of the text: 0 for the first that is not padding."""
         if self.real is None:
             return self.index
         return self.index - self.first()[:, None, None]

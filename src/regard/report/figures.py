@@ -76,7 +76,7 @@ def spread(values: list[float], pad: float, low: float, high: float) -> list[flo
 def cost_axis(xkey: str, values: list[float]) -> Figure:
     """Shares on a logarithmic axis once they span more than a factor of four, with ticks people read."""
     title, shares = COSTS[xkey][1], xkey != "decode_ratio"
-    said = percent if shares else lambda v: f"{v:g}×"
+    tick_text = percent if shares else lambda v: f"{v:g}×"
     if min(values) > 0 and max(values) / min(values) > 4:
         ends = [math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1]
         ticks = [
@@ -86,7 +86,7 @@ def cost_axis(xkey: str, values: list[float]) -> Figure:
             if ends[0] <= math.log10(d * 10.0**e) <= ends[1]
         ]
         return axis(
-            title, type="log", range=ends, tickvals=ticks, ticktext=[said(round(t, 6)) for t in ticks]
+            title, type="log", range=ends, tickvals=ticks, ticktext=[tick_text(round(t, 6)) for t in ticks]
         )
     pad = 0.06 * (max(values) - min([*values, 0.8]))
     ends = [max(0.0, min([*values, 0.8]) - pad), max([*values, 1.0]) + pad]
@@ -142,7 +142,7 @@ def quality_cost(result: Result, xkey: str, marked: Marks) -> Figure | None:
         traces.append(line_trace(*stairs(steps, ends[1]), dashed))
     for at, label in enumerate(marked):
         traces.append(method_trace(at, label, [r for r in rows if r["label"] == label], xkey, marked))
-    notes = [said(0.995, 100 * KEEPS, "95 % of full", xref="paper", xanchor="right", yanchor="top")]
+    notes = [annotation(0.995, 100 * KEEPS, "95 % of full", xref="paper", xanchor="right", yanchor="top")]
     best = result.winner()
     if best is not None and number(best[xkey]) is not None:
         traces.append(ring(best, xkey))
@@ -199,7 +199,7 @@ def stairs(steps: list[tuple[float, float]], end: float) -> tuple[list[float], l
     return [*xs, end], [*ys, ys[-1]]
 
 
-def said(x: float, y: float, text: str, **settings: Any) -> Figure:
+def annotation(x: float, y: float, text: str, **settings: Any) -> Figure:
     return {
         "x": x,
         "y": y,
@@ -216,14 +216,14 @@ def arrow(best: dict[str, Any], xkey: str, xaxis: Figure) -> Figure:
     left = (x - xaxis["range"][0]) / (xaxis["range"][1] - xaxis["range"][0]) < 0.5
     text = clean(name(best))
     shown = text if len(text) <= 34 else text[:33] + "…"
-    place = {"ax": 28 if left else -28, "ay": 64, "xanchor": "left" if left else "right"}
+    offset = {"ax": 28 if left else -28, "ay": 64, "xanchor": "left" if left else "right"}
     style = {"showarrow": True, "arrowhead": 0, "arrowwidth": 1, "arrowcolor": SOFT, "standoff": 10}
-    return said(
+    return annotation(
         x,
         100 * best["quality"],
         shown,
         **style,
-        **place,
+        **offset,
         bgcolor="rgba(255,255,255,0.85)",
         font={"size": 12, "color": INK},
     )
@@ -277,7 +277,7 @@ def over_seeds(rows: list[dict[str, Any]], length: int) -> dict[str, Any]:
 
 
 def length_trace(
-    at: int, label: str, budget: str, points: list[Figure], marked: Marks, place: int | None
+    at: int, label: str, budget: str, points: list[Figure], marked: Marks, budget_index: int | None
 ) -> Figure:
     colour, shape = marked[label]
     full = shape == "star"
@@ -298,7 +298,7 @@ def length_trace(
         "error_y": {**bars(points), "color": colour},
         "hoverinfo": "text",
         "hovertext": [f"<b>{plotted(who)}</b><br>length {p['length']}: {point_text(p)}" for p in points],
-        "meta": {"method": at, "budget": place},
+        "meta": {"method": at, "budget": budget_index},
         "cliponaxis": False,
     }
 

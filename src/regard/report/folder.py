@@ -23,8 +23,8 @@ class Folder:
     def open(self, header: dict) -> dict[str, dict]:
         """Make the folder or go on in it: rows by key. Another run's folder is refused with what differs."""
         require(not self.path.exists() or self.path.is_dir(), "the output is a folder", out=str(self.path))
-        told = self.path / "run.json"
-        if not told.exists():
+        header_file = self.path / "run.json"
+        if not header_file.exists():
             foreign = self.path.exists() and any(self.path.iterdir())
             require(
                 not foreign,
@@ -32,9 +32,9 @@ class Folder:
                 out=str(self.path),
             )
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(told, json.dumps(header, indent=1))
+            write_whole(header_file, json.dumps(header, indent=1))
             return {}
-        old = json.loads(told.read_text(encoding="utf8"))["settings"]
+        old = json.loads(header_file.read_text(encoding="utf8"))["settings"]
         new = json.loads(json.dumps(header["settings"]))
         apart = {k: (old.get(k), new.get(k)) for k in {*old, *new} if old.get(k) != new.get(k)}
         require(

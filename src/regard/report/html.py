@@ -44,7 +44,7 @@ def page(title: str, body: list[str], data: dict[str, Any]) -> str:
     from plotly.offline import get_plotlyjs
 
     scripts = [ERRORS, get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")]
-    made = [
+    parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy(scripts)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -55,7 +55,7 @@ def page(title: str, body: list[str], data: dict[str, Any]) -> str:
         f'<script type="application/json" id="report-data">{embedded(data)}</script>',
         f"<script>{scripts[1]}</script>\n<script>{scripts[2]}</script>\n</body>\n</html>\n",
     ]
-    return "\n".join(made).encode("utf-8", "replace").decode("utf-8")
+    return "\n".join(parts).encode("utf-8", "replace").decode("utf-8")
 
 
 HATCH = (
@@ -85,19 +85,19 @@ def head(result: Result, title: str) -> list[str]:
     counted = [plural(len({r["label"] for r in rows}), "method"), plural(len(budgets), "budget")]
     counted += [plural(len(result.tasks()), "task"), plural(len(result.lengths()), "length")]
     cells = plural(len(result.rows), "cell") + (f", {len(result.failed())} failed" if result.failed() else "")
-    said = (
+    text = (
         f"{' × '.join(counted)}: {cells}. Started {clean(result.run.get('started') or 'at an unknown time')}."
     )
     notes = [f'<p class="note">{escape(note)}</p>' for note in result.notes()]
-    return [f'<h1>{escape(title)}</h1><p class="meta">{escape(said)}</p>', answer(result), *notes]
+    return [f'<h1>{escape(title)}</h1><p class="meta">{escape(text)}</p>', answer(result), *notes]
 
 
 def answer(result: Result) -> str:
     """The sentence, with the winner's name in bold."""
-    best, said = result.winner(), result.sentence()
+    best, sentence = result.winner(), result.sentence()
     first = clean(name(best)) if best else ""
     bold = f"<strong>{words(first)}</strong>" if first else ""
-    return f'<p class="answer">{bold}{words(said.removeprefix(first))}</p>'
+    return f'<p class="answer">{bold}{words(sentence.removeprefix(first))}</p>'
 
 
 def legend(marked: Marks) -> str:

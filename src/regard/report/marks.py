@@ -56,9 +56,9 @@ def corners(shape: str) -> list[tuple[float, float]]:
         if shape == "star":
             radius = 6.5 if i % 2 == 0 else 2.8
         if n == 12:  # four arms: two far corners each, and the inner corner between them
-            arm, place = divmod(i, 3)
-            angle = math.radians(start + 90 * arm + (-20, 20, 45)[place])
-            radius = 6.2 if place < 2 else 3.0
+            arm, corner = divmod(i, 3)
+            angle = math.radians(start + 90 * arm + (-20, 20, 45)[corner])
+            radius = 6.2 if corner < 2 else 3.0
         out.append((radius * math.cos(angle), -radius * math.sin(angle)))
     return out
 

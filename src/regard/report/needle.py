@@ -8,11 +8,8 @@ from regard.report.marks import Marks, glyph
 from regard.report.result import Result, mean
 from regard.report.words import budget_order, budget_text, clean, number, percent
 
-STOPS = (
-    (0.0, (122, 31, 10)),
-    (0.5, (232, 163, 92)),
-    (1.0, (222, 234, 244)),
-)  # dark where it fails, also in grey
+# dark where it fails, also in grey
+STOPS = ((0.0, (122, 31, 10)), (0.5, (232, 163, 92)), (1.0, (222, 234, 244)))
 Scores = dict[tuple[float, int], float | None]
 
 
@@ -50,10 +47,10 @@ def tile(scores: Scores, depths: list[float], lengths: list[int], what: str) -> 
         for x, length in enumerate(lengths):
             score = scores.get((depth, length))
             fill = "url(#unmeasured)" if score is None else colour(score)
-            found = "not measured" if score is None else percent(score)
-            title = f"length {length}, depth {percent(depth)}: {found}"
-            place = f'x="{x * wide}" y="{y * high}" width="{wide - 1}" height="{high - 1}"'
-            cells.append(f'<rect {place} fill="{fill}"><title>{html.escape(title)}</title></rect>')
+            text = "not measured" if score is None else percent(score)
+            title = f"length {length}, depth {percent(depth)}: {text}"
+            box = f'x="{x * wide}" y="{y * high}" width="{wide - 1}" height="{high - 1}"'
+            cells.append(f'<rect {box} fill="{fill}"><title>{html.escape(title)}</title></rect>')
     size = f'width="{wide * len(lengths)}" height="{high * len(depths)}"'
     return f'<svg class="tile" role="img" aria-label="{html.escape(what)}" {size}>{"".join(cells)}</svg>'
 
@@ -75,14 +72,14 @@ def needle_map(result: Result, task: str, marked: Marks) -> str:
     """A card per method with a map per budget, all on the same colours and axes."""
     rows = [r for r in result.rows if str(r["task"]) == task]
     lengths = sorted({r["length"] for r in rows})
-    found = sorted({d for d, _, _ in depth_scores(rows)})
-    depths = sorted({binned(d, found) for d in found})
+    tested = sorted({d for d, _, _ in depth_scores(rows)})
+    depths = sorted({binned(d, tested) for d in tested})
     cards = []
     for label, (ink, shape) in marked.items():
         mine = [r for r in rows if str(r.get("label") or r["method"]) == label]
         budgets = sorted({budget_text(r["budget"]): r["budget"] for r in mine}.values(), key=budget_order)
         maps = [
-            one_map([r for r in mine if r["budget"] == b], b, label, found, depths, lengths) for b in budgets
+            one_map([r for r in mine if r["budget"] == b], b, label, tested, depths, lengths) for b in budgets
         ]
         if maps:
             head = f"<h4>{glyph(ink, shape)} {html.escape(clean(label))}</h4>"
@@ -91,15 +88,15 @@ def needle_map(result: Result, task: str, marked: Marks) -> str:
 
 
 def one_map(
-    rows: list[dict[str, Any]], budget: object, label: str, found: list, depths: list, lengths: list
+    rows: list[dict[str, Any]], budget: object, label: str, tested: list, depths: list, lengths: list
 ) -> str:
     groups: dict[tuple[float, int], list[float]] = {}
     for depth, length, score in depth_scores(rows):
-        groups.setdefault((binned(depth, found), length), []).append(score)
+        groups.setdefault((binned(depth, tested), length), []).append(score)
     scores = {at: mean(values) for at, values in groups.items()}
     overall = percent(mean(scores.values()))
-    said = f"{budget_text(budget)} · {overall}" if budget is not None else overall
+    caption = f"{budget_text(budget)} · {overall}" if budget is not None else overall
     drawn = tile(
         scores, depths, lengths, f"needle map of {clean(label)} {budget_text(budget)}: {overall} right"
     )
-    return f"<figure>{drawn}<figcaption>{html.escape(clean(said))}</figcaption></figure>"
+    return f"<figure>{drawn}<figcaption>{html.escape(clean(caption))}</figcaption></figure>"

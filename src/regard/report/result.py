@@ -17,8 +17,8 @@ from regard.report.words import (
     name,
     number,
     percent,
-    place_text,
     plural,
+    scope_text,
 )
 
 Row = Mapping[str, Any]
@@ -51,13 +51,14 @@ def cell(row: Row) -> tuple[Any, Any, Any]:
 
 @dataclass
 class Result:
-    """The cells of one comparison: `run` says where and how, a row is one cell of the grid."""
+    """The cells of one comparison: `run` says where and how, a row is one cell of the grid.
+
+    unreadable  lines of results.jsonl that are not JSON, as a killed run leaves them
+    """
 
     run: dict[str, Any]
     rows: list[dict[str, Any]]
-    unreadable: list[int] = field(
-        default_factory=list
-    )  # lines of results.jsonl that are not JSON: a killed run
+    unreadable: list[int] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Result":
@@ -98,7 +99,7 @@ class Result:
 
     def summary(self) -> list[dict[str, Any]]:
         """One row per method × budget: means over its cells, relative to full attention there."""
-        base = {at: found for at, found in self.baseline().items() if found["quality"]}
+        base = {at: means for at, means in self.baseline().items() if means["quality"]}
         expected = {cell(row) for row in self.rows if cell(row)[:2] in base}
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
@@ -141,37 +142,39 @@ class Result:
         if not self.rows:
             return "No cell was measured."
         rows = [r for r in self.summary() if r["method"] != "full"]
-        where = place_text(self.run, self.tasks(), self.lengths())
+        where = scope_text(self.run, self.tasks(), self.lengths())
         if not rows:
             return f"Only full attention was measured {where}: there is no method to compare it with."
-        if not any(found["quality"] for found in self.baseline().values()):
+        if not any(means["quality"] for means in self.baseline().values()):
             return (
                 f"Full attention failed or scored 0 everywhere {where}: nothing can be said relative to it."
             )
         kept = self.keepers()
-        said = said_winner(kept, where) if kept else said_none(rows, where)
+        text = winner_text(kept, where) if kept else no_winner_text(rows, where)
         broken = [r for r in rows if not r["complete"]]
         if broken:
             names = shortened([clean(name(r)) for r in broken])
-            said += f" Not considered, with cells failed or missing: {names}."
-        return said
+            text += f" Not considered, with cells failed or missing: {names}."
+        return text
 
     def notes(self) -> list[str]:
         """What a reader must know before trusting the means."""
-        said, base = [], self.baseline()
+        notes, base = [], self.baseline()
         if self.unreadable:
             lines = f"{'line' if len(self.unreadable) == 1 else 'lines'} {listing(self.unreadable[:5])}"
-            said.append(
+            notes.append(
                 f"results.jsonl has {plural(len(self.unreadable), 'unreadable line')} ({lines}), left out."
             )
-        places = sorted({cell(row)[:2] for row in self.rows}, key=str)
-        lost = [at for at in places if not base.get(at, {}).get("quality")]
+        cells = sorted({cell(row)[:2] for row in self.rows}, key=str)
+        lost = [at for at in cells if not base.get(at, {}).get("quality")]
         if lost:
-            said.append(f"No ratio is possible where full attention failed or scored 0: {place_list(lost)}.")
-        weak = [at for at in places if 0 < (base.get(at, {}).get("quality") or 0) < 0.5]
+            notes.append(f"No ratio is possible where full attention failed or scored 0: {cells_text(lost)}.")
+        weak = [at for at in cells if 0 < (base.get(at, {}).get("quality") or 0) < 0.5]
         if weak:
-            said.append(f"Full attention itself scores below 50 %, so ratios say little: {place_list(weak)}.")
-        return said
+            notes.append(
+                f"Full attention itself scores below 50 %, so ratios say little: {cells_text(weak)}."
+            )
+        return notes
 
 
 def summarise(rows: list[Row], base: Mapping, expected: set) -> dict[str, Any]:
@@ -216,10 +219,10 @@ def failed_groups(result: Result) -> list[dict[str, Any]]:
         key = (name(row), str(row["status"]), str(row.get("error") or ""), str(row["task"]))
         lengths.setdefault(key, set()).add(row["length"])
     tasks: dict[tuple[Any, ...], list[str]] = {}
-    for (*why, task), found in lengths.items():
-        tasks.setdefault((*why, tuple(sorted(found))), []).append(task)
+    for (*why, task), group in lengths.items():
+        tasks.setdefault((*why, tuple(sorted(group))), []).append(task)
     keys = ("method", "status", "why", "lengths")
-    return [dict(zip(keys, key, strict=True)) | {"tasks": sorted(found)} for key, found in tasks.items()]
+    return [dict(zip(keys, key, strict=True)) | {"tasks": sorted(group)} for key, group in tasks.items()]
 
 
 def interval(rows: list[Row], base: Mapping, quality: float | None) -> tuple[float | None, float | None]:
@@ -252,28 +255,28 @@ def shortened(names: list[str], most: int = 4) -> str:
     return listing(names if len(names) <= most else [*names[:most], f"{len(names) - most} more"])
 
 
-def place_list(places: list[tuple[Any, Any]]) -> str:
-    return shortened([f"{clean(task)} at length {length}" for task, length in places])
+def cells_text(cells: list[tuple[Any, Any]]) -> str:
+    return shortened([f"{clean(task)} at length {length}" for task, length in cells])
 
 
-def said_winner(kept: list[dict[str, Any]], where: str) -> str:
+def winner_text(kept: list[dict[str, Any]], where: str) -> str:
     best = kept[0]
     reader = min(kept, key=cost("read", "held", "decode_ratio"))
     reads_less = cost("read")(reader) < cost("read")(best)
     claim = f"is the cheapest that keeps 95 % of full attention's quality {where}"
-    said = f"{clean(name(best))} {claim}: {described(best)}."
+    text = f"{clean(name(best))} {claim}: {described(best)}."
     known = {task: kept for task, kept in best["tasks"].items() if kept is not None}
     worst = min(known, key=lambda task: known[task])
     if len(known) > 1 and known[worst] < KEEPS - 1e-9:
-        said += f" That is a mean: on {clean(worst)} it keeps {percent(known[worst])}."
+        text += f" That is a mean: on {clean(worst)} it keeps {percent(known[worst])}."
     if cost("held")(best) >= (1.0,):
-        said += " It holds no fewer bytes than full attention; nothing that does keeps 95 %."
+        text += " It holds no fewer bytes than full attention; nothing that does keeps 95 %."
     if reads_less:
-        said += f" {clean(name(reader))} reads least: {described(reader)}."
-    return said
+        text += f" {clean(name(reader))} reads least: {described(reader)}."
+    return text
 
 
-def said_none(rows: list[dict[str, Any]], where: str) -> str:
+def no_winner_text(rows: list[dict[str, Any]], where: str) -> str:
     whole = [r for r in rows if r["complete"]]
     if not whole:
         return f"No method finished every cell {where}, so none can be said to keep 95 % of full quality."

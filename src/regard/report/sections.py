@@ -26,8 +26,8 @@ from regard.report.words import (
 
 def sections(result: Result, marked: Marks) -> tuple[dict[str, Any], list[str]]:
     """The data for the page's script, and the sections from the plots down."""
-    found = {budget_text(r["budget"]): r["budget"] for r in result.summary() if r["budget"] is not None}
-    budgets = sorted(found, key=lambda text: budget_order(found[text]))
+    budget_of = {budget_text(r["budget"]): r["budget"] for r in result.summary() if r["budget"] is not None}
+    budgets = sorted(budget_of, key=lambda text: budget_order(budget_of[text]))
     best = result.winner()
     first = budget_text(best["budget"]) if best else ""
     chosen = budgets.index(first) if first in budgets else len(budgets) // 2
@@ -56,8 +56,8 @@ def words(text: str) -> str:
 
 
 def section(title: str, lead: str, body: str) -> str:
-    said = f'<p class="lead">{words(lead)}</p>' if lead else ""
-    return f"<section><h2>{title}</h2>{said}{body}</section>"
+    intro = f'<p class="lead">{words(lead)}</p>' if lead else ""
+    return f"<section><h2>{title}</h2>{intro}{body}</section>"
 
 
 def plot(at: str, figure: Figure | None, what: str, caption: str = "") -> str:
@@ -107,9 +107,9 @@ def needle_section(result: Result, marked: Marks) -> str:
     return section("Needle map", lead, maps)
 
 
-def cell(value: object, said: str, css: str = "n") -> str:
+def cell(value: object, text: str, css: str = "n") -> str:
     plain = number(value)
-    return f'<td class="{css}" data-value="{"" if plain is None else plain}">{escape(said)}</td>'
+    return f'<td class="{css}" data-value="{"" if plain is None else plain}">{escape(text)}</td>'
 
 
 def share(value: float | None, css: str = "n") -> str:
@@ -186,21 +186,21 @@ def failed_section(result: Result) -> str:
 
 def cut(text: object, most: int = 400) -> str:
     """What a model or an error said, with its line breaks, without control characters, cut if long."""
-    said = "\n".join(clean(line) for line in str(text).splitlines())
-    return said if len(said) <= most else f"{said[:most]} … ({len(said)} characters)"
+    lines = "\n".join(clean(line) for line in str(text).splitlines())
+    return lines if len(lines) <= most else f"{lines[:most]} … ({len(lines)} characters)"
 
 
 def examples(rows: list[dict[str, Any]], most: int = 6) -> list[tuple[dict[str, Any], Mapping]]:
     """A few samples of a method: wrong ones first, then right ones, over its tasks and budgets."""
-    found = [(r, s) for r in rows if ok(r) for s in r.get("samples") or [] if "generated" in s]
-    wrong = [pair for pair in found if (number(pair[1].get("score")) or 0) < 1]
-    right = [pair for pair in found if (number(pair[1].get("score")) or 0) >= 1]
-    wrong, right = (over_places(pairs) for pairs in (wrong, right))
+    pairs = [(r, s) for r in rows if ok(r) for s in r.get("samples") or [] if "generated" in s]
+    wrong = [pair for pair in pairs if (number(pair[1].get("score")) or 0) < 1]
+    right = [pair for pair in pairs if (number(pair[1].get("score")) or 0) >= 1]
+    wrong, right = (round_robin(pairs) for pairs in (wrong, right))
     take = max(most - 2, most - len(right))
     return [*wrong[:take], *right[: most - len(wrong[:take])]]
 
 
-def over_places(pairs: list[tuple[dict[str, Any], Mapping]]) -> list[tuple[dict[str, Any], Mapping]]:
+def round_robin(pairs: list[tuple[dict[str, Any], Mapping]]) -> list[tuple[dict[str, Any], Mapping]]:
     """The same samples, one of each (task, budget) before the second of any."""
     seen: dict[tuple[str, str], int] = {}
     ranked = []
@@ -219,8 +219,8 @@ def example_section(result: Result, marked: Marks) -> str:
         if chosen:
             samples = [s for r in rows if ok(r) for s in r.get("samples") or []]
             wrong = sum((number(s.get("score")) or 0) < 1 for s in samples)
-            told = f"<span>{wrong} of {plural(len(samples), 'answer')} wrong</span>"
-            head = f"<summary>{glyph(*mark)} {escape(clean(label))} {told}</summary>"
+            count = f"<span>{wrong} of {plural(len(samples), 'answer')} wrong</span>"
+            head = f"<summary>{glyph(*mark)} {escape(clean(label))} {count}</summary>"
             parts.append(f"<details{'' if parts else ' open'}>{head}{example_table(chosen)}</details>")
     if not parts:
         return ""
@@ -241,10 +241,10 @@ def example_table(chosen: list[tuple[dict[str, Any], Mapping]]) -> str:
             short(row["length"]),
             percent(sample.get("depth")),
         ]
-        said = [cut(sample.get("answer", NONE)), cut(sample["generated"])]
+        texts = [cut(sample.get("answer", NONE)), cut(sample["generated"])]
         body.append(
             f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in cells)}"
-            f"{''.join(f'<td class=said>{escape(c)}</td>' for c in said)}"
+            f"{''.join(f'<td class=said>{escape(c)}</td>' for c in texts)}"
             f'<td class="{"" if score >= 1 else "bad"}">{verdict}</td></tr>'
         )
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
@@ -256,7 +256,7 @@ def run_section(result: Result) -> str:
     lines = []
     for key, value in result.run.items():
         if key != "kind":
-            said = escape(cut(short(value), 2000))
-            said = f"<code>{said}</code>" if key == "command" else said
-            lines.append(f"<dt>{escape(clean(key))}</dt><dd>{said}</dd>")
+            text = escape(cut(short(value), 2000))
+            text = f"<code>{text}</code>" if key == "command" else text
+            lines.append(f"<dt>{escape(clean(key))}</dt><dd>{text}</dd>")
     return section("Run", "", f"<dl>{''.join(lines)}</dl>") if lines else ""

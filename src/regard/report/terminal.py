@@ -21,7 +21,7 @@ def table(rows: Iterable[Row], columns: Sequence[str] | Mapping[str, str], title
     """
     heads = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns}
     rows = list(rows)
-    made = Table(
+    result = Table(
         box=box.SIMPLE_HEAD,
         title=Text(title) if title else None,
         title_justify="left",
@@ -30,15 +30,15 @@ def table(rows: Iterable[Row], columns: Sequence[str] | Mapping[str, str], title
     )
     for key, head in heads.items():
         right = any(isinstance(row.get(key), int | float) for row in rows)
-        made.add_column(Text(head), justify="right" if right else "left", overflow="fold", no_wrap=right)
+        result.add_column(Text(head), justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in rows:
-        made.add_row(
+        result.add_row(
             *(
                 value if isinstance(value := row.get(key), Text) else Text(clean(short(value)))
                 for key in heads
             )
         )
-    return made
+    return result
 
 
 def share(value: float | None, best: bool = False) -> Text:
@@ -50,13 +50,13 @@ def share(value: float | None, best: bool = False) -> Text:
 def summary_rows(result: Result) -> list[dict[str, Any]]:
     """The summary as text, best quality first under full attention, failures in red."""
     best, front = result.winner(), {name(r) for r in result.pareto("held")}
-    ordered = sorted(
+    summary = sorted(
         result.summary(), key=lambda r: (r["method"] != "full", not r["complete"], -(r["quality"] or 0))
     )
-    made = []
-    for row in ordered:
+    rows = []
+    for row in summary:
         won, lost = best is not None and name(row) == name(best), row["failed"] + row["missing"]
-        made.append(
+        rows.append(
             {
                 "method": Text(clean(row["label"]), style="bold" if won else ""),
                 "budget": right(budget_text(row["budget"])),
@@ -70,7 +70,7 @@ def summary_rows(result: Result) -> list[dict[str, Any]]:
                 "failed": right(str(lost) if lost else "", "red"),
             }
         )
-    return made
+    return rows
 
 
 def right(text: str, style: str = "") -> Text:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 NONE = "–"
-KEEPS = 0.95  # the share of full attention's quality below which a method no longer counts as keeping it
+# the share of full attention's quality below which a method no longer counts as keeping it
+KEEPS = 0.95
 
 
 def number(value: object) -> float | None:
@@ -100,8 +101,8 @@ def clean(text: object) -> str:
 
 def listing(items: Iterable[object]) -> str:
     """`a`, `a and b`, `a, b and c`."""
-    said = [str(item) for item in items]
-    return " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
+    texts = [str(item) for item in items]
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
 def plural(n: int, noun: str) -> str:
@@ -128,7 +129,7 @@ def described(row: Mapping[str, Any]) -> str:
     return listing(parts)
 
 
-def place_text(run: Mapping[str, Any], tasks: list[Any], lengths: list[Any]) -> str:
+def scope_text(run: Mapping[str, Any], tasks: list[Any], lengths: list[Any]) -> str:
     noun = "task" if len(tasks) == 1 else "tasks"
     model = clean(run.get("model") or "this model")
     return f"on {model} ({noun} {listing(map(clean, tasks))}; {lengths_text(lengths)})"

@@ -42,8 +42,8 @@ class Frame:
             return cls(first_token(tokenizer), question)
         require(bool(getattr(tokenizer, "chat_template", None)), "chat=True needs a chat template", chat=chat)
         mark = "<-the-text->"
-        said = [{"role": "user", "content": mark}]
-        whole = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "user", "content": mark}]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         require(whole.count(mark) == 1, "the chat template says the message once", times=whole.count(mark))
         before, after = whole.split(mark)
         return cls(encode(tokenizer, before), question + encode(tokenizer, after + prefix))

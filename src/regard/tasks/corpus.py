@@ -44,7 +44,7 @@ class Source:
         """`count` tokens in a row, from a place that the generator draws."""
         ids = self.ids(tokenizer)
         rule = "the text has as many tokens as asked"
-        require(len(ids) >= count, rule, text=self.name, tokens=len(ids), asked=count)
+        require(len(ids) >= count, rule, text=self.name, tokens=len(ids), count=count)
         start = rng.randint(0, len(ids) - count)
         return ids[start : start + count]
 

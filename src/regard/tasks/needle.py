@@ -37,11 +37,11 @@ def samples(
 ) -> list[Sample]:
     """`count` prompts of exactly `length` tokens, the fact going down evenly from the first to the last."""
     source = source or held_out()
-    size, made = answer_size(tokenizer, cfg.digits), []
+    size, result = answer_size(tokenizer, cfg.digits), []
     for i in range(count):
         depth, rng = i / max(1, count - 1), random.Random(f"needle {seed} {i}")
-        made.append(one(tokenizer, length, depth, rng, source, (size, cfg.digits), chat))
-    return even(made)
+        result.append(one(tokenizer, length, depth, rng, source, (size, cfg.digits), chat))
+    return even(result)
 
 
 def passkey(rng: random.Random, digits: int) -> str:

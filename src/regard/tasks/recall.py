@@ -103,11 +103,11 @@ def samples(
 ) -> list[Sample]:
     """`count` prompts of exactly `length` tokens; the asked facts spread evenly over the order of facts."""
     pool, source = even_words(tokenizer), source or held_out()
-    number, made = min(cfg.most_facts, max(4, length // cfg.tokens_per_fact)), []
+    number, result = min(cfg.most_facts, max(4, length // cfg.tokens_per_fact)), []
     for i in range(count):
-        rng, asked = random.Random(f"recall {seed} {i}"), round(i / max(1, count - 1) * (number - 1))
-        made.append(one(tokenizer, length, asked, rng, draw_facts(rng, pool, number), source, chat))
-    return even(made)
+        rng, index = random.Random(f"recall {seed} {i}"), round(i / max(1, count - 1) * (number - 1))
+        result.append(one(tokenizer, length, index, rng, draw_facts(rng, pool, number), source, chat))
+    return even(result)
 
 
 def draw_facts(rng: random.Random, pool: list[str], number: int) -> list[Fact]:
@@ -121,15 +121,15 @@ def draw_facts(rng: random.Random, pool: list[str], number: int) -> list[Fact]:
 
 
 def one(
-    tokenizer: Any, length: int, asked: int, rng: random.Random, facts: list[Fact], source: Source, chat: bool
+    tokenizer: Any, length: int, index: int, rng: random.Random, facts: list[Fact], source: Source, chat: bool
 ) -> Sample:
-    frame = Frame.of(tokenizer, facts[asked].question(tokenizer), f"The code of {facts[asked].key} is", chat)
+    frame = Frame.of(tokenizer, facts[index].question(tokenizer), f"The code of {facts[index].key} is", chat)
     statements = [fact.statement(tokenizer) for fact in facts]
     room = frame.room(length, sum(map(len, statements)))
-    answer = facts[asked].answer(tokenizer)
+    answer = facts[index].answer(tokenizer)
     body, starts = weave(rng, fill(tokenizer, source, rng, room, without=answer), statements)
-    first = len(frame.head) + starts[asked]
-    return Sample(frame.around(body), answer, (first, first + len(statements[asked])), depth=first / length)
+    first = len(frame.head) + starts[index]
+    return Sample(frame.around(body), answer, (first, first + len(statements[index])), depth=first / length)
 
 
 METHOD = TaskPage(

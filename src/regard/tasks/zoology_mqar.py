@@ -55,10 +55,10 @@ def mqar(
     require(power > 0, "power > 0", power=power)
     require(count >= 1, "count >= 1", count=count)
     g = torch.Generator().manual_seed(seed)
-    made = [
+    batches = [
         _rows(vocab, length, pairs, min(ROWS, count - i), power, filler, g) for i in range(0, count, ROWS)
     ]
-    return torch.cat([inputs for inputs, _ in made]), torch.cat([labels for _, labels in made])
+    return torch.cat([inputs for inputs, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
 def _rows(
@@ -108,18 +108,18 @@ def samples(
         length=length,
         pairs=cfg.pairs,
     )
-    g, made = torch.Generator().manual_seed(seed), []
+    g, result = torch.Generator().manual_seed(seed), []
     for i in range(count):
         order = torch.randperm(len(vocab), generator=g).tolist()
         drawn = [vocab[j] for j in order[: 2 * cfg.pairs]]
         filler = [vocab[j] for j in order[2 * cfg.pairs :]]
-        asked = round(i / max(1, count - 1) * (cfg.pairs - 1))
-        first = len(head) + 2 * asked
+        index = round(i / max(1, count - 1) * (cfg.pairs - 1))
+        first = len(head) + 2 * index
         room = length - len(head) - 2 * cfg.pairs - 1
         body = [filler[j] for j in torch.randint(len(filler), (room,), generator=g).tolist()]
-        prompt = [*head, *drawn, *body, drawn[2 * asked]]
-        made.append(Sample(prompt, [drawn[2 * asked + 1]], (first, first + 2), depth=first / length))
-    return made
+        prompt = [*head, *drawn, *body, drawn[2 * index]]
+        result.append(Sample(prompt, [drawn[2 * index + 1]], (first, first + 2), depth=first / length))
+    return result
 
 
 def ordinary(tokenizer: Any) -> set[int]:

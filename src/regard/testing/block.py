@@ -36,7 +36,7 @@ class BlockCase(Case):
         x = torch.randn(batch, 1, n, WIDTH, generator=g, dtype=torch.float64)
         return Inputs(x, x, x, self.params(H, H, WIDTH))
 
-    def dims(self, given: Inputs) -> dict[str, int]:
+    def dims(self, inputs: Inputs) -> dict[str, int]:
         return {"width": WIDTH, "heads": H}
 
     def labels(self, m: int) -> None:
@@ -46,39 +46,39 @@ class BlockCase(Case):
         return self.off_special_values({"width": width, "heads": heads})
 
     def run(
-        self, path: Callable, given: Inputs, mask: Any = None, state: Any = None, **settings: Any
+        self, path: Callable, inputs: Inputs, mask: Any = None, state: Any = None, **settings: Any
     ) -> tuple:
         """(out [B, 1, N, C], zero where a token is padding, state)."""
         cfg = replace(self.cfg, **settings) if settings else self.cfg
         if mask is not None and max(mask.shape[1:3]) > 1:
             raise Unsupported("a block is told which tokens are padding, no more")
         key_mask = None if mask is None else mask[:, :, 0]
-        call = Call(key_mask=key_mask, initial_state=state, params=given.params)
-        out, end, *_ = path(given.q[:, 0], cfg, call)
+        call = Call(key_mask=key_mask, initial_state=state, params=inputs.params)
+        out, end, *_ = path(inputs.q[:, 0], cfg, call)
         out = out[:, None]
-        return (out if mask is None else out.masked_fill(~key_mask[..., None], 0)), end
+        return (out if key_mask is None else out.masked_fill(~key_mask[..., None], 0)), end
 
 
 def check_shape(case: BlockCase) -> None:
     """Out has the shape of x, and the residual: with all weights at zero the block changes nothing."""
-    given = case.inputs(5)
-    silent = replace(given, params={n: torch.zeros_like(p) for n, p in given.params.items()})
-    for said, path in case.paths.items():
-        same(f"{said}: weights of zero leave x as it is", case.run(path, silent)[0], given.q)
+    inputs = case.inputs(5)
+    silent = replace(inputs, params={n: torch.zeros_like(p) for n, p in inputs.params.items()})
+    for label, path in case.paths.items():
+        same(f"{label}: weights of zero leave x as it is", case.run(path, silent)[0], inputs.q)
 
 
 def check_holes(case: BlockCase) -> None:
     """A hidden token in the middle of a text is as if it were not there."""
-    given, there = case.inputs(9), torch.ones(B, 1, 1, 9, dtype=torch.bool)
-    there[..., 3:5] = False
+    inputs, token_mask = case.inputs(9), torch.ones(B, 1, 1, 9, dtype=torch.bool)
+    token_mask[..., 3:5] = False
     kept = [0, 1, 2, 5, 6, 7, 8]
-    filled = replace(given, q=given.q.masked_fill(~there.mT, GARBAGE))
-    for said, path in case.paths.items():
-        out = case.run(path, filled, there)[0][:, :, kept]
+    filled = replace(inputs, q=inputs.q.masked_fill(~token_mask.mT, GARBAGE))
+    for label, path in case.paths.items():
+        out = case.run(path, filled, token_mask)[0][:, :, kept]
         same(
-            f"{said}: tokens 3 and 4 hidden = left out",
+            f"{label}: tokens 3 and 4 hidden = left out",
             out,
-            case.run(path, replace(given, q=given.q[:, :, kept]))[0],
+            case.run(path, replace(inputs, q=inputs.q[:, :, kept]))[0],
         )
 
 
@@ -111,8 +111,10 @@ def check_block(page: BlockPage, *, settings: Iterable[Mapping[str, Any]] = ()) 
 def examine_block(page: BlockPage, *, settings: Iterable[Mapping[str, Any]] = ()) -> dict[str, str]:
     """As check_block, but a law that is broken is a row of the report: "broken: (settings) counterexample"."""
     report: dict[str, str] = {}
-    asked = [{**depth, **own} for own in ({}, *page.test_settings, *settings) for depth in depths(page)]
-    for cfg in dict.fromkeys(page.configure(**own) for own in asked):
+    options = [
+        {**depth, **chosen} for chosen in ({}, *page.test_settings, *settings) for depth in depths(page)
+    ]
+    for cfg in dict.fromkeys(page.configure(**chosen) for chosen in options):
         for check in CHECKS:
             law = law_of(check)
             once = check is laws.check_compiles and cfg != page.config()

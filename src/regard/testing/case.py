@@ -27,14 +27,14 @@ class NotApplicable(Exception):
 class Broken(AssertionError):
     """A law that does not hold: the message says how, `numbers` say it as data (token, moved, at, found, wanted)."""
 
-    def __init__(self, said: str, **numbers: Any) -> None:
-        super().__init__(said)
+    def __init__(self, message: str, **numbers: Any) -> None:
+        super().__init__(message)
         self.numbers = numbers
 
 
-def hold(condition: Any, said: str, **numbers: Any) -> None:
+def hold(condition: Any, message: str, **numbers: Any) -> None:
     if not condition:
-        raise Broken(said, **numbers)
+        raise Broken(message, **numbers)
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class Case:
             }
         return {n: p.detach().double() if p.is_floating_point() else p for n, p in params.items()}
 
-    def dims(self, given: Inputs) -> dict[str, int]:
+    def dims(self, inputs: Inputs) -> dict[str, int]:
         """The sizes of these inputs, as init and state_size take them."""
-        return sizes(given.q.shape[1], given.k.shape[1], given.v.shape[-1])
+        return sizes(inputs.q.shape[1], inputs.k.shape[1], inputs.v.shape[-1])
 
     def labels(self, m: int) -> Roles | None:
         """A grid as square as m allows, and documents of five tokens, for the pages that read them."""
@@ -139,27 +139,35 @@ class Case:
         return Roles(**{n: known.get(n, i % 3) for n in self.page.roles}) if self.page.roles else None
 
     def run(
-        self, path: Callable, given: Inputs, mask: Any = None, state: Any = None, **settings: Any
+        self, path: Callable, inputs: Inputs, mask: Any = None, state: Any = None, **settings: Any
     ) -> tuple:
         """(out, state)."""
         cfg = replace(self.cfg, **settings) if settings else self.cfg
-        x = given.x if given.y is None else (given.x, given.y)
+        x = inputs.x if inputs.y is None else (inputs.x, inputs.y)
         call = make_call(
-            Method(self.page.card.title, self.page, cfg), given.q, given.k, given.v, pattern=self.pattern, mask=mask,
-            initial_state=state, params=given.params, x=x, roles=given.roles,
+            Method(self.page.card.title, self.page, cfg), inputs.q, inputs.k, inputs.v, pattern=self.pattern, mask=mask,
+            initial_state=state, params=inputs.params, x=x, roles=inputs.roles,
         )  # fmt: skip
-        return path(given.q, given.k, given.v, cfg, call)[:2]
+        return path(inputs.q, inputs.k, inputs.v, cfg, call)[:2]
 
-    def same(self, said: str, found: Tensor, wanted: Tensor) -> None:
-        same(said, found, wanted, self.tol)
+    def same(self, label: str, actual: Tensor, wanted: Tensor) -> None:
+        same(label, actual, wanted, self.tol)
 
-    def same_states(self, said: str, found: Any, wanted: Any) -> None:
-        same_states(said, found, wanted, self.tol)
+    def same_states(self, label: str, actual: Any, wanted: Any) -> None:
+        same_states(label, actual, wanted, self.tol)
 
-    def able(self, given: Inputs, mask: Any = None, state: Any = None, **settings: Any) -> None:
+    def able(self, inputs: Inputs, mask: Any = None, state: Any = None, **settings: Any) -> None:
         """NotApplicable where the reference refuses to be asked this."""
         with refusals():
-            self.run(self.page.reference, given, mask, state, **settings)
+            self.run(self.page.reference, inputs, mask, state, **settings)
+
+    def takes(self, inputs: Inputs, mask: Any) -> bool:
+        """Whether the reference takes this mask."""
+        try:
+            self.able(inputs, mask)
+        except NotApplicable:
+            return False
+        return True
 
 
 @contextmanager
@@ -188,27 +196,27 @@ def stores(case: Case) -> bool:
     return stores_keys(case.page, case.cfg)
 
 
-def same(said: str, found: Tensor, wanted: Tensor, tol: float = EXACT) -> None:
+def same(label: str, actual: Tensor, wanted: Tensor, tol: float = EXACT) -> None:
     """Both equal up to tol (relative to the largest wanted number, or absolute below 1), or the first place."""
-    shapes = {"found": list(found.shape), "wanted": list(wanted.shape)}
-    hold(found.shape == wanted.shape, f"{said}: shape {shapes['found']}, not {shapes['wanted']}", **shapes)
+    shapes = {"found": list(actual.shape), "wanted": list(wanted.shape)}
+    hold(actual.shape == wanted.shape, f"{label}: shape {shapes['found']}, not {shapes['wanted']}", **shapes)
     bar = tol * max(1.0, wanted.abs().max().item() if wanted.numel() else 0.0)
-    wrong = (~((found - wanted).abs() <= bar)).nonzero()  # written so that NaN is wrong
+    wrong = (~((actual - wanted).abs() <= bar)).nonzero()  # written so that NaN is wrong
     if len(wrong):
         at = wrong[0].tolist()
-        one, other = found[tuple(at)].item(), wanted[tuple(at)].item()
-        told = f"{said}: {one:.6g}, not {other:.6g} at {at} (first of {len(wrong)} of {wanted.numel()})"
-        raise Broken(told, at=at, found=one, wanted=other, wrong=len(wrong))
+        one, other = actual[tuple(at)].item(), wanted[tuple(at)].item()
+        message = f"{label}: {one:.6g}, not {other:.6g} at {at} (first of {len(wrong)} of {wanted.numel()})"
+        raise Broken(message, at=at, found=one, wanted=other, wrong=len(wrong))
 
 
-def same_states(said: str, found: Any, wanted: Any, tol: float = EXACT) -> None:
-    a, b = tree_leaves(found), tree_leaves(wanted)
-    hold(len(a) == len(b), f"{said}: a state of {len(a)} tensors, not {len(b)}")
+def same_states(label: str, actual: Any, wanted: Any, tol: float = EXACT) -> None:
+    a, b = tree_leaves(actual), tree_leaves(wanted)
+    hold(len(a) == len(b), f"{label}: a state of {len(a)} tensors, not {len(b)}")
     for i, (one, other) in enumerate(zip(a, b, strict=True)):
         if one.is_floating_point():
-            same(f"{said}, state tensor {i}", one, other, tol)
+            same(f"{label}, state tensor {i}", one, other, tol)
         else:
-            hold(torch.equal(one, other), f"{said}, state tensor {i}: {one}, not {other}")
+            hold(torch.equal(one, other), f"{label}, state tensor {i}: {one}, not {other}")
 
 
 def random_mask(n: int, m: int, heads: int, seed: int = 0) -> Tensor:
@@ -219,41 +227,41 @@ def random_mask(n: int, m: int, heads: int, seed: int = 0) -> Tensor:
     return mask
 
 
-def moved(case: Case, path: Callable, given: Inputs, names: str, token: int) -> list[int]:
+def moved(case: Case, path: Callable, inputs: Inputs, names: str, token: int) -> list[int]:
     """Queries whose output changes when one token's vectors change; `names` of q, k, v, x and y."""
-    return list(moves(case, path, given, names, token))
+    return list(moves(case, path, inputs, names, token))
 
 
-def moves(case: Case, path: Callable, given: Inputs, names: str, token: int) -> dict[int, float]:
+def moves(case: Case, path: Callable, inputs: Inputs, names: str, token: int) -> dict[int, float]:
     """The same, with how much each of them changes."""
-    base = case.run(path, given)[0]
+    base = case.run(path, inputs)[0]
     changed = {}
     for name in names:
-        t = getattr(given, name)
+        t = getattr(inputs, name)
         if t is not None:
             t = t.clone()
             t.select(-2, token).add_(1.0 + torch.arange(t.shape[-1], dtype=t.dtype) % 3)
             changed[name] = t
-    far = (case.run(path, replace(given, **changed))[0] - base).abs().amax((0, 1, 3))
+    far = (case.run(path, replace(inputs, **changed))[0] - base).abs().amax((0, 1, 3))
     bar = case.tol / 10 * max(1.0, base.abs().max().item())
     return {i: by for i, by in enumerate(far.tolist()) if not by <= bar}
 
 
 def gradients(
-    case: Case, path: Callable, given: Inputs, mask: Any = None, state: Any = None, learn: bool = True
+    case: Case, path: Callable, inputs: Inputs, mask: Any = None, state: Any = None, learn: bool = True
 ) -> tuple:
     """(out, state, gradient of a sum over both, by the name of what it is a gradient of); params too if they learn."""
-    given = replace(given.map(tracked), **({} if learn else {"params": given.params}))
+    inputs = replace(inputs.map(tracked), **({} if learn else {"params": inputs.params}))
     state = tree_map(tracked, state)
-    out, end = case.run(path, given, mask, state)
+    out, end = case.run(path, inputs, mask, state)
     total = out.cos().sum() + sum(leaf.sin().sum() for leaf in tree_leaves(end) if leaf.requires_grad)
-    inputs = given.tensors() | {f"state tensor {i}": leaf for i, leaf in enumerate(tree_leaves(state))}
-    inputs = {name: t for name, t in inputs.items() if t.requires_grad}
-    found: Iterable[Tensor | None] = [None] * len(inputs)
+    leaves = inputs.tensors() | {f"state tensor {i}": leaf for i, leaf in enumerate(tree_leaves(state))}
+    leaves = {name: t for name, t in leaves.items() if t.requires_grad}
+    computed: Iterable[Tensor | None] = [None] * len(leaves)
     if total.requires_grad:
-        found = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
-    none = {name: torch.zeros_like(t) for name, t in inputs.items()}
-    grads = {name: none[name] if g is None else g for name, g in zip(inputs, found, strict=True)}
+        computed = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    none = {name: torch.zeros_like(t) for name, t in leaves.items()}
+    grads = {name: none[name] if g is None else g for name, g in zip(leaves, computed, strict=True)}
     return out.detach(), tree_map(Tensor.detach, end), grads
 
 

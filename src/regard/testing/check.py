@@ -8,7 +8,7 @@ the first that breaks is the shortest.
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +16,14 @@ import torch
 
 from regard import catalog
 from regard.core import Unsupported, require, unknown
+from regard.core.deprecation import moved
+from regard.core.errors import present
 from regard.core.shapes import PATTERNS
 from regard.core.spec import parse_spec
 from regard.kinds.mechanism import Mechanism
 from regard.testing import laws
 from regard.testing.case import B, Broken, Case, D, E, H, Inputs, NotApplicable, gradients, value_width
-from regard.testing.function import LENGTHS, SMALL, Asked, Function, load, probe
+from regard.testing.function import LENGTHS, SMALL, Function, FunctionCase, load, probe
 
 CHECKS = (
     laws.check_pure, laws.check_causality, laws.check_reach, laws.check_accumulates, laws.check_window,
@@ -35,7 +37,7 @@ LONG = 65
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """What was asked and found: a row per law, {law, verdict, means, said, counterexample}."""
 
     target: str
@@ -49,8 +51,8 @@ class Report:
         return [row["law"] for row in self.rows if row["verdict"] == "violated"]
 
     def to_dict(self) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return own | {"facts": dict(self.facts), "violated": self.violated, "rows": list(self.rows)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {"facts": dict(self.facts), "violated": self.violated, "rows": list(self.rows)}
 
     def table(self) -> Any:
         """The rows as a table for the terminal, what is violated in red."""
@@ -66,7 +68,7 @@ class Report:
 
 def check_file(
     target: str, pattern: str = "causal_self", against: str | None = None, *, compiles: bool = False
-) -> Report:
+) -> CheckReport:
     """Every law on the function of "FILE.py:function", beside the page of "NAME:key=value" where one is given.
 
     Raises ValueError, KeyError or OSError where the question cannot be asked: no such file, function or page, an
@@ -89,17 +91,17 @@ def check_file(
         "tolerance": case.tol,
         "inputs": f"torch.randn, B={B}, H={H}, D={D}, E={case.width}, the generator seeded with n",
     }
-    return Report(target, pattern, against, facts, tuple(rows))
+    return CheckReport(target, pattern, against, facts, tuple(rows))
 
 
 def row(
-    law: str, means: str, verdict: str, said: str = "", counterexample: dict | None = None
+    law: str, means: str, verdict: str, message: str = "", counterexample: dict | None = None
 ) -> dict[str, Any]:
     return {
         "law": law,
         "verdict": verdict,
         "means": means,
-        "said": said,
+        "said": message,
         "counterexample": written(counterexample),
     }
 
@@ -117,98 +119,103 @@ def lengths(failed: Mapping[int, str]) -> dict[str, Any]:
     if not failed:
         return row("lengths", means, "held")
     n, error = next(iter(failed.items()))
-    told = f"n={n}: {error}" + (f"; also n={', '.join(map(str, [*failed][1:]))}" if len(failed) > 1 else "")
-    return row("lengths", means, "violated", told, {"n": n, "raised": error, "all": list(failed)})
+    message = f"n={n}: {error}" + (
+        f"; also n={', '.join(map(str, [*failed][1:]))}" if len(failed) > 1 else ""
+    )
+    return row("lengths", means, "violated", message, {"n": n, "raised": error, "all": list(failed)})
 
 
-def search(check: Callable, case: Asked, function: Function) -> dict[str, Any]:
+def search(check: Callable, case: FunctionCase, function: Function) -> dict[str, Any]:
     """The row of one law, with the counterexample of the shortest length that has one."""
     sizes: list[int | None] = [None]
-    if (own := inspect.signature(check).parameters.get("n")) is not None:
-        small = [n for n in SMALL if n < own.default and check not in INEXACT]
-        wanted = sorted({*small, own.default, *([] if check in SHORT else [LONG])})
+    if (parameter := inspect.signature(check).parameters.get("n")) is not None:
+        small = [n for n in SMALL if n < parameter.default and check not in INEXACT]
+        wanted = sorted({*small, parameter.default, *([] if check in SHORT else [LONG])})
         sizes = [n for n in wanted if n in case.lengths] or list(case.lengths[:1])
-    found = [("not applicable", "", None)]
+    results = [("not applicable", "", None)]
     for n in sizes:
-        found.append(ask(check, case, function, n))
-        if found[-1][0] == "violated":
+        results.append(ask(check, case, function, n))
+        if results[-1][0] == "violated":
             break
-    said = check.__name__.removeprefix("check_").replace("_", " ")
+    law = check.__name__.removeprefix("check_").replace("_", " ")
     ranked = {"violated": 0, "held": 1, "not applicable": 2}
-    return row(said, check.__doc__.splitlines()[0], *min(reversed(found), key=lambda f: ranked[f[0]]))
+    means = present(check.__doc__, "a law says what it means", law=law).splitlines()[0]
+    return row(law, means, *min(reversed(results), key=lambda f: ranked[f[0]]))
 
 
-def ask(check: Callable, case: Asked, function: Function, n: int | None) -> tuple[str, str, dict | None]:
+def ask(
+    check: Callable, case: FunctionCase, function: Function, n: int | None
+) -> tuple[str, str, dict | None]:
     """(verdict, what to say, counterexample) of a law at one length."""
     at = {} if n is None else {"n": n}
-    told = "" if n is None else f"n={n}: "
+    prefix = "" if n is None else f"n={n}: "
     try:
         check(case, **at)
     except (NotApplicable, Unsupported) as reason:
         return "not applicable", str(reason), None
     except Broken as error:
-        return "violated", f"{told}{error}", at | error.numbers
+        return "violated", f"{prefix}{error}", at | error.numbers
     except AssertionError as error:
-        return "violated", f"{told}{error}", at
+        return "violated", f"{prefix}{error}", at
     except Exception as error:
-        raised = function.place(error)
+        raised = function.locate(error)
         if len(case.lengths) < len(LENGTHS):
             return "not applicable", f"it does not run at the lengths that this law asks: {raised}", None
-        return "violated", f"{told}it raised {raised}", at | {"raised": raised}
+        return "violated", f"{prefix}it raised {raised}", at | {"raised": raised}
     return "held", "", None
 
 
 @dataclass(frozen=True)
-class Beside(Asked):
+class Beside(FunctionCase):
     """The function beside a page of the catalogue."""
 
-    other: Case | None = None
-    name: str = ""
+    other: Case = field(kw_only=True)
+    name: str = field(kw_only=True)
 
-    def asked(self, n: int) -> Iterator[tuple[str, Inputs, torch.Tensor | None]]:
+    def questions(self, n: int) -> Iterator[tuple[str, Inputs, torch.Tensor | None]]:
         """What both are asked: no mask, and the last keys of a row hidden, where both take it."""
-        given = self.inputs(n, n + 3, width=min(self.width, value_width(self.other)))
-        m = given.k.shape[2]
-        given = replace(given, roles=self.other.labels(m))
+        inputs = self.inputs(n, n + 3, width=min(self.width, value_width(self.other)))
+        m = inputs.k.shape[2]
+        inputs = replace(inputs, roles=self.other.labels(m))
         hidden = torch.ones(B, 1, 1, m, dtype=torch.bool)
         hidden[1, ..., m - m // 3 :] = False
-        yield f"beside {self.name}", given, None
+        yield f"beside {self.name}", inputs, None
         try:
-            self.able(given, hidden)
-            self.other.able(given, hidden)
+            self.able(inputs, hidden)
+            self.other.able(inputs, hidden)
         except NotApplicable:
             return
-        yield f"beside {self.name}, keys hidden", given, hidden
+        yield f"beside {self.name}, keys hidden", inputs, hidden
 
     def both(self) -> tuple[Callable, Callable]:
         """The function and the page's reference, without their states: each has its own form."""
 
         def alone(path: Callable) -> Callable:
-            return lambda *given, **told: (path(*given, **told)[0], None)
+            return lambda *args, **options: (path(*args, **options)[0], None)
 
         return alone(self.page.reference), alone(self.other.page.reference)
 
 
 def check_equals(case: Beside, n: int = 65) -> None:
     """Outputs are those of the page it is compared with."""
-    for said, given, mask in case.asked(n):
+    for label, inputs, mask in case.questions(n):
         ours, theirs = case.both()
-        case.same(said, case.run(ours, given, mask)[0], case.other.run(theirs, given, mask)[0])
+        case.same(label, case.run(ours, inputs, mask)[0], case.other.run(theirs, inputs, mask)[0])
 
 
 def check_equal_gradients(case: Beside, n: int = 65) -> None:
     """Gradients are those of the page it is compared with."""
-    for said, given, mask in case.asked(n):
+    for label, inputs, mask in case.questions(n):
         ours, theirs = case.both()
-        found, wanted = gradients(case, ours, given, mask)[2], gradients(case.other, theirs, given, mask)[2]
+        grads, wanted = gradients(case, ours, inputs, mask)[2], gradients(case.other, theirs, inputs, mask)[2]
         for name, gradient in wanted.items():
-            case.same(f"{said}: the gradient of {name}", found[name], gradient)
+            case.same(f"{label}: the gradient of {name}", grads[name], gradient)
 
 
 def page_of(against: str, pattern: str) -> Case:
     """The page of "NAME:key=value,..." as a case."""
     name, settings = parse_spec(against)
-    page = catalog.get(name)
+    page: Any = catalog.get(name)
     require(isinstance(page, Mechanism), "a function is compared with a mechanism", name=name, kind=page.kind)
     case = Case(page, page.configure(**settings), pattern)
     if pattern not in page.patterns:
@@ -224,5 +231,10 @@ def page_of(against: str, pattern: str) -> Case:
 
 def shared(other: Case, function: Function) -> dict[str, Any]:
     """The page's window and scale, where the function takes them."""
-    told = {name: getattr(other.cfg, name, None) for name in ("window", "scale") if name in function.takes}
-    return {name: value for name, value in told.items() if value is not None}
+    settings = {
+        name: getattr(other.cfg, name, None) for name in ("window", "scale") if name in function.takes
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+__getattr__ = moved(__name__, {"Report": "regard.testing.check:CheckReport"})

@@ -64,32 +64,32 @@ class Function:
     takes: Mapping[str, str]
     required: frozenset[str]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> tuple[Tensor, Any]:
-        """(out, state); `told` by our names, of which the function gets those that it takes."""
-        told = {"q": q, "k": k, "v": v} | {
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        """(out, state); `options` by our names, of which the function gets those that it takes."""
+        options = {"q": q, "k": k, "v": v} | {
             name: value
-            for name, value in told.items()
+            for name, value in options.items()
             if name in self.takes and (value is not None or name in self.required)
         }
-        returned = self.call(**{self.takes[name]: value for name, value in told.items()})
+        returned = self.call(**{self.takes[name]: value for name, value in options.items()})
         out, state, *_ = (*returned, None) if isinstance(returned, tuple) else (returned, None)
         shape = [*q.shape[:3], v.shape[3]]
         if not isinstance(out, Tensor) or list(out.shape) != shape:
-            found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise CheckFailed(f"{self.name} returns {found}, out is [B, H, N, E] = {shape}")
+            actual = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise CheckFailed(f"{self.name} returns {actual}, out is [B, H, N, E] = {shape}")
         return out, state if "state" in self.takes else None
 
-    def place(self, error: BaseException) -> str:
+    def locate(self, error: BaseException) -> str:
         """The error, and the last line of the user's file that it went through."""
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(self.file)]
-        return f"{said} ({self.file.name}:{own[-1].lineno}: {own[-1].line})" if own else said
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(self.file)]
+        return f"{message} ({self.file.name}:{frames[-1].lineno}: {frames[-1].line})" if frames else message
 
 
 def load(target: str) -> Function:
     """The function of "FILE.py:function"."""
     text, colon, name = target.rpartition(":")
-    require(colon and text and name, "a function is written FILE.py:function", given=target)
+    require(colon and text and name, "a function is written FILE.py:function", target=target)
     file = Path(text).expanduser().resolve()
     if not file.is_file():
         beside = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
@@ -98,9 +98,9 @@ def load(target: str) -> Function:
         raise unknown(f"file in {file.parent}", file.name, beside)
     module = imported(file)
     known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-    own = [n for n in known if getattr(vars(module)[n], "__module__", None) in (module.__name__, None)]
+    defined = [n for n in known if getattr(vars(module)[n], "__module__", None) in (module.__name__, None)]
     if name not in vars(module):
-        raise unknown(f"function in {file.name}", name, own or known)
+        raise unknown(f"function in {file.name}", name, defined or known)
     return signature(vars(module)[name], name, file)
 
 
@@ -113,7 +113,7 @@ def imported(file: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
     except (Exception, SystemExit) as error:
-        where = Function(print, file.stem, file, {}, frozenset()).place(error)
+        where = Function(print, file.stem, file, {}, frozenset()).locate(error)
         raise CheckFailed(f"{file.name} cannot be imported: {where}") from error
     finally:
         sys.path.remove(str(file.parent))
@@ -121,10 +121,10 @@ def imported(file: Path) -> ModuleType:
 
 
 def signature(call: Callable, name: str, file: Path) -> Function:
-    require(callable(call), "what is checked is a function", name=name, found=type(call).__name__)
+    require(callable(call), "what is checked is a function", name=name, type=type(call).__name__)
     takes, required = {}, set()
-    said = call.forward if isinstance(call, torch.nn.Module) else call
-    for argument in inspect.signature(said).parameters.values():
+    function = call.forward if isinstance(call, torch.nn.Module) else call
+    for argument in inspect.signature(function).parameters.values():
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             continue
         ours = ALSO.get(argument.name, argument.name)
@@ -133,9 +133,9 @@ def signature(call: Callable, name: str, file: Path) -> Function:
             takes[ours] = argument.name
             required |= {ours} if needed else set()
         elif needed:
-            told = ", ".join([*ARGUMENTS, *ALSO])
+            names = ", ".join([*ARGUMENTS, *ALSO])
             raise CheckFailed(
-                f"{name} needs {argument.name!r}, and the check can give only {told}, each by name"
+                f"{name} needs {argument.name!r}, and the check can give only {names}, each by name"
             )
     missing = [letter for letter in "qkv" if letter not in takes]
     require(not missing, "the function takes q, k and v", function=name, missing=missing)
@@ -143,7 +143,7 @@ def signature(call: Callable, name: str, file: Path) -> Function:
 
 
 @dataclass(frozen=True)
-class Asked(Case):
+class FunctionCase(Case):
     """The function as a page, and what it can do: found by calling."""
 
     width: int = E
@@ -153,8 +153,8 @@ class Asked(Case):
     def paths(self) -> dict[str, Callable]:
         return {self.page.card.title: self.page.reference}
 
-    def inputs(self, n: int, m: int | None = None, **told: Any) -> Inputs:
-        return super().inputs(n, m, **{"width": self.width, **told})
+    def inputs(self, n: int, m: int | None = None, **options: Any) -> Inputs:
+        return super().inputs(n, m, **{"width": self.width, **options})
 
 
 def as_page(
@@ -168,14 +168,14 @@ def as_page(
 
     def reference(q: Tensor, k: Tensor, v: Tensor, cfg: Any, call: Call) -> tuple[Tensor, Any]:
         low = q.dtype == torch.float64 and not double
-        given = [t.float() if low else t for t in (q, k, v)]
-        told = {"scale": getattr(cfg, "scale", None), "window": getattr(cfg, "window", None)}
-        if "scale" in function.required and told["scale"] is None:
-            told["scale"] = q.shape[-1] ** -0.5
-        told |= {"pattern": call.pattern, "causal": call.pattern == "causal_self"}
-        told |= {"return_state": True, "state": call.initial_state}
+        inputs = [t.float() if low else t for t in (q, k, v)]
+        options = {"scale": getattr(cfg, "scale", None), "window": getattr(cfg, "window", None)}
+        if "scale" in function.required and options["scale"] is None:
+            options["scale"] = q.shape[-1] ** -0.5
+        options |= {"pattern": call.pattern, "causal": call.pattern == "causal_self"}
+        options |= {"return_state": True, "state": call.initial_state}
         try:
-            out, end = function(*given, **told, **hiding(function, call, given[0]))
+            out, end = function(*inputs, **options, **hiding(function, call, inputs[0]))
         except NotImplementedError as refusal:
             raise Unsupported(str(refusal) or "it is not implemented") from refusal
         return out.double() if low else out, end
@@ -201,21 +201,23 @@ def hiding(function: Function, call: Call, q: Tensor) -> dict[str, Any]:
         raise Unsupported("it takes no mask")
     if call.key_mask is None or call.key_mask.shape[1] > 1:
         raise Unsupported("it takes masks of keys only")
-    there = call.key_mask[:, 0].expand(q.shape[0], -1)
+    key_mask = call.key_mask[:, 0].expand(q.shape[0], -1)
     if "key_padding_mask" in function.takes:
-        return {"key_padding_mask": ~there}
-    if not bool((there.long().diff(dim=1) <= 0).all()):
+        return {"key_padding_mask": ~key_mask}
+    if not bool((key_mask.long().diff(dim=1) <= 0).all()):
         raise Unsupported("lengths hide keys at the end only")
-    return {"lengths": there.sum(1)}
+    return {"lengths": key_mask.sum(1)}
 
 
-def probe(function: Function, pattern: str, settings: Mapping[str, Any]) -> tuple[Asked, dict[int, str]]:
+def probe(
+    function: Function, pattern: str, settings: Mapping[str, Any]
+) -> tuple[FunctionCase, dict[int, str]]:
     """What the function can do, and the lengths at which it fails with what it raised."""
     errors: list[Exception] = []
-    tries = [(n, double, width) for n in (7, 64) for double in (True, False) for width in (E, D)]
-    for n, double, width in tries:
+    attempts = [(n, double, width) for n in (7, 64) for double in (True, False) for width in (E, D)]
+    for n, double, width in attempts:
         page = as_page(function, (pattern,), double, settings)
-        case = Asked(page, page.config(), pattern, width=width)
+        case = FunctionCase(page, page.config(), pattern, width=width)
         try:
             case.run(page.reference, case.inputs(n, n + 2))
         except Exception as error:
@@ -223,18 +225,18 @@ def probe(function: Function, pattern: str, settings: Mapping[str, Any]) -> tupl
             continue
         return refined(function, case)
     plain = errors[3]  # 7 tokens, float32, one width: the most ordinary of the questions
-    said = str(plain) if isinstance(plain, CheckFailed) else function.place(plain)
-    raise CheckFailed(f"{function.name} fails in {pattern} on q [{B}, {H}, 7, {D}]: {said}") from plain
+    message = str(plain) if isinstance(plain, CheckFailed) else function.locate(plain)
+    raise CheckFailed(f"{function.name} fails in {pattern} on q [{B}, {H}, 7, {D}]: {message}") from plain
 
 
-def refined(function: Function, case: Asked) -> tuple[Asked, dict[int, str]]:
+def refined(function: Function, case: FunctionCase) -> tuple[FunctionCase, dict[int, str]]:
     """The case with the lengths, dtypes, patterns and precision that the function knows."""
     failed: dict[int, str] = {}
     for n in LENGTHS:
         try:
             case.run(case.page.reference, case.inputs(n, n + 2))
         except Exception as error:
-            failed[n] = function.place(error)
+            failed[n] = function.locate(error)
     case = replace(case, lengths=tuple(n for n in LENGTHS if n not in failed))
     n = next(n for n in (7, *reversed(case.lengths)) if n in case.lengths)
     known = [t for t in DTYPES if works(case, case.inputs(n, n + 2).to(t))]
@@ -245,7 +247,7 @@ def refined(function: Function, case: Asked) -> tuple[Asked, dict[int, str]]:
     return replace(case, tol=max(EXACT, ROUNDINGS * rounding(case, n))), failed
 
 
-def growth(case: Asked) -> Callable[[Any, dict, int], int] | None:
+def growth(case: FunctionCase) -> Callable[[Any, dict, int], int] | None:
     """A state_size that grows with the tokens if the function's state does; None where it returns none."""
     ends = [case.run(case.page.reference, case.inputs(n))[1] for n in case.lengths[:2]]
     if any(end is None for end in ends):
@@ -259,25 +261,25 @@ def able_to(function: Function, pattern: str) -> bool:
     return "pattern" in function.takes or ("causal" in function.takes and pattern in ("self", "causal_self"))
 
 
-def works(case: Asked, given: Inputs) -> bool:
+def works(case: FunctionCase, inputs: Inputs) -> bool:
     try:
-        case.run(case.page.reference, given)
+        case.run(case.page.reference, inputs)
     except Exception:
         return False
     return True
 
 
-def rounding(case: Asked, n: int) -> float:
+def rounding(case: FunctionCase, n: int) -> float:
     """The function's own rounding error, relative to its largest output.
 
     Second differences over steps of 1e-7 are rounding and nothing else: what is smooth in them is of size 1e-14.
     """
-    given, worst = case.inputs(n, n + 2), 0.0
+    inputs, worst = case.inputs(n, n + 2), 0.0
     for seed in range(4):
         g = torch.Generator().manual_seed(seed)
-        by = {x: 1e-7 * torch.randn(t.shape, generator=g, dtype=t.dtype) for x, t in given.tensors().items()}
-        steps = [{x: t + s * by[x] for x, t in given.tensors().items()} for s in (-1, 0, 1)]
-        ends = [case.run(case.page.reference, replace(given, **step))[0] for step in steps]
+        by = {x: 1e-7 * torch.randn(t.shape, generator=g, dtype=t.dtype) for x, t in inputs.tensors().items()}
+        steps = [{x: t + s * by[x] for x, t in inputs.tensors().items()} for s in (-1, 0, 1)]
+        ends = [case.run(case.page.reference, replace(inputs, **step))[0] for step in steps]
         scale = max(1.0, ends[1].abs().max().item())
         worst = max(worst, (ends[0] - 2 * ends[1] + ends[2]).abs().max().item() / scale)
     return worst if worst == worst else 0.0  # NaN: extremes and equality will say so

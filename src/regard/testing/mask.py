@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 from regard import catalog
-from regard.core.mask import Mask, Place, causal
+from regard.core.mask import Coordinates, Mask, causal
 from regard.core.roles import Roles
 from regard.kinds.mask import MaskPage
 from regard.kinds.position import PositionPage
@@ -28,14 +28,14 @@ def example_roles(needs: Iterable[str], n: int, cfg: Any = None) -> Roles | None
     """Two rows of labelled tokens: left padding in the first, documents of 5, images of height x width."""
     i = torch.arange(n)
     height, width = getattr(cfg, "height", 2), getattr(cfg, "width", 2)
-    turn, place = i // (height * width + 3), i % (height * width + 3) - 2  # two words, an image, one word
-    patch = (place >= 0) & (place < height * width)
+    image, index = i // (height * width + 3), i % (height * width + 3) - 2  # two words, an image, one word
+    patch = (index >= 0) & (index < height * width)
     known = {
         "padding": torch.stack([i < n // 4, i < 0]),
         "document": torch.stack([i // 5, (i + 2) // 5]),
-        "image": torch.where(patch, turn + 1, 0),
-        "y": torch.where(patch, place // width, -1),
-        "x": torch.where(patch, place % width, -1),
+        "image": torch.where(patch, image + 1, 0),
+        "y": torch.where(patch, index // width, -1),
+        "x": torch.where(patch, index % width, -1),
     }
     labels = {name: known.get(name, torch.stack([i % 3, i % 2])) for name in needs}
     return Roles(**labels) if labels else None
@@ -80,32 +80,33 @@ def check_mask(page: MaskPage | PositionPage, *, settings: Iterable[Settings] = 
                 check(mask, n, roles)
         blind[repr(mask)] = len(mask.blind(LENGTHS[-1], roles=example_roles(mask.needs, LENGTHS[-1], cfg)))
         check_window_width(page, cfg)
+        check_looks_ahead(page, cfg)
     check_neutral(page)
     return blind
 
 
-def same(law: str, mask: Mask, found: Tensor, wanted: Tensor) -> None:
+def same(law: str, mask: Mask, actual: Tensor, wanted: Tensor) -> None:
     """Both [B, H, N, M], 1 where rows or heads do not differ."""
-    found, wanted = torch.broadcast_tensors(found.bool(), wanted.bool())
-    wrong = (found != wanted).nonzero()
+    actual, wanted = torch.broadcast_tensors(actual.bool(), wanted.bool())
+    wrong = (actual != wanted).nonzero()
     if len(wrong):
         b, h, q, k = (int(x) for x in wrong[0])
         where, values = (
             f"query {q}, key {k}, row {b}, head {h}",
-            (bool(found[b, h, q, k]), bool(wanted[b, h, q, k])),
+            (bool(actual[b, h, q, k]), bool(wanted[b, h, q, k])),
         )
         raise AssertionError(
             f"{law}: {mask!r} at {where}: {values[0]}, not {values[1]} (first of {len(wrong)})"
         )
 
 
-def truth(mask: Mask, place: Place) -> bool:
+def truth(mask: Mask, at: Coordinates) -> bool:
     """The mask at one place, its expression read with Python's own not, and, or."""
     if mask.name == "~":
-        return not truth(mask.parts[0], place)
+        return not truth(mask.parts[0], at)
     if mask.parts:
-        return (all if mask.name == "&" else any)(truth(part, place) for part in mask.parts)
-    return bool(mask(place))
+        return (all if mask.name == "&" else any)(truth(part, at) for part in mask.parts)
+    return bool(mask(at))
 
 
 def check_definition(mask: Mask, n: int, roles: Roles | None) -> None:
@@ -115,10 +116,10 @@ def check_definition(mask: Mask, n: int, roles: Roles | None) -> None:
     for _ in range(60):
         spot = [torch.randint(size, (), generator=g) for size in (b_, h_, n, n)]
         b, h, q, k = (int(x) for x in spot)
-        wanted = truth(mask, Place(*spot, sides=(roles, roles)))
-        found = bool(dense[b, h, q, k])
-        said = f"query {q}, key {k}, row {b}, head {h}: {found}, not {wanted}"
-        assert found == wanted, f"dense = the predicate: {mask!r} at {said}"
+        wanted = truth(mask, Coordinates(*spot, sides=(roles, roles)))
+        actual = bool(dense[b, h, q, k])
+        where = f"query {q}, key {k}, row {b}, head {h}: {actual}, not {wanted}"
+        assert actual == wanted, f"dense = the predicate: {mask!r} at {where}"
 
 
 def check_at(mask: Mask, n: int, roles: Roles | None) -> None:
@@ -130,22 +131,22 @@ def check_at(mask: Mask, n: int, roles: Roles | None) -> None:
     wide = dense.expand(rows, heads, n, n)
     for groups in sorted({1, heads}):
         kept = torch.randint(-1, n, (rows, groups, n + 3), generator=g)  # repeats and empty slots among them
-        asked = torch.randint(0, n, (rows, 5), generator=g)
+        queries = torch.randint(0, n, (rows, 5), generator=g)
         index = kept.repeat_interleave(heads // groups, dim=1)[:, :, None].expand(-1, -1, 5, -1)
-        picked = wide.gather(2, asked[:, None, :, None].expand(-1, heads, -1, n)).gather(
+        picked = wide.gather(2, queries[:, None, :, None].expand(-1, heads, -1, n)).gather(
             3, index.clamp(min=0)
         )
-        found = mask.at(asked, kept, roles=roles)
-        same("at evicted slots = dense, gathered", mask, found, picked & (index >= 0))
-        found = (~mask).at(asked, kept, roles=roles)
-        same("an empty slot is seen by nobody", mask, found, ~picked & (index >= 0))
+        actual = mask.at(queries, kept, roles=roles)
+        same("at evicted slots = dense, gathered", mask, actual, picked & (index >= 0))
+        actual = (~mask).at(queries, kept, roles=roles)
+        same("an empty slot is seen by nobody", mask, actual, ~picked & (index >= 0))
 
 
 def check_flex(mask: Mask, n: int, roles: Roles | None) -> None:
     dense = mask.dense(n, roles=roles)
     b, h = dense.shape[:2]
-    made = create_mask(mask.flex(roles=roles), b, h, n, n, device="cpu")
-    same("flex = dense", mask, made, dense)
+    lowered = create_mask(mask.flex(roles=roles), b, h, n, n, device="cpu")
+    same("flex = dense", mask, lowered, dense)
     last = create_mask(mask.flex(roles=roles, offset=n - 1), b, h, 1, n, device="cpu")
     same("flex with an offset = the last row of dense", mask, last, dense[:, :, -1:])
     kept = torch.arange(n).flip(0).view(1, 1, n)
@@ -174,9 +175,9 @@ def check_row(mask: Mask, n: int, roles: Roles | None) -> None:
     dense = mask.dense(n, roles=roles)
     for t in {0, n // 2, n - 1}:
         keys = mask.row(t, n, roles=roles)
-        found = torch.zeros(*dense.shape[:2], n + 1, dtype=torch.bool)
-        found.scatter_(2, torch.where(keys < 0, n, keys), True)
-        same("row = the row of dense", mask, found[:, :, None, :n], dense[:, :, t : t + 1])
+        actual = torch.zeros(*dense.shape[:2], n + 1, dtype=torch.bool)
+        actual.scatter_(2, torch.where(keys < 0, n, keys), True)
+        same("row = the row of dense", mask, actual[:, :, None, :n], dense[:, :, t : t + 1])
 
 
 def check_offset(mask: Mask, n: int, roles: Roles | None) -> None:
@@ -193,17 +194,17 @@ def check_offset(mask: Mask, n: int, roles: Roles | None) -> None:
 
 
 def check_algebra(mask: Mask, n: int, roles: Roles | None) -> None:
-    own, other = mask.dense(n, roles=roles), causal().dense(n)
-    for law, found, wanted in (
-        ("~a", ~mask, ~own),
-        ("~~a = a", ~~mask, own),
-        ("a & b", mask & causal(), own & other),
-        ("a | b", mask | causal(), own | other),
+    dense, other = mask.dense(n, roles=roles), causal().dense(n)
+    for law, actual, wanted in (
+        ("~a", ~mask, ~dense),
+        ("~~a = a", ~~mask, dense),
+        ("a & b", mask & causal(), dense & other),
+        ("a | b", mask | causal(), dense | other),
         ("~(a & b) = ~a | ~b", ~(mask & causal()), (~mask | ~causal()).dense(n, roles=roles)),
         ("~(a | b) = ~a & ~b", ~(mask | causal()), (~mask & ~causal()).dense(n, roles=roles)),
-        ("a & ~a = nothing", mask & ~mask, torch.zeros_like(own)),
+        ("a & ~a = nothing", mask & ~mask, torch.zeros_like(dense)),
     ):
-        same(law, found, found.dense(n, roles=roles), wanted)
+        same(law, actual, actual.dense(n, roles=roles), wanted)
 
 
 LAWS = (check_definition, check_at, check_flex, check_blocks, check_row, check_offset, check_algebra)
@@ -225,6 +226,17 @@ def check_window_width(page: MaskPage | PositionPage, cfg: Any) -> None:
         same(f"window={w} shows the token and {w - 1} more", wide, more & shown, shown)
         oldest = torch.arange(n)[None, None, None] == t + ahead - w + 1
         same(f"window={w} shows one key more than {w - 1}", wide, (more & ~less) | oldest, oldest)
+
+
+def check_looks_ahead(page: MaskPage | PositionPage, cfg: Any) -> None:
+    """A page that is only for causal_self lets tokens see later ones just where it says that it does."""
+    if page.patterns != ("causal_self",):
+        return
+    mask, n = page.build(cfg), LENGTHS[-1]
+    seen = mask.dense(n, roles=example_roles(mask.needs, n, cfg))
+    ahead = bool((seen & ~causal().dense(n)).any())
+    says = page.looks_ahead(cfg) if callable(page.looks_ahead) else page.looks_ahead
+    assert says or not ahead, f"{page.card.title}: {mask!r} shows later tokens, and looks_ahead is not set"
 
 
 def check_neutral(page: MaskPage | PositionPage) -> None:

@@ -60,24 +60,26 @@ def examine(
     """As check_mechanism, but a law that is broken is a row of the report: "broken: (settings) counterexample"."""
     report = {"card": verdict(check_card, page)}
     for pattern in page.patterns if patterns is None else patterns:
-        for cfg in dict.fromkeys(page.configure(**told) for told in ({}, *page.test_settings, *settings)):
+        for cfg in dict.fromkeys(
+            page.configure(**options) for options in ({}, *page.test_settings, *settings)
+        ):
             for check in CHECKS:
                 key = f"{law_of(check)}, {pattern}"
                 known = report.get(key, "")
                 if known.startswith("broken") or (check in ONCE and cfg != page.config()):
                     continue
-                found = verdict(check, Case(page, cfg, pattern))
-                if known != "held" or found.startswith("broken"):
-                    report[key] = found
+                result = verdict(check, Case(page, cfg, pattern))
+                if known != "held" or result.startswith("broken"):
+                    report[key] = result
     return report
 
 
-def verdict(check: Callable, asked: Any) -> str:
-    if isinstance(asked, Case) and law_of(check) in asked.page.exempt:
-        return f"not applicable: {asked.page.exempt[law_of(check)]}"
-    where = f"({asked.cfg}) " if isinstance(asked, Case) else ""
+def verdict(check: Callable, subject: Any) -> str:
+    if isinstance(subject, Case) and law_of(check) in subject.page.exempt:
+        return f"not applicable: {subject.page.exempt[law_of(check)]}"
+    where = f"({subject.cfg}) " if isinstance(subject, Case) else ""
     try:
-        check(asked)
+        check(subject)
     except NotApplicable as reason:
         return f"not applicable: {reason}"
     except AssertionError as error:
@@ -97,11 +99,11 @@ def check_card(page: Mechanism) -> None:
     )
     unknown = set(page.exempt) - {law_of(check) for check in CHECKS}
     assert not unknown, f"{title}: exempt from laws that do not exist: {sorted(unknown)}"
-    found = supported(page)
+    answers = supported(page)
     for pattern in PATTERNS:
-        declared, works = pattern in page.patterns, found[pattern].startswith(("yes", DESIGNED))
+        declared, works = pattern in page.patterns, answers[pattern].startswith(("yes", DESIGNED))
         assert declared == works, (
-            f"{title}: {pattern} is declared {declared}, and asked for it says {found[pattern]!r}"
+            f"{title}: {pattern} is declared {declared}, and asked for it says {answers[pattern]!r}"
         )
 
 
@@ -112,50 +114,50 @@ def supported(page: Mechanism) -> dict[str, str]:
     fewer queries than keys, and more. "leaks by design: reason" is that of a page exempt from the law of influence;
     "fails: error" what is neither an answer nor a refusal.
     """
-    found = {}
+    answers = {}
     for pattern in PATTERNS:
         try:
-            found[pattern] = cell(page, pattern)
+            answers[pattern] = cell(page, pattern)
         except (Unsupported, NotImplementedError) as refusal:
-            found[pattern] = f"no: {page.unsupported.get(pattern, refusal)}"
+            answers[pattern] = f"no: {page.unsupported.get(pattern, refusal)}"
         except Exception as error:
-            found[pattern] = f"fails: {type(error).__name__}: {error}"
-    return found
+            answers[pattern] = f"fails: {type(error).__name__}: {error}"
+    return answers
 
 
 def cell(page: Mechanism, pattern: str) -> str:
-    asked = Case(page, page.config(), pattern)
-    for path in asked.paths.values():
+    default = Case(page, page.config(), pattern)
+    for path in default.paths.values():
         for n, m in ((5, 7), (7, 5)) if "cross" in pattern else ((5, 5),):
-            asked.run(path, asked.inputs(n, m))
+            default.run(path, default.inputs(n, m))
     if pattern.startswith("causal"):
-        for cfg in dict.fromkeys(page.configure(**told) for told in ({}, *page.test_settings)):
+        for cfg in dict.fromkeys(page.configure(**options) for options in ({}, *page.test_settings)):
             for n in (9, 66):
-                if found := leak(Case(page, cfg, pattern), n):
+                if leaked := leak(Case(page, cfg, pattern), n):
                     designed = page.exempt.get("influence")
-                    return f"{DESIGNED}: {designed}" if designed else f"leaks: {found}"
+                    return f"{DESIGNED}: {designed}" if designed else f"leaks: {leaked}"
     return "yes"
 
 
-def leak(asked: Case, n: int) -> str:
+def leak(case: Case, n: int) -> str:
     """Where a query's output changes when the queries after it are cut off (in causal_self their keys too), or ""."""
-    given = asked.inputs(n, n + 3)
-    for said, path in asked.paths.items():
-        whole = asked.run(path, given)[0]
+    inputs = case.inputs(n, n + 3)
+    for label, path in case.paths.items():
+        whole = case.run(path, inputs)[0]
         for i in range(n - 1) if n < 16 else (0, n // 2 - 2, n - 3, n - 2):
-            short = truncated(given, i + 1, asked.pattern)
-            by = (asked.run(path, short)[0][:, :, i] - whole[:, :, i]).abs().max().item()
+            short = truncated(inputs, i + 1, case.pattern)
+            by = (case.run(path, short)[0][:, :, i] - whole[:, :, i]).abs().max().item()
             if not by <= EXACT * max(1.0, whole.abs().max().item()):
-                return f"{said}, {n} tokens cut after {i + 1}: query {i} changes by {by:.2g} ({asked.cfg})"
+                return f"{label}, {n} tokens cut after {i + 1}: query {i} changes by {by:.2g} ({case.cfg})"
     return ""
 
 
-def truncated(given: Inputs, n: int, pattern: str) -> Inputs:
+def truncated(inputs: Inputs, n: int, pattern: str) -> Inputs:
     """The first n queries, and in self the first n keys."""
     if pattern == "causal_self":
-        return given.span(slice(0, n))
-    x = None if given.x is None else given.x[:, :n]
-    return replace(given, q=given.q[:, :, :n], x=x)
+        return inputs.span(slice(0, n))
+    x = None if inputs.x is None else inputs.x[:, :n]
+    return replace(inputs, q=inputs.q[:, :, :n], x=x)
 
 
 def support() -> dict[str, dict[str, str]]:

@@ -37,15 +37,17 @@ def check_card(name: str, page: Page) -> None:
 
 def check_config(name: str, page: Page) -> None:
     """The settings are a frozen dataclass with defaults, equal by content, and a wrong name is an error."""
-    assert is_dataclass(page.config) and page.config.__dataclass_params__.frozen, f"{name}: Config is frozen"
+    assert is_dataclass(page.config) and vars(page.config)["__dataclass_params__"].frozen, (
+        f"{name}: Config is frozen"
+    )
     assert page.config() == page.config(), f"{name}: two default Configs are equal"
     assert hash(page.config()) == hash(page.config()), f"{name}: a Config can be hashed"
     for settings in page.test_settings:
         page.configure(**settings)
-    said = ""
+    message = ""
     try:
         page.configure(no_such_setting=1)
     except ValueError as error:
-        said = str(error)
-    assert "has no setting 'no_such_setting'" in said, f"{name}: a setting that does not exist is accepted"
+        message = str(error)
+    assert "has no setting 'no_such_setting'" in message, f"{name}: a setting that does not exist is accepted"
     assert all(f.name.isidentifier() for f in fields(page.config()))

@@ -76,8 +76,8 @@ def check_padding(page: PositionPage, cfg: Any, roles: Roles) -> None:
     padded = Roles(**{r: torch.nn.functional.pad(text[r], (3, 0), value=padding_label(r)) for r in text})
     clean = text.with_(padding=torch.zeros(text.length, dtype=torch.long))
     padded = padded.with_(padding=(torch.arange(padded.length) < 3).long())
-    found, wanted = where(page, cfg, padded)[..., 3:], where(page, cfg, clean)
-    assert torch.equal(found, wanted), f"{page.card.title}: three tokens of padding move the text"
+    actual, wanted = where(page, cfg, padded)[..., 3:], where(page, cfg, clean)
+    assert torch.equal(actual, wanted), f"{page.card.title}: three tokens of padding move the text"
 
 
 def padding_label(role: str) -> int:

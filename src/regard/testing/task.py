@@ -26,7 +26,7 @@ class WordTokenizer:
         return len(self.pieces) + self.spare
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [self.bos_token_id] if add_special_tokens else []
+        ids = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
         for piece in re.findall(r"<s>|\d| ?[^\W\d]+|\s|.", text):
             if piece not in self.known:
                 self.known[piece] = len(self.pieces)
@@ -69,14 +69,14 @@ def samples(method: Method, length: int, count: int, seed: int, tokenizer: Any =
 def check_samples(method: Method) -> None:
     """As many as asked, prompts of exactly the asked length, answers of one length, depths in [0, 1]."""
     for length in LENGTHS:
-        made = samples(method, length, 5, 0)
-        assert len(made) == 5, f"{method.label}: {len(made)} samples, 5 asked"
-        sizes = {len(s.prompt) for s in made}
+        drawn = samples(method, length, 5, 0)
+        assert len(drawn) == 5, f"{method.label}: {len(drawn)} samples, 5 asked"
+        sizes = {len(s.prompt) for s in drawn}
         assert sizes == {length}, f"{method.label}: prompts of {sizes} tokens, {length} asked"
-        assert len({len(s.answer) for s in made}) == 1 and made[0].answer, (
+        assert len({len(s.answer) for s in drawn}) == 1 and drawn[0].answer, (
             f"{method.label}: answers of one length"
         )
-        assert all(0 <= s.depth <= 1 for s in made), f"{method.label}: depths lie in [0, 1]"
+        assert all(0 <= s.depth <= 1 for s in drawn), f"{method.label}: depths lie in [0, 1]"
 
 
 def check_seed(method: Method) -> None:

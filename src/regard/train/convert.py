@@ -53,48 +53,56 @@ class Teacher(Replacement):
         self.losses: dict[str, float] = {}
         self.teaching = False
 
-    def compute(self, site: AttentionCall) -> Tensor:
-        out = native(site)[0].transpose(1, 2)
-        if site.name not in self.params:
-            self.params[site.name] = self.start(site)
+    def compute(self, call: AttentionCall) -> Tensor:
+        out = native(call)[0].transpose(1, 2)
+        if call.name not in self.params:
+            self.params[call.name] = self.start(call)
         if self.teaching:
             with torch.enable_grad():
-                loss = self.loss(site, out)
-                loss.backward()  # of this layer's parameters only
-            self.losses[site.name] = loss.item()
+                loss = self.loss(call, out)
+                # of this layer's parameters only
+                loss.backward()
+            self.losses[call.name] = loss.item()
         return out
 
-    def start(self, site: AttentionCall) -> dict[str, Tensor]:
-        q, k, v = site.q, site.k, site.v
+    def start(self, call: AttentionCall) -> dict[str, Tensor]:
+        q, k, v = call.q, call.k, call.v
         dims = {"heads": q.shape[1], "kv_heads": k.shape[1], "key": q.shape[3], "value": v.shape[3]}
-        dims["width"] = site.x.shape[-1]
+        dims["width"] = layer_input(call).shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            made = self.method.page.init(self.method.config, dims)
-        return {n: p.to(q.device).requires_grad_(p.is_floating_point()) for n, p in made.items()}
+            params = self.method.page.init(self.method.config, dims)
+        return {n: p.to(q.device).requires_grad_(p.is_floating_point()) for n, p in params.items()}
 
-    def loss(self, site: AttentionCall, out: Tensor) -> Tensor:
-        there = site.there(False)
+    def loss(self, call: AttentionCall, out: Tensor) -> Tensor:
+        there = call.token_mask(False)
         rows = None if there is None else there.transpose(2, 3)  # [B, 1, N, 1]
-        v = site.v
-        if self.target == "weights":  # the weights of a mechanism are its outputs for the unit vectors
+        v = call.v
+        # the weights of a mechanism are its outputs for the unit vectors
+        if self.target == "weights":
             n = v.shape[2]
             v = torch.eye(n, device=v.device).expand(*v.shape[:2], n, n)
-        x = site.x.float() if self.method.page.reads_x(self.method.config) else None
-        q, k, v = site.scaled().float(), site.k.float(), v.float()
-        found = run(self.method, q, k, v, mask=there, params=self.params[site.name], x=x)[0]
+        x = layer_input(call).float() if self.method.page.reads_x(self.method.config) else None
+        q, k, v = call.scaled().float(), call.k.float(), v.float()
+        result = run(self.method, q, k, v, mask=there, params=self.params[call.name], x=x)[0]
         if self.target == "output":
-            error, size = (found - out.float()).square(), out.float().square()
+            error, size = (result - out.float()).square(), out.float().square()
             if rows is not None:
                 error, size = error * rows, size * rows
             return error.sum() / size.sum().clamp(min=TINY)
-        sees = lower_right(found.shape[2], found.shape[3], q.device)[None, None]
+        sees = lower_right(result.shape[2], result.shape[3], q.device)[None, None]
         sees = sees if there is None else sees & there
         wanted = masked_softmax(
-            scores(site.q.float(), k, site.options.get("scaling") or q.shape[-1] ** -0.5), sees
+            scores(call.q.float(), k, call.options.get("scaling") or q.shape[-1] ** -0.5), sees
         )
-        each = -(wanted * found.clamp(min=TINY).log()).sum(-1, keepdim=True)
+        each = -(wanted * result.clamp(min=TINY).log()).sum(-1, keepdim=True)
         return each.mean() if rows is None else (each * rows).sum() / (rows.sum() * each.shape[1])
+
+
+def layer_input(call: AttentionCall) -> Tensor:
+    if call.x is None:
+        raise Unsupported(f"{call.where} hands over no layer input, which a conversion reads")
+    return call.x
 
 
 def convert(
@@ -131,34 +139,41 @@ def convert(
     target     "weights" or "output": what the transfer matches; None: as the mechanism's paper does
     progress   called with (stage, step, steps, loss)
     """
-    method = catalog.method(mechanism, **config) if isinstance(mechanism, str) else mechanism
-    earlier = method if isinstance(method, Converted) else None
-    if earlier is not None:
-        require(
-            not earlier.weights, "a conversion goes on from a transfer, before any fine-tuning", weights=True
-        )
-        method = earlier.method
+    method, earlier = starting_point(mechanism, config)
     check(method, finetune, target)
     draw = drawer(model, tokenizer, texts, ids, weights, length, batch, seed)
-    tell = progress or (lambda *_: None)
+    progress = progress or (lambda *_: None)
     began = perf_counter()
     target = target or TARGETS.get(method.name, "output")
     if earlier is not None:
         params, losses = earlier.params, list(earlier.report["transfer_loss"])
     else:
-        params, losses = transfer(model, method, target, draw, steps, rate, seed, tell)
+        params, losses = transfer(model, method, target, draw, steps, rate, seed, progress)
     halfway = perf_counter()
     changed: dict[str, Tensor] = {}
     curve: list[float] = []
     if finetune is not None and finetune_steps:
         params, changed, curve = tune(model, method, params, draw, finetune, finetune_steps, finetune_rate, rank,
-                                      steps, seed, soft, tell)  # fmt: skip
+                                      steps, seed, soft, progress)  # fmt: skip
     report = {
         "transfer_loss": losses, "transfer_seconds": halfway - began, "finetune_loss": curve,
         "finetune_seconds": perf_counter() - halfway, "target": target, "finetune": finetune, "steps": steps,
         "finetune_steps": finetune_steps if finetune else 0, "batch": batch, "length": length, "seed": seed,
     }  # fmt: skip
     return Converted(method, params, changed, report)
+
+
+def starting_point(
+    mechanism: str | Method | Converted, config: dict[str, Any]
+) -> tuple[Method, Converted | None]:
+    """(the method, the transfer that the conversion goes on from or None)."""
+    if isinstance(mechanism, Converted):
+        rule = "a conversion goes on from a transfer, before any fine-tuning"
+        require(not mechanism.weights, rule, weights=True)
+        require(not config, "the settings of a conversion are those it was made with", **config)
+        return mechanism.method, mechanism
+    method = catalog.from_spec(mechanism)
+    return (method.with_settings(**config) if config else method), None
 
 
 def check(method: Method, finetune: str | None, target: str | None) -> None:
@@ -168,11 +183,8 @@ def check(method: Method, finetune: str | None, target: str | None) -> None:
         raise Unsupported(f"{method.name} has nothing to learn: regard.attach(model, {method.name!r}) is all")
     require(finetune in FINETUNES, f"finetune is one of {FINETUNES}", finetune=finetune)
     require(target in ("weights", "output", None), 'target is "weights", "output" or None', target=target)
-    require(
-        target != "weights" or not method.page.needs_norm,
-        "weights are matched where they sum to one",
-        target=target,
-    )
+    normalized = target != "weights" or not method.page.needs_norm
+    require(normalized, "weights are matched where they sum to one", target=target)
 
 
 # the sequences
@@ -186,9 +198,8 @@ def drawer(
     if ids is None:
         require(tokenizer is not None, "a tokenizer, where texts are given or none", tokenizer=tokenizer)
         texts = [texts] if isinstance(texts, str) else texts or help_pages()
-        parts = [
-            part for text in texts for part in re.findall(r"(?s).+?(?:\n\n|\Z)", text)
-        ]  # no tokenizer warns
+        # by paragraphs, so that no tokenizer warns of the length
+        parts = [part for text in texts for part in re.findall(r"(?s).+?(?:\n\n|\Z)", text)]
         ids = torch.tensor(
             [i for part in parts for i in tokenizer.encode(part, add_special_tokens=False, verbose=False)]
         )
@@ -196,12 +207,8 @@ def drawer(
     require(weights is None or weights.shape == ids.shape, "a weight for each id", ids=ids, weights=weights)
     first = getattr(tokenizer, "bos_token_id", None)
     room = length - (first is not None)
-    require(
-        ids.dim() == 2 or len(ids) > room,
-        "more tokens of text than a window holds",
-        tokens=len(ids),
-        length=length,
-    )
+    enough = ids.dim() == 2 or len(ids) > room
+    require(enough, "more tokens of text than a window holds", tokens=len(ids), length=length)
 
     def draw(step: int) -> tuple[Tensor, Tensor | None]:
         g = torch.Generator().manual_seed(1_000_003 * seed + step)
@@ -233,14 +240,14 @@ def transfer(
     steps: int,
     rate: float,
     seed: int,
-    tell: Progress,
+    progress: Progress,
 ) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
     """(params by attention module, mean loss over the layers by step)."""
     teacher = Teacher(method, target, seed)
     with evaluating(model), torch.no_grad(), attach(model, teacher):
         model(draw(0)[0][:1], use_cache=False)  # every module makes its parameters
-        require(teacher.params, "attention modules that were reached", found=0)
-        learned = [p for own in teacher.params.values() for p in own.values() if p.requires_grad]
+        require(teacher.params, "attention modules that were reached", modules=0)
+        learned = [p for parts in teacher.params.values() for p in parts.values() if p.requires_grad]
         teacher.teaching = True
 
         def loss_at(step: int) -> Tensor:
@@ -249,27 +256,27 @@ def transfer(
 
         curve = fit(
             torch.optim.Adam(learned, rate), loss_at, steps, schedule=cosine_to(0.05, max(1, steps // 20)), clip=None,
-            gradients=already_there, after_step=lambda step, loss: tell("transfer", step + 1, steps, loss),
+            gradients=already_there, after_step=lambda step, loss: progress("transfer", step + 1, steps, loss),
         )  # fmt: skip
-    return {name: {n: p.detach() for n, p in own.items()} for name, own in teacher.params.items()}, curve
+    return {name: {n: p.detach() for n, p in parts.items()} for name, parts in teacher.params.items()}, curve
 
 
 def tune(
     model: nn.Module, method: Method, params: dict, draw: Callable, how: str, steps: int, rate: float, rank: int,
-    start: int, seed: int, soft: bool, tell: Progress,
+    start: int, seed: int, soft: bool, progress: Progress,
 ) -> tuple[dict, dict[str, Tensor], list[float]]:  # fmt: skip
     """(params, changed weights, loss by step): the language-model loss through the converted model."""
-    own = {
+    learned = {
         name: {n: p.float().clone().requires_grad_() for n, p in parts.items()}
         for name, parts in params.items()
     }
     leaves, merged = changes(model, params, how, rank, seed)
-    groups = [{"params": list(leaves)}, {"params": [p for parts in own.values() for p in parts.values()]}]
+    groups = [{"params": list(leaves)}, {"params": [p for parts in learned.values() for p in parts.values()]}]
 
     def loss_at(step: int) -> Tensor:
         ids, weights = draw(start + step)
-        wanted = taught(model, ids) if soft else None
-        with torch.enable_grad(), attach(model, Converted(method, own)):
+        wanted = next_token_probabilities(model, ids) if soft else None
+        with torch.enable_grad(), attach(model, Converted(method, learned)):
             logits = functional_call(model, merged(), kwargs=dict(input_ids=ids, use_cache=False)).logits
             return language_loss(logits, ids, weights, wanted)
 
@@ -277,11 +284,15 @@ def tune(
         curve = fit(
             torch.optim.AdamW(groups, rate, weight_decay=0.0), loss_at, steps,
             schedule=cosine_to(0.05, max(1, steps // 20)), gradients=only_parameters,
-            after_step=lambda step, loss: tell("finetune", step + 1, steps, loss),
+            after_step=lambda step, loss: progress("finetune", step + 1, steps, loss),
         )  # fmt: skip
     with torch.no_grad():
         changed = {name: t.detach().clone() for name, t in merged().items()}
-    return {name: {n: p.detach() for n, p in parts.items()} for name, parts in own.items()}, changed, curve
+    return (
+        {name: {n: p.detach() for n, p in parts.items()} for name, parts in learned.items()},
+        changed,
+        curve,
+    )
 
 
 def changes(model: nn.Module, params: dict, how: str, rank: int, seed: int) -> tuple[list[Tensor], Callable]:
@@ -303,7 +314,7 @@ def changes(model: nn.Module, params: dict, how: str, rank: int, seed: int) -> t
 
 
 @torch.no_grad()
-def taught(model: nn.Module, ids: Tensor) -> Tensor:
+def next_token_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
     """The next-token probabilities of the model as it is."""
     return model(ids, use_cache=False).logits[:, :-1].float().softmax(-1)
 

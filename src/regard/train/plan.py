@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard import catalog
 from regard.core import require, unknown
+from regard.core.deprecation import warn
 from regard.nn.backbones import RegardConfig, RegardForCausalLM
 from regard.tasks.zoology_mqar import mqar
 
@@ -75,9 +76,13 @@ class Plan:
             torch.manual_seed(self.seed)
             return RegardForCausalLM(config)
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The settings as they stand in the run's header; what the task's data is made of as well."""
         return {**asdict(self), **TASKS[self.task].source()}
+
+    def told(self) -> dict[str, Any]:
+        warn("Plan.told()", "Plan.to_dict()")
+        return self.to_dict()
 
 
 class Mqar:
@@ -105,8 +110,8 @@ class Mqar:
     @staticmethod
     def measure(logits: Tensor, labels: Tensor) -> tuple[float, int]:
         """(sum of right answers, number of questions)"""
-        asked = labels >= 0
-        return (logits.argmax(-1) == labels)[asked].sum().item(), int(asked.sum())
+        scored = labels >= 0
+        return (logits.argmax(-1) == labels)[scored].sum().item(), int(scored.sum())
 
 
 class Text:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from regard.core import require
 from regard.nn.backbones import RegardForCausalLM
-from regard.ops.threads import threads as taking
+from regard.ops.threads import threads as using_threads
 from regard.report.folder import Folder
 from regard.report.training import training_page
 from regard.train.loop import cosine, fit
@@ -42,11 +42,11 @@ def train(plan: Plan, out: str | Path, progress: Progress | None = None, threads
     takes one for models narrower than 256, where a second is no help on busy cores.
     """
     folder = Folder(Path(out))
-    folder.open({"title": f"{plan.label} on {plan.task}", "settings": plan.told()})
+    folder.open({"title": f"{plan.label} on {plan.task}", "settings": plan.to_dict()})
     rows = recovered(folder)
     if (folder.path / "result.json").exists():
         return json.loads((folder.path / "result.json").read_text(encoding="utf8"))
-    with taking(threads or (1 if plan.width < 256 else torch.get_num_threads())):
+    with using_threads(threads or (1 if plan.width < 256 else torch.get_num_threads())):
         for rate in plan.rates:
             under_way = checkpoint_facts(folder.path / LAST)
             if final(rows, rate, plan) is not None and (under_way is None or under_way["rate"] != rate):
@@ -54,7 +54,7 @@ def train(plan: Plan, out: str | Path, progress: Progress | None = None, threads
             model = train_rate(plan, rate, folder, rows, progress)
             keep_best(plan, rows, rate, model, folder.path / "best")
     result = summary(plan, rows, folder)
-    head = {"title": f"{plan.label} on {plan.task}", "settings": plan.told()}
+    head = {"title": f"{plan.label} on {plan.task}", "settings": plan.to_dict()}
     folder.write("report.html", training_page(head, rows, result))
     folder.write("result.json", json.dumps(result, indent=1))
     (folder.path / LAST).unlink(missing_ok=True)
@@ -98,10 +98,10 @@ def train_rate(plan: Plan, rate: float, folder: Folder, rows: list[dict], progre
 
 def recovered(folder: Folder) -> list[dict]:
     """The rows of the run; the last one comes from the checkpoint where a kill fell between the two writes."""
-    rows, told = folder.rows(), checkpoint_facts(folder.path / LAST)
-    if told is not None and told["key"] not in rows:
-        folder.add(told)
-        rows[told["key"]] = told
+    rows, last = folder.rows(), checkpoint_facts(folder.path / LAST)
+    if last is not None and last["key"] not in rows:
+        folder.add(last)
+        rows[last["key"]] = last
     return list(rows.values())
 
 
@@ -145,8 +145,8 @@ def checkpoint_facts(path: Path) -> dict | None:
 
 def resume(path: Path, model: RegardForCausalLM, optimizer: Any, rate: float) -> int:
     """Put the checkpoint of this rate back; the step that comes next, 0 where there is none."""
-    told = checkpoint_facts(path)
-    if told is None or told["rate"] != rate:
+    row = checkpoint_facts(path)
+    if row is None or row["rate"] != rate:
         return 0
     weights: dict[str, Tensor] = {}
     states: dict[int, dict[str, Tensor]] = {}
@@ -160,7 +160,7 @@ def resume(path: Path, model: RegardForCausalLM, optimizer: Any, rate: float) ->
                 states.setdefault(int(number), {})[field] = file.get_tensor(name)
     model.load_state_dict(weights)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    return told["step"]
+    return row["step"]
 
 
 def keep_best(plan: Plan, rows: list[dict], rate: float, model: RegardForCausalLM, path: Path) -> None:
@@ -203,11 +203,11 @@ def summary(plan: Plan, rows: list[dict], folder: Folder) -> dict:
         "parameters": plan.model().num_parameters(), "tokens": tokens,
         "tokens per second": tokens * len(plan.rates) / max(1e-9, sum(r["seconds"] for r in rows)),
     }  # fmt: skip
-    said = f"{scores[best]:.1%}" if task.score == "accuracy" else f"{scores[best]:.3f} {task.score}"
+    score = f"{scores[best]:.1%}" if task.score == "accuracy" else f"{scores[best]:.3f} {task.score}"
     return {
         "task": plan.task, "mechanism": plan.label, "rate": best, "score": scores[best], "score_name": task.score,
         "scores": {f"{task.score} at rate {r:g}": s for r, s in scores.items()}, "facts": facts,
-        "sentence": f"{plan.label} on {plan.task}: {task.score} {said.removesuffix(' ' + task.score)} after "
+        "sentence": f"{plan.label} on {plan.task}: {task.score} {score.removesuffix(' ' + task.score)} after "
                     f"{plan.steps} steps, at the best of {len(plan.rates)} learning rates ({best:g}).",
         "model": str(folder.path / "best"),
     }  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.catalog import get
+from regard.catalog import method
 from regard.claims.lab import (
     count_parameters,
     generator,
@@ -49,7 +49,7 @@ VOCAB, LENGTH, PAIRS, RECALL_STEPS = 64, 128, 16, 100
 class Gam(nn.Module):
     def __init__(self, width: int, slots: int) -> None:
         super().__init__()
-        self.page = get("gam")
+        self.page = method("gam").page
         self.cfg = self.page.config(slots=slots)
         self.learned = nn.ParameterDict(self.page.init(self.cfg, {"width": width, "heads": 1}))
 
@@ -83,20 +83,20 @@ class Attention(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, layer: Callable[[], nn.Module], vocab: int, length: int) -> None:
         super().__init__()
-        self.token, self.place = nn.Embedding(vocab, WIDTH), nn.Embedding(length, WIDTH)
-        for table in (self.token, self.place):
+        self.token, self.position = nn.Embedding(vocab, WIDTH), nn.Embedding(length, WIDTH)
+        for table in (self.token, self.position):
             nn.init.normal_(table.weight, std=0.06)
         self.layers = nn.Sequential(*(layer() for _ in range(LAYERS)), nn.LayerNorm(WIDTH))
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.token(ids) + self.place.weight[: ids.shape[1]]
+        x = self.token(ids) + self.position.weight[: ids.shape[1]]
         return self.layers(x) @ self.token.weight.mT
 
 
 MAKERS = {"gam": lambda: Gam(WIDTH, 2 * WIDTH), "transformer": lambda: Attention(WIDTH, 32, rotary=True)}
 
 
-def made(name: str, vocab: int, length: int) -> Decoder:
+def new_decoder(name: str, vocab: int, length: int) -> Decoder:
     with seeded(0):
         return Decoder(MAKERS[name], vocab, length)
 
@@ -124,7 +124,7 @@ def losses(name: str) -> list[float]:
     x, y = windows(held, torch.arange(0, len(held) - CONTEXT - 1, CONTEXT))
 
     def loss(rate: float) -> float:
-        model = trained(made(name, vocab, CONTEXT), batches, rate)
+        model = trained(new_decoder(name, vocab, CONTEXT), batches, rate)
         return mean_loss(model, zip(x.split(8), y.split(8), strict=True))
 
     return list(sweep(RATES, loss).values())
@@ -133,7 +133,7 @@ def losses(name: str) -> list[float]:
 def recall() -> float:
     """GAM's accuracy on associative recall; one of 32 values by chance."""
     x, y = mqar(VOCAB, LENGTH, PAIRS, 32 * RECALL_STEPS, seed=0)
-    model = trained(made("gam", VOCAB, LENGTH), list(zip(x.split(32), y.split(32))), RATES[0])
+    model = trained(new_decoder("gam", VOCAB, LENGTH), list(zip(x.split(32), y.split(32))), RATES[0])
     x, y = mqar(VOCAB, LENGTH, PAIRS, 256, seed=1)
     return right_answers(model, x, y, batch=32)[y >= 0].float().mean().item()
 
@@ -142,7 +142,7 @@ def step_times() -> dict[str, float]:
     with seeded(0):
         layers = {"gam": Gam(TIMED_WIDTH, 512), "sdpa": Attention(TIMED_WIDTH, 64, rotary=False)}
 
-    def given(side: tuple[str, int]) -> tuple[nn.Module, Tensor]:
+    def arguments(side: tuple[str, int]) -> tuple[nn.Module, Tensor]:
         name, n = side
         return layers[name], torch.randn(1, n, TIMED_WIDTH, generator=generator(), requires_grad=True)
 
@@ -151,7 +151,9 @@ def step_times() -> dict[str, float]:
 
     keep_freed_memory()
     sides = dict.fromkeys((("gam", SHORT), ("gam", LONG), ("sdpa", LONG)), step)
-    return {f"{name}_{n}_ms": 1000 * t for (name, n), t in median_times(sides, RUNS, given=given).items()}
+    return {
+        f"{name}_{n}_ms": 1000 * t for (name, n), t in median_times(sides, RUNS, arguments=arguments).items()
+    }
 
 
 def measure() -> Measured:

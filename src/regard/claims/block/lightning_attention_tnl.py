@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,8 @@ def windows(text: Tensor, count: int, seed: int) -> Tensor:
 class Softmax(nn.Module):
     """Pre-norm attention with rotary positions, then a GELU MLP; 12·C² weights."""
 
+    rotation: Tensor
+
     def __init__(self, layer: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
@@ -74,15 +77,15 @@ class Softmax(nn.Module):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         half = WIDTH // HEADS // 2
         angle = torch.arange(LENGTH)[:, None] * 10000 ** (-torch.arange(half) / half)
-        self.register_buffer("turn", torch.polar(torch.ones_like(angle), angle))
+        self.register_buffer("rotation", torch.polar(torch.ones_like(angle), angle))
 
-    def rotated(self, t: Tensor) -> Tensor:
+    def rotate(self, t: Tensor) -> Tensor:
         pairs = torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * self.turn[: t.shape[2]]).flatten(-2)
+        return torch.view_as_real(pairs * self.rotation[: t.shape[2]]).flatten(-2)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norms[0](x)).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        o = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v, is_causal=True)
+        o = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
         x = x + self.out(o.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norms[1](x))))
 
@@ -91,8 +94,8 @@ class Tnl(nn.Module):
     def __init__(self, layer: int) -> None:
         super().__init__()
         self.cfg = page.Config(DECAY, layer=layer, layers=LAYERS)
-        made = page.init(self.cfg, {"width": WIDTH, "heads": HEADS})
-        self.weights = nn.ParameterDict(made)
+        params = page.init(self.cfg, {"width": WIDTH, "heads": HEADS})
+        self.weights = nn.ParameterDict(params)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.step(x, None)[0]
@@ -117,6 +120,7 @@ class Model(nn.Module):
 
     def step(self, tokens: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         """Logits and the states of all layers, from those that the text before has left."""
+        layer: Any
         x, after = self.embed(tokens) * WIDTH**0.5, []
         for layer, state in zip(self.layers, states, strict=True):
             x, state = layer.step(x, state)
@@ -145,7 +149,7 @@ def best(kind: type[nn.Module]) -> tuple[float, list[float], Model]:
 
 
 @torch.inference_mode()
-def decoding(model: Model) -> dict[str, float | list]:
+def decoding(model: Model) -> dict[str, Any]:
     """Milliseconds per byte and bytes of state after SHORT and after LONG bytes of text."""
     text, both = library()[1], (SHORT, LONG)
     states = {n: model.step(text[None, :n], [None] * LAYERS)[1] for n in both}
@@ -162,7 +166,8 @@ def decoding(model: Model) -> dict[str, float | list]:
 
 
 def measure() -> Measured:
-    with threads(1):  # the matrices are small: two threads that share two busy cores are many times slower
+    # the matrices are small: two threads that share two busy cores are many times slower
+    with threads(1):
         theirs, their_trials, baseline = best(Softmax)
         ours, our_trials, model = best(Tnl)
         decode = decoding(model)

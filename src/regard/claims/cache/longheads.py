@@ -1,5 +1,7 @@
 """LongHeads' claim on the shipped model, trained on 2,048 tokens: passkeys in texts of 8,192."""
 
+from typing import Any
+
 import torch
 
 from regard.attaching.attachment import attach
@@ -21,8 +23,8 @@ def answered(model, sample: Sample, *method, **settings) -> list[bool]:
     ids, size = torch.tensor([sample.prompt]), len(sample.answer)
     fixed = {"max_new_tokens": size, "min_new_tokens": size, "do_sample": False}
     with attach(model, *method, **settings):
-        said = model.generate(ids, attention_mask=torch.ones_like(ids), **fixed)[0, ids.shape[1] :]
-    return [a == b for a, b in zip(said.tolist(), sample.answer, strict=True)]
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), **fixed)[0, ids.shape[1] :]
+    return [a == b for a, b in zip(generated.tolist(), sample.answer, strict=True)]
 
 
 @torch.no_grad()
@@ -45,7 +47,7 @@ def measure() -> Measured:
     full = [answered(model, s) for s in samples]
     long = [answered(model, s, "longheads", chunk=CHUNK, chunks=CHUNKS) for s in samples]
     share = {name: 100 * sum(map(all, rows)) / DEPTHS for name, rows in (("full", full), ("longheads", long))}
-    numbers = {
+    numbers: dict[str, Any] = {
         "difference_within": difference_within(model, torch.tensor([inside.prompt])),
         "accuracy_full_at_8192": share["full"],
         "accuracy_longheads_at_8192": share["longheads"],

@@ -4,6 +4,7 @@ Passkeys lie outside the window of the other heads, so only heads with the full 
 """
 
 import random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from regard.core.claim import Claim, Measured
 from regard.core.pages import Method
 from regard.methods.caches import razor_attention as page
 from regard.models.shipped import load_shipped
-from regard.ops import View, attend
+from regard.ops import View, softmax_attention
 from regard.tasks import Sample
 
 LENGTHS, DEPTHS, DRAWS = (512, 1024), 16, 8
@@ -27,9 +28,9 @@ SHARE = 0.15  # of the KV heads: 2 of 12
 
 def questions(tokenizer) -> list[list[Sample]]:
     """Needles outside the window, max(64, N / 5), when the first token is generated."""
-    made = [task("needle").samples(tokenizer, n, DEPTHS, seed=1) for n in LENGTHS]
+    needles = [task("needle").samples(tokenizer, n, DEPTHS, seed=1) for n in LENGTHS]
     outside = [
-        [s for s in group if s.evidence[1] <= n - max(WINDOW, n // 5)] for n, group in zip(LENGTHS, made)
+        [s for s in group if s.evidence[1] <= n - max(WINDOW, n // 5)] for n, group in zip(LENGTHS, needles)
     ]
     return [group for group in outside if group]
 
@@ -41,8 +42,8 @@ def accuracy(model, groups: list[list[Sample]], method: Method | None) -> float:
         ids, answers = (torch.tensor([getattr(s, part) for s in group]) for part in ("prompt", "answer"))
         size = {"max_new_tokens": answers.shape[1], "min_new_tokens": answers.shape[1], "do_sample": False}
         with attach(model, method):
-            said = model.generate(ids, attention_mask=torch.ones_like(ids), **size)[:, ids.shape[1] :]
-        right.append((said == answers).all(-1))
+            generated = model.generate(ids, attention_mask=torch.ones_like(ids), **size)[:, ids.shape[1] :]
+        right.append((generated == answers).all(-1))
     return torch.cat(right).float().mean().item()
 
 
@@ -52,13 +53,15 @@ def compensated() -> float:
     q = torch.randn(2, 4, 1, 16, generator=g)
     k, v = torch.randn(2, 2, 2, 200, 16, generator=g).unbind()
     k[:, :, SINKS : -WINDOW // 2], v[:, :, SINKS : -WINDOW // 2] = k[:, :, 9:10], v[:, :, 9:10]
-    whole = attend(q, k, v, scale=0.25)
+    whole = softmax_attention(q, k, v, scale=0.25)
     kept = page.keep(view_of(q, k, v), page.Config(heads=(), retrieval=0.0, sinks=SINKS, window=WINDOW))
+    assert kept is not None and kept.merged is not None
     slots = kept.slots.expand(2, 2, -1)[..., None].expand(-1, -1, -1, 16)
     k, v = (torch.cat([x.gather(2, slots), mean], 2) for x, mean in zip((k, v), kept.merged[:2], strict=True))
     count = torch.cat([torch.ones(2, 2, slots.shape[2]), kept.merged[2]], -1)
-    stands_for = count.log().repeat_interleave(2, 1)[:, :, None]  # [B, H, 1, m], added to the scores
-    return difference(attend(q, k, v, scale=0.25, bias=stands_for), whole)
+    # [B, H, 1, m], added to the scores
+    stands_for = count.log().repeat_interleave(2, 1)[:, :, None]
+    return difference(softmax_attention(q, k, v, scale=0.25, bias=stands_for), whole)
 
 
 def view_of(q: Tensor, k: Tensor, v: Tensor) -> View:
@@ -82,7 +85,7 @@ def measure() -> Measured:
     razor = lambda heads: catalog.method("razor_attention", heads=tuple(heads), **settings)  # noqa: E731
     full, kept = accuracy(model, groups, None), accuracy(model, groups, razor(best))
     draws = [accuracy(model, groups, razor(heads)) for heads in random_heads(best, round(SHARE * len(best)))]
-    numbers = {
+    numbers: dict[str, Any] = {
         "accuracy_full": full,
         "accuracy_induction_heads": kept,
         "accuracy_random_heads": sum(draws) / DRAWS,

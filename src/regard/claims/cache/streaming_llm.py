@@ -27,7 +27,8 @@ TRAINED = 2048  # T
 CACHE = 1024  # tokens held: sinks and window together
 CHUNK = 32  # tokens fed at once; each sees the cache as it was after the last chunk
 LENGTHS = 20
-STEPS, ROWS, PIECE, RATE, REWARD = 200, 4, 256, 7e-4, 1.0  # of the training that teaches the sink
+# of the training that teaches the sink
+STEPS, ROWS, PIECE, RATE, REWARD = 200, 4, 256, 7e-4, 1.0
 
 
 def taught() -> Any:

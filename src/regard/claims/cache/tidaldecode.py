@@ -18,20 +18,20 @@ def watched() -> dict[str, float]:
     mass: dict[str, list[float]] = {}
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def look(view: View) -> None:
+    def record(view: View) -> None:
         count = int(BUDGET * view.stored)
         weights = view.weights()[:, :, 0]  # [B, H, n]
-        own, shared = top_slots(weights, count), top_slots(weights.sum(1, keepdim=True), count)
-        kept[view.layer] = own, shared.expand_as(own)
+        by_head, shared = top_slots(weights, count), top_slots(weights.sum(1, keepdim=True), count)
+        kept[view.layer] = by_head, shared.expand_as(by_head)
         for name, source in (("reused", FIRST), ("reselected", SECOND)):
             if source < view.layer:
                 for how, slots in zip(("", "_shared"), kept[source]):
-                    found = weights.gather(-1, slots).sum(-1).mean()
-                    mass.setdefault(f"{name}{how}_{view.layer}", []).append(float(found))
+                    mass_of_slots = weights.gather(-1, slots).sum(-1).mean()
+                    mass.setdefault(f"{name}{how}_{view.layer}", []).append(float(mass_of_slots))
         if view.layer > FIRST:
             mass.setdefault(f"recent_{view.layer}", []).append(float(weights[..., -count:].sum(-1).mean()))
 
-    watch(look, LENGTH, steps=24)
+    watch(record, LENGTH, steps=24)
     return {name: mean(values) for name, values in sorted(mass.items())}
 
 

@@ -14,7 +14,7 @@ BUDGET = 0.06
 def measure() -> Measured:
     mass: dict[tuple[int, str], list[float]] = {}
 
-    def look(view: View) -> None:
+    def record(view: View) -> None:
         n = view.stored
         init, local, k = split(int(BUDGET * n), Config())
         weights = view.weights()[:, :, 0]  # [B, H, n]
@@ -22,10 +22,10 @@ def measure() -> Measured:
         for vote in ("soft", "raw"):
             voted = votes(view, Config(vote=vote))[..., init : n - local]
             chosen = (top_slots(voted, k) + init).expand(-1, weights.shape[1], -1)
-            found = ends + weights.gather(-1, chosen).sum(-1)
-            mass.setdefault((view.layer, vote), []).append(float(found.mean()))
+            recovered = ends + weights.gather(-1, chosen).sum(-1)
+            mass.setdefault((view.layer, vote), []).append(float(recovered.mean()))
 
-    watch(look, LENGTH, steps=24)
+    watch(record, LENGTH, steps=24)
     means = {key: mean(values) for key, values in mass.items()}
     layers = sorted({layer for layer, _ in means})
     wins = sum(means[i, "soft"] > means[i, "raw"] for i in layers) / len(layers)

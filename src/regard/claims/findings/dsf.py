@@ -36,44 +36,44 @@ from regard.testing.case import Case, Inputs, stores
 TOKENS, CLOSE = 9, 1e-5
 
 
-def system_of(case: Case, given: Inputs) -> System:
-    """The export of a mechanism's decode step, on the queries, keys and inputs of `given`."""
+def system_of(case: Case, inputs: Inputs) -> System:
+    """The export of a mechanism's decode step, on the queries, keys and layer inputs of `inputs`."""
 
     def step(i: int, v: Tensor, state: Any) -> tuple[Tensor, Any]:
-        one = given.span(slice(i, i + 1))
+        one = inputs.span(slice(i, i + 1))
         q, k, x = (None if t is None else t.expand(len(v), *t.shape[1:]) for t in (one.q, one.k, one.x))
         return case.run(case.page.reference, replace(one, q=q, k=k, v=v[:, :, None], x=x), state=state)
 
-    return export(step, TOKENS, (given.v.shape[1], given.v.shape[3]))
+    return export(step, TOKENS, (inputs.v.shape[1], inputs.v.shape[3]))
 
 
 def replayed(case: Case) -> float:
     """Largest |replay - fast path| over the largest output, for values that the export has not seen."""
-    given = case.inputs(TOKENS, batch=1)
-    new = replace(given, v=case.inputs(TOKENS, batch=1, seed=1).v)
-    found = system_of(case, given).replay(new.v[0].transpose(0, 1).flatten(1))  # [N, H·E]
+    inputs = case.inputs(TOKENS, batch=1)
+    new = replace(inputs, v=case.inputs(TOKENS, batch=1, seed=1).v)
+    result = system_of(case, inputs).replay(new.v[0].transpose(0, 1).flatten(1))  # [N, H·E]
     wanted = case.run(case.page.fast or case.page.reference, new)[0][0].transpose(0, 1).flatten(1)
-    return relative_difference(found, wanted)
+    return relative_difference(result, wanted)
 
 
-def askable(page: Mechanism) -> Iterator[Case]:
+def cases_of(page: Mechanism) -> Iterator[Case]:
     """The page's own settings first, then its test settings: where tokens do not simply follow, some do."""
-    for told in ({}, *page.test_settings) if "decode" in page.exempt else ({},):
-        yield Case(page, page.configure(**told), "causal_self")
+    for settings in ({}, *page.test_settings) if "decode" in page.exempt else ({},):
+        yield Case(page, page.configure(**settings), "causal_self")
 
 
 def additive(case: Case) -> bool:
     """Whether the fast path gives for a sum of values the sum of what it gives for each."""
-    given, path = case.inputs(TOKENS, batch=1), case.page.fast or case.page.reference
+    inputs, path = case.inputs(TOKENS, batch=1), case.page.fast or case.page.reference
     other = case.inputs(TOKENS, batch=1, seed=1).v
-    a, b, both = (case.run(path, replace(given, v=v))[0] for v in (given.v, other, given.v + other))
+    a, b, both = (case.run(path, replace(inputs, v=v))[0] for v in (inputs.v, other, inputs.v + other))
     return torch.allclose(a + b, both, rtol=1e-6, atol=1e-6)
 
 
 def verdict(page: Mechanism) -> tuple[float | None, str]:
     """(difference, settings), or (None, why there can be no system); infinitely far off where there should be one."""
     reasons = []
-    for case in askable(page):
+    for case in cases_of(page):
         try:
             difference = replayed(case)
         except Unsupported as refusal:
@@ -108,12 +108,12 @@ def drawn(heads: int, n: int, width: int, seed: int = 0) -> list[Tensor]:
 def one_system() -> float:
     """Largest |linear attention - selective SSM|."""
     q, k, v = drawn(1, 64, 8)
-    page = catalog.get("linear_attention")
+    page = catalog.method("linear_attention").page
     wanted = page.fast(q, k, v, page.configure(eps=0.0), Call())[0][0, 0]
     phi_q, phi_k = elu_plus_one(q[0, 0]), elu_plus_one(k[0, 0])
     c = phi_q / (phi_q * phi_k.cumsum(0)).sum(-1, keepdim=True)
-    found = selective_ssm(v[0, 0], torch.ones(64), torch.zeros(8), phi_k, c)
-    return difference(found, wanted)
+    result = selective_ssm(v[0, 0], torch.ones(64), torch.zeros(8), phi_k, c)
+    return difference(result, wanted)
 
 
 def shared_op() -> dict[str, float]:
@@ -122,14 +122,14 @@ def shared_op() -> dict[str, float]:
     q, k, v = (t.abs() for t in drawn(heads, n, width))
     gates = -drawn(heads, n, width, seed=1)[0].abs()
     kinds = {"none": None, "fixed": gates[0, :, 0, 0], "per token": gates[..., 0], "per channel": gates}
-    found = {}
+    differences = {}
     for name, g in kinds.items():
         for normalise in (False, True):
             system = of_features(q, k, g, normalise=normalise)
             y = torch.stack([system.replay(v[0, :, :, e].mT) for e in range(width)], dim=-1)  # [N, H, E]
             wanted = linear(q, k, v, g, normalise=normalise, eps=0.0)[0][0].transpose(0, 1)
-            found[name + ", normalised" * normalise] = difference(y, wanted)
-    return found
+            differences[name + ", normalised" * normalise] = difference(y, wanted)
+    return differences
 
 
 def taylor_errors(spread: float) -> list[float]:
@@ -140,14 +140,14 @@ def taylor_errors(spread: float) -> list[float]:
     errors = []
     for degree in range(1, 5):
         phi_q, phi_k = (taylor(t * math.sqrt(0.5), degree) for t in (q, k))
-        found = linear(phi_q, phi_k, v, normalise=True, eps=0.0)[0]
-        errors.append(((found - wanted).norm() / wanted.norm()).item())
+        result = linear(phi_q, phi_k, v, normalise=True, eps=0.0)[0]
+        errors.append(((result - wanted).norm() / wanted.norm()).item())
     return errors
 
 
 def measure() -> Measured:
-    asked = every_mechanism()
-    replays = {name: found for name, (found, _) in asked.items() if found is not None}
+    verdicts = every_mechanism()
+    replays = {name: off for name, (off, _) in verdicts.items() if off is not None}
     op, same, errors = shared_op(), one_system(), taylor_errors(0.5)
     falling = all(late < early for early, late in pairwise(errors))
     worst = max(replays.values(), default=1.0)
@@ -156,8 +156,10 @@ def measure() -> Measured:
     numbers = {
         "exported": [f"{n}: {d:.1e}" for n, d in replays.items()],
         "worst_replay": worst,
-        "refused": [f"{name}: {why}" for name, (found, why) in asked.items() if found is None],
-        "under_settings": [f"{name}: {told}" for name, (d, told) in asked.items() if d is not None and told],
+        "refused": [f"{name}: {why}" for name, (off, why) in verdicts.items() if off is None],
+        "under_settings": [
+            f"{name}: {settings}" for name, (d, settings) in verdicts.items() if d is not None and settings
+        ],
         "worst_replay_of_the_shared_op": max(op.values()),
         "selective_ssm_difference": same,
         "taylor_errors_degree_1_to_4": errors,

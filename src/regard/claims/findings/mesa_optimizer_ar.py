@@ -26,11 +26,8 @@ WIDTH, LENGTH = 5, 100  # d, T
 BATCH, STEPS, TESTED = 64, 600, 512
 START = 0.1  # a_0 = b_0
 LATE = 20  # errors are over the last 20 predictions of a text
-RATES = {
-    "gaussian": 0.002,
-    "sparse": 0.1,
-    "signs": 0.05,
-}  # sixth moments of the start bound the rate; falls to 0
+# sixth moments of the start bound the rate; falls to 0
+RATES = {"gaussian": 0.002, "sparse": 0.1, "signs": 0.05}
 
 
 def first_tokens(kind: str, count: int, g: torch.Generator) -> Tensor:
@@ -40,15 +37,15 @@ def first_tokens(kind: str, count: int, g: torch.Generator) -> Tensor:
         return normal
     if kind == "signs":
         return normal.sign()
-    place = torch.randint(WIDTH, (count, 1), generator=g)
-    return torch.zeros_like(normal).scatter(1, place, normal.gather(1, place).sign())
+    index = torch.randint(WIDTH, (count, 1), generator=g)
+    return torch.zeros_like(normal).scatter(1, index, normal.gather(1, index).sign())
 
 
 def texts(kind: str, count: int, g: torch.Generator) -> Tensor:
     """[count, T, d] complex: x_1, W x_1, W² x_1, ... with a W of its own for each text."""
     phase = 2 * torch.pi * torch.rand(count, 1, WIDTH, generator=g)
-    turned = torch.polar(torch.ones(()), phase * torch.arange(LENGTH)[:, None])
-    return first_tokens(kind, count, g)[:, None] * turned
+    rotations = torch.polar(torch.ones(()), phase * torch.arange(LENGTH)[:, None])
+    return first_tokens(kind, count, g)[:, None] * rotations
 
 
 def attention(x: Tensor, value: Tensor, score: Tensor) -> Tensor:
@@ -101,10 +98,10 @@ def compared(kind: str) -> dict[str, float]:
 
 def measure() -> Measured:
     with threads(1):
-        found = {kind: compared(kind) for kind in RATES}
-    numbers = {f"{name}_{kind}": n for kind, result in found.items() for name, n in result.items()}
-    ratio = found["sparse"]["error"] / found["gaussian"]["error"]
-    alike = min(found[kind]["cosine"] for kind in ("gaussian", "sparse"))
+        results = {kind: compared(kind) for kind in RATES}
+    numbers = {f"{name}_{kind}": n for kind, result in results.items() for name, n in result.items()}
+    ratio = results["sparse"]["error"] / results["gaussian"]["error"]
+    alike = min(results[kind]["cosine"] for kind in ("gaussian", "sparse"))
     return Measured(alike >= 0.99 and ratio <= 1 / 3, numbers | {"error_ratio": ratio})
 
 

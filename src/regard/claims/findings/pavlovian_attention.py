@@ -26,7 +26,8 @@ from regard.core.claim import Claim, Measured
 from regard.ops import linear
 
 WIDTHS = (16, 32, 64, 128, 256)
-VALUE, TRIALS, MOST = 256, 16, 8  # trials are rows of the batch; at most 8 d pairs are stored
+# trials are rows of the batch; at most 8 d pairs are stored
+VALUE, TRIALS, MOST = 256, 16, 8
 RETRIEVED = 0.5**0.5
 SHARES = (0.25, 0.5, 1.0)  # β of the delta rule
 

@@ -37,15 +37,15 @@ def measure() -> Measured:
     with seeded(0):
         params = page.init(cfg, DIMS)
     q, k, v = drawn(600)
-    found = page.METHOD.fast(q, k, v, mixing, Call("self", params=params))[0]
-    apart = difference(found, generalised_linear(q, k, v, mixing, params))
+    result = page.METHOD.fast(q, k, v, mixing, Call("self", params=params))[0]
+    apart = difference(result, generalised_linear(q, k, v, mixing, params))
     sides = {
         "agents": lambda q, k, v: page.METHOD.fast(q, k, v, cfg, Call("self", params=params)),
         "softmax": F.scaled_dot_product_attention,
     }
     with threads(1), torch.no_grad():
-        asked = {n: drawn(n) for n in (SHORT, LONG)}
-        timed = {(name, n): partial(sides[name], *asked[n]) for n in asked for name in sides}
+        inputs = {n: drawn(n) for n in (SHORT, LONG)}
+        timed = {(name, n): partial(sides[name], *inputs[n]) for n in inputs for name in sides}
         middle = median_times(timed, rounds=8)
     grown = {name: middle[name, LONG] / middle[name, SHORT] for name in sides}
     holds = apart < 1e-5 and grown["agents"] <= 5 and grown["softmax"] >= 10

@@ -2,7 +2,7 @@
 
 The dense form is written out here, image by image over all images before, with no state: it shares nothing with the
 page. A step of sampling is one new image with the state of the earlier ones; its time is a median of alternating runs
-over several trajectories, each from its first step on.
+over several trajectories, each from its first step on, on one core.
 """
 
 import time
@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.api import attend
-from regard.catalog import get
-from regard.claims.lab import generator, random_qkv, relative_difference, seeded
+from regard.catalog import method
+from regard.claims.lab import generator, random_qkv, relative_difference, seeded, threads
 from regard.core.claim import Claim, Measured
 
+ARFLOW = method("arflow")
 HEADS, KEY, WIDTH = 8, 64, 128
 TOKENS = 256  # of an image
 STEPS, EARLY, LATE = 33, 2, 32
@@ -28,7 +29,7 @@ def inputs(images: int, tokens: int, dtype: torch.dtype = torch.float32) -> tupl
     qkv = list(random_qkv(g, HEADS, n, KEY, dtype=dtype))
     with seeded(0):
         dims = {"heads": HEADS, "kv_heads": HEADS, "key": KEY, "value": KEY, "width": WIDTH}
-        params = get("arflow").init(get("arflow").config(), dims)
+        params = ARFLOW.page.init(ARFLOW.config, dims)
     return qkv, params, torch.randn(1, n, WIDTH, generator=g, dtype=dtype)
 
 
@@ -53,13 +54,13 @@ def off_dense(dtype: torch.dtype) -> float:
     tokens, images = 64, 6
     (q, k, v), params, x = inputs(images, tokens, dtype)
     wanted = dense(q.double(), k.double(), v.double(), params["w_gate"].double(), x.double(), tokens)
-    told = {"params": params, "tokens_per_image": tokens}
-    whole = attend(q, k, v, "arflow", x=x, **told).out
+    options = {"params": params, "tokens_per_image": tokens}
+    whole = attend(q, k, v, "arflow", x=x, **options).out
     state, rows = None, []
     for i in range(images):
         cut = slice(i * tokens, (i + 1) * tokens)
         out, state, _ = attend(
-            *(t[:, :, cut] for t in (q, k, v)), "arflow", initial_state=state, x=x[:, cut], **told
+            *(t[:, :, cut] for t in (q, k, v)), "arflow", initial_state=state, x=x[:, cut], **options
         )
         rows.append(out)
     return max(relative_difference(out.double(), wanted) for out in (whole, torch.cat(rows, dim=2)))
@@ -69,14 +70,14 @@ def change_of_noisier() -> tuple[float, float]:
     """Largest change of the images before and from the edited one on, when the last but one of six is edited."""
     tokens, images = 64, 6
     (q, k, v), params, x = inputs(images, tokens)
-    told = {"params": params, "tokens_per_image": tokens}
-    base = attend(q, k, v, "arflow", x=x, **told).out
+    options = {"params": params, "tokens_per_image": tokens}
+    base = attend(q, k, v, "arflow", x=x, **options).out
     edited = [t.clone() for t in (q, k, v, x)]
     start = 4 * tokens
     for t in edited:
         t.narrow(-2, start, tokens).add_(1.0)
     *qkv, x = edited
-    change = (attend(*qkv, "arflow", x=x, **told).out - base).abs()
+    change = (attend(*qkv, "arflow", x=x, **options).out - base).abs()
     return change[:, :, :start].max().item(), change[:, :, start:].max().item()
 
 
@@ -99,7 +100,8 @@ def step_times() -> tuple[float, float]:
 def measure() -> Measured:
     exact, single = off_dense(torch.float64), off_dense(torch.float32)
     earlier, later = change_of_noisier()
-    early, late = step_times()
+    with threads(1):
+        early, late = step_times()
     numbers = {
         "off_dense_float64": exact,
         "off_dense_float32": single,

@@ -57,8 +57,8 @@ def measure() -> Measured:
     cfg, differences = page.Config(), []
     for pattern, m in (("cross", 300), ("self", 200)):
         wanted = quadratic(q.double(), k[:, :, :m].double(), v[:, :, :m].double())
-        found = page.METHOD.fast(q, k[:, :, :m], v[:, :, :m], cfg, Call(pattern))[0]
-        differences.append(difference(found, wanted))
+        result = page.METHOD.fast(q, k[:, :, :m], v[:, :, :m], cfg, Call(pattern))[0]
+        differences.append(difference(result, wanted))
     with threads(1), torch.no_grad():
         grown = exponents(
             {

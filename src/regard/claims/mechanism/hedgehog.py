@@ -37,18 +37,18 @@ LENGTH, ROWS, FIRST, FLOOR = 256, 8, 16, 1e-9
 TRANSFER = dict(steps=300, batch=8, length=128, rate=1e-2)
 
 
-class Look(Replacement):
+class Record(Replacement):
     """The model's own attention; queries and keys of every layer are kept."""
 
-    name, layer = "look", LedgerLayer
+    name, layer = "record", LedgerLayer
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def compute(self, site: AttentionCall) -> Tensor:
-        self.seen[site.name] = (site.q, per_query_head(site.k, site.q.shape[1]))
-        return native(site)[0].transpose(1, 2)
+    def compute(self, call: AttentionCall) -> Tensor:
+        self.seen[call.name] = (call.q, per_query_head(call.k, call.q.shape[1]))
+        return native(call)[0].transpose(1, 2)
 
 
 def random_features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,8 @@ def random_features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     blocks = [torch.linalg.qr(torch.randn(d, d, generator=g))[0] for _ in range(2)]
     directions = torch.cat(blocks) * torch.randn(2 * d, d, generator=g).norm(dim=1, keepdim=True)
     mapped = []
-    for x, over in ((q, -1), (k, (-2, -1))):  # a factor of a query cancels, of the keys one that all share
+    # a factor of a query cancels, of the keys one that all share
+    for x, over in ((q, -1), (k, (-2, -1))):
         x = x * d**-0.25
         y = x @ directions.T.to(x.dtype) - x.square().sum(-1, keepdim=True) / 2
         mapped.append((y - y.amax(over, keepdim=True)).exp() + 1e-12)
@@ -84,8 +85,8 @@ def of_hedgehog(converted: Converted, site: str, q: Tensor, k: Tensor) -> Tensor
 
 def ranks(x: Tensor) -> Tensor:
     """Places in the order of the last axis, equal numbers at the mean of theirs."""
-    ordered = x.sort(-1).values.contiguous()
-    below, upto = (torch.searchsorted(ordered, x.contiguous(), right=r) for r in (False, True))
+    ascending = x.sort(-1).values.contiguous()
+    below, upto = (torch.searchsorted(ascending, x.contiguous(), right=r) for r in (False, True))
     return (below + upto - 1) / 2
 
 
@@ -108,9 +109,9 @@ def entropy(w: Tensor) -> Tensor:
 def compared() -> dict[str, dict[str, float]]:
     model = shipped().model
     converted = convert(model, shipped().tokenizer, "hedgehog", finetune=None, seed=0, **TRANSFER)
-    look, ids = Look(), stream(ROWS * LENGTH).view(ROWS, LENGTH)
+    record, ids = Record(), stream(ROWS * LENGTH).view(ROWS, LENGTH)
     ids = torch.cat([torch.full((ROWS, 1), shipped().tokenizer.bos_token_id), ids[:, 1:]], 1)
-    with torch.inference_mode(), attach(model, look):
+    with torch.inference_mode(), attach(model, record):
         model(ids, use_cache=False)
     untrained = catalog.get("hedgehog")
     maps = {
@@ -122,7 +123,7 @@ def compared() -> dict[str, dict[str, float]]:
     }
     sums = {name: {"kl": 0.0, "entropy_gap": 0.0, "spearman": 0.0} for name in maps}
     with torch.inference_mode():
-        for site, (q, k) in look.seen.items():
+        for site, (q, k) in record.seen.items():
             scores = q @ k.mT
             p = (scores * q.shape[-1] ** -0.5).masked_fill(~sees(q), -torch.inf).softmax(-1)
             for name, weigh in maps.items():
@@ -130,26 +131,26 @@ def compared() -> dict[str, dict[str, float]]:
                 kl = (p * (p.clamp(min=FLOOR).log() - w.clamp(min=FLOOR).log())).sum(-1)
                 each = (kl, (entropy(w) - entropy(p)).abs(), spearman(w, scores))
                 for kind, t in zip(sums[name], each, strict=True):
-                    sums[name][kind] += t[..., FIRST:].mean().item() / len(look.seen)
+                    sums[name][kind] += t[..., FIRST:].mean().item() / len(record.seen)
     return sums
 
 
 def fresh(converted: Converted, page) -> Converted:
     """The same with maps as they begin."""
     eye = {
-        n: {m: torch.eye(*w.shape[1:]).expand_as(w) for m, w in own.items()}
-        for n, own in converted.params.items()
+        n: {m: torch.eye(*w.shape[1:]).expand_as(w) for m, w in maps.items()}
+        for n, maps in converted.params.items()
     }
     return Converted(converted.method, eye)
 
 
 def measure() -> Measured:
-    found = compared()
-    own, elu = found["hedgehog"], found["elu_plus_one"]
-    numbers = {f"{kind}_{name}": value for name, kinds in found.items() for kind, value in kinds.items()}
-    numbers["kl_ratio"] = own["kl"] / elu["kl"]
-    numbers["entropy_gap_ratio"] = own["entropy_gap"] / elu["entropy_gap"]
-    holds = numbers["kl_ratio"] <= 0.5 and numbers["entropy_gap_ratio"] <= 0.5 and own["spearman"] >= 0.9
+    results = compared()
+    hedgehog, elu = results["hedgehog"], results["elu_plus_one"]
+    numbers = {f"{kind}_{name}": value for name, kinds in results.items() for kind, value in kinds.items()}
+    numbers["kl_ratio"] = hedgehog["kl"] / elu["kl"]
+    numbers["entropy_gap_ratio"] = hedgehog["entropy_gap"] / elu["entropy_gap"]
+    holds = numbers["kl_ratio"] <= 0.5 and numbers["entropy_gap_ratio"] <= 0.5 and hedgehog["spearman"] >= 0.9
     return Measured(holds, numbers)
 
 

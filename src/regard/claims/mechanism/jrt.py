@@ -67,7 +67,7 @@ class Layer(nn.Module):
         y = y + self.short(y.mT)[..., : x.shape[1]].mT
         q, k, v = (t[:, None] for t in y.split(self.sizes, dim=-1))
         if self.recurrent:
-            page = catalog.get("jrt")
+            page = catalog.method("jrt").page
             mixed = page.fast(q, k, v, page.configure(prefix=0), Call())[0]
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -84,13 +84,13 @@ def learned(recurrent: bool, rate: float) -> nn.Module:
 
 def accuracies(model: nn.Module) -> dict[str, tuple[float, float]]:
     """Order -> (after one reading, after two)."""
-    found = {}
+    by_order = {}
     for order in ORDERS:
         inputs, labels = texts(TESTED, 10**6 + SEED, order)
         right = right_answers(model, inputs, labels, batch=128)
         once, twice = right[:, inputs.shape[1] // 2 - 1], right[:, -1]
-        found[order] = (once.float().mean().item(), twice.float().mean().item())
-    return found
+        by_order[order] = (once.float().mean().item(), twice.float().mean().item())
+    return by_order
 
 
 def readings(recurrent: bool) -> dict:
@@ -109,7 +109,7 @@ def readings(recurrent: bool) -> dict:
 
 def parallel_against_recurrent() -> float:
     """Largest |difference| in float32 of jrt with its prefix: all at once, and a prompt then token by token."""
-    page, n, prompt = catalog.get("jrt"), 96, 64
+    page, n, prompt = catalog.method("jrt").page, 96, 64
     cfg = page.configure(prefix=48)
     with seeded(0):
         dims = {"heads": 2, "kv_heads": 2, "key": 16, "value": 16, "width": 32}
@@ -126,11 +126,11 @@ def parallel_against_recurrent() -> float:
 
 def measure() -> Measured:
     with threads(1):  # the matrices are small
-        own, softmax = readings(True), readings(False)
+        recurrent, softmax = readings(True), readings(False)
     apart = parallel_against_recurrent()
-    numbers = {f"{kind}_{name}": value for kind, found in (("recurrent", own), ("softmax", softmax))
-               for name, value in found.items()}  # fmt: skip
-    holds = own["gain_points"] >= 10 and softmax["gain_points"] <= 3 and apart < 1e-5
+    numbers = {f"{kind}_{name}": value for kind, results in (("recurrent", recurrent), ("softmax", softmax))
+               for name, value in results.items()}  # fmt: skip
+    holds = recurrent["gain_points"] >= 10 and softmax["gain_points"] <= 3 and apart < 1e-5
     return Measured(holds, {**numbers, "parallel_against_recurrent": apart})
 
 

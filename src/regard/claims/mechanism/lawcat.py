@@ -26,11 +26,12 @@ from regard.attaching.replacement import MechanismReplacement
 from regard.claims.lab import difference, generator, seeded, threads
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
-from regard.train.convert import convert, language_loss
+from regard.train.convert import convert, language_loss, layer_input
 from regard.train.loop import cosine_to, fit
 
 LENGTH, KEY, BATCH, TESTED, SEEDS = 64, 3, 32, 256, (0, 1, 2)
-BEGIN, MARK, DIGITS, WORDS, VOCAB = 1, 2, 4, 24, 64  # digits are the ids 4 to 23, words those from 24 on
+# digits are the ids 4 to 23, words those from 24 on
+BEGIN, MARK, DIGITS, WORDS, VOCAB = 1, 2, 4, 24, 64
 TEXT = 0.02  # weight of a word in the loss, against 1 for a digit of the answer
 VARIANTS = {"full": {}, "no_norm": {"normalise": False}, "no_conv": {"kernel": 1}}
 STEPS = dict(batch=16, steps=100, rate=1e-2, finetune="lora", finetune_steps=200, finetune_rate=5e-3)
@@ -83,16 +84,16 @@ class Apart(MechanismReplacement):
 
     worst = 0.0
 
-    def compute(self, site: AttentionCall) -> Tensor:
-        page, cfg, own = self.method.page, self.method.config, self.converted.params[site.name]
+    def compute(self, call: AttentionCall) -> Tensor:
+        page, cfg, params = self.method.page, self.method.config, self.converted.params[call.name]
         rows, state = [], None
-        for t in range(site.q.shape[2]):
-            q, k, v = (x[:, :, t : t + 1] for x in (site.scaled(), site.k, site.v))
+        for t in range(call.q.shape[2]):
+            q, k, v = (x[:, :, t : t + 1] for x in (call.scaled(), call.k, call.v))
             out, state = page.fast(
-                q, k, v, cfg, Call(params=own, x=site.x[:, t : t + 1], initial_state=state)
+                q, k, v, cfg, Call(params=params, x=layer_input(call)[:, t : t + 1], initial_state=state)
             )
             rows.append(out)
-        whole = super().compute(site)
+        whole = super().compute(call)
         self.worst = max(self.worst, difference(torch.cat(rows, 2), whole))
         return whole
 
@@ -116,11 +117,11 @@ def recurrent_against_parallel(
 def measure() -> Measured:
     with threads(1):  # two threads that share small matrices are slower than one
         model = teacher()
-        found: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
+        accuracies: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
         for seed in SEEDS:
             ids, weights = texts(4000, LENGTH, 100 + seed)
             for name, settings in VARIANTS.items():
-                own = convert(
+                converted = convert(
                     model,
                     mechanism="lawcat",
                     ids=ids,
@@ -129,16 +130,16 @@ def measure() -> Measured:
                     **STEPS,
                     **settings,
                 )
-                found[name].append([accuracy(model, own, n * LENGTH) for n in (1, 4, 8)])
+                accuracies[name].append([accuracy(model, converted, n * LENGTH) for n in (1, 4, 8)])
                 if name == "full" and seed == SEEDS[0]:
-                    apart, logits_apart = recurrent_against_parallel(model, own, 4 * LENGTH)
+                    apart, logits_apart = recurrent_against_parallel(model, converted, 4 * LENGTH)
         before = [accuracy(model, None, n * LENGTH) for n in (1, 4, 8)]
-    means = {name: torch.tensor(rows).mean(0).tolist() for name, rows in found.items()}
+    means = {name: torch.tensor(rows).mean(0).tolist() for name, rows in accuracies.items()}
     numbers = {"teacher_L_4L_8L": before, "recurrent_against_parallel": apart}
     numbers["logits_recurrent_against_parallel"] = logits_apart
     for name, mean in means.items():
         numbers |= {f"{name}_L": mean[0], f"{name}_4L": mean[1], f"{name}_8L": mean[2]}
-        numbers[f"{name}_4L_by_seed"] = [row[1] for row in found[name]]
+        numbers[f"{name}_4L_by_seed"] = [row[1] for row in accuracies[name]]
     best = means["full"][1]
     holds = best > means["no_norm"][1] and best > means["no_conv"][1] and apart < 1e-5
     return Measured(holds, numbers)

@@ -47,22 +47,22 @@ def reordering() -> dict[str, float]:
 
 
 def exponent(pattern: str, repeats: int = 15) -> float:
-    asked = {n: drawn(n, heads=4) for n in (SHORT, LONG)}
+    inputs = {n: drawn(n, heads=4) for n in (SHORT, LONG)}
 
     def mix(n: int) -> None:
-        page.METHOD.fast(*asked[n], page.Config(), Call(pattern))
+        page.METHOD.fast(*inputs[n], page.Config(), Call(pattern))
 
-    times = median_times({n: partial(mix, n) for n in asked}, repeats)
+    times = median_times({n: partial(mix, n) for n in inputs}, repeats)
     return slope(list(times), list(times.values()))
 
 
 def measure() -> Measured:
     change, apart = reordering(), {}
-    for said, wide, dtype in (("near_keys", 1.0, torch.float32), ("far_keys", 15.0, torch.float64)):
+    for case, wide, dtype in (("near_keys", 1.0, torch.float32), ("far_keys", 15.0, torch.float64)):
         q, k, v = drawn(300, dtype)
         wanted = cumulative(q, wide * k, v)
         for form, path in (("recurrent", page.METHOD.reference), ("chunked", page.METHOD.fast)):
-            apart[f"{form}_{said}"] = difference(path(q, wide * k, v, page.Config(), Call())[0], wanted)
+            apart[f"{form}_{case}"] = difference(path(q, wide * k, v, page.Config(), Call())[0], wanted)
     with threads(1), torch.no_grad():
         grown = {pattern: exponent(pattern) for pattern in ("self", "causal_self")}
     holds = change["additive"] < 1e-5 and change["decay"] > 1e-2 and max(apart.values()) < 1e-5

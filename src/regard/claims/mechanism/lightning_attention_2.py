@@ -37,10 +37,10 @@ def worst_differences(cfg: page.Config) -> tuple[float, float]:
     forward, backward = 0.0, 0.0
     for n in LENGTHS:
         qkv = q, k, v = drawn(n, seed=n)
-        ways = page.METHOD.fast(q, k, v, cfg, Call())[0], quadratic(q, k, v, page.log_decay(q, cfg))
-        into = torch.randn(ways[0].shape, generator=generator(n + 1))
-        grads = [torch.autograd.grad(out, qkv, into) for out in ways]
-        forward = max(forward, difference(*ways))
+        outputs = page.METHOD.fast(q, k, v, cfg, Call())[0], quadratic(q, k, v, page.log_decay(q, cfg))
+        into = torch.randn(outputs[0].shape, generator=generator(n + 1))
+        grads = [torch.autograd.grad(out, qkv, into) for out in outputs]
+        forward = max(forward, difference(*outputs))
         backward = max(backward, *(difference(a, b) for a, b in zip(*grads, strict=True)))
     return forward, backward
 
@@ -62,7 +62,7 @@ def steps(mix: Callable, n: int, *qkv: Tensor) -> None:
 def rates(mix: Callable, rounds: int) -> tuple[float, float]:
     """(tokens/s at SHORT, tokens/s at LONG), medians of rounds that alternate between the two."""
     sides = {n: partial(steps, mix, n) for n in (SHORT, LONG)}
-    times = median_times(sides, rounds, given=lambda n: tuple(drawn(n)))
+    times = median_times(sides, rounds, arguments=lambda n: tuple(drawn(n)))
     return LONG / times[SHORT], LONG / times[LONG]
 
 

@@ -32,13 +32,13 @@ def measure() -> Measured:
     change = difference(often, once.repeat_interleave(4, dim=2))
     sums = []
     for q_n, k_n, v_n, x_n in ((q, k, v, x), four):
-        made = page.form(q_n, k_n, v_n, cfg, Call("self", params=params, x=x_n))
-        sums.append(linear(made.q, made.k, v_n, pattern="self")[0])
+        form = page.form(q_n, k_n, v_n, cfg, Call("self", params=params, x=x_n))
+        sums.append(linear(form.q, form.k, v_n, pattern="self")[0])
     ratio = (sums[1].norm() / sums[0].repeat_interleave(4, dim=2).norm()).item()
-    asked = {n: drawn(n) for n in (SHORT, LONG)}
+    inputs = {n: drawn(n) for n in (SHORT, LONG)}
 
     def mix(n: int) -> None:
-        *qkv, x_n = asked[n]
+        *qkv, x_n = inputs[n]
         page.METHOD.fast(*qkv, cfg, Call("self", params=params, x=x_n))
 
     with threads(1), torch.no_grad():

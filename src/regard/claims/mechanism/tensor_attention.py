@@ -31,26 +31,26 @@ def dense(q: Tensor, k: Tensor, v: Tensor, x: Tensor, degree: int | None) -> Ten
     """The definition: e^s over all pairs, or its Taylor polynomial."""
     k_2, v_2 = x[:, None].split(WIDTH, dim=-1)
     s = torch.einsum("bhic,bhjc,bhlc->bhijl", q, k, k_2) / WIDTH
-    w = s.exp() if degree is None else sum(s**r / math.factorial(r) for r in range(degree + 1))
+    w: Tensor = s.exp() if degree is None else sum(s**r / math.factorial(r) for r in range(degree + 1))
     return torch.einsum("bhijl,bhje,bhle->bhie", w, v, v_2) / w.sum((-1, -2))[..., None]
 
 
 def routes(most: float, degree: int = 4) -> tuple[float, float]:
     """(difference of the page's fast path from the dense polynomial, relative error of it against e^s)."""
     q, k, v, x = drawn(TOKENS, most)
-    found = page.METHOD.fast(q, k, v, page.Config(degree=degree), Call("self", params=picks(), x=x))[0]
+    result = page.METHOD.fast(q, k, v, page.Config(degree=degree), Call("self", params=picks(), x=x))[0]
     exact = dense(q, k, v, x, None)
-    return difference(found, dense(q, k, v, x, degree)), ((found - exact).norm() / exact.norm()).item()
+    return difference(result, dense(q, k, v, x, degree)), ((result - exact).norm() / exact.norm()).item()
 
 
 def exponent(repeats: int = 7) -> float:
-    cfg, asked = page.Config(), {n: drawn(n, 1.0, torch.float32) for n in (SHORT, LONG)}
+    cfg, inputs = page.Config(), {n: drawn(n, 1.0, torch.float32) for n in (SHORT, LONG)}
 
     def mix(n: int) -> None:
-        *qkv, x = asked[n]
+        *qkv, x = inputs[n]
         page.METHOD.fast(*qkv, cfg, Call("self", params=picks(torch.float32), x=x))
 
-    times = median_times({n: partial(mix, n) for n in asked}, repeats)
+    times = median_times({n: partial(mix, n) for n in inputs}, repeats)
     return slope(list(times), list(times.values()))
 
 

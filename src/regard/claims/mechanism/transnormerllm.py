@@ -7,6 +7,7 @@ and keys; it is measured on the same numbers, at the first layer of the model, w
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,18 +45,19 @@ def parallel(q: Tensor, k: Tensor, v: Tensor, x: Tensor, layer: int, params: dic
         scores = a @ b.mT
         if layer == 0:
             scores = torch.zeros(n, n)
-            for c, theta in enumerate(params["theta"][h]):  # LRPE: each channel has an angle of its own
+            # LRPE: each channel has an angle of its own
+            for c, theta in enumerate(params["theta"][h]):
                 scores = scores + torch.outer(a[:, c], b[:, c]) * torch.cos(theta * age)
         rows.append((scores * decay) @ v[0, h])
     o = torch.cat(rows, dim=-1)  # [N, H·E]
-    normed = o / (o.norm(dim=-1, keepdim=True) / o.shape[-1] ** 0.5)
-    return (normed * (x[0] @ params["gate"].flatten(1))).view(n, HEADS, WIDTH).transpose(0, 1)[None]
+    normalised = o / (o.norm(dim=-1, keepdim=True) / o.shape[-1] ** 0.5)
+    return (normalised * (x[0] @ params["gate"].flatten(1))).view(n, HEADS, WIDTH).transpose(0, 1)[None]
 
 
 def step(
-    given: tuple, t: int, cfg: page.Config, params: dict, state: Tensor | None
+    inputs: tuple, t: int, cfg: page.Config, params: dict, state: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    q, k, v, x = given
+    q, k, v, x = inputs
     cut = slice(t, t + 1)
     call = Call(params=params, x=x[:, cut], initial_state=state)
     return page.METHOD.fast(q[:, :, cut], k[:, :, cut], v[:, :, cut], cfg, call)
@@ -63,23 +65,23 @@ def step(
 
 def difference(layer: int) -> float:
     """Largest |recurrent - parallel| at any position, relative to the largest parallel number of that position."""
-    cfg, given = page.Config(layer=layer, layers=LAYERS), drawn(CHECKED, seed=layer)
+    cfg, inputs = page.Config(layer=layer, layers=LAYERS), drawn(CHECKED, seed=layer)
     params, state, rows = params_of(cfg), None, []
     for t in range(CHECKED):
-        out, state = step(given, t, cfg, params, state)
+        out, state = step(inputs, t, cfg, params, state)
         rows.append(out)
-    wanted = parallel(*given, layer, params)
+    wanted = parallel(*inputs, layer, params)
     error = (torch.cat(rows, dim=2) - wanted).abs().amax((1, 3)) / wanted.abs().amax((1, 3))
     return error.max().item()
 
 
 def milliseconds(states: dict[int, Tensor], cfg: page.Config, params: dict) -> tuple[float, ...]:
     """Medians per token after each of the texts that have left `states`; the texts take turns token by token."""
-    given = drawn(STEPS, seed=9)
+    inputs = drawn(STEPS, seed=9)
 
     def tokens(state: Tensor | None) -> Iterator[None]:
         for t in range(STEPS):
-            _, state = step(given, t, cfg, params, state)
+            _, state = step(inputs, t, cfg, params, state)
             yield
 
     sides = {n: partial(next, tokens(state)) for n, state in states.items()}
@@ -105,7 +107,7 @@ def measure() -> Measured:
             q, k, v, x = drawn(n, seed=n)
             ends[n] = page.METHOD.fast(q, k, v, cfg, Call(params=params, x=x))[1]
         short, long = milliseconds(dict(ends), cfg, params)
-    numbers = {
+    numbers: dict[str, Any] = {
         "relative_difference_by_layer": differences,
         "ms_per_token_at_1k": round(short, 4),
         "ms_per_token_at_16k": round(long, 4),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regard.api import attend
-from regard.catalog import get
+from regard.catalog import method
 from regard.claims.lab import (
     generator,
     keep_freed_memory,
@@ -27,6 +27,7 @@ from regard.claims.lab import (
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 
+VSSD = method("vssd")
 HEADS, KEY, VALUE, WIDTH = 2, 64, 64, 64
 TOKENS = 196
 LENGTHS = (784, 1600, 3136, 6400, 12544)
@@ -38,7 +39,7 @@ def inputs(n: int, seed: int = 0) -> tuple[tuple[Tensor, Tensor, Tensor], dict[s
     qkv = tuple(t * t.shape[-1] ** -0.5 for t in random_qkv(g, HEADS, n, KEY, VALUE))
     with seeded(seed):
         dims = {"heads": HEADS, "kv_heads": HEADS, "key": KEY, "value": VALUE, "width": WIDTH}
-        params = get("vssd").init(get("vssd").config(), dims)
+        params = VSSD.page.init(VSSD.config, dims)
     return qkv, params, torch.randn(1, n, WIDTH, generator=g)
 
 
@@ -62,11 +63,11 @@ def quadratic_form() -> float:
 
 def exponent() -> tuple[float, list[float]]:
     """Slope of log time over log length, and the milliseconds at each length."""
-    page, prepared = get("vssd"), {n: inputs(n) for n in LENGTHS}
+    prepared = {n: inputs(n) for n in LENGTHS}
 
     def mix(n: int) -> None:
         (q, k, v), params, x = prepared[n]
-        page.fast(q, k, v, page.config(), Call("self", params=params, x=x))
+        VSSD.page.fast(q, k, v, VSSD.config, Call("self", params=params, x=x))
 
     keep_freed_memory()
     with torch.no_grad():

@@ -23,19 +23,19 @@ def rotate(x: Tensor, position: Tensor) -> Tensor:
 def stack(x: Tensor, weights: Tensor, position: Tensor, mask: Tensor) -> Tensor:
     """LAYERS layers of attention with RoPE and a residual, [N, WIDTH] -> [N, WIDTH]."""
     for w_q, w_k, w_v in weights:
-        normed = torch.nn.functional.layer_norm(x, x.shape[-1:])
-        q, k, v = ((normed @ w).view(len(x), HEADS, -1).transpose(0, 1) for w in (w_q, w_k, w_v))
+        normalised = torch.nn.functional.layer_norm(x, x.shape[-1:])
+        q, k, v = ((normalised @ w).view(len(x), HEADS, -1).transpose(0, 1) for w in (w_q, w_k, w_v))
         q, k = rotate(q, position), rotate(k, position)
         scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
         x = x + (scores.softmax(-1) @ v).transpose(0, 1).reshape(x.shape)
     return x
 
 
-def swaps(place: Tensor, g: torch.Generator) -> list[tuple[int, int]]:
+def swaps(rings: Tensor, g: torch.Generator) -> list[tuple[int, int]]:
     """A random pair of patches of every ring, as token indices."""
     pairs = []
-    for ring in place.unique():
-        members = (place == ring).nonzero().flatten()
+    for ring in rings.unique():
+        members = (rings == ring).nonzero().flatten()
         one, other = members[torch.randperm(len(members), generator=g)[:2]].tolist()
         pairs.append((BEFORE + one, BEFORE + other))
     return pairs
@@ -51,8 +51,8 @@ def measure() -> Measured:
         "concentric": (cca.positions(roles, cfg), cca.build(cfg).dense(n, roles=roles)[0]),
         "raster": (torch.arange(n), causal().dense(n)[0]),
     }
-    place = schemes["concentric"][0]
-    pairs = swaps(place[~text] - BEFORE, g)
+    rings = schemes["concentric"][0]
+    pairs = swaps(rings[~text] - BEFORE, g)
     deltas: dict[str, list[float]] = {}
     for name, (position, mask) in schemes.items():
         out = stack(x, weights, position, mask)[text]

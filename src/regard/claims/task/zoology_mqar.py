@@ -47,9 +47,9 @@ class GatedConvolution(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, mixer: type[nn.Module]) -> None:
+    def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
-        self.norm, self.mix = nn.LayerNorm(WIDTH), mixer()
+        self.norm, self.mix = nn.LayerNorm(WIDTH), kind()
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.short = nn.Conv1d(3 * WIDTH, 3 * WIDTH, 3, padding=2, groups=3 * WIDTH)
 
@@ -59,10 +59,10 @@ class Layer(nn.Module):
         return x + self.out(self.mix(*qkv.chunk(3, dim=-1)))
 
 
-def train(mixer: type[nn.Module], rate: float, steps: int = STEPS) -> float:
+def train(kind: type[nn.Module], rate: float, steps: int = STEPS) -> float:
     """Accuracy over the queries of unseen examples, after `steps` steps of AdamW on fresh examples."""
     with seeded(0):
-        body = [Layer(mixer) for _ in range(LAYERS)]
+        body = [Layer(kind) for _ in range(LAYERS)]
         model = nn.Sequential(nn.Embedding(VOCAB, WIDTH), *body, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB))
     inputs, labels = mqar(VOCAB, LENGTH, PAIRS, BATCH * steps, seed=0)
     trained(model, list(zip(inputs.split(BATCH), labels.split(BATCH), strict=True)), rate)
@@ -71,10 +71,11 @@ def train(mixer: type[nn.Module], rate: float, steps: int = STEPS) -> float:
 
 
 def measure() -> Measured:
-    with threads(1):  # the matrices are small: two threads that share two busy cores are many times slower
+    # the matrices are small: two threads that share two busy cores are many times slower
+    with threads(1):
         by_rate = {
-            mixer: list(sweep(RATES, lambda rate, mixer=mixer: train(mixer, rate)).values())
-            for mixer in (Attention, GatedConvolution)
+            kind: list(sweep(RATES, lambda rate, kind=kind: train(kind, rate)).values())
+            for kind in (Attention, GatedConvolution)
         }
     attention, convolution = (max(accuracies) for accuracies in by_rate.values())
     numbers = {
@@ -83,7 +84,7 @@ def measure() -> Measured:
         "gap_points": 100 * (attention - convolution),
         "attention_by_rate": by_rate[Attention],
         "gated_convolution_by_rate": by_rate[GatedConvolution],
-        "parameters": [count_parameters(Layer(mixer)) for mixer in by_rate],
+        "parameters": [count_parameters(Layer(kind)) for kind in by_rate],
     }
     return Measured(attention >= 0.95 and attention - convolution >= 0.20, numbers)
 

@@ -9,47 +9,51 @@ both means must hold.
 import random
 from itertools import combinations
 from math import ceil
+from typing import Any
 
 from regard.catalog import task
 from regard.claims.lab import mean
 from regard.core.claim import Claim, Measured
-from regard.explain.retrieval import Read, accuracy, read_all, scored
+from regard.explain.tracing import ReadPrompts, accuracy, read_all, scored
 from regard.methods.tracing.retrieval_heads import Config, ablate
 from regard.models.shipped import load_shipped
 
 LENGTHS, DEPTHS, DRAWS = (256, 512, 1024), 16, 5
-MASKED = 0.05  # share of the heads that is switched off, as in the paper's figure: rounded up, 2 of 24
+# share of the heads that is switched off, as in the paper's figure: rounded up, 2 of 24
+MASKED = 0.05
 
 Heads = tuple[tuple[int, int], ...]
 
 
-def texts(model, tokenizer, seed: int) -> list[Read]:
+def texts(model, tokenizer, seed: int) -> list[ReadPrompts]:
     return read_all(model, [task("needle").samples(tokenizer, n, DEPTHS, seed) for n in LENGTHS])
 
 
-def drops(model, asked: list[Read], sets: list[Heads], how: str = "uniform") -> dict[Heads, float]:
+def drops(model, questions: list[ReadPrompts], sets: list[Heads], how: str = "uniform") -> dict[Heads, float]:
     """Points of accuracy lost without each set of heads."""
-    full = accuracy(model, asked)
-    return {heads: 100 * (full - accuracy(model, asked, ablate(heads, Config(how=how)))) for heads in sets}
+    full = accuracy(model, questions)
+    return {
+        heads: 100 * (full - accuracy(model, questions, ablate(heads, Config(how=how)))) for heads in sets
+    }
 
 
 def measure() -> Measured:
     model, tokenizer = load_shipped("lm")
-    found, asked = scored(model, texts(model, tokenizer, seed=0)), texts(model, tokenizer, seed=1)
-    ranked, share = found.ranked(), found.share(Config().threshold)
+    retrieval, questions = scored(model, texts(model, tokenizer, seed=0)), texts(model, tokenizer, seed=1)
+    ranked, share = retrieval.ranked(), retrieval.share(Config().threshold)
     count, others = ceil(MASKED * len(ranked)), ranked[round(share * len(ranked)) :]
     top, pairs = tuple(ranked[:count]), list(combinations(others, count))
     five = [tuple(random.Random(seed).sample(others, count)) for seed in range(DRAWS)]
-    lost, zero = drops(model, asked, [top, *five, *pairs]), drops(model, asked, [top, *five], "zero")
+    lost, zero = drops(model, questions, [top, *five, *pairs]), drops(model, questions, [top, *five], "zero")
     by_head = {head: mean(lost[pair] for pair in pairs if head in pair) for head in others}
     worst = max(by_head, key=by_head.get)
-    numbers = {
-        "accuracy": accuracy(model, asked),
+    numbers: dict[str, Any] = {
+        "accuracy": accuracy(model, questions),
         "share_of_heads_at_0.1": share,
         "heads": len(ranked),
         "masked": count,
         "top_heads": [list(head) for head in top],
-        "top_scores": found.scores.flatten().sort(descending=True).values[:8].tolist(),
+        "top_scores": retrieval.scores.flatten().sort(descending=True).values[:8].tolist(),
         "drop_top": lost[top],
         "drop_random_5_draws": mean(lost[heads] for heads in five),
         "drop_random_all_pairs": mean(lost[pair] for pair in pairs),

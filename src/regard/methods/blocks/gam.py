@@ -76,8 +76,8 @@ def reference(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, Tensor]:
         out, after = one_token(token, past, p, cfg)
         outs.append(out)
         # a hidden token is as if it were not there
-        there = None if call.key_mask is None else call.key_mask[:, 0, t, None, None]
-        past = after if there is None else torch.where(there, after, past)
+        token_mask = None if call.key_mask is None else call.key_mask[:, 0, t, None, None]
+        past = after if token_mask is None else torch.where(token_mask, after, past)
     return rounded(torch.stack(outs, dim=1), past, x)
 
 

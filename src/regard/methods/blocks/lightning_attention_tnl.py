@@ -92,10 +92,12 @@ def decayed_sums(q, k, v, params: dict, cfg: Config, call: Call) -> tuple[Tensor
     heads, n, width = q.shape[1:]
     lam = q.new_tensor([decay_of(h, heads, cfg) for h in range(heads)]).view(-1, 1, 1)
     theta = params["theta"] if cfg.layer == 0 else q.new_zeros(heads, width)
-    there = torch.ones(1, 1, n, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
-    k, v = (x.masked_fill(~there[..., None], 0) for x in (k, v))
+    token_mask = (
+        torch.ones(1, 1, n, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    )
+    k, v = (x.masked_fill(~token_mask[..., None], 0) for x in (k, v))
     # tokens are counted from 1, padding not at all; a state that comes in stands at 0
-    t = there.double().cumsum(-1)
+    t = token_mask.double().cumsum(-1)
     age = t[..., None] - t[..., None, :]  # t - s: [B|1, 1, N, N]
     faded = (lam ** age.abs()).masked_fill(age < 0, 0)
     waved = (theta[:, None, None] * age[..., None]).cos()

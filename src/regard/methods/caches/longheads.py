@@ -6,7 +6,7 @@
     the chunk of rank r stands at positions r·w … r·w + w-1, the query at (k-1)·w + i mod w
 
 where no distance leaves the trained length k·w, so a model reads texts longer than it was trained on, and up to
-k·w nothing changes at all. Rotary scores see differences only: instead of moving keys, the query is turned back
+k·w nothing changes at all. Rotary scores see differences only: instead of moving keys, the query is rotated back
 by (t - k + 1) - (c - r) chunks for each of its k ranks. Llama-2-7B (4k) finds passkeys at 128k (figure 4).
 
 >>> [split(budget, Config()) for budget in (None, 1024, 128, 12)]  # (w, k)
@@ -23,7 +23,14 @@ from torch.nn import functional as F
 from regard.core import Card, Unsupported, require
 from regard.kinds.cache import CachePage
 from regard.ops import Budget, View, best, gather_rows, parse_budget, slots_of
-from regard.ops.softmax import at_least_float32, attend, lower_right, masked_softmax, mix, row_blocks
+from regard.ops.softmax import (
+    at_least_float32,
+    lower_right,
+    masked_softmax,
+    mix,
+    row_blocks,
+    softmax_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -31,10 +38,10 @@ class Config:
     chunk: int = 256
     chunks: int = 16  # that a query reads: the first, the last two, the best of the rest
     budget: Budget | int | float | str | None = None  # tokens that a query reads; None: chunks · chunk
-    trained: int | None = None  # queries before this place read everything; None: the budget
+    trained: int | None = None  # queries before this position read everything; None: the budget
 
     def __post_init__(self) -> None:
-        # the first, the last two
+        # three chunks are always read: the first and the last two
         require(self.chunk >= 1 and self.chunks >= 3, "chunk >= 1 and chunks >= 3", cfg=self)
 
 
@@ -56,7 +63,7 @@ class Part:
     v: Tensor
     chunk: int  # its tokens
     chunks: int  # that a query reads
-    full: int  # queries before this place read everything
+    full: int  # queries before this position read everything
 
 
 def parts(view: View, cfg: Config) -> Iterator[Part]:
@@ -64,8 +71,10 @@ def parts(view: View, cfg: Config) -> Iterator[Part]:
 
     A fraction or bytes give a chunk by the tokens of that step; a number of tokens gives the same always.
     """
-    asked = None if cfg.budget is None else parse_budget(cfg.budget)
-    budgets = [None] * len(view.q) if asked is None else [asked.tokens or b for b in view.budget.tolist()]
+    budgets: list[int | None] = [None] * len(view.q)
+    if cfg.budget is not None:
+        tokens = parse_budget(cfg.budget).tokens
+        budgets = [tokens or b for b in view.budget.tolist()]
     starts = [0] * len(budgets) if view.real is None else view.first().expand(len(budgets)).tolist()
     if "chunk" not in view.memory:
         view.memory["chunk"] = torch.tensor([split(b, cfg)[0] for b in budgets])
@@ -115,8 +124,8 @@ def remember(view: View, groups: list[Part]) -> None:
         stored, w = part.k.shape[2], part.chunk
         old, now = (stored - part.q.shape[2]) // w, stored // w
         if now > old:
-            own = recent[part.rows, :, old * w - stored :][:, :, : (now - old) * w]
-            keys[part.rows, :, old:now] = chunk_keys(view, at_least_float32(own), part, old, now)
+            queries = recent[part.rows, :, old * w - stored :][:, :, : (now - old) * w]
+            keys[part.rows, :, old:now] = chunk_keys(view, at_least_float32(queries), part, old, now)
 
 
 def chunk_keys(view: View, q: Tensor, part: Part, old: int, now: int) -> Tensor:
@@ -124,12 +133,13 @@ def chunk_keys(view: View, q: Tensor, part: Part, old: int, now: int) -> Tensor:
     w = part.chunk
     k, v = (at_least_float32(x[:, :, old * w : now * w]) for x in (part.k, part.v))
     # from each chunk's start
-    rotated = view.turn(k, -torch.arange(old, now, device=k.device).repeat_interleave(w) * w)
+    rotated = view.rotate(k, -torch.arange(old, now, device=k.device).repeat_interleave(w) * w)
     require(k.shape[-1] == v.shape[-1], "a chunk's mean value asks its keys: widths agree", k=k, v=v)
     # [b·C, G, w, D]; within a chunk only differences of positions count: queries and keys serve as they are
     q, k, v, rotated = (x.unflatten(2, (-1, w)).transpose(1, 2).flatten(0, 1) for x in (q, k, v, rotated))
     # the chunk's mean value asks its keys: [b·C, H, 1, D]
-    key = attend(attend(q, k, v, scale=view.scale).mean(2, keepdim=True), rotated, rotated, scale=view.scale)
+    mean = softmax_attention(q, k, v, scale=view.scale).mean(2, keepdim=True)
+    key = softmax_attention(mean, rotated, rotated, scale=view.scale)
     return key.squeeze(2).unflatten(0, (-1, now - old)).transpose(1, 2)
 
 
@@ -142,8 +152,10 @@ def read(view: View, part: Part) -> Tensor:
     outs = []
     if full:
         q, k, v = part.q[:, :, :full], part.k[:, :, : past + full], part.v[:, :, : past + full]
-        settings = {"scale": view.scale, "softcap": view.softcap, "sinks": view.sinks}
-        outs.append(attend(q, k, v, mask=lower_right(full, past + full, q.device), **settings))
+        causal = lower_right(full, past + full, q.device)
+        outs.append(
+            softmax_attention(q, k, v, scale=view.scale, mask=causal, softcap=view.softcap, sinks=view.sinks)
+        )
     k, v = (F.pad(x, (0, 0, 0, -x.shape[2] % w)) if full < new else x for x in (part.k, part.v))
     while full < new:
         seen = ((past + full) // w + 1) * w  # the queries of one chunk, in blocks
@@ -157,13 +169,13 @@ def read(view: View, part: Part) -> Tensor:
 def choose(view: View, part: Part, q: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """For queries at positions first, first + 1, … of one chunk: chosen [b, H, r, C], q rotated [b, H, r, k, D]."""
     w, k, t = part.chunk, part.chunks, first // part.chunk
-    bare = view.turn(at_least_float32(q), -torch.arange(first, first + q.shape[2], device=q.device))
+    bare = view.rotate(at_least_float32(q), -torch.arange(first, first + q.shape[2], device=q.device))
     # the first and the last two are always among them
     chosen = best(F.pad(bare @ view.memory["keys"][part.rows, :, 1 : t - 1].mT, (1, 2), value=torch.inf), k)
     # chunks left out before each rank [b, H, r, k], less those before the last k: never above 0
     back = (slots_of(chosen) - torch.arange(k, device=q.device) - (t - k + 1)) * w
     spread = q[:, :, :, None].expand(-1, -1, -1, k, -1).flatten(2, 3)
-    return chosen, view.turn(spread, back.flatten(2)).unflatten(2, (-1, k))
+    return chosen, view.rotate(spread, back.flatten(2)).unflatten(2, (-1, k))
 
 
 def dense(view: View, part: Part, q: Tensor, first: int, k: Tensor, v: Tensor) -> Tensor:
@@ -203,7 +215,7 @@ def blend(view: View, s: Tensor, seen: Tensor, v: Tensor) -> Tensor:
 
 METHOD = CachePage(
     config=Config,
-    attend=read_chunks,
+    attention=read_chunks,
     budget=lambda cfg: cfg.chunk * cfg.chunks,
     patterns=("causal_self",),
     card=Card(

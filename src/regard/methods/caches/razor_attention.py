@@ -25,9 +25,8 @@ SPARE = 16  # a cut goes at most so far below the share
 
 @dataclass(frozen=True)
 class Config:
-    heads: tuple[tuple[int, int], ...] | None = (
-        None  # (layer, KV head), best first; None: measured when attached
-    )
+    # (layer, KV head), best first; None: measured when attached
+    heads: tuple[tuple[int, int], ...] | None = None
     budget: Budget | int | float | str | None = None  # mean tokens per head; None: the paper's rule
     sinks: int = 4
     window: int = 4000
@@ -60,13 +59,13 @@ def cuts(view: View, cfg: Config) -> tuple[Tensor, Tensor]:
     real = seen if view.real is None else (view.seen - view.first()).expand(len(view.budget))
     shares = [share(cfg, b, r, view.total_heads) for b, r in zip(view.budget.tolist(), real.tolist())]
     full, tokens = view.budget.new_tensor(shares).unbind(-1)
-    best = {head: i for i, head in enumerate(cfg.heads)}
-    order = view.budget.new_tensor([best.get((view.layer, h), view.total_heads) for h in view.heads])
-    return ((order >= full[:, None]) & (tokens < real)[:, None])[..., None], tokens
+    ranks = {head: i for i, head in enumerate(cfg.heads)}
+    rank = view.budget.new_tensor([ranks.get((view.layer, h), view.total_heads) for h in view.heads])
+    return ((rank >= full[:, None]) & (tokens < real)[:, None])[..., None], tokens
 
 
 def keep(view: View, cfg: Config) -> Kept | None:
-    """Heads of one layer (or of one group of it) part here, once; afterwards each group is asked alone.
+    """Heads of one layer (or of one group of it) part here, once; afterwards each group decides alone.
 
     A head that is over its share is cut a few tokens below it, so that not every step has to cut again.
     """

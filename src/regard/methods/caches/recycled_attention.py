@@ -30,15 +30,15 @@ class Config:
         require(self.k >= 1, "k >= 1", k=self.k)
 
 
-def due(view: View, cfg: Config) -> bool:
+def is_full_step(view: View, cfg: Config) -> bool:
     """Whether this step attends to everything."""
     memory = view.memory
     if "slots" not in memory or memory["steps"] >= cfg.stride:
         return True
     if cfg.similarity is None:
         return False
-    now = F.cosine_similarity(view.q[:, :, -1].float(), memory["query"].float(), dim=-1).mean()
-    return bool(now < cfg.similarity)
+    similarity = F.cosine_similarity(view.q[:, :, -1].float(), memory["query"].float(), dim=-1).mean()
+    return bool(similarity < cfg.similarity)
 
 
 def select(view: View, cfg: Config) -> Tensor | None:
@@ -46,7 +46,7 @@ def select(view: View, cfg: Config) -> Tensor | None:
     if view.phase != "decode" or view.fits():
         memory.pop("slots", None)
         return None
-    if due(view, cfg):
+    if is_full_step(view, cfg):
         received = view.by_cache_head(view.weights()[:, :, 0])  # [B, G, n]
         received = received.masked_fill(~view.hold(), -torch.inf)
         slots = top_slots(received, view.budget[:, None])

@@ -1,12 +1,12 @@
 """StreamingLLM: keep the first tokens as attention sinks and a rolling window of the most recent.
 
     stored at step t:  {0, …, s-1} ∪ {t-w+1, …, t}          s sinks, w recent tokens, t itself included
-    position of a key: its slot, 0 … s+w-1, not its place in the text
+    position of a key: its slot, 0 … s+w-1, not its position in the text
 
 where a softmax must put its mass somewhere, and trained models put what they do not need on the first tokens;
 dropping those takes mass away from nowhere else. Rotary attention sees only differences of positions, so giving
 slots as positions is the same as moving the sinks behind the window by the tokens that are gone: only the s sink
-keys are turned, from their first rotation every time. Four sinks suffice (Xiao et al., figure 2 and table 2).
+keys are rotated, from their first rotation every time. Four sinks suffice (Xiao et al., figure 2 and table 2).
 
 >>> import torch
 >>> from regard.ops import View
@@ -38,11 +38,11 @@ class Config:
 
 
 def rank(
-    index: Tensor, seen: int, sinks: int | Tensor, window: int | Tensor, place: Tensor | None = None
+    index: Tensor, seen: int, sinks: int | Tensor, window: int | Tensor, position: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Place in the text and whether a token stays: the first `sinks` by place and the last `window` by age."""
-    place = index if place is None else place
-    return place, (place < sinks) | (seen - 1 - index < window)
+    """Position in the text and whether a token stays: the first `sinks` by position, the last `window` by age."""
+    position = index if position is None else position
+    return position, (position < sinks) | (seen - 1 - index < window)
 
 
 def keep(view: View, cfg: Config) -> Kept | None:
@@ -54,7 +54,7 @@ def keep(view: View, cfg: Config) -> Kept | None:
     return Kept(slots_of(stays & view.hold()))
 
 
-def place(view: View, slots: Tensor | None, cfg: Config) -> Tensor | None:
+def shift(view: View, slots: Tensor | None, cfg: Config) -> Tensor | None:
     """How far the sink keys move: by the tokens that are gone between them and the window."""
     if cfg.positions == "text" or cfg.sinks == 0 or view.stored < cfg.sinks:
         return None
@@ -67,7 +67,7 @@ def place(view: View, slots: Tensor | None, cfg: Config) -> Tensor | None:
 METHOD = CachePage(
     config=Config,
     keep=keep,
-    place=place,
+    shift=shift,
     budget=lambda cfg: cfg.sinks + cfg.window,
     patterns=("causal_self",),
     card=Card(
@@ -81,6 +81,6 @@ METHOD = CachePage(
         lineage=("window",),
         neutral={"window": 1 << 30},
         caveat="evicted tokens are gone: facts outside the window cannot be retrieved. The window moves every step. "
-        "Released code stores keys before rotation; here the rotated sinks are turned, the same by relative position",
+        "Released code stores keys before rotation; here rotated sinks are rotated on, the same by relative position",
     ),
 )

@@ -26,9 +26,8 @@ from regard.ops import Budget, View, slots_of, top_slots
 
 @dataclass(frozen=True)
 class Config:
-    budget: Budget | int | float | str | None = (
-        None  # init + local + k together, in their proportion; None: as given
-    )
+    # init + local + k together, in their proportion; None: as they are
+    budget: Budget | int | float | str | None = None
     init: int = 128
     local: int = 512
     k: int = 2048
@@ -53,24 +52,23 @@ def split(budget: int, cfg: Config) -> tuple[int, int, int]:
 
 def votes(view: View, cfg: Config) -> Tensor:
     """[B, 1, n] votes of all query heads for every stored token, from the mean query of the step."""
-    asked = (
-        view if view.new == 1 else replace(view, q=view.q.mean(2, keepdim=True), visible=lambda rows: None)
-    )
-    s = asked.scores()[:, :, 0]
+    if view.new > 1:
+        view = replace(view, q=view.q.mean(2, keepdim=True), visible=lambda rows: None)
+    s = view.scores()[:, :, 0]
     s = s.masked_fill(~view.hold(), -torch.inf) if view.real is not None else s
     return (s.softmax(-1) if cfg.vote == "soft" else s).sum(1, keepdim=True)
 
 
 def similar(view: View, cfg: Config) -> Tensor:
-    """[B] bool: rows whose query is close to the one that chose last, rotated on to today's place in the text."""
+    """[B] bool: rows whose query is close to the one that chose last, rotated on to today's position in the text."""
     q, old = view.q[:, :, -1:], view.memory.get("query")  # [B, H, 1, D]
     if cfg.reuse is None or old is None or old.shape != q.shape:
         return torch.zeros(len(q), dtype=torch.bool, device=q.device)
-    asked = view.memory["asked"]
-    if view.turn is not None:
-        old = view.turn(old, (view.seen - asked)[:, None, None])
+    seen = view.memory["seen"]
+    if view.rotate is not None:
+        old = view.rotate(old, (view.seen - seen)[:, None, None])
     near = F.cosine_similarity(q.flatten(1).float(), old.flatten(1).float()) >= cfg.reuse
-    return near & (asked >= 0)
+    return near & (seen >= 0)
 
 
 def select(view: View, cfg: Config) -> Tensor | None:
@@ -86,26 +84,25 @@ def select(view: View, cfg: Config) -> Tensor | None:
     )
 
 
-def middle(view: View, cfg: Config, open_: Tensor, k: Tensor) -> Tensor:
-    """[B, 1, k] best-voted slots among the open ones; a row whose query hardly changed reads its last choice again."""
-    memory, calm = (
-        view.memory,
-        view.budget + view.new - 1 >= view.hold().sum(-1).amax(-1),
-    )  # [B] nothing to choose
-    again = similar(view, cfg) & ~calm
-    if bool(again.all()):
+def middle(view: View, cfg: Config, between: Tensor, k: Tensor) -> Tensor:
+    """[B, 1, k] slots of those in `between` by vote; a row whose query hardly changed reads its last choice again."""
+    memory = view.memory
+    # [B] rows in which there is nothing to choose
+    fits = view.budget + view.new - 1 >= view.hold().sum(-1).amax(-1)
+    reuse = similar(view, cfg) & ~fits
+    if bool(reuse.all()):
         return memory["middle"]
-    fresh = top_slots(votes(view, cfg).masked_fill(~open_, -torch.inf), k.expand(len(again), 1))
-    asked = torch.full_like(again, view.seen, dtype=torch.long)
-    now = {"middle": fresh, "query": view.q[:, :, -1:], "asked": asked}
-    old = {name: memory.get(name, now[name]) for name in now}
-    if "asked" not in memory:
-        old["asked"] = torch.full_like(asked, -1)
-    wide = max(old["middle"].shape[-1], fresh.shape[-1])
-    for which in (old, now):
-        which["middle"] = F.pad(which["middle"], (0, wide - which["middle"].shape[-1]), value=-1)
-    memory.update({name: by_row(again | calm, old[name], now[name]) for name in now})
-    return by_row(again, old["middle"], now["middle"])
+    chosen = top_slots(votes(view, cfg).masked_fill(~between, -torch.inf), k.expand(len(reuse), 1))
+    seen = torch.full_like(reuse, view.seen, dtype=torch.long)
+    new = {"middle": chosen, "query": view.q[:, :, -1:], "seen": seen}
+    old = {name: memory.get(name, new[name]) for name in new}
+    if "seen" not in memory:
+        old["seen"] = torch.full_like(seen, -1)
+    wide = max(old["middle"].shape[-1], chosen.shape[-1])
+    for choice in (old, new):
+        choice["middle"] = F.pad(choice["middle"], (0, wide - choice["middle"].shape[-1]), value=-1)
+    memory.update({name: by_row(reuse | fits, old[name], new[name]) for name in new})
+    return by_row(reuse, old["middle"], new["middle"])
 
 
 def by_row(first: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -116,7 +113,7 @@ def by_row(first: Tensor, one: Tensor, other: Tensor) -> Tensor:
 METHOD = CachePage(
     config=Config,
     select=select,
-    turns=True,
+    rotates=True,
     budget=lambda cfg: cfg.init + cfg.local + cfg.k,
     patterns=("causal_self",),
     card=Card(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regard.core import Card
 from regard.core.errors import require
-from regard.core.mask import Mask, Place, predicate
+from regard.core.mask import Coordinates, Mask, predicate
 from regard.kinds.mask import MaskPage
 
 
@@ -31,7 +31,7 @@ class Config:
 
 
 @predicate()
-def earlier_block(at: Place, block: int) -> Tensor:
+def earlier_block(at: Coordinates, block: int) -> Tensor:
     return at.k // block <= at.q // block
 
 
@@ -42,6 +42,7 @@ def build(cfg: Config) -> Mask:
 METHOD = MaskPage(
     config=Config,
     build=build,
+    looks_ahead=True,
     patterns=("causal_self",),
     card=Card(
         title="Block-causal mask",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from regard.core import Card
-from regard.core.mask import Mask, Place, predicate
+from regard.core.mask import Coordinates, Mask, predicate
 from regard.kinds.mask import MaskPage
 
 
@@ -28,7 +28,7 @@ class Config:
 
 
 @predicate("document")
-def same_document(at: Place) -> Tensor:
+def same_document(at: Coordinates) -> Tensor:
     return at.q_role("document") == at.k_role("document")
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from regard.core import Card
-from regard.core.mask import Mask, Place, predicate
+from regard.core.mask import Coordinates, Mask, predicate
 from regard.kinds.mask import MaskPage
 
 
@@ -27,7 +27,7 @@ class Config:
 
 
 @predicate("padding")
-def padding(at: Place) -> Tensor:
+def padding(at: Coordinates) -> Tensor:
     return at.k_role("padding") == 0
 
 

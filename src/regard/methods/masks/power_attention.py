@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regard.core import Card
 from regard.core.errors import require
-from regard.core.mask import Mask, Place, causal, first, predicate
+from regard.core.mask import Coordinates, Mask, causal, first, predicate
 from regard.kinds.mask import MaskPage
 
 
@@ -37,12 +37,12 @@ class Config:
 
 
 @predicate()
-def local_blocks(at: Place, local: int, block: int) -> Tensor:
+def local_blocks(at: Coordinates, local: int, block: int) -> Tensor:
     return at.q // block - at.k // block < local
 
 
 @predicate()
-def powers_of_two(at: Place, block: int) -> Tensor:
+def powers_of_two(at: Coordinates, block: int) -> Tensor:
     d = at.q // block - at.k // block
     return (d & (d - 1)) == 0
 

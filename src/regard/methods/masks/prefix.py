@@ -35,6 +35,7 @@ def build(cfg: Config) -> Mask:
 METHOD = MaskPage(
     config=Config,
     build=build,
+    looks_ahead=True,
     patterns=("causal_self",),
     card=Card(
         title="Prefix mask",

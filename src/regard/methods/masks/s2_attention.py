@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regard.core import Card
 from regard.core.errors import require
-from regard.core.mask import Mask, Place, causal, predicate
+from regard.core.mask import Coordinates, Mask, causal, predicate
 from regard.kinds.mask import MaskPage
 
 
@@ -46,7 +46,9 @@ class Config:
 
 
 @predicate()
-def shard(at: Place, heads: int, kv_heads: int, stride: int, local: int, block: int, offset: int) -> Tensor:
+def shard(
+    at: Coordinates, heads: int, kv_heads: int, stride: int, local: int, block: int, offset: int
+) -> Tensor:
     i, j = at.q // block, at.k // block
     mine = (j + at.h // (heads // kv_heads) + offset) % stride == 0
     return (i - j < local) | mine

@@ -35,6 +35,7 @@ def build(cfg: Config) -> Mask:
 METHOD = MaskPage(
     config=Config,
     build=build,
+    looks_ahead=lambda cfg: cfg.ahead > 0,
     patterns=("self", "causal_self"),
     card=Card(
         title="Sliding window",

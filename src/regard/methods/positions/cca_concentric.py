@@ -25,7 +25,7 @@ from torch import Tensor
 
 from regard.core import Card
 from regard.core.errors import require
-from regard.core.mask import Mask, Place, predicate
+from regard.core.mask import Coordinates, Mask, predicate
 from regard.core.roles import Roles
 from regard.kinds.position import PositionPage
 
@@ -72,7 +72,7 @@ def next_position(length: int, cfg: Config, images: int = 1) -> int:
 
 
 @predicate("image", "y", "x")
-def concentric(at: Place, height: int, width: int) -> Tensor:
+def concentric(at: Coordinates, height: int, width: int) -> Tensor:
     same = (at.q_role("image") == at.k_role("image")) & (at.q_role("image") > 0)
     rings = [ring(role("y"), role("x"), height, width) for role in (at.q_role, at.k_role)]
     return torch.where(same, rings[1] <= rings[0], at.k <= at.q)
@@ -86,6 +86,7 @@ METHOD = PositionPage(
     config=Config,
     positions=positions,
     build=build,
+    looks_ahead=True,
     patterns=("causal_self",),
     card=Card(
         title="Concentric Causal Attention",

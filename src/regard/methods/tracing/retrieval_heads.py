@@ -1,7 +1,7 @@
 """Retrieval Head: the few heads that copy the answer out of a long text while it is generated.
 
-    head h copies place j at step t    j = argmax_j α_h(t, j),  j in the needle,  prompt_j = the token emitted at t
-    score(h) = |places that h copied| / |needle|     mean over lengths and depths; a retrieval head has ≥ 0.1
+    head h copies position j at step t    j = argmax_j α_h(t, j),  j in the needle,  prompt_j = the token emitted at t
+    score(h) = |positions that h copied| / |needle|     mean over lengths and depths; a retrieval head has ≥ 0.1
 
 where α_h(t, ·) is the attention of the query whose step emits the token, and the needle is the answer as it stands
 in the prompt. What the score means is shown by ablation: heads are switched off while the answer is generated,
@@ -11,7 +11,7 @@ without them the needle is lost, while random others can go (figures 3 and 7).
 >>> import torch
 >>> top = torch.tensor([[[7, 5, 2, 5]]])  # one run, one head, four steps
 >>> prompt, emitted = torch.tensor([[0, 0, 9, 0, 0, 4, 4, 8]]), torch.tensor([[8, 4, 9, 4]])
->>> measure(top, prompt, emitted, [(5, 8)]).tolist()  # places 7 and 5 of 5, 6, 7; 5 counts once
+>>> measure(top, prompt, emitted, [(5, 8)]).tolist()  # positions 7 and 5 of 5, 6, 7; 5 counts once
 [[0.6666666865348816]]
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from regard.core import Card, Edit, Observer, Site, require
-from regard.kinds.tracing import TracingPage
+from regard.kinds.tracing import Answers, TracingPage
 
 HOW = ("uniform", "zero")
 
@@ -30,29 +30,35 @@ HOW = ("uniform", "zero")
 @dataclass(frozen=True)
 class Config:
     threshold: float = 0.1  # score from which a head is a retrieval head
-    how: str = "uniform"  # a head that is switched off attends to all places alike; "zero": adds nothing
+    how: str = "uniform"  # a head that is switched off attends to all positions alike; "zero": adds nothing
 
     def __post_init__(self) -> None:
         require(self.how in HOW, f"how is one of {HOW}", how=self.how)
 
 
 def observer() -> Observer:
-    """The place that each head attends to most, at the last query of a forward: [B, H, 1] a layer and step."""
+    """The position that each head attends to most, at the last query of a forward: [B, H, 1] a layer and step."""
     return Observer("top1", Site(rows=-1, tower="text"), name="retrieval")
 
 
 def measure(top: Tensor, prompt: Tensor, emitted: Tensor, needle: Iterable[tuple[int, int]]) -> Tensor:
     """[B, H] share of the needle that each head copied, one layer.
 
-    top [B, H, T] places attended to most; prompt [B, n] and emitted [B, T] ids; needle: (first, past the last) a row.
+    top [B, H, T] most attended positions; prompt [B, n] and emitted [B, T] ids; needle: (first, past the last) by row.
     """
     rows = []
-    for places, text, said, (first, last) in zip(top, prompt, emitted, needle, strict=True):
-        inside = (places >= first) & (places < last)
-        hit = inside & (text[places.clamp(max=len(text) - 1)] == said)  # [H, T]
-        copied = (places[..., None] == torch.arange(first, last, device=top.device)) & hit[..., None]
-        rows.append(copied.any(1).float().mean(-1))  # a place counts once
+    for positions, text, tokens, (first, last) in zip(top, prompt, emitted, needle, strict=True):
+        inside = (positions >= first) & (positions < last)
+        hit = inside & (text[positions.clamp(max=len(text) - 1)] == tokens)  # [H, T]
+        copied = (positions[..., None] == torch.arange(first, last, device=top.device)) & hit[..., None]
+        # a position counts once
+        rows.append(copied.any(1).float().mean(-1))
     return torch.stack(rows)
+
+
+def score(steps: list[Tensor], answers: Answers) -> Tensor:
+    """[B, H] of one layer, from the places that its heads attended to most, one [B, H, 1] a generated token."""
+    return measure(torch.cat(steps, -1), answers.prompt, answers.emitted, answers.spans)
 
 
 def ablate(heads: Iterable[tuple[int, int]], cfg: Config, phase: str = "decode") -> tuple[Edit, ...]:
@@ -69,13 +75,14 @@ METHOD = TracingPage(
     config=Config,
     measure=measure,
     observer=observer,
+    score=score,
     ablate=ablate,
     patterns=("causal_self",),
     card=Card(
         title="Retrieval heads",
         paper="Retrieval Head Mechanistically Explains Long-Context Factuality",
         year=2024,
-        idea="heads whose most attended place holds the very token just emitted from the needle",
+        idea="heads whose most attended position holds the very token just emitted from the needle",
         cost="one attention row in every head and step",
         needs=("decoder-lm", "scores"),
         lineage=("induction heads",),

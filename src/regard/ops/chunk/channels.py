@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from regard.ops.chunk.products import product
-from regard.ops.chunk.tiles import Run
+from regard.ops.chunk.tiles import Workspace
 
 # log decay in a sub-block; its reference is in the middle, so factors stay in e^-30 .. e^30
 SPAN = 60.0
@@ -17,17 +17,17 @@ class Channels:
     borders between two spans of c tokens, read and write those about the chunk's start and end.
     """
 
-    def __init__(self, run: Run, total: Tensor) -> None:
-        self.run = run
+    def __init__(self, work: Workspace, total: Tensor) -> None:
+        self.work = work
         n, size, d = total.shape
         self.block = next(c for c in halves(size) if c == 1 or span(total, c) <= SPAN)
         parts = total.view(n, -1, self.block, d)
         middle = (parts[:, :, :1] + parts[:, :, -1:]) / 2
-        query = torch.sub(parts, middle, out=run.room("queries", *parts.shape, dtype=run.sums)).exp_()
-        key = torch.reciprocal(query, out=run.room("keys", *parts.shape, dtype=run.sums))
+        query = torch.sub(parts, middle, out=work.buffer("queries", *parts.shape, dtype=work.sums)).exp_()
+        key = torch.reciprocal(query, out=work.buffer("keys", *parts.shape, dtype=work.sums))
         read, write = query * middle.exp(), key * (total[:, None, -1:] - middle).exp()
         self.query, self.key, self.read, self.write = (
-            x.view_as(total).to(run.dtype) for x in (query, key, read, write)
+            x.view_as(total).to(work.dtype) for x in (query, key, read, write)
         )
         self.levels = self.about_borders(total)
 
@@ -41,17 +41,17 @@ class Channels:
             first, second = total.view(n, -1, 2, c, d).unbind(2)
             border = first[:, :, -1:]
             queries, keys = (second - border).exp(), (border - first).exp()
-            levels.append((c, queries.to(self.run.dtype), keys.to(self.run.dtype)))
+            levels.append((c, queries.to(self.work.dtype), keys.to(self.work.dtype)))
         return levels
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         n, c, _ = q.shape
-        a = self.run.room("scores", n, c, c)
+        a = self.work.buffer("scores", n, c, c)
         if self.block == c:
             return torch.bmm(q * self.query, (k * self.key).mT, out=a).tril_()
         a.zero_()
-        own = product(self.blocks(q * self.query), self.blocks(k * self.key).mT)
-        diagonal(a, self.block).copy_(own.tril_())
+        within = product(self.blocks(q * self.query), self.blocks(k * self.key).mT)
+        diagonal(a, self.block).copy_(within.tril_())
         for c, query, key in self.levels:
             diagonal(a, 2 * c)[:, :, c:, :c] = product(half(q, c, 1) * query, (half(k, c, 0) * key).mT)
         return a
@@ -62,9 +62,9 @@ class Channels:
 
     def add_gradients(self, da: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
         """Adds the gradients of q and k, given that of A, to dq and dk."""
-        own = diagonal(da, self.block).tril()
-        dq.add_(product(own, self.blocks(k * self.key)).view_as(q).mul_(self.query))
-        dk.add_(product(own.mT, self.blocks(q * self.query)).view_as(k).mul_(self.key))
+        within = diagonal(da, self.block).tril()
+        dq.add_(product(within, self.blocks(k * self.key)).view_as(q).mul_(self.query))
+        dk.add_(product(within.mT, self.blocks(q * self.query)).view_as(k).mul_(self.key))
         for c, query, key in self.levels:
             part = diagonal(da, 2 * c)[:, :, c:, :c]
             half(dq, c, 1).add_(product(part, half(k, c, 0) * key).mul_(query))

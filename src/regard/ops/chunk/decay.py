@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.ops.chunk.channels import Channels
-from regard.ops.chunk.tiles import Run, Tile
+from regard.ops.chunk.tiles import Tile, Workspace
 
 # what lies below counts as this: a factor of 1e-26
 LOWEST = -60.0
@@ -16,8 +16,8 @@ LOWEST = -60.0
 class Pairs:
     """A = (q kᵀ) ⊙ W, W [r, S|1, C, C]: what a chunk sees of itself where a gate is one number per token."""
 
-    def __init__(self, run: Run, weights: Tensor) -> None:
-        self.run, self.weights = run, weights
+    def __init__(self, work: Workspace, weights: Tensor) -> None:
+        self.work, self.weights = work, weights
 
     def weigh(self, a: Tensor) -> Tensor:
         a.view(self.weights.shape[0], -1, *a.shape[1:]).mul_(self.weights)
@@ -25,7 +25,7 @@ class Pairs:
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         n, c, _ = q.shape
-        return self.weigh(torch.bmm(q, k.mT, out=self.run.room("scores", n, c, c)))
+        return self.weigh(torch.bmm(q, k.mT, out=self.work.buffer("scores", n, c, c)))
 
     def add_gradients(self, da: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
         """Adds the gradients of q and k, given that of A, to dq and dk. da is changed."""
@@ -60,57 +60,57 @@ class Decay:
 class Decays:
     """The decays of a run's tiles. Fixed ones are made once for all tiles of the same heads and size."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.made: dict[tuple, Decay] = {}
+    def __init__(self, work: Workspace) -> None:
+        self.work = work
+        self.known: dict[tuple, Decay] = {}
 
     def of(self, tile: Tile) -> Decay:
-        g, heads = self.run.g, self.run.heads
+        g, heads = self.work.g, self.work.heads
         if g is not None and g.dim() > 1:
-            return gated(self.run, tile)
+            return gated(self.work, g, tile)
         key = (g is not None and tile.rows.start % heads, tile.heads, tile.count, tile.size)
-        if key not in self.made:
-            self.made[key] = fixed(self.run, tile)
-        return self.made[key]
+        if key not in self.known:
+            self.known[key] = fixed(self.work, tile)
+        return self.known[key]
 
 
-def fixed(run: Run, tile: Tile) -> Decay:
+def fixed(work: Workspace, tile: Tile) -> Decay:
     """No decay, or one per head."""
-    t = torch.arange(max(tile.size, tile.count) + 1, dtype=run.sums, device=run.device)
-    if run.g is None:
+    t = torch.arange(max(tile.size, tile.count) + 1, dtype=work.sums, device=work.device)
+    if work.g is None:
         g = t.new_zeros(tile.heads, 1, 1)
     else:
-        row = torch.arange(tile.rows.start, tile.rows.stop, device=run.device)
-        g = run.g.to(run.sums).clamp(min=LOWEST)[row % run.heads, None, None]
-    decay = from_sums(run, g * t[1 : tile.size + 1], g[:, 0] * tile.size * t[: tile.count + 1])
-    return Decay(None, None, decay.inside, decay.between, None) if run.g is None else decay
+        row = torch.arange(tile.rows.start, tile.rows.stop, device=work.device)
+        g = work.g.to(work.sums).clamp(min=LOWEST)[row % work.heads, None, None]
+    decay = from_sums(work, g * t[1 : tile.size + 1], g[:, 0] * tile.size * t[: tile.count + 1])
+    return Decay(None, None, decay.inside, decay.between, None) if work.g is None else decay
 
 
-def gated(run: Run, tile: Tile) -> Decay:
+def gated(work: Workspace, gates: Tensor, tile: Tile) -> Decay:
     """A decay per token, or per token and channel."""
-    g = run.g[tile.rows, tile.tokens].to(run.sums).clamp(min=LOWEST)
+    g = gates[tile.rows, tile.tokens].to(work.sums).clamp(min=LOWEST)
     g = F.pad(g, (0, 0, 0, tile.pad)) if tile.pad else g
     inside = g.unflatten(1, (tile.count, tile.padded)).cumsum(2)  # [r, S, C] or [r, S, C, D]
     ends = inside[:, :, -1].cumsum(1)
     ends = torch.cat([torch.zeros_like(ends[:, :1]), ends], dim=1)  # [r, S + 1] or [r, S + 1, D]
-    return from_sums(run, inside, ends.transpose(1, -1) if run.channels else ends)
+    return from_sums(work, inside, ends.transpose(1, -1) if work.channels else ends)
 
 
-def from_sums(run: Run, inside: Tensor, ends: Tensor) -> Decay:
+def from_sums(work: Workspace, inside: Tensor, ends: Tensor) -> Decay:
     """From sums of log decay within chunks, [r, S|1, C] or [r, S, C, D], and over chunks, [r, (D,) S + 1]."""
-    between = between_pairs(run, ends)
+    between = between_pairs(work, ends)
     between[..., -1, 0] = 0
     whole = ends[..., -1].exp().reshape(len(ends), -1, 1)
-    if run.channels:
-        own = Channels(run, inside.flatten(0, 1))
-        read, write = (x.unflatten(0, inside.shape[:2]) for x in (own.read, own.write))
+    if work.channels:
+        within = Channels(work, inside.flatten(0, 1))
+        read, write = (x.unflatten(0, inside.shape[:2]) for x in (within.read, within.write))
     else:
-        own, sums = Pairs(run, between_pairs(run, inside)), inside[..., None]
-        read, write = sums.exp().to(run.dtype), (sums[:, :, -1:] - sums).exp().to(run.dtype)
-    return Decay(read, write, own, between.flatten(0, -3), whole)
+        within, sums = Pairs(work, between_pairs(work, inside)), inside[..., None]
+        read, write = sums.exp().to(work.dtype), (sums[:, :, -1:] - sums).exp().to(work.dtype)
+    return Decay(read, write, within, between.flatten(0, -3), whole)
 
 
-def between_pairs(run: Run, total: Tensor) -> Tensor:
+def between_pairs(work: Workspace, total: Tensor) -> Tensor:
     """[.., C, C] e^{total_t - total_s} for s <= t, zero above."""
     difference = total[..., :, None] - total[..., None, :]
-    return difference.add_(run.above_diagonal(total.shape[-1])).exp_().to(run.dtype)
+    return difference.add_(work.above_diagonal(total.shape[-1])).exp_().to(work.dtype)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from regard.ops.chunk.backward import Saved, empty_gradients, scan_back
 from regard.ops.chunk.forward import empty_results, scan
-from regard.ops.chunk.tiles import Run
+from regard.ops.chunk.tiles import Workspace
 
 
 def chunked(
@@ -35,15 +35,15 @@ def scan_tiles(
     normalise: bool, eps: float, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, state, states at the starts of tiles, denominators); the latter two are empty unless `keep`."""
-    run = Run(q, k, v, g, heads, chunk, normalise)
-    results = empty_results(run, keep)
-    scan(run, state, eps, keep, results)
+    work = Workspace(q, k, v, g, heads, chunk, normalise)
+    results = empty_results(work, keep)
+    scan(work, state, eps, keep, results)
     return (*results,)
 
 
 @scan_tiles.register_fake
 def _(q, k, v, g, state, heads, chunk, normalise, eps, keep):
-    return tuple(empty_results(Run(q, k, v, g, heads, chunk, normalise), keep))
+    return tuple(empty_results(Workspace(q, k, v, g, heads, chunk, normalise), keep))
 
 
 @torch.library.custom_op("regard::scan_tiles_back", mutates_args=())
@@ -53,15 +53,15 @@ def scan_tiles_back(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g and the incoming state; that of g is empty unless `gates`."""
     # the gradient of a gate, q dq - k dk, is small between large numbers
-    run = Run(q, k, v, g, heads, chunk, normalise, precise=gates)
-    gradients = empty_gradients(run, gates, dend)
-    scan_back(run, Saved(out, total, starts, dout, dend), gates, gradients)
+    work = Workspace(q, k, v, g, heads, chunk, normalise, precise=gates)
+    gradients = empty_gradients(work, gates, dend)
+    scan_back(work, Saved(out, total, starts, dout, dend), gates, gradients)
     return (*gradients,)
 
 
 @scan_tiles_back.register_fake
 def _(q, k, v, g, out, total, starts, dout, dend, heads, chunk, normalise, gates):
-    return tuple(empty_gradients(Run(q, k, v, g, heads, chunk, normalise), gates, dend))
+    return tuple(empty_gradients(Workspace(q, k, v, g, heads, chunk, normalise), gates, dend))
 
 
 def setup_context(ctx, inputs, output) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from regard.ops.chunk.tiles import Run, Tile
+from regard.ops.chunk.tiles import Tile, Workspace
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -16,11 +16,11 @@ def per_row(x: Tensor, tile: Tile) -> Tensor:
     return x.unflatten(0, (tile.heads, tile.count))
 
 
-def scaled(run: Run, name: str, x: Tensor, by: Tensor | None, tile: Tile) -> Tensor:
+def scaled(work: Workspace, name: str, x: Tensor, by: Tensor | None, tile: Tile) -> Tensor:
     """x [r·S, C, D] times a decay [r, S|1, C, 1|D], in scratch; x itself where there is none."""
     if by is None:
         return x
-    out = run.room(name, *x.shape)
+    out = work.buffer(name, *x.shape)
     torch.mul(per_row(x, tile), by, out=per_row(out, tile))
     return out
 
@@ -34,17 +34,17 @@ def write_sums(full: Tensor, at: slice, x: Tensor, y: Tensor) -> None:
         part.copy_(torch.bmm(x.mT, y).view_as(part))
 
 
-def through_decays(run: Run, name: str, between: Tensor, full: Tensor) -> Tensor:
+def through_decays(work: Workspace, name: str, between: Tensor, full: Tensor) -> Tensor:
     """T times what each chunk adds, [r, S + 1, D, E]: the states at the borders."""
     r, s, d, e = full.shape
     if len(between) == r:
-        return torch.bmm(between, full.view(r, s, -1), out=run.room(name, r, s, d * e)).view(full.shape)
+        return torch.bmm(between, full.view(r, s, -1), out=work.buffer(name, r, s, d * e)).view(full.shape)
     # with gates per channel: one T for each
     out = product(between, full.transpose(1, 2).reshape(r * d, s, e))
     return out.view(r, d, s, e).transpose(1, 2)
 
 
-def of_chunks(run: Run, states: Tensor) -> Tensor:
+def of_chunks(work: Workspace, states: Tensor) -> Tensor:
     """[r, S, D, E] -> [r·S, D, E] as a product reads it."""
     states = states.reshape(-1, *states.shape[2:])
-    return states.contiguous() if run.dtype == torch.bfloat16 else states
+    return states.contiguous() if work.dtype == torch.bfloat16 else states

@@ -32,8 +32,8 @@ class Tile(NamedTuple):
         return self.size + self.pad
 
 
-class Run:
-    """What the tiles of one call share: inputs, shapes, dtypes, scratch.
+class Workspace:
+    """What the tiles of one call share: its inputs, their shapes and dtypes, buffers for products.
 
     `ones` adds a column of 1 to the values, whose sum is the denominator; `precise` takes products in the dtype of
     sums.
@@ -75,7 +75,7 @@ class Run:
         """With gates per channel a chunk is halved down to sub-blocks, so it is padded to a power of two."""
         return (1 << (size - 1).bit_length()) - size if self.channels else 0
 
-    def room(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Scratch by name and shape."""
         dtype = dtype or self.dtype
         key = (name, shape, dtype)
@@ -107,7 +107,7 @@ class Run:
         part = self.direct(t, tile, width)
         if part is not None:
             return part
-        copy = self.room(name, tile.heads * tile.count, tile.padded, width)
+        copy = self.buffer(name, tile.heads * tile.count, tile.padded, width)
         lines, tokens = copy.view(tile.heads, -1, width), tile.count * tile.size
         lines[:, :tokens, : t.shape[2]].copy_(t[tile.rows, tile.tokens])
         if ones:
@@ -119,7 +119,7 @@ class Run:
     def target(self, name: str, t: Tensor, tile: Tile, width: int) -> Tensor:
         """[r·S, C, width] to write a tile's result to; `store` then brings it to t, if it is not there."""
         part = self.direct(t, tile, width) if t.is_contiguous() else None
-        return self.room(name, tile.heads * tile.count, tile.padded, width) if part is None else part
+        return self.buffer(name, tile.heads * tile.count, tile.padded, width) if part is None else part
 
     def store(self, t: Tensor, tile: Tile, value: Tensor) -> None:
         part = t[tile.rows, tile.tokens]

@@ -1,7 +1,7 @@
 """Checks that every cache page must pass; yours too: `check_cache(regard.method("mine", budget=8))`.
 
 The oracle: whatever a policy holds or reads, the model must answer as a full cache does in which exactly the other
-tokens are hidden. A policy is run through a script of forwards, what each head could read is written down, and the
+tokens are hidden. A policy is run through a script of forwards, what each head could read is recorded, and the
 script is run again through transformers' own cache with an explicit softmax and transformers' own masks.
 """
 
@@ -16,11 +16,11 @@ from regard.testing.cache.checks import (
     check_bfloat16,
     check_budget,
     check_bytes,
+    check_generation,
     check_neutral,
     check_oracle,
     check_rows,
-    check_turns,
-    check_ways,
+    check_two_calls,
     full_bytes,
 )
 from regard.testing.cache.oracle import movable
@@ -28,10 +28,10 @@ from regard.testing.cache.script import FAMILIES, PADS, play, script
 from regard.testing.zoo import DECODERS, build
 
 
-def small(page: CachePage, **given: Any) -> Mapping[str, Any]:
+def small(page: CachePage, **settings: Any) -> Mapping[str, Any]:
     """Settings under which a page acts on twenty tokens: its own, or a budget of 8 and small numbers."""
     if page.test_settings:
-        return {**page.test_settings[0], **given}
+        return {**page.test_settings[0], **settings}
     default = page.config()
     numbers = {
         f.name: 3
@@ -39,13 +39,13 @@ def small(page: CachePage, **given: Any) -> Mapping[str, Any]:
         if type(getattr(default, f.name)) is int and getattr(default, f.name) > 8
     }
     budget = {"budget": 8} if any(f.name == "budget" for f in fields(default)) else {}
-    for settings in ({**numbers, **budget, **given}, {**budget, **given}):
+    for options in ({**numbers, **budget, **settings}, {**budget, **settings}):
         try:
-            page.config(**settings)
+            page.config(**options)
         except ValueError:
             continue
-        return settings
-    return given
+        return options
+    return settings
 
 
 def check_cache_page(name: str) -> dict[str, float]:
@@ -85,7 +85,7 @@ def check_cache(
             check_budget(
                 method, first, f"{some}B" if budget == "bytes" else budget, method.page.reads_generated
             )
-    for check in (check_bytes, check_turns, check_ways, check_bfloat16):
+    for check in (check_bytes, check_two_calls, check_generation, check_bfloat16):
         check(method, first)
     return effect
 
@@ -95,6 +95,6 @@ def refused(method: Method, family: str) -> None:
     model, _ = build(family)
     try:
         play(model, method, script())
-    except Unsupported as told:
-        if method.name not in str(told) and "position" not in str(told):
-            raise AssertionError(f"{told} does not say what cannot be moved") from told
+    except Unsupported as error:
+        if method.name not in str(error) and "position" not in str(error):
+            raise AssertionError(f"{error} does not say what cannot be moved") from error

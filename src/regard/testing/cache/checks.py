@@ -1,5 +1,6 @@
 """The checks of a cache page: each on one tiny model of a family."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -21,7 +22,7 @@ def check_oracle(method: Method, family: str) -> float:
     model, _ = build(family)
     feeds = script()
     tape = play(model, method, feeds)
-    if method.page.attend is not None:  # attention of its own: the page brings its own oracle
+    if method.page.attention is not None:  # attention of its own: the page brings its own oracle
         return gap(feeds, tape.outs, hide(model, feeds))
     wrong = gap(feeds, tape.outs, hide(model, feeds, tape.reads))
     assert wrong <= NEAR, (
@@ -36,17 +37,17 @@ def check_neutral(method: Method, family: str) -> None:
     feeds, names = script(), [f.name for f in fields(method.config)]
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     with torch.no_grad():
-        own = [model(**feed, past_key_values=cache).logits for feed in feeds]
+        plain = [model(**feed, past_key_values=cache).logits for feed in feeds]
     settings = [dict(method.page.card.neutral)] + [{"budget": 1.0}] * ("budget" in names)
     assert settings[0], f"{method.name}: the card names no neutral settings"
     for changes in settings:
-        calm = method.with_settings(**{**({"budget": None} if "budget" in names else {}), **changes})
-        wrong = gap(feeds, play(model, calm, feeds).outs, own)
-        assert wrong <= NEAR, f"{calm.label} on {family} should change nothing, and changes {wrong:.1e}"
-        with attach(model, calm):
+        neutral = method.with_settings(**{**({"budget": None} if "budget" in names else {}), **changes})
+        wrong = gap(feeds, play(model, neutral, feeds).outs, plain)
+        assert wrong <= NEAR, f"{neutral.label} on {family} should change nothing, and changes {wrong:.1e}"
+        with attach(model, neutral):
             tokens = generate(model, feeds[0]).sequences
         assert torch.equal(tokens, generate(model, feeds[0]).sequences), (
-            f"{calm.label} on {family}: other tokens"
+            f"{neutral.label} on {family}: other tokens"
         )
 
 
@@ -58,24 +59,25 @@ def check_rows(method: Method, family: str) -> None:
     for row, pad in enumerate(PADS):
         single = play(model, method, alone(feeds, row))
         for step, (a, b) in enumerate(zip(batch.outs, single.outs)):
-            own = real(feeds, step)[row]
-            wrong = float((a[row][own] - b[0]).abs().max())
+            tokens = real(feeds, step)[row]
+            wrong = float((a[row][tokens] - b[0]).abs().max())
             said = f"{method.label} on {family}: row {row} with {pad} pads, forward {step}"
-            for i, there in batch.held[step].items():
+            for i, held in batch.held[step].items():
                 mask = feeds[step]["attention_mask"][row].bool()
-                one, other = (there[row] & mask)[:, pad:], single.held[step][i][0]
+                one, other = (held[row] & mask)[:, pad:], single.held[step][i][0]
                 assert torch.equal(one, other), f"{said}: layer {i} holds other tokens than the row alone"
             assert wrong <= NEAR, f"{said}: {wrong:.1e} away from the row alone"
 
 
 def allowed(budget: int | float | str, mask: Tensor, model_bytes: int) -> Tensor:
     """[B] tokens that a budget allows after the tokens that `mask` [B, seen] shows."""
-    asked, count = parse_budget(budget), mask.sum(-1)
-    if asked.tokens is not None:
-        return count.clamp(max=asked.tokens)
-    if asked.fraction is not None:
-        return torch.tensor([max(1, math.ceil(c * asked.fraction - 1e-9)) for c in count.tolist()])
-    return count.clamp(max=asked.bytes // model_bytes)
+    parsed, count = parse_budget(budget), mask.sum(-1)
+    if parsed.tokens is not None:
+        return count.clamp(max=parsed.tokens)
+    if parsed.fraction is not None:
+        return torch.tensor([max(1, math.ceil(c * parsed.fraction - 1e-9)) for c in count.tolist()])
+    assert parsed.bytes is not None
+    return count.clamp(max=parsed.bytes // model_bytes)
 
 
 def check_budget(method: Method, family: str, budget: int | float | str, since: bool = False) -> None:
@@ -85,10 +87,9 @@ def check_budget(method: Method, family: str, budget: int | float | str, since: 
     selecting policy reads, beyond its budget, what was generated since the prompt.
     """
     model, _ = build(family)
-    method, feeds = (
-        method.with_settings(budget=budget),
-        script(pads=(0, 6, 3)),
-    )  # no row too short for sinks and a window
+    method = method.with_settings(budget=budget)
+    # no row is too short for sinks and a window
+    feeds = script(pads=(0, 6, 3))
     tape = play(model, method, feeds)
     one_token = full_bytes(model, feeds[:1], len(PADS)) // feeds[0]["input_ids"].shape[1]
     evicts = method.page.keep is not None or method.page.score is not None
@@ -101,7 +102,7 @@ def check_budget(method: Method, family: str, budget: int | float | str, since: 
         if evicts and (method.page.phase == "both" or n > 1):
             check_held(tape.held[step], tape.stored[step], mask, limit, said)
         for i, read in tape.reads[step].items():
-            if read.chosen and n == 1:
+            if read.chosen and n == 1 and read.alive is not None:
                 count, room = (read.alive & mask[:, None]).sum(-1), limit + (run if since else 0)
                 assert bool((count <= room[:, None]).all()), (
                     f"{said}: layer {i} reads {count.tolist()}, not {room.tolist()}"
@@ -127,7 +128,7 @@ def full_bytes(model: Any, feeds: list[dict], batch: int) -> int:
     with torch.no_grad():
         for feed in feeds:
             model(**feed, past_key_values=cache)
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    tensors = [getattr(layer, name) for layer in cache.layers for name in ("keys", "values")]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -138,33 +139,31 @@ def check_bytes(method: Method, family: str) -> None:
     model, _ = build(family)
     feeds = script(steps=(160, 1, 1, 1))
     tape = play(model, method, feeds)
-    tables, seen = (
-        2.5,
-        0,
-    )  # index, count, notes and first keys: beside keys of width 8 they weigh more than in life
+    # index, count, notes and first keys: beside keys of width 8 they weigh more than in life
+    tables, seen = 2.5, 0
     one_slot = full_bytes(model, feeds[:1], len(PADS)) / sum(160 * len(layer) for layer in tape.stored[0])
-    for feed, layers, found in zip(feeds, tape.stored, tape.bytes):
+    for feed, layers, size in zip(feeds, tape.stored, tape.bytes):
         seen += feed["input_ids"].shape[1]
         need = sum(slots + max(20, slots // 4) for layer in layers for slots in layer) * one_slot * tables
-        said = f"{method.label} on {family} holds {found} bytes for {sum(map(sum, layers))} slots of {seen} tokens"
-        assert found <= need, f"{said}, which need {need:.0f}"
+        said = f"{method.label} on {family} holds {size} bytes for {sum(map(sum, layers))} slots of {seen} tokens"
+        assert size <= need, f"{said}, which need {need:.0f}"
 
 
 def generate(model: Any, feed: dict, **settings: Any) -> Any:
     """Six tokens, greedily; no token ends the text."""
-    asked = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True)
+    defaults = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True)
     with torch.no_grad():
         inputs = {name: feed[name] for name in ("input_ids", "attention_mask")}
-        return model.generate(**inputs, return_dict_in_generate=True, **{**asked, **settings})
+        return model.generate(**inputs, return_dict_in_generate=True, **{**defaults, **settings})
 
 
 def feeds_of(tokens: Tensor, mask: Tensor, steps: Iterable[int]) -> list[dict]:
     """A script that feeds these tokens in steps of these lengths."""
-    feeds, at, place = [], 0, (mask.cumsum(-1) - 1).clamp(min=0)
+    feeds, at, positions = [], 0, (mask.cumsum(-1) - 1).clamp(min=0)
     for n in steps:
-        own = slice(at, at + n)
+        new = slice(at, at + n)
         feeds.append(
-            dict(input_ids=tokens[:, own], attention_mask=mask[:, : at + n], position_ids=place[:, own])
+            dict(input_ids=tokens[:, new], attention_mask=mask[:, : at + n], position_ids=positions[:, new])
         )
         at += n
     return feeds
@@ -175,28 +174,28 @@ def grown_mask(feed: dict, n: int) -> Tensor:
     return torch.cat([mask, mask.new_ones(mask.shape[0], n - mask.shape[1])], 1)
 
 
-def check_turns(method: Method, family: str) -> None:
+def check_two_calls(method: Method, family: str) -> None:
     """Two generate() calls on one cache give the logits of the same tokens fed by hand."""
     model, _ = build(family)
     feed, cache = script(steps=(20,))[0], Cache(layer_class_to_replicate=DynamicLayer)
     with attach(model, method):
         first = generate(model, feed, past_key_values=cache)
         question = torch.randint(3, 118, (len(PADS), 4), generator=torch.Generator().manual_seed(5))
-        asked = torch.cat([first.sequences, question], 1)
+        text = torch.cat([first.sequences, question], 1)
         second = generate(
-            model, dict(input_ids=asked, attention_mask=grown_mask(feed, 30)), past_key_values=cache
+            model, dict(input_ids=text, attention_mask=grown_mask(feed, 30)), past_key_values=cache
         )
     tokens = second.sequences[:, :-1]
     tape = play(model, method, feeds_of(tokens, grown_mask(feed, 35), (20, 1, 1, 1, 1, 1, 5, 1, 1, 1, 1, 1)))
-    wanted = [out[:, -1] for out in tape.outs]
-    found = [*first.logits, *second.logits]
-    wrong = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
+    expected = [out[:, -1] for out in tape.outs]
+    logits = [*first.logits, *second.logits]
+    wrong = max(float((a - b).abs().max()) for a, b in zip(logits, expected, strict=True))
     assert wrong <= NEAR, (
-        f"{method.label} on {family}: two turns are {wrong:.1e} away from the same tokens by hand"
+        f"{method.label} on {family}: two calls are {wrong:.1e} away from the same tokens by hand"
     )
 
 
-def check_ways(method: Method, family: str) -> None:
+def check_generation(method: Method, family: str) -> None:
     """Beams, several sequences and a prompt in chunks: what is returned scores as the same tokens fed by hand."""
     model, _ = build(family)
     feed = script(steps=(20,), pads=(0, 6))[0]
@@ -218,15 +217,18 @@ def check_ways(method: Method, family: str) -> None:
         assert wrong <= NEAR, (
             f"{method.label} on {family}, {name}: {wrong:.1e} away from the same tokens by hand"
         )
+    check_prompt_in_chunks(method, family)
+
+
+def check_prompt_in_chunks(method: Method, family: str) -> None:
+    """A prompt that generate() feeds in chunks gives the logits of the same chunks fed by hand."""
+    model, _ = build(family)
     feed = script(steps=(20,), pads=(0, 0))[0]
     with attach(model, method):
         out = generate(model, feed, prefill_chunk_size=8)
-    tape = play(
-        model, method, feeds_of(out.sequences[:, :-1], grown_mask(feed, 25), (8, 8, 4, 1, 1, 1, 1, 1))
-    )
-    wrong = float(
-        (torch.stack([x[:, -1] for x in tape.outs[2:]], 1) - torch.stack(out.logits, 1)).abs().max()
-    )
+    feeds = feeds_of(out.sequences[:, :-1], grown_mask(feed, 25), (8, 8, 4, 1, 1, 1, 1, 1))
+    expected = torch.stack([x[:, -1] for x in play(model, method, feeds).outs[2:]], 1)
+    wrong = float((expected - torch.stack(out.logits, 1)).abs().max())
     assert wrong <= NEAR, (
         f"{method.label} on {family}, a prompt in chunks: {wrong:.1e} away from the same by hand"
     )
@@ -243,14 +245,15 @@ def check_bfloat16(method: Method, family: str) -> None:
         f"{method.label} on {family} in bfloat16: not finite"
     )
 
-    def far(found: list[Tensor], wanted: list[Tensor]) -> float:
+    def far(logits: list[Tensor], expected: list[Tensor]) -> float:
         return max(
             float((a.float() - b)[real(feeds, i)].norm() / b.norm())
-            for i, (a, b) in enumerate(zip(found, wanted))
+            for i, (a, b) in enumerate(zip(logits, expected))
         )
 
-    if method.page.attend is not None or any(r.merged for step in tape.reads for r in step.values()):
-        return  # float32 keys cannot stand beside merged bfloat16 ones
+    # float32 keys cannot stand beside merged bfloat16 ones
+    if method.page.attention is not None or any(r.merged for step in tape.reads for r in step.values()):
+        return
     noise, wrong = far(hide(low, feeds), exact), far(tape.outs, hide(model, feeds, tape.reads))
     assert wrong <= 3 * noise + 0.02, (
         f"{method.label} on {family} in bfloat16: {wrong:.2f} off, the model {noise:.2f}"

@@ -1,5 +1,6 @@
 """The oracle: a full cache with an explicit softmax in which the tokens that a policy dropped are hidden."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from regard.core import Method
-from regard.testing.cache.script import Read, real
+from regard.testing.cache.script import ReadRecord, real
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
@@ -37,18 +38,19 @@ def angles(model: Any, layer: int) -> Tensor | None:
     return torch.tensor([rope["rope_theta"] ** (-i / pairs) for i in range(pairs)], dtype=torch.float64)
 
 
-def turned(k: Tensor, by: Tensor, angle: Tensor) -> Tensor:
-    """Keys [B, H, n, D] rotated by `by` [b, h, n] positions: pair i is (x_i, x_{i + pairs}), turned in the plane."""
+def rotated(k: Tensor, by: Tensor, angle: Tensor) -> Tensor:
+    """Keys [B, H, n, D] rotated by `by` [b, h, n] positions: pair i is the plane (x_i, x_{i + pairs})."""
     pairs = len(angle)
     plane = torch.complex(k[..., :pairs].double(), k[..., pairs : 2 * pairs].double())
     plane = plane * torch.polar(torch.ones((), dtype=torch.float64), by[..., None].double() * angle)
     return torch.cat([plane.real.to(k), plane.imag.to(k), k[..., 2 * pairs :]], -1)
 
 
-Change = Callable[[int, str, Tensor, Tensor], Tensor]  # (layer, scores, weights or z; x; seen) -> x
+# (layer, "scores", "weights" or "z", x, seen) -> x
+Change = Callable[[int, str, Tensor, Tensor], Tensor]
 
 
-def oracle_function(model: Any, now: dict[int, Read], change: Change | None = None) -> Callable:
+def oracle_function(model: Any, now: dict[int, ReadRecord], change: Change | None = None) -> Callable:
     change = change or (lambda layer, quantity, x, seen: x)
 
     def oracle(module, query, key, value, attention_mask=None, *args, scaling=None, **kwargs):
@@ -59,7 +61,7 @@ def oracle_function(model: Any, now: dict[int, Read], change: Change | None = No
         if read is not None:
             seen = seen & by_head(read.alive, heads)[:, :, None]
             if read.moved is not None:
-                k = turned(k, by_head(read.moved, heads), angles(model, layer))
+                k = rotated(k, by_head(read.moved, heads), angles(model, layer))
         s = torch.einsum("bhnd,bhmd->bhnm", query.float(), k.float()) * scaling
         if kwargs.get("softcap") is not None:
             s = kwargs["softcap"] * torch.tanh(s / kwargs["softcap"])
@@ -88,7 +90,9 @@ def oracle_function(model: Any, now: dict[int, Read], change: Change | None = No
 
 
 @contextmanager
-def explicit_attention(model: Any, now: dict[int, Read], change: Change | None = None) -> Iterator[None]:
+def explicit_attention(
+    model: Any, now: dict[int, ReadRecord], change: Change | None = None
+) -> Iterator[None]:
     """The model computes attention by `oracle_function` and reads, in layer i, only what now[i] says."""
     config = model.config.get_text_config()
     name, old = f"oracle/{id(now)}", config._attn_implementation_internal
@@ -107,7 +111,7 @@ def explicit_attention(model: Any, now: dict[int, Read], change: Change | None =
 def hide(
     model: Any,
     feeds: list[dict],
-    reads: list[dict[int, Read]] | None = None,
+    reads: list[dict[int, ReadRecord]] | None = None,
     change: Change | None = None,
     cache: Cache | None = None,
 ) -> list[Tensor]:
@@ -115,7 +119,7 @@ def hide(
 
     `change` is handed scores, weights and head outputs of every layer and gives what goes on.
     """
-    now: dict[int, Read] = {}
+    now: dict[int, ReadRecord] = {}
     cache, outs = cache or Cache(layer_class_to_replicate=DynamicLayer), []
     with explicit_attention(model, now, change), torch.no_grad():
         for i, feed in enumerate(feeds):
@@ -125,16 +129,14 @@ def hide(
     return outs
 
 
-def gap(feeds: list[dict], found: list[Tensor], wanted: list[Tensor]) -> float:
+def gap(feeds: list[dict], logits: list[Tensor], expected: list[Tensor]) -> float:
     """The largest difference on tokens that are not padding."""
     return max(
-        float((a - b)[real(feeds, i)].abs().max()) for i, (a, b) in enumerate(zip(found, wanted, strict=True))
+        float((a - b)[real(feeds, i)].abs().max())
+        for i, (a, b) in enumerate(zip(logits, expected, strict=True))
     )
-
-
-# -- the checks
 
 
 def movable(method: Method, model: Any) -> bool:
     """Whether this policy's positions can be computed by hand on this model."""
-    return (method.page.place or method.page.attend) is None or angles(model, 0) is not None
+    return (method.page.shift or method.page.attention) is None or angles(model, 0) is not None

@@ -12,22 +12,24 @@ from regard.attaching.attachment import attach
 from regard.attaching.ledger import LedgerLayer
 from regard.attaching.slots import Group
 from regard.core import Method
+from regard.core.deprecation import moved
 
 FAMILIES = ("llama", "gemma3", "gptoss", "gpt2", "neox")
 PADS = (0, 6, 17)  # left padding of three rows: none, some, and a row shorter than most sinks and windows
 STEPS = (20, 1, 1, 1, 5, 1, 1, 3, 1)  # tokens of each forward: a prompt, steps, a question, steps, ...
 NEAR = 2e-5
 
+__getattr__ = moved(__name__, {"Read": "regard.testing.cache.script:ReadRecord"})
+
 
 @dataclass
-class Read:
+class ReadRecord:
     """What one layer reads in one forward. Its tables are over true indices, [b, h, seen], b in (1, B), h divides H."""
 
-    alive: Tensor  # bool: this token can be read
-    moved: Tensor | None = None  # positions that its key is turned by
-    merged: tuple[Tensor, Tensor, Tensor, Tensor] | None = (
-        None  # k, v [B, h, e, D], count [B, h, e], index [B, h, e]
-    )
+    alive: Tensor | None = None  # bool: this token can be read; None: whatever is stored
+    moved: Tensor | None = None  # positions that its key is moved by
+    # k, v [B, h, e, D], count [B, h, e], index [B, h, e]
+    merged: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     chosen: bool = False  # whether the policy chose what to read, or all that is stored was read
 
 
@@ -37,7 +39,7 @@ class Tape:
 
     feeds: list[dict]
     outs: list[Tensor] = field(default_factory=list)
-    reads: list[dict[int, Read]] = field(default_factory=list)
+    reads: list[dict[int, ReadRecord]] = field(default_factory=list)
     held: list[dict[int, Tensor]] = field(default_factory=list)  # bool [B, G, seen]
     stored: list[list[list[int]]] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
@@ -51,19 +53,19 @@ def script(steps: Iterable[int] = STEPS, pads: Iterable[int] = PADS, seed: int =
         new = torch.arange(n) >= pads[:, None] if mask is None else torch.ones(len(pads), n, dtype=torch.bool)
         mask = new.long() if mask is None else torch.cat([mask, new.long()], 1)
         tokens = torch.randint(3, 118, (len(pads), n), generator=g).where(new, 0)
-        place = (mask.cumsum(-1) - 1).clamp(min=0)[:, -n:]
-        feeds.append(dict(input_ids=tokens, attention_mask=mask, position_ids=place))
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -n:]
+        feeds.append(dict(input_ids=tokens, attention_mask=mask, position_ids=positions))
     return feeds
 
 
 def alone(feeds: list[dict], row: int) -> list[dict]:
     """The same script for one row without its padding."""
     pad = int((feeds[0]["attention_mask"][row] == 0).sum())
-    own = [{name: x[row : row + 1] for name, x in feed.items()} for feed in feeds]
-    for feed in own:
+    single = [{name: x[row : row + 1] for name, x in feed.items()} for feed in feeds]
+    for feed in single:
         feed["attention_mask"] = feed["attention_mask"][:, pad:]
-    own[0] = {name: x[:, -feeds[0]["input_ids"].shape[1] + pad :] for name, x in own[0].items()}
-    return own
+    single[0] = {name: x[:, -feeds[0]["input_ids"].shape[1] + pad :] for name, x in single[0].items()}
+    return single
 
 
 def real(feeds: list[dict], step: int) -> Tensor:
@@ -91,12 +93,12 @@ def tokens(group: Group, batch: int) -> tuple[Tensor, Tensor]:
 def held(layer: LedgerLayer, batch: int) -> Tensor:
     """[B, G, seen] bool: the tokens that a layer holds, read from its ledger. Merged slots are not tokens."""
     heads = sum(len(group.heads) for group in layer.groups)
-    found = torch.zeros(batch, heads, layer.seen + 1, dtype=torch.bool)
+    result = torch.zeros(batch, heads, layer.seen + 1, dtype=torch.bool)
     for group in layer.groups:
         index, token = tokens(group, batch)
         where = index.masked_fill(~token, layer.seen)
-        found[:, list(group.heads)] = found[:, list(group.heads)].scatter(-1, where, True)
-    return found[..., :-1]
+        result[:, list(group.heads)] = result[:, list(group.heads)].scatter(-1, where, True)
+    return result[..., :-1]
 
 
 def merged(layer: LedgerLayer, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
@@ -108,10 +110,12 @@ def merged(layer: LedgerLayer, batch: int) -> tuple[Tensor, Tensor, Tensor, Tens
     first = layer.groups[0]
     k, v = (x.new_zeros(batch, heads, most, x.shape[-1]) for x in (first.keys, first.values))
     count, index = torch.zeros(batch, heads, most), torch.zeros(batch, heads, most, dtype=torch.long)
-    for group in (group for group in layer.groups if group.count is not None):
-        own, n, (place, token) = list(group.heads), group.n, tokens(group, batch)
-        k[:, own, :n], v[:, own, :n], index[:, own, :n] = group.k(), group.v(), place.clamp(min=0)
-        count[:, own, :n] = group.count[..., :n].masked_fill(token | (place < 0), 0)
+    for group in layer.groups:
+        if group.count is None:
+            continue
+        at, n, (table, token) = list(group.heads), group.n, tokens(group, batch)
+        k[:, at, :n], v[:, at, :n], index[:, at, :n] = group.k(), group.v(), table.clamp(min=0)
+        count[:, at, :n] = group.count[..., :n].masked_fill(token | (table < 0), 0)
     return k, v, count, index
 
 
@@ -119,16 +123,15 @@ def scattered(slots: Tensor, index: Tensor, seen: int, value: Tensor) -> Tensor:
     """[b, h, seen] with `value` at the true indices of slots [b, h, m] (-1: none)."""
     lead = [max(slots.shape[i], index.shape[i]) for i in (0, 1)]
     share = lead[1] // index.shape[1]
-    places = (
-        index.repeat_interleave(share, 1).expand(*lead, -1).gather(-1, slots.clamp(min=0).expand(*lead, -1))
-    )
-    places = places.masked_fill(slots.expand(*lead, -1) < 0, seen).masked_fill(places < 0, seen)
-    found = value.new_zeros(*lead, seen + 1)
-    return found.scatter(-1, places, value.expand_as(places))[..., :seen]
+    index = index.repeat_interleave(share, 1).expand(*lead, -1)
+    positions = index.gather(-1, slots.clamp(min=0).expand(*lead, -1))
+    positions = positions.masked_fill(slots.expand(*lead, -1) < 0, seen).masked_fill(positions < 0, seen)
+    result = value.new_zeros(*lead, seen + 1)
+    return result.scatter(-1, positions, value.expand_as(positions))[..., :seen]
 
 
-def watched(method: Method, now: dict[int, Read]) -> Method:
-    """The method with its `select` and `place` watched: what they answer goes into `now` under the layer's number."""
+def watched(method: Method, now: dict[int, ReadRecord]) -> Method:
+    """The method with its `select` and `shift` watched: what they answer goes into `now` under the layer's number."""
     page = method.page
 
     def select(view, cfg):
@@ -138,19 +141,19 @@ def watched(method: Method, now: dict[int, Read]) -> Method:
                 f"{method.label} selects slots that are not there"
             )
             alive = scattered(slots, view.index, view.seen, torch.ones((), dtype=torch.bool))
-            now[view.layer] = Read(alive, chosen=True)
+            now[view.layer] = ReadRecord(alive, chosen=True)
         return slots
 
-    def place(view, slots, cfg):
-        by = page.place(view, slots, cfg)
+    def shift(view, slots, cfg):
+        by = page.shift(view, slots, cfg)
         if by is not None:
             at = torch.arange(by.shape[-1]).expand(1, 1, -1) if slots is None else slots
             lead = [max(a, b) for a, b in zip(at.shape[:2], by.shape[:2])]
             moved = scattered(at.expand(*lead, -1), view.index, view.seen, by.expand(*lead, -1).long())
-            now.setdefault(view.layer, Read(None)).moved = moved
+            now.setdefault(view.layer, ReadRecord()).moved = moved
         return by
 
-    watch = {name: f for name, f in (("select", select), ("place", place)) if getattr(page, name) is not None}
+    watch = {name: f for name, f in (("select", select), ("shift", shift)) if getattr(page, name) is not None}
     return replace(method, page=replace(page, **watch))
 
 
@@ -162,7 +165,7 @@ def play(
     cache: Cache | None = None,
     **settings: Any,
 ) -> Tape:
-    """Run the script under the method, with others beside it, and write down what every layer reads and holds."""
+    """Run the script under the method, with others beside it, and record what every layer reads and holds."""
     tape, now = Tape(feeds), {}
     cache = cache or Cache(layer_class_to_replicate=DynamicLayer)
     methods = [*([] if method is None else [watched(method, now)]), *others]
@@ -179,17 +182,16 @@ def play(
     return tape
 
 
-def settle(before: dict, now: dict[int, Read], layers: dict[int, LedgerLayer], n: int) -> dict[int, Read]:
+def settle(
+    before: dict, now: dict[int, ReadRecord], layers: dict[int, LedgerLayer], n: int
+) -> dict[int, ReadRecord]:
     """By layer index of the model: what was stored before and came in, less what the policy did not select."""
-    found = {}
+    reads = {}
     for number, i in enumerate(layers):
         old, extra = before.get(i, (None, None))
         new = torch.ones(1, 1, n, dtype=torch.bool)
         stored = new if old is None else torch.cat([old, new.expand(*old.shape[:2], n)], -1)
-        asked = now.get(number, Read(None))
-        alive = stored if asked.alive is None else asked.alive
-        found[i] = Read(alive, asked.moved, None if asked.chosen else extra, asked.chosen)
-    return found
-
-
-# -- the oracle: transformers' own full cache, explicit softmax, hidden tokens
+        record = now.get(number, ReadRecord())
+        alive = stored if record.alive is None else record.alive
+        reads[i] = ReadRecord(alive, record.moved, None if record.chosen else extra, record.chosen)
+    return reads

@@ -26,15 +26,15 @@ def check_fast_equals_reference(case: Case) -> None:
     if case.page.fast is None:
         raise NotApplicable("no fast path")
     for n in LENGTHS:
-        given = case.inputs(n, n + 3)
-        equal_paths(case, given, f"n={n}")
+        inputs = case.inputs(n, n + 3)
+        equal_paths(case, inputs, f"n={n}")
     for n in (7, 65):
-        given = case.inputs(n, n + 3)
-        for said, mask in masks_of(case, given):
-            equal_paths(case, given, f"n={n}, {said}", mask)
+        inputs = case.inputs(n, n + 3)
+        for label, mask in masks_of(case, inputs):
+            equal_paths(case, inputs, f"n={n}, {label}", mask)
     shared = case.inputs(7, 10, groups=1)
-    for said, mask in masks_of(case, shared):
-        equal_paths(case, shared, f"n=7 on one KV head, {said}", mask)
+    for label, mask in masks_of(case, shared):
+        equal_paths(case, shared, f"n=7 on one KV head, {label}", mask)
     if case.pattern == "causal_self":
         with refusals():
             _, state = case.run(case.page.reference, case.inputs(9))
@@ -42,42 +42,37 @@ def check_fast_equals_reference(case: Case) -> None:
             equal_paths(case, case.inputs(7, seed=1), "n=7 after a state of 9", state=state)
 
 
-def masks_of(case: Case, given: Inputs) -> Iterator[tuple[str, Tensor]]:
+def masks_of(case: Case, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
     """The masks that the page takes: of keys, the same for all heads or not, and of pairs."""
-    full = random_mask(given.q.shape[2], given.k.shape[2], given.q.shape[1])
+    full = random_mask(inputs.q.shape[2], inputs.k.shape[2], inputs.q.shape[1])
     masks = {
         "a mask of keys": full[:, :1, :1],
         "a mask of keys by head": full[:, :, :1],
         "a mask of pairs": full,
     }
-    for said, mask in masks.items():
-        try:
-            case.able(given, mask)
-        except NotApplicable:
-            continue
-        yield said, mask
+    return ((label, mask) for label, mask in masks.items() if case.takes(inputs, mask))
 
 
-def equal_paths(case: Case, given: Inputs, said: str, mask: Any = None, state: Any = None) -> None:
-    found, wanted = (
-        gradients(case, path, given, mask, state) for path in (case.page.fast, case.page.reference)
+def equal_paths(case: Case, inputs: Inputs, label: str, mask: Any = None, state: Any = None) -> None:
+    actual, wanted = (
+        gradients(case, path, inputs, mask, state) for path in (case.page.fast, case.page.reference)
     )
-    case.same(f"fast = reference, out, {said}", found[0], wanted[0])
-    case.same_states(f"fast = reference, {said}", found[1], wanted[1])
+    case.same(f"fast = reference, out, {label}", actual[0], wanted[0])
+    case.same_states(f"fast = reference, {label}", actual[1], wanted[1])
     for name, gradient in wanted[2].items():
-        case.same(f"fast = reference, gradient of {name}, {said}", found[2][name], gradient)
+        case.same(f"fast = reference, gradient of {name}, {label}", actual[2][name], gradient)
 
 
 def check_speed_settings(case: Case) -> None:
     """Settings that the page says change the speed change nothing else, at odd values too."""
     if case.page.fast is None or not case.page.speed_settings:
         raise NotApplicable("no setting is for speed only")
-    given = case.inputs(65, 67)
-    wanted, end = case.run(case.page.fast, given)
+    inputs = case.inputs(65, 67)
+    wanted, end = case.run(case.page.fast, inputs)
     for name in case.page.speed_settings:
         for value in (1, 3, 5, 64):
             try:
-                out, state = case.run(case.page.fast, given, **{name: value})
+                out, state = case.run(case.page.fast, inputs, **{name: value})
             except ValueError:
                 continue
             case.same(f"{name}={value} changes the speed only", out, wanted)
@@ -86,27 +81,28 @@ def check_speed_settings(case: Case) -> None:
 
 def check_gradients(case: Case, n: int = 3) -> None:
     """Gradients are those of finite differences: no term is cut off."""
-    found = [
-        set(wrong_gradients(case, n, seed)) for seed in range(2)
-    ]  # twice: a kink may lie in the way once
-    if not found[0] & found[1]:
+    # twice: a kink may lie in the way once
+    wrong = [set(wrong_gradients(case, n, seed)) for seed in range(2)]
+    if not wrong[0] & wrong[1]:
         return
     for name, (at, one, other) in wrong_gradients(case, n, 0).items():
-        if name in found[1]:
-            told = f"the gradient of {name} at {at} is {one:.6g}, finite differences give {other:.6g}"
-            raise Broken(told, of=name, at=at, token=at[-2] if len(at) > 1 else None, found=one, wanted=other)
+        if name in wrong[1]:
+            message = f"the gradient of {name} at {at} is {one:.6g}, finite differences give {other:.6g}"
+            raise Broken(
+                message, of=name, at=at, token=at[-2] if len(at) > 1 else None, found=one, wanted=other
+            )
 
 
 def wrong_gradients(case: Case, n: int, seed: int) -> dict[str, tuple[list[int], float, float]]:
     """By the name of what it is a gradient of: the first place, what autograd says, what differences say."""
-    given = case.inputs(n, n + 1, batch=1, seed=seed)
-    out = case.run(case.page.reference, given)[0].detach()
+    inputs = case.inputs(n, n + 1, batch=1, seed=seed)
+    out = case.run(case.page.reference, inputs)[0].detach()
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=out.dtype)
 
-    def total(given: Inputs) -> Tensor:
-        return (case.run(case.page.reference, given)[0] * weights).sum()
+    def total(inputs: Inputs) -> Tensor:
+        return (case.run(case.page.reference, inputs)[0] * weights).sum()
 
-    live = given.map(tracked)
+    live = inputs.map(tracked)
     named = {name: t for name, t in live.tensors().items() if t.requires_grad}
     value = total(live)
     if not value.requires_grad:
@@ -117,7 +113,7 @@ def wrong_gradients(case: Case, n: int, seed: int) -> dict[str, tuple[list[int],
     wrong = {}
     for (name, t), g in zip(named.items(), grads, strict=True):
         g = torch.zeros_like(t) if g is None else g
-        slopes = finite_differences(total, given, name, step)
+        slopes = finite_differences(total, inputs, name, step)
         far = ((g - slopes).abs() > bar * max(1.0, slopes.abs().max().item())).nonzero()
         if len(far):
             at = tuple(far[0].tolist())
@@ -125,9 +121,9 @@ def wrong_gradients(case: Case, n: int, seed: int) -> dict[str, tuple[list[int],
     return wrong
 
 
-def finite_differences(total: Callable, given: Inputs, name: str, step: float) -> Tensor:
+def finite_differences(total: Callable, inputs: Inputs, name: str, step: float) -> Tensor:
     """The slope of total(given) along every number of one tensor, by central differences."""
-    moving = given.map(torch.clone)
+    moving = inputs.map(torch.clone)
     t = moving.tensors()[name]
     flat, slopes = t.reshape(-1), torch.zeros_like(t).reshape(-1)
     with torch.no_grad():

@@ -9,76 +9,83 @@ from regard.testing.case import Case, Inputs, NotApplicable, hold, moved, moves
 def check_influence(case: Case, n: int = 9) -> None:
     """Perturb one token and see which outputs move: causality, and what cross means."""
     for m in (n, n + 3) if "cross" in case.pattern else (n,):
-        for said, path in case.paths.items():
-            influence(case, said, path, case.inputs(n, m))
+        for label, path in case.paths.items():
+            influence(case, label, path, case.inputs(n, m))
 
 
-def influence(case: Case, said: str, path: Callable, given: Inputs) -> None:
+def influence(case: Case, label: str, path: Callable, inputs: Inputs) -> None:
     if case.pattern.startswith("causal"):
-        causality(case, said, path, given)
-    reach(case, said, path, given)
+        causality(case, label, path, inputs)
+    reach(case, label, path, inputs)
 
 
-def causality(case: Case, said: str, path: Callable, given: Inputs) -> None:
-    own, what = ("qx", "query") if "cross" in case.pattern else ("qkvx", "token")
-    for j in range(given.q.shape[2]):
-        found = moves(case, path, given, own, j)
-        early = min(found, default=j)
-        by = found.get(early, 0.0)
-        told = f"{said} looks ahead: {what} {j} moves the output of query {early} before it by {by:.3g}"
-        hold(early >= j, told, token=j, moved=found)
+def causality(case: Case, label: str, path: Callable, inputs: Inputs) -> None:
+    names, what = ("qx", "query") if "cross" in case.pattern else ("qkvx", "token")
+    for j in range(inputs.q.shape[2]):
+        shifts = moves(case, path, inputs, names, j)
+        early = min(shifts, default=j)
+        by = shifts.get(early, 0.0)
+        message = f"{label} looks ahead: {what} {j} moves the output of query {early} before it by {by:.3g}"
+        hold(early >= j, message, token=j, moved=shifts)
 
 
-def reach(case: Case, said: str, path: Callable, given: Inputs) -> None:
-    n, m = given.q.shape[2], given.k.shape[2]
-    reached = [moves(case, path, given, "kvy", j) for j in range(m)]
-    for j, found in enumerate(reached):
-        hold(found, f"{said}: key {j} of {m} moves no output", token=j, moved={})
-    ahead = n == 1 == m or any(i < j for j, found in enumerate(reached) for i in found)
-    told = f"{said}: in {case.pattern} no key moves the output of an earlier query, as if keys were causal"
-    hold(ahead or case.pattern == "causal_self", told, token=m - 1, moved=reached[-1])
+def reach(case: Case, label: str, path: Callable, inputs: Inputs) -> None:
+    n, m = inputs.q.shape[2], inputs.k.shape[2]
+    reached = [moves(case, path, inputs, "kvy", j) for j in range(m)]
+    for j, shifts in enumerate(reached):
+        hold(shifts, f"{label}: key {j} of {m} moves no output", token=j, moved={})
+    ahead = n == 1 == m or any(i < j for j, shifts in enumerate(reached) for i in shifts)
+    message = (
+        f"{label}: in {case.pattern} no key moves the output of an earlier query, as if keys were causal"
+    )
+    hold(ahead or case.pattern == "causal_self", message, token=m - 1, moved=reached[-1])
 
 
 def check_causality(case: Case, n: int = 9) -> None:
     """No token moves the output of a query before it."""
     if not case.pattern.startswith("causal"):
         raise NotApplicable(f"{case.pattern} is not causal")
-    for said, path in case.paths.items():
-        causality(case, said, path, case.inputs(n, n + 2))
+    for label, path in case.paths.items():
+        causality(case, label, path, case.inputs(n, n + 2))
 
 
 def check_reach(case: Case, n: int = 9) -> None:
     """Every key moves some output; where the pattern is not causal, outputs of earlier queries too."""
-    for said, path in case.paths.items():
-        reach(case, said, path, case.inputs(n, n + 2))
+    for label, path in case.paths.items():
+        reach(case, label, path, case.inputs(n, n + 2))
 
 
 def check_accumulates(case: Case, n: int = 9) -> None:
     """The value of every token moves the output of some later query: what was read is kept."""
     if case.pattern != "causal_self":
         raise NotApplicable("it is a law of causal_self")
-    given = case.inputs(n)
-    for said, path in case.paths.items():
+    inputs = case.inputs(n)
+    for label, path in case.paths.items():
         for j in range(n - 1):
-            found = moves(case, path, given, "v", j)
-            told = f"{said} forgets: the value of token {j} moves no later output, only {list(found)}"
-            hold(any(i > j for i in found), told, token=j, moved=found)
+            shifts = moves(case, path, inputs, "v", j)
+            message = f"{label} forgets: the value of token {j} moves no later output, only {list(shifts)}"
+            hold(any(i > j for i in shifts), message, token=j, moved=shifts)
 
 
 def check_queries(case: Case, n: int = 6) -> None:
     """A query that changes moves its own output, and in cross no other."""
-    given = case.inputs(n, n + 3)
-    for said, path in case.paths.items():
+    inputs = case.inputs(n, n + 3)
+    for label, path in case.paths.items():
         for j in range(n):
-            found = moves(case, path, given, "q", j)
-            later = [i for i in found if i != j]
+            shifts = moves(case, path, inputs, "q", j)
+            later = [i for i in shifts if i != j]
             alone = j == 0 and case.pattern == "causal_self"  # one key: whatever is asked, it is the answer
-            hold(alone or j in found, f"{said}: query {j} does not move its own output", token=j, moved=found)
+            hold(
+                alone or j in shifts,
+                f"{label}: query {j} does not move its own output",
+                token=j,
+                moved=shifts,
+            )
             hold(
                 not later,
-                f"{said}: query {j} moves the output of query {(later or [0])[0]}",
+                f"{label}: query {j} moves the output of query {(later or [0])[0]}",
                 token=j,
-                moved=found,
+                moved=shifts,
             )
 
 
@@ -88,32 +95,32 @@ def check_last_queries(case: Case, n: int = 7) -> None:
         raise NotApplicable("it is a law of causal_self")
     if "queries" in case.page.exempt:
         raise NotApplicable(f"earlier queries are read: {case.page.exempt['queries']}")
-    given = case.inputs(n)
-    few = replace(given, q=given.q[:, :, n - 3 :])
+    inputs = case.inputs(n)
+    few = replace(inputs, q=inputs.q[:, :, n - 3 :])
     case.able(few)
-    for said, path in case.paths.items():
-        law = f"{said}: the last 3 queries on {n} keys = the last rows of all {n}"
-        case.same(law, case.run(path, few)[0], case.run(path, given)[0][:, :, n - 3 :])
+    for label, path in case.paths.items():
+        law = f"{label}: the last 3 queries on {n} keys = the last rows of all {n}"
+        case.same(law, case.run(path, few)[0], case.run(path, inputs)[0][:, :, n - 3 :])
 
 
 def check_window(case: Case, n: int = 20) -> None:
     """`window=w` shows w keys, the token itself included."""
     if case.pattern != "causal_self" or "window" not in {f.name for f in fields(case.cfg)}:
         raise NotApplicable("no causal window")
-    given, asked = case.inputs(n), 0
+    inputs, checked = case.inputs(n), 0
     for w in (w for w in (1, 2, 3, 8) if w < n):
         try:
             narrow = replace(case, cfg=replace(case.cfg, window=w))
-            narrow.able(given)
+            narrow.able(inputs)
         except ValueError:
             continue
-        asked += 1
-        for said, path in case.paths.items():
-            seen = [j for j in range(n) if n - 1 in moved(narrow, path, given, "v", j)]
+        checked += 1
+        for label, path in case.paths.items():
+            seen = [j for j in range(n) if n - 1 in moved(narrow, path, inputs, "v", j)]
             wanted = list(range(n - w, n))
-            told = f"{said}: with window={w} query {n - 1} reads keys {seen}, not {wanted}"
-            hold(seen == wanted, told, window=w, token=n - 1, found=seen, wanted=wanted)
-    if not asked:
+            message = f"{label}: with window={w} query {n - 1} reads keys {seen}, not {wanted}"
+            hold(seen == wanted, message, window=w, token=n - 1, found=seen, wanted=wanted)
+    if not checked:
         raise NotApplicable(f"it takes no window narrower than {n} tokens")
 
 
@@ -124,9 +131,9 @@ def check_prefix(case: Case, n: int = 8) -> None:
     if "self" not in case.page.patterns:
         raise NotApplicable("the page has no form that is not causal")
     whole = replace(case, pattern="self")
-    given = case.inputs(n)
-    for said, path in case.paths.items():
-        out = case.run(path, given)[0]
+    inputs = case.inputs(n)
+    for label, path in case.paths.items():
+        out = case.run(path, inputs)[0]
         for i in range(n):
-            last = whole.run(path, given.span(slice(0, i + 1)))[0][:, :, -1]
-            case.same(f"{said}: causal row {i} = the last row of self on {i + 1} tokens", out[:, :, i], last)
+            last = whole.run(path, inputs.span(slice(0, i + 1)))[0][:, :, -1]
+            case.same(f"{label}: causal row {i} = the last row of self on {i + 1} tokens", out[:, :, i], last)

@@ -23,86 +23,90 @@ def check_padding_left(case: Case, n: int = 7) -> None:
 
 def padding(case: Case, n: int, left: int, right: int) -> None:
     cross = "cross" in case.pattern
-    given = case.inputs(n, n + 2)
-    m = given.k.shape[2]
+    inputs = case.inputs(n, n + 2)
+    m = inputs.k.shape[2]
 
     def pad(t: Tensor | None) -> Tensor | None:
         return None if t is None else torch.nn.functional.pad(t, (0, 0, left, right), value=GARBAGE)
 
-    wide = replace(given, k=pad(given.k), v=pad(given.v), y=pad(given.y), roles=case.labels(m + left + right))
+    wide = replace(
+        inputs, k=pad(inputs.k), v=pad(inputs.v), y=pad(inputs.y), roles=case.labels(m + left + right)
+    )
     if not cross:
-        wide = replace(wide, q=pad(given.q), x=pad(given.x))
+        wide = replace(wide, q=pad(inputs.q), x=pad(inputs.x))
     hidden = torch.zeros(B, 1, 1, m + left + right, dtype=torch.bool)
     hidden[..., left : left + m] = True
-    if given.roles is not None:
+    if inputs.roles is not None:
         ends = [torch.zeros(left, dtype=torch.long), torch.zeros(right, dtype=torch.long)]
         wide = replace(
-            wide, roles=Roles(**{r: torch.cat([ends[0], given.roles[r], ends[1]]) for r in given.roles})
+            wide, roles=Roles(**{r: torch.cat([ends[0], inputs.roles[r], ends[1]]) for r in inputs.roles})
         )
     case.able(wide, hidden)
-    for said, path in case.paths.items():
-        wanted, end = case.run(path, given)
+    for label, path in case.paths.items():
+        wanted, end = case.run(path, inputs)
         out, state = case.run(path, wide, hidden)
         out = out if cross else out[:, :, left : left + n]
-        case.same(f"{said}: padded = unpadded, {left} before and {right} after", out, wanted)
+        case.same(f"{label}: padded = unpadded, {left} before and {right} after", out, wanted)
         if [leaf.shape for leaf in tree_leaves(state)] == [leaf.shape for leaf in tree_leaves(end)]:
-            case.same_states(f"{said}: padded = unpadded, {left} before and {right} after", state, end)
+            case.same_states(f"{label}: padded = unpadded, {left} before and {right} after", state, end)
 
 
 def check_mask_obeyed(case: Case, n: int = 7) -> None:
     """A key that no query may see moves nothing, and a mask that shows everything is no mask."""
-    given = case.inputs(n, n + 2)
-    m = given.k.shape[2]
+    inputs = case.inputs(n, n + 2)
+    m = inputs.k.shape[2]
     if m == 1:
         raise NotApplicable("one key cannot be hidden from all")
     hidden = min(2, m - 1)
     mask = torch.ones(B, 1, 1, m, dtype=torch.bool)
     mask[..., hidden] = False
-    case.able(given, mask)
-    for said, path in case.paths.items():
+    case.able(inputs, mask)
+    for label, path in case.paths.items():
         case.same(
-            f"{said}: a mask that shows all = no mask",
-            case.run(path, given, mask | True)[0],
-            case.run(path, given)[0],
+            f"{label}: a mask that shows all = no mask",
+            case.run(path, inputs, mask | True)[0],
+            case.run(path, inputs)[0],
         )
-        k, v = given.k.clone(), given.v.clone()
+        k, v = inputs.k.clone(), inputs.v.clone()
         k[:, :, hidden], v[:, :, hidden] = GARBAGE, -GARBAGE
-        out = case.run(path, given, mask)[0]
-        found = case.run(path, replace(given, k=k, v=v), mask)[0]
-        case.same(f"{said}: the hidden key {hidden} moves nothing", found, out)
+        out = case.run(path, inputs, mask)[0]
+        changed = case.run(path, replace(inputs, k=k, v=v), mask)[0]
+        case.same(f"{label}: the hidden key {hidden} moves nothing", changed, out)
 
 
 def check_mask_object(case: Case) -> None:
     """A core Mask gives what its dense tensor gives."""
-    given = case.inputs(7, 9)
+    inputs = case.inputs(7, 9)
     mask = causal() & window(4) if "causal_self" in case.pattern else window(6, ahead=3)
-    case.able(given, mask)
-    dense = mask.dense(7, given.k.shape[2])
-    for said, path in case.paths.items():
+    case.able(inputs, mask)
+    dense = mask.dense(7, inputs.k.shape[2])
+    for label, path in case.paths.items():
         case.same(
-            f"{said}: {mask!r} = its tensor", case.run(path, given, mask)[0], case.run(path, given, dense)[0]
+            f"{label}: {mask!r} = its tensor",
+            case.run(path, inputs, mask)[0],
+            case.run(path, inputs, dense)[0],
         )
 
 
 def check_blind_rows(case: Case, n: int = 5) -> None:
     """Queries that see no key give zeros, and gradients stay finite."""
-    given = case.inputs(n, n + 2)
-    mask = torch.ones(B, 1, n, given.k.shape[2], dtype=torch.bool)
+    inputs = case.inputs(n, n + 2)
+    mask = torch.ones(B, 1, n, inputs.k.shape[2], dtype=torch.bool)
     mask[:, :, min(3, n - 1)] = False
     mask[1] = False
     try:
-        case.able(given, mask)
+        case.able(inputs, mask)
     except NotApplicable:
         mask = mask[:, :, :1].clone()  # of keys only: row 1 of the batch sees nothing
-        case.able(given, mask)
+        case.able(inputs, mask)
     blind = ~mask.any(-1, keepdim=True)
-    for said, path in case.paths.items():
-        out, _, grads = gradients(case, path, given, mask)
+    for label, path in case.paths.items():
+        out, _, grads = gradients(case, path, inputs, mask)
         shown = out.masked_fill(~blind, 0)
-        same(f"{said}: queries that see nothing are zero", shown, torch.zeros_like(out), tol=0)
+        same(f"{label}: queries that see nothing are zero", shown, torch.zeros_like(out), tol=0)
         for name, g in grads.items():
             hold(
                 g.isfinite().all(),
-                f"{said}: queries that see nothing: gradient of {name} is not finite",
+                f"{label}: queries that see nothing: gradient of {name} is not finite",
                 of=name,
             )

@@ -13,13 +13,15 @@ from regard.testing.case import Broken, Case, E, H, NotApplicable, gradients, ho
 
 def check_batch(case: Case, n: int = 7) -> None:
     """A row of a batch is what it is alone, and rows may change places."""
-    given = case.inputs(n, n + 2, batch=3)
-    for said, path in case.paths.items():
-        out = case.run(path, given)[0]
+    inputs = case.inputs(n, n + 2, batch=3)
+    for label, path in case.paths.items():
+        out = case.run(path, inputs)[0]
         for b in range(3):
-            alone = case.run(path, given.rows(slice(b, b + 1)))[0]
-            case.same(f"{said}: row {b} of a batch of 3 = that row alone", out[b : b + 1], alone)
-        case.same(f"{said}: rows in another order", case.run(path, given.rows([2, 0, 1]))[0], out[[2, 0, 1]])
+            alone = case.run(path, inputs.rows(slice(b, b + 1)))[0]
+            case.same(f"{label}: row {b} of a batch of 3 = that row alone", out[b : b + 1], alone)
+        case.same(
+            f"{label}: rows in another order", case.run(path, inputs.rows([2, 0, 1]))[0], out[[2, 0, 1]]
+        )
 
 
 def check_neutral(case: Case) -> None:
@@ -28,11 +30,11 @@ def check_neutral(case: Case) -> None:
     if not page.card.neutral:
         raise NotApplicable("the card states no neutral settings")
     neutral = replace(case, cfg=page.configure(**page.card.neutral))
-    given = neutral.inputs(9, 11)
-    wanted = (page.neutral_base or softmax)(given.q, given.k, given.v, Call(case.pattern))
-    for said, path in case.paths.items():
+    inputs = neutral.inputs(9, 11)
+    wanted = (page.neutral_base or softmax)(inputs.q, inputs.k, inputs.v, Call(case.pattern))
+    for label, path in case.paths.items():
         base = "softmax attention" if page.neutral_base is None else "its base"
-        case.same(f"{said}: neutral settings = {base}", neutral.run(path, given)[0], wanted)
+        case.same(f"{label}: neutral settings = {base}", neutral.run(path, inputs)[0], wanted)
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -43,62 +45,62 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
 def check_extremes(case: Case, n: int = 9) -> None:
     """Scores of 1e4 stay finite in float32 and bfloat16, forward and backward."""
     for dtype in (t for t in case.dtypes if t != torch.float64):
-        given = case.inputs(n, n + 2)
-        big = replace(given, q=given.q * 100, k=given.k * 100).to(dtype)
-        for said, path in case.paths.items():
+        inputs = case.inputs(n, n + 2)
+        big = replace(inputs, q=inputs.q * 100, k=inputs.k * 100).to(dtype)
+        for label, path in case.paths.items():
             out, state, grads = gradients(case, path, big)
-            finite(f"{said}: scores of 1e4 in {plain(dtype)}: the output", out)
+            finite(f"{label}: scores of 1e4 in {plain(dtype)}: the output", out)
             for i, leaf in enumerate(tree_leaves(state)):
-                finite(f"{said}: scores of 1e4 in {plain(dtype)}: state tensor {i}", leaf)
+                finite(f"{label}: scores of 1e4 in {plain(dtype)}: state tensor {i}", leaf)
             for name, g in grads.items():
-                finite(f"{said}: scores of 1e4 in {plain(dtype)}: the gradient of {name}", g)
+                finite(f"{label}: scores of 1e4 in {plain(dtype)}: the gradient of {name}", g)
 
 
 def plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def finite(said: str, t: Tensor) -> None:
+def finite(label: str, t: Tensor) -> None:
     wrong = (~t.isfinite()).nonzero()
     if len(wrong):
         at = wrong[0].tolist()
-        found = t[tuple(at)].item()
-        raise Broken(f"{said} is {found} at {at}", at=at, found=found)
+        value = t[tuple(at)].item()
+        raise Broken(f"{label} is {value} at {at}", at=at, found=value)
 
 
 def check_precision(case: Case, n: int = 33) -> None:
     """What comes out has the dtype of what went in, near the float64 result on the same numbers."""
     bounds = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02}
     for dtype in case.dtypes:
-        given, bound = case.inputs(n, n + 2).to(dtype), max(bounds[dtype], case.tol)
-        wanted = case.run(case.page.reference, given.to(torch.float64))[0]
-        for said, path in case.paths.items():
-            out, state = case.run(path, given)
+        inputs, bound = case.inputs(n, n + 2).to(dtype), max(bounds[dtype], case.tol)
+        wanted = case.run(case.page.reference, inputs.to(torch.float64))[0]
+        for label, path in case.paths.items():
+            out, state = case.run(path, inputs)
             hold(
                 out.dtype == dtype,
-                f"{said}: {plain(dtype)} in, {plain(out.dtype)} out",
+                f"{label}: {plain(dtype)} in, {plain(out.dtype)} out",
                 found=plain(out.dtype),
             )
             if case.pattern == "causal_self" and not stores(case):
                 low = [
                     leaf.dtype for leaf in tree_leaves(state) if leaf.dtype in (torch.bfloat16, torch.float16)
                 ]
-                hold(not low, f"{said}: {plain(dtype)} in, a state of sums in {plain(dtype)}, not float32")
+                hold(not low, f"{label}: {plain(dtype)} in, a state of sums in {plain(dtype)}, not float32")
             error = ((out.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
-            told = f"{said}: {plain(dtype)} is off by {error:.2g} of the float64 result; bound {bound:g}"
-            hold(error <= bound, told, found=error, wanted=bound, dtype=plain(dtype))
+            message = f"{label}: {plain(dtype)} is off by {error:.2g} of the float64 result; bound {bound:g}"
+            hold(error <= bound, message, found=error, wanted=bound, dtype=plain(dtype))
 
 
 def check_frozen(case: Case, n: int = 9) -> None:
     """With parameters that do not learn, as in a frozen model, gradients of the tokens are the same in float32."""
     if not case.params(H, H, E):
         raise NotApplicable("it has no parameters")
-    given = case.inputs(n, n + 2).to(torch.float32)
-    for said, path in case.paths.items():
-        _, _, wanted = gradients(case, path, given)
-        _, _, frozen = gradients(case, path, given, learn=False)
+    inputs = case.inputs(n, n + 2).to(torch.float32)
+    for label, path in case.paths.items():
+        _, _, wanted = gradients(case, path, inputs)
+        _, _, frozen = gradients(case, path, inputs, learn=False)
         for name, g in frozen.items():
-            same(f"{said}, parameters frozen: the gradient of {name}", g, wanted[name], tol=1e-4)
+            same(f"{label}, parameters frozen: the gradient of {name}", g, wanted[name], tol=1e-4)
 
 
 def check_groups(case: Case) -> None:
@@ -114,22 +116,24 @@ def check_groups(case: Case) -> None:
         shapes = [{n: p.shape for n, p in case.params(2 * H, g, E).items()} for g in (groups, 2 * H)]
         if shapes[0] != shapes[1]:
             raise NotApplicable("its parameters belong to KV heads")
-        for said, path in case.paths.items():
-            law = f"{said}: {2 * H} heads on {groups} KV heads = a copy for each"
+        hidden = random_mask(1, few.k.shape[2], 2 * H)
+        takes_mask = case.takes(few, hidden)
+        for label, path in case.paths.items():
+            law = f"{label}: {2 * H} heads on {groups} KV heads = a copy for each"
             case.same(law, case.run(path, few)[0], case.run(path, many)[0])
-            hidden = random_mask(1, few.k.shape[2], 2 * H)
-            law = f"{law}, keys hidden by head"
-            case.same(law, case.run(path, few, hidden)[0], case.run(path, many, hidden)[0])
+            if takes_mask:
+                law = f"{law}, keys hidden by head"
+                case.same(law, case.run(path, few, hidden)[0], case.run(path, many, hidden)[0])
 
 
 def check_compiles(case: Case) -> None:
     """torch.compile traces the path that attend runs, in one graph."""
     name, path = list(case.paths.items())[-1]
-    given = case.inputs(9, 11)
+    inputs = case.inputs(9, 11)
     torch._dynamo.reset()
-    traced = torch.compile(lambda given: case.run(path, given)[0], backend="eager", fullgraph=True)
+    traced = torch.compile(lambda inputs: case.run(path, inputs)[0], backend="eager", fullgraph=True)
     try:
-        out = traced(given)
+        out = traced(inputs)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise AssertionError(
@@ -137,15 +141,15 @@ def check_compiles(case: Case) -> None:
         ) from error
     finally:
         torch._dynamo.reset()
-    case.same(f"{name}: compiled = eager", out, case.run(path, given)[0])
+    case.same(f"{name}: compiled = eager", out, case.run(path, inputs)[0])
 
 
 def check_pure(case: Case, n: int = 7) -> None:
     """Asked twice it says the same, and its inputs are left as they were."""
-    given = case.inputs(n, n + 2)
-    for said, path in case.paths.items():
-        kept = given.map(torch.clone)
-        first, again = (case.run(path, given)[0] for _ in range(2))
-        same(f"{said}: the same question twice", again, first, tol=0)
-        for name, t in given.tensors().items():
-            hold(torch.equal(t, kept.tensors()[name]), f"{said}: {name} is changed in place", of=name)
+    inputs = case.inputs(n, n + 2)
+    for label, path in case.paths.items():
+        kept = inputs.map(torch.clone)
+        first, again = (case.run(path, inputs)[0] for _ in range(2))
+        same(f"{label}: the same question twice", again, first, tol=0)
+        for name, t in inputs.tensors().items():
+            hold(torch.equal(t, kept.tensors()[name]), f"{label}: {name} is changed in place", of=name)

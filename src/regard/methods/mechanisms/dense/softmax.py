@@ -28,7 +28,7 @@ from torch import Tensor
 from regard.core import PATTERNS, Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
-from regard.ops import attend, carried, exact, heads_of, quotient, visible
+from regard.ops import carried, exact, heads_of, quotient, softmax_attention, visible
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     mask = None if square else visible(call, n, m, q.device)
     scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
     sinks = call.params["sinks"] if cfg.sinks else None
-    out = attend(q, k, v, scale=scale, mask=mask, causal=square, softcap=cfg.softcap, sinks=sinks)
+    out = softmax_attention(q, k, v, scale=scale, mask=mask, causal=square, softcap=cfg.softcap, sinks=sinks)
     return out.to(v.dtype), state
 
 

@@ -102,9 +102,8 @@ def prefixes(m: Tensor, joined: Tensor, begin: tuple[Tensor, Tensor], chunk: int
     missing, size = (-n % size, size) if n > size else (0, n)
     if missing:
         m, joined = pad(m, (0, missing), value=NOTHING), pad(joined, (0, 0, 0, missing))
-    m, joined = one_chunk(
-        m.unflatten(2, (-1, size)), joined.unflatten(2, (-1, size))
-    )  # [B, H, chunks, C], [B, H, chunks, C, E + 1]
+    # [B, H, chunks, C], [B, H, chunks, C, E + 1]
+    m, joined = one_chunk(m.unflatten(2, (-1, size)), joined.unflatten(2, (-1, size)))
     before, carried = (t[:, :, None] for t in begin)
     if n > size:
         ends = prefixes(m[..., -1], joined[..., -1, :], begin, chunk)

@@ -24,6 +24,7 @@ V_A = 7, which is what every query gets; a kernel of (0, 1, 0) adds the token's 
 [11.0, 15.0]
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -73,47 +74,49 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     """Every head of every row by itself, with torch's own pooling, interpolation and convolution of images."""
     check_grid(q.shape[2], cfg, call)
     rows, heads, n = q.shape[:3]
-    there = torch.ones_like(k[:, :1, :, 0], dtype=torch.bool) if call.key_mask is None else call.key_mask
-    asks = there.new_ones(1, 1, n) if call.cross else there
-    asks, there = (t.expand(rows, heads, -1) for t in (asks, there))
-    tensors = *exact(q, heads_of(k, heads), heads_of(v, heads)), asks, there
+    key_mask = torch.ones_like(k[:, :1, :, 0], dtype=torch.bool) if call.key_mask is None else call.key_mask
+    query_mask = key_mask.new_ones(1, 1, n) if call.cross else key_mask
+    query_mask, key_mask = (t.expand(rows, heads, -1) for t in (query_mask, key_mask))
+    tensors = *exact(q, heads_of(k, heads), heads_of(v, heads)), query_mask, key_mask
     out = q.new_zeros(rows, heads, n, v.shape[3], dtype=torch.float64)
-    for b, h in there.any(-1).nonzero().tolist():
+    for b, h in key_mask.any(-1).nonzero().tolist():
         out[b, h] = one_head(*(t[b, h] for t in tensors), h=h, cfg=cfg, call=call)
     return out.to(v.dtype), None
 
 
-def one_head(q, k, v, asks: Tensor, there: Tensor, h: int, cfg: Config, call: Call) -> Tensor:
+def one_head(q, k, v, query_mask: Tensor, key_mask: Tensor, h: int, cfg: Config, call: Call) -> Tensor:
     """[N, E] of q [N, D], k [M, D] and v [M, E]: agents gather from the keys, queries ask the agents."""
-    q, k, v = (t.masked_fill(~own[:, None], 0) for t, own in ((q, asks), (k, there), (v, there)))
+    q, k, v = (
+        t.masked_fill(~mask[:, None], 0) for t, mask in ((q, query_mask), (k, key_mask), (v, key_mask))
+    )
     params = {name: p[h].double() for name, p in call.params.items()}
-    agents, alive = averages(q, asks, cfg)
+    agents, alive = averages(q, query_mask, cfg)
     scale = q.shape[1] ** -0.5 if cfg.scale is None else cfg.scale
     gather, ask = scale * agents @ k.T, scale * q @ agents.T  # [n, M], [N, n]
     if cfg.table:
-        gather = gather + stretched(params["bias_1"], there, cfg)
-        ask = ask + stretched(params["bias_2"], asks, cfg).T
-    gathered = gather.masked_fill(~there, -torch.inf).softmax(-1) @ v
+        gather = gather + stretched(params["bias_1"], key_mask, cfg)
+        ask = ask + stretched(params["bias_2"], query_mask, cfg).T
+    gathered = gather.masked_fill(~key_mask, -torch.inf).softmax(-1) @ v
     out = ask.masked_fill(~alive, -torch.inf).softmax(-1) @ gathered
     if cfg.conv and not call.cross:
         convolve, image = (F.conv1d, v.T) if cfg.grid is None else (F.conv2d, v.T.unflatten(1, cfg.grid))
         out = out + convolve(image, params["conv"][:, None], padding="same", groups=len(image)).flatten(1).T
-    return out.masked_fill(~asks[:, None], 0)
+    return out.masked_fill(~query_mask[:, None], 0)
 
 
-def averages(q: Tensor, asks: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+def averages(q: Tensor, query_mask: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     """The agents [n, D], and which of them [n] average anything."""
     if cfg.grid is None:
-        return F.adaptive_avg_pool1d(q[asks].T, cfg.agents).T, asks.new_ones(cfg.agents)
-    images = torch.cat([q, asks[:, None]], dim=1).T.unflatten(1, cfg.grid)
+        return F.adaptive_avg_pool1d(q[query_mask].T, cfg.agents).T, query_mask.new_ones(cfg.agents)
+    images = torch.cat([q, query_mask[:, None]], dim=1).T.unflatten(1, cfg.grid)
     pooled = F.adaptive_avg_pool2d(images, math.isqrt(cfg.agents)).flatten(1).T
     return quotient(pooled[:, :-1], pooled[:, -1:]), pooled[:, -1] > 0
 
 
-def stretched(table: Tensor, there: Tensor, cfg: Config) -> Tensor:
+def stretched(table: Tensor, key_mask: Tensor, cfg: Config) -> Tensor:
     """A table [n, cells] as biases [n, tokens]; those of hidden tokens are any number."""
     if cfg.grid is None:
-        return F.interpolate(table[None], int(there.sum()), mode="linear")[0][:, there.cumsum(0) - 1]
+        return F.interpolate(table[None], int(key_mask.sum()), mode="linear")[0][:, key_mask.cumsum(0) - 1]
     block, rows, columns = table.split([cfg.table**2, *cfg.grid], dim=1)
     block = F.interpolate(block.unflatten(1, 2 * (cfg.table,))[None], cfg.grid, mode="bilinear")[0]
     return (block + rows[:, :, None] + columns[:, None]).flatten(1)
@@ -122,34 +125,50 @@ def stretched(table: Tensor, there: Tensor, cfg: Config) -> Tensor:
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     """All heads and rows at once: averages and biases are products with matrices over the tokens."""
     check_grid(q.shape[2], cfg, call)
-    heads, there, asks = q.shape[1], call.key_mask, None if call.cross else call.key_mask
+    heads, key_mask, query_mask = q.shape[1], call.key_mask, None if call.cross else call.key_mask
     q_h, k_h, v_h = (at_least_float32(per_query_head(t, heads).expand(-1, heads, -1, -1)) for t in (q, k, v))
-    q_h, k_h, v_h = shown(q_h, asks), shown(k_h, there), shown(v_h, there)
-    average, shares = matrices(q_h, asks, cfg)
-    sources = matrices(k_h, there, cfg)[1] if call.cross else shares
+    q_h, k_h, v_h = shown(q_h, query_mask), shown(k_h, key_mask), shown(v_h, key_mask)
+    average, shares = matrices(q_h, query_mask, cfg)
+    sources = matrices(k_h, key_mask, cfg)[1] if call.cross else shares
     tables = [at_least_float32(call.params[name]) for name in ("bias_1", "bias_2") if cfg.table]
     bias_1, bias_2 = (tables[0] @ sources, shares.mT @ tables[1].mT) if tables else 2 * (q_h.new_zeros(1, 1),)
-    agents, alive = average @ q_h, None if asks is None else average.any(-1)
-    out = read(q_h, agents, read(agents, k_h, v_h, bias_1, there, cfg), bias_2, alive, cfg)
+    agents, alive = average @ q_h, None if query_mask is None else average.any(-1)
+    out = read(q_h, agents, read(agents, k_h, v_h, bias_1, key_mask, cfg), bias_2, alive, cfg)
     if cfg.conv and not call.cross:
-        # a line is an image of one row
-        image = v_h.mT.flatten(1, 2).unflatten(2, cfg.grid or (1, -1))
-        kernel = at_least_float32(call.params["conv"]).reshape(image.shape[1], 1, -1, cfg.conv)
-        out = out + F.conv2d(image, kernel, padding="same", groups=len(kernel)).flatten(2).view_as(v_h.mT).mT
-    return shown(out, asks).to(v.dtype), None
+        out = out + near(v_h, at_least_float32(call.params["conv"]), cfg)
+    return shown(out, query_mask).to(v.dtype), None
 
 
-def matrices(t: Tensor, there: Tensor | None, cfg: Config) -> tuple[Tensor, Tensor]:
+def near(v: Tensor, kernel: Tensor, cfg: Config) -> Tensor:
+    """The convolution of v [B, H, N, E] by the kernel of every channel, tap by tap; a line is an image of one row."""
+    image = v.unflatten(2, cfg.grid or (1, -1))
+    kernel, out = kernel.reshape(*kernel.shape[:2], -1, cfg.conv), torch.zeros_like(image)
+    for i, j in itertools.product(range(kernel.shape[2]), range(cfg.conv)):
+        (y, from_y), (x, from_x) = overlap(i - kernel.shape[2] // 2), overlap(j - cfg.conv // 2)
+        out[:, :, y, x].addcmul_(kernel[:, None, None, :, i, j], image[:, :, from_y, from_x])
+    return out.flatten(2, 3)
+
+
+def overlap(shift: int) -> tuple[slice, slice]:
+    """Places that have a neighbour `shift` further on, and these neighbours."""
+    here, there = (
+        slice(max(0, -shift), -shift if shift > 0 else None),
+        slice(max(0, shift), shift if shift < 0 else None),
+    )
+    return here, there
+
+
+def matrices(t: Tensor, mask: Tensor | None, cfg: Config) -> tuple[Tensor, Tensor]:
     """For tokens t [B, H, N, D]: averages over cells [B, H, n, N], shares of the tables' cells [B, H, cells, N]."""
-    there = t.new_ones(1, 1, t.shape[2], dtype=torch.bool) if there is None else there
+    mask = t.new_ones(1, 1, t.shape[2], dtype=torch.bool) if mask is None else mask
     if cfg.grid is None:
-        inside, shares = on_side(there.cumsum(-1)[..., None, :] - 1, there.sum(-1)[..., None, None], cfg)
+        inside, shares = on_side(mask.cumsum(-1)[..., None, :] - 1, mask.sum(-1)[..., None, None], cfg)
     else:
         (y, by_y), (x, by_x) = (on_side(torch.arange(side, device=t.device), side, cfg) for side in cfg.grid)
         row, column = (torch.eye(side, device=t.device) for side in cfg.grid)
         row, column = row.repeat_interleave(cfg.grid[1], 1), column.repeat(1, cfg.grid[0])
         inside, shares = torch.kron(y, x), torch.cat([torch.kron(by_y, by_x), row, column])
-    inside, shares = ((share * there[..., None, :]).to(t.dtype) for share in (inside, shares))
+    inside, shares = ((share * mask[..., None, :]).to(t.dtype) for share in (inside, shares))
     return inside / inside.sum(-1, keepdim=True).clamp(min=1), shares
 
 
@@ -162,9 +181,9 @@ def on_side(rank: Tensor, count: Tensor | int, cfg: Config) -> tuple[Tensor, Ten
     return inside, (1 - (position - mark).abs()).clamp(min=0)
 
 
-def read(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, there: Tensor | None, cfg: Config) -> Tensor:
+def read(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_mask: Tensor | None, cfg: Config) -> Tensor:
     """Softmax attention with a bias; who sees nothing reads values that are all zero."""
-    bias = bias if there is None else bias.masked_fill(~there[:, :, None], -1e30)
+    bias = bias if key_mask is None else bias.masked_fill(~key_mask[:, :, None], -1e30)
     # scale=None is 1/√D to torch too
     return F.scaled_dot_product_attention(q, k, v, bias.expand(*q.shape[:3], k.shape[2]), scale=cfg.scale)
 

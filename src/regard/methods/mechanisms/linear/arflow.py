@@ -67,14 +67,16 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor]:
     n, m, heads, size, scale = q.shape[2], k.shape[2], q.shape[1], cfg.tokens_per_image, k.shape[3] ** -0.5
     q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
     x, w_gate = exact(call.x, call.params["w_gate"])
-    there = torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    key_mask = (
+        torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    )
     # a hidden token neither decays nor writes, and it does not count in the mean
-    g = torch.where(there, F.logsigmoid(torch.einsum("bmc,ch->bhm", x, w_gate)) / cfg.normalizer, 0.0)
+    g = torch.where(key_mask, F.logsigmoid(torch.einsum("bmc,ch->bhm", x, w_gate)) / cfg.normalizer, 0.0)
     states = [initial(call, q, len(q), heads, k.shape[3], v.shape[3])]
     for first in range(0, m, size):
         image = slice(first, first + size)
-        gamma = quotient(g[:, :, image].sum(-1), there[:, :, image].sum(-1)).exp()
-        shown_k = torch.where(there[:, :, image, None], k_h[:, :, image], 0.0)
+        gamma = quotient(g[:, :, image].sum(-1), key_mask[:, :, image].sum(-1)).exp()
+        shown_k = torch.where(key_mask[:, :, image, None], k_h[:, :, image], 0.0)
         written = torch.einsum("bhjd,bhje->bhde", shown_k, v_h[:, :, image]) * scale
         states.append(gamma[..., None, None] * states[-1] + written)
     rows = []
@@ -82,15 +84,15 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor]:
         first = token // size * size
         image = slice(first, first + size)
         s = torch.einsum("bhd,bhjd->bhj", q_h[:, :, i], k_h[:, :, image]) * scale
-        inside = softmax_mean(s, v_h[:, :, image], there[:, :, image])
+        inside = softmax_mean(s, v_h[:, :, image], key_mask[:, :, image])
         c = g[:, :, first : token + 1].sum(-1, keepdim=True)
         rows.append(inside + c.exp() * torch.einsum("bhd,bhde->bhe", q_h[:, :, i], states[token // size]))
     return rounded(torch.stack(rows, dim=2), states[-1], v)
 
 
-def softmax_mean(s: Tensor, v: Tensor, there: Tensor) -> Tensor:
+def softmax_mean(s: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     """Σ_j softmax_j(s_j) v_j over the tokens j of an image that are there; of the reference only."""
-    s = s.masked_fill(~there, -torch.inf)
+    s = s.masked_fill(~key_mask, -torch.inf)
     # cancels; keeps the exponentials below 1
     top = s.amax(-1, keepdim=True).detach()
     e = (s - top.masked_fill(top == -torch.inf, 0)).exp()
@@ -100,15 +102,15 @@ def softmax_mean(s: Tensor, v: Tensor, there: Tensor) -> Tensor:
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor]:
     n, m, heads, scale = q.shape[2], k.shape[2], q.shape[1], k.shape[-1] ** -0.5
     size = min(cfg.tokens_per_image, m)
-    g, there = gates(cfg, call)
+    g, key_mask = gates(cfg, call)
     k, v = (shown(per_query_head(t, heads).expand(-1, heads, -1, -1), call.key_mask) for t in (k, v))
     # the last query is that of the last key
     q = F.pad(q, (0, 0, m - n, 0))
     q, k, v = (images(t, size) for t in (q, k, v))  # [B, images, H, T, D | E]
-    g, there = (images(t[..., None], size)[..., 0] for t in (g, there))
-    seen = None if call.key_mask is None and m % size == 0 else there.flatten(0, 1)[:, :, None]
+    g, key_mask = (images(t[..., None], size)[..., 0] for t in (g, key_mask))
+    seen = None if call.key_mask is None and m % size == 0 else key_mask.flatten(0, 1)[:, :, None]
     inside = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale=scale, mask=seen)
-    decay = (g.sum(-1) / there.sum(-1).clamp(min=1)).exp()  # [B, images, H]
+    decay = (g.sum(-1) / key_mask.sum(-1).clamp(min=1)).exp()  # [B, images, H]
     reading = at_least_float32(q) * g.cumsum(-1).exp()[..., None]
     writes = at_least_float32(k).mT @ at_least_float32(v) * scale  # [B, images, H, D, E]
     state = call.initial_state

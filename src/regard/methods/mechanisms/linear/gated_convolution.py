@@ -78,9 +78,8 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | 
     q_h, u = exact(q, heads_of(state, heads))
     if call.key_mask is not None:
         u = torch.where(call.key_mask[..., None], u, 0.0)
-    h = torch.stack([filter_at(distance, cfg, call) for distance in range(m)]).unflatten(
-        1, (heads, -1)
-    )  # [M, H, D]
+    h = torch.stack([filter_at(distance, cfg, call) for distance in range(m)])
+    h = h.unflatten(1, (heads, -1))  # [M, H, D]
     rows = []
     for i, t in enumerate(range(m - n, m)):
         s = torch.arange(m if call.pattern == "self" else t + 1, device=q.device)
@@ -128,8 +127,8 @@ def filters(params: Mapping[str, Tensor], cfg: Config, heads: int, u: Tensor) ->
     z = torch.cat([far, angle.cos(), angle.sin()], dim=-1)  # [M, 1 + 2·bands]
     for i in range(cfg.layers):
         z = (p["frequency"] * (z @ p[f"w_{i}"] + p[f"b_{i}"])).sin()
-    ends = (math.log(100) / share for share in (1.5, 0.3))
-    delta = torch.linspace(*ends, heads * u.shape[3], dtype=u.dtype, device=u.device)
+    slow, fast = (math.log(100) / share for share in (1.5, 0.3))
+    delta = torch.linspace(slow, fast, heads * u.shape[3], dtype=u.dtype, device=u.device)
     return ((z @ p["w_out"]) * ((-delta * far).exp() + cfg.floor)).mT.unflatten(0, (heads, -1))
 
 

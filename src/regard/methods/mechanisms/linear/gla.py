@@ -25,17 +25,8 @@ from torch.nn import functional as F
 from regard.core import PATTERNS, Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
-from regard.ops import (
-    Form,
-    at_least_float32,
-    exact,
-    heads_of,
-    initial,
-    per_query_head,
-    recurrence,
-    rounded,
-    undecayed,
-)
+from regard.ops import at_least_float32, exact, heads_of, initial, per_query_head, recurrence, rounded
+from regard.ops.linear import Form, undecayed
 
 
 @dataclass(frozen=True)

@@ -76,23 +76,25 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | 
     p = {name: heads_of(t.double()[None], heads)[0] for name, t in call.params.items()}
     if "q_map" in p:
         q, k = q @ p["q_map"], k @ p["k_map"]
-    there = torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
-    seen = there[:, :, None] & torch.ones(n, m, dtype=torch.bool, device=q.device)
+    key_mask = (
+        torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    )
+    seen = key_mask[:, :, None] & torch.ones(n, m, dtype=torch.bool, device=q.device)
     seen = seen.tril(m - n) if call.pattern == "causal_self" else seen
 
     def pairs(k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         s = q @ k.mT / q.shape[-1] ** 0.5
         return torch.where(seen, 1 + s + s**2 / 2, 0) @ v
 
-    def sums(k: Tensor, v: Tensor, there: Tensor) -> Tensor:
-        return phi(k).mT @ torch.where(there[..., None], v, 0)
+    def sums(k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
+        return phi(k).mT @ torch.where(key_mask[..., None], v, 0)
 
-    total, end = pairs(k, v, seen), sums(k, v, there)
+    total, end = pairs(k, v, seen), sums(k, v, key_mask)
     if call.initial_state is not None:
         state = call.initial_state.double()
         total, end = total + phi(q) @ state, end + state
     elif cfg.prefix:
-        x, first = call.x_of_keys.double()[:, None], there & (there.cumsum(-1) <= cfg.prefix)
+        x, first = call.x_of_keys.double()[:, None], key_mask & (key_mask.cumsum(-1) <= cfg.prefix)
         k, v = x @ p["k_enc"], F.pad(x @ p["v_enc"], (0, 1), value=1.0)
         total, end = total + pairs(k, v, first[:, :, None]), end + sums(k, v, first)
     out = quotient(total[..., :-1], total[..., -1:])

@@ -57,29 +57,29 @@ class Config:
 
 def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     heads, groups, key = dims["heads"], dims["kv_heads"], dims["key"]
-    made = {"w": torch.eye(key, cfg.width or key).repeat(groups, 1, 1)}
+    params = {"w": torch.eye(key, cfg.width or key).repeat(groups, 1, 1)}
     if cfg.kernel > 1:
         # tap i is that of the token i before
         taps = F.pad(torch.ones(1, key), (0, 0, 0, cfg.kernel - 1))
-        made |= {"conv_q": taps.repeat(heads, 1, 1), "conv_k": taps.repeat(groups, 1, 1)}
+        params |= {"conv_q": taps.repeat(heads, 1, 1), "conv_k": taps.repeat(groups, 1, 1)}
     if cfg.gate:
-        made |= {"w_g": torch.zeros(groups, dims["width"]), "b_g": torch.full((groups,), cfg.bias)}
-    return made if cfg.normalise else made | {"gain": torch.full((heads,), 0.1)}
+        params |= {"w_g": torch.zeros(groups, dims["width"]), "b_g": torch.full((groups,), cfg.bias)}
+    return params if cfg.normalise else params | {"gain": torch.full((heads,), 0.1)}
 
 
 def state_heads(q: Q, k: K, call: Call) -> int:
     """Heads of the state's sums and keys: H where each query head sees, or has seen, keys of its own, else G."""
-    own = call.key_mask is not None and call.key_mask.shape[1] > 1
-    own = own or (call.initial_state is not None and call.initial_state[0].shape[1] > k.shape[1])
-    return q.shape[1] if own else k.shape[1]
+    by_head = call.key_mask is not None and call.key_mask.shape[1] > 1
+    by_head = by_head or (call.initial_state is not None and call.initial_state[0].shape[1] > k.shape[1])
+    return q.shape[1] if by_head else k.shape[1]
 
 
-def convolved(t: Tensor, taps: Tensor, last: Tensor, there: Tensor | None) -> tuple[Tensor, Tensor]:
+def convolved(t: Tensor, taps: Tensor, last: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(t̃ [B, h, n, D], the last r tokens that are there), token by token; zero where hidden."""
-    there = torch.ones_like(t[:1, :1, :, 0], dtype=torch.bool) if there is None else there
+    token_mask = torch.ones_like(t[:1, :1, :, 0], dtype=torch.bool) if token_mask is None else token_mask
     rows = []
     for i in range(t.shape[2]):
-        here, text = there[:, :, i, None], torch.cat([last, t[:, :, i, None]], dim=2)  # [B, h, r + 1, D]
+        here, text = token_mask[:, :, i, None], torch.cat([last, t[:, :, i, None]], dim=2)  # [B, h, r + 1, D]
         rows.append(torch.where(here, (taps.flip(1) * text).sum(2), 0))
         last = torch.where(here[..., None], text[:, :, 1:], last)
     return torch.stack(rows, dim=2), last
@@ -99,8 +99,8 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | N
     begin = call.initial_state or (q.new_zeros(*q.shape[:2], 2 * p["w"].shape[2], v.shape[3]), tail, tail)
     s, last_q, last_k = exact(*(heads_of(t, heads) for t in begin))
     if cfg.kernel > 1:
-        own = None if call.key_mask is None or call.cross else call.key_mask[..., m - n :]
-        q, last_q = convolved(q, p["conv_q"], last_q, own)
+        query_mask = None if call.key_mask is None or call.cross else call.key_mask[..., m - n :]
+        q, last_q = convolved(q, p["conv_q"], last_q, query_mask)
         k, last_k = convolved(k, p["conv_k"], last_k, call.key_mask)
     q, k, gate = phi(q, p["w"]), phi(k, p["w"]), q.new_ones(1, heads, m)
     if cfg.gate:
@@ -118,17 +118,19 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | N
     return rounded(out, None if end is None else (end[:, ::step], last_q, last_k[:, ::step]), like)
 
 
-def convolved_at_once(t: Tensor, taps: Tensor, last: Tensor, there: Tensor | None) -> tuple[Tensor, Tensor]:
+def convolved_at_once(
+    t: Tensor, taps: Tensor, last: Tensor, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """As `convolved`: hidden tokens are sorted to the front, one depthwise convolution, and back."""
     r, (batch, heads, n, width) = taps.shape[1] - 1, t.shape
     text = torch.cat([last.to(t.dtype), t], dim=2)
-    if there is not None:
-        held = F.pad(there.expand(batch, heads, n), (r, 0), value=True)
+    if token_mask is not None:
+        held = F.pad(token_mask.expand(batch, heads, n), (r, 0), value=True)
         order = held.int().argsort(dim=-1, stable=True)[..., None].expand_as(text)
         text = text.masked_fill(~held[..., None], 0).gather(2, order)
     kernel = taps.flip(1).mT.flatten(0, 1)[:, None]  # [h·D, 1, r + 1]
     rows = F.conv1d(text.mT.flatten(1, 2), kernel, groups=heads * width).unflatten(1, (heads, width)).mT
-    if there is not None:
+    if token_mask is not None:
         rows = torch.zeros_like(text).scatter(2, order[:, :, r:], rows)[:, :, r:]
     # not a part that keeps the text in memory
     return rows, text[:, :, n:].clone()
@@ -152,8 +154,8 @@ def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
     s, last_q, last_k = call.initial_state or (None, *tails)
     s, last_k = None if s is None else spread(s, heads), spread(last_k, held)
     if cfg.kernel > 1:
-        own = None if call.key_mask is None or call.cross else call.key_mask[..., -n:]
-        q, last_q = convolved_at_once(q, p["conv_q"][0], last_q, own)
+        query_mask = None if call.key_mask is None or call.cross else call.key_mask[..., -n:]
+        q, last_q = convolved_at_once(q, p["conv_q"][0], last_q, query_mask)
         k, last_k = convolved_at_once(k, spread(p["conv_k"], held)[0], last_k, call.key_mask)
     gates = None
     if cfg.gate:

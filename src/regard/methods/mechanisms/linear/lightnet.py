@@ -61,12 +61,11 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | N
 
 
 def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
-    heads, dtype = q.shape[1], v.dtype
-    q, k, v = F.silu(at_least_float32(q)), at_least_float32(per_query_head(k, heads)), at_least_float32(v)
-    k = k.expand(-1, heads, -1, -1)
+    q, v = F.silu(at_least_float32(q)), at_least_float32(v)
+    k = at_least_float32(per_query_head(k, q.shape[1])).expand(-1, q.shape[1], -1, -1)
     k = k if call.key_mask is None else k.masked_fill(~call.key_mask[..., None], NOTHING)
     if call.pattern != "causal_self":
-        return Form(q, k.softmax(2), v, finish=lambda out, _: (out.to(dtype), None))
+        return Form(q, k.softmax(2), v)
     zero = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]), torch.full_like(k[:, :, 0], NOTHING)
     s, z = zero if call.initial_state is None else call.initial_state
     top = torch.maximum(z, k.amax(2)).detach()[:, :, None]  # [B, H, 1, D]
@@ -74,7 +73,7 @@ def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
         # all that came before is one key z
         every = torch.cat([z[:, :, None], k], dim=2).logcumsumexp(2)
         gates, k, z = every[:, :, :-1] - every[:, :, 1:], (k - every[:, :, 1:]).exp(), every[:, :, -1]
-        return Form(q, k, v, gates, state=s, finish=lambda out, s: (out.to(dtype), (s, z)))
+        return Form(q, k, v, gates, state=s, finish=lambda out, s: (out, (s, z)))
     k, before = (k - top).exp(), (z[:, :, None] - top).exp()
     total = k.cumsum(2) + before
     # before the first that is there
@@ -82,7 +81,7 @@ def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
     last = total[:, :, -1]
 
     def finish(out: Tensor, s: Tensor) -> tuple[Tensor, tuple]:
-        return out.to(dtype), (s / last[..., None], top[:, :, 0] + last.log())
+        return out, (s / last[..., None], top[:, :, 0] + last.log())
 
     return Form(q / total[:, :, -q.shape[2] :], k, v, state=before.mT * s, finish=finish)
 
@@ -95,15 +94,9 @@ def apart(top: Tensor, z: Tensor, k: Tensor, hidden: bool) -> bool:
 
 
 METHOD = Mechanism(
-    config=Config,
-    reference=reference,
-    form=form,
-    order_aware=True,
-    patterns=PATTERNS,
-    needs_norm=True,
-    speed_settings=("chunk",),
+    config=Config, reference=reference, form=form, patterns=PATTERNS, order_aware=True, needs_norm=True,
+    speed_settings=("chunk",), exempt={"neutral": "no setting turns it into softmax attention"},
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * (dims["value"] + 1),
-    exempt={"neutral": "no setting turns it into softmax attention"},
     card=Card(
         title="LightNet",
         paper="You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet, arXiv:2405.21022",
@@ -113,10 +106,8 @@ METHOD = Mechanism(
         state="D·(E + 1) numbers per head, whatever the length",
         needs=("qkv",),
         lineage=("linear_attention",),
-        caveat=(
-            "silu(q) is that of the layer in flash-linear-attention; the authors' own code was not at hand. Output "
-            "norm and gate belong to the block; the positions MD-TPE and MD-LRPE, without which the order of tokens "
-            "is unknown to it, are not on this page"
-        ),
+        caveat="silu(q) is that of the layer in flash-linear-attention; the authors' own code was not at hand. Output "
+        "norm and gate belong to the block; the positions MD-TPE and MD-LRPE, without which the order of tokens is "
+        "unknown to it, are not on this page",
     ),
-)
+)  # fmt: skip

@@ -92,11 +92,7 @@ METHOD = Mechanism(
     patterns=PATTERNS,
     needs_norm=True,
     speed_settings=("chunk",),
-    test_settings=(
-        {"layer": 1, "layers": 2},
-        {"decay": "slopes", "layer": 1, "layers": 3},
-        {"decay": "none"},
-    ),
+    test_settings=(dict(layer=1, layers=2), dict(decay="slopes", layer=1, layers=3), dict(decay="none")),
     neutral_base=undecayed,
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     card=Card(

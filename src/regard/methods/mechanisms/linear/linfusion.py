@@ -98,8 +98,8 @@ def corrected(t: Tensor, x: Tensor, name: str, params: Mapping[str, Tensor]) -> 
 
 def counts(q: Q, k: K, call: Call) -> tuple[Tensor, Tensor]:
     """(keys behind each query [B, H, N|1, 1], keys so far [B, H])."""
-    there = k.new_ones(1, 1, k.shape[2], dtype=torch.bool) if call.key_mask is None else call.key_mask
-    count = there.to(at_least_float32(k).dtype).cumsum(2).expand(k.shape[0], q.shape[1], -1)
+    key_mask = k.new_ones(1, 1, k.shape[2], dtype=torch.bool) if call.key_mask is None else call.key_mask
+    count = key_mask.to(at_least_float32(k).dtype).cumsum(2).expand(k.shape[0], q.shape[1], -1)
     count = count if call.initial_state is None else count + call.initial_state[1][..., None]
     return count[:, :, -q.shape[2] if call.pattern == "causal_self" else -1 :, None], count[:, :, -1]
 

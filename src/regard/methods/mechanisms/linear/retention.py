@@ -79,10 +79,12 @@ def later(
     s: Tensor, kv: Callable, read: Callable, gamma: Tensor, theta: Tensor, n: int, call: Call
 ) -> Tensor:
     """[B, H, N, E] Σ_{s>t} γ^(s-t) q_t Θ^(t-s) k_sᵀ v_s / √D, for the reference: from the last token on, by Θ⁻¹."""
-    there = torch.ones(1, 1, n, dtype=torch.bool, device=s.device) if call.key_mask is None else call.key_mask
+    key_mask = (
+        torch.ones(1, 1, n, dtype=torch.bool, device=s.device) if call.key_mask is None else call.key_mask
+    )
     rows = []
     for t in reversed(range(n)):
-        back, here = theta.mT @ s, there[:, :, t, None, None]
+        back, here = theta.mT @ s, key_mask[:, :, t, None, None]
         # what is hidden itself looks ahead from the token before it, and does not fade what it sees
         back = torch.where(here, gamma * back, back)
         rows.append(read(back, t))
@@ -109,8 +111,10 @@ def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
     if not cfg.turns:
         return Form(q, k, v, decay, state=call.initial_state, finish=lambda out, end: (out.to(dtype), end))
     require(q.shape[-1] % 2 == 0, "the key width is even, as channels turn in pairs", key=q.shape[-1])
-    there = torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
-    position = there.cumsum(-1).to(q.dtype)  # [B|1, H|1, M], from 1; the incoming state stands at 0
+    key_mask = (
+        torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    )
+    position = key_mask.cumsum(-1).to(q.dtype)  # [B|1, H|1, M], from 1; the incoming state stands at 0
     last = position[..., -1:]
 
     def finish(out: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -30,7 +30,7 @@ from regard.core import PATTERNS, Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
 from regard.ops import Form, exact, heads_of, initial, per_query_head, recurrence, rounded
-from regard.ops.ssm import initial_steps, step_sizes, with_skip
+from regard.ops.ssm import adds_skip, check_ranges, initial_steps, step_sizes
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,7 @@ class Config:
     chunk: int = 64  # changes the speed, never the result
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.dt_min <= self.dt_max, "0 < dt_min <= dt_max", dt_min=self.dt_min, dt_max=self.dt_max
-        )
-        require(0 < self.a_min <= self.a_max, "0 < a_min <= a_max", a_min=self.a_min, a_max=self.a_max)
+        check_ranges(self.dt_min, self.dt_max, self.a_min, self.a_max)
         require(self.chunk >= 1, "chunk >= 1", chunk=self.chunk)
 
 
@@ -56,15 +53,14 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
 def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]:
     n, m, heads = q.shape[2], k.shape[2], q.shape[1]
     q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
-    x, w_dt, dt_bias, a_log, d = exact(
-        call.x_of_keys, *(call.params[name] for name in ("w_dt", "dt_bias", "a_log", "d"))
-    )
+    params = (call.params[name] for name in ("w_dt", "dt_bias", "a_log", "d"))
+    x, w_dt, dt_bias, a_log, d = exact(call.x_of_keys, *params)
     a = -a_log.exp()
     z = torch.einsum("bmc,ch->bhm", x, w_dt) + dt_bias[:, None]
     # softplus
     dt = torch.logaddexp(z, torch.zeros_like(z))
     # a hidden token passes nothing on to itself
-    own = v_h if call.key_mask is None else v_h.masked_fill(~call.key_mask[..., None], 0)
+    skipped = v_h if call.key_mask is None else v_h.masked_fill(~call.key_mask[..., None], 0)
 
     def write(s: Tensor, t: int) -> Tensor:
         keep = (dt[:, :, t] * a).exp()
@@ -73,7 +69,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | 
 
     def read(s: Tensor, i: int) -> Tensor:
         y = torch.einsum("bhd,bhde->bhe", q_h[:, :, i], s)
-        return y if call.cross else y + d[:, None] * own[:, :, m - n + i]
+        return y if call.cross else y + d[:, None] * skipped[:, :, m - n + i]
 
     s = initial(call, q, len(q), heads, k.shape[3], v.shape[3])
     return rounded(*recurrence(s, write, read, n, m, call, two_sided=True), v)
@@ -83,9 +79,7 @@ def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
     dt = step_sizes(call)
     values = dt[..., None] * per_query_head(v, q.shape[1])
     decay = -dt * call.params["a_log"].to(dt.dtype).exp()[:, None]
-    return Form(
-        q, k, values, decay, state=call.initial_state, finish=lambda y, state: (with_skip(y, v, call), state)
-    )
+    return Form(q, k, values, decay, state=call.initial_state, finish=adds_skip(v, call))
 
 
 METHOD = Mechanism(
@@ -102,18 +96,15 @@ METHOD = Mechanism(
     exempt={"neutral": "its decays and steps are learned: no setting turns it into a fixed attention"},
     card=Card(
         title="State space duality (Mamba-2)",
-        paper=(
-            "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality"
-        ),
+        paper="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
+        "Duality",
         year=2024,
         idea="one learned step per token both decays the shared state and scales what the token writes to it",
         cost="O((N + M)·D·E + N·chunk·(D + E)) time",
         state="D·E numbers per head, whatever the length",
         needs=("qkv",),
         lineage=("linear_attention",),
-        caveat=(
-            "the short convolution and SiLU before it and the gate and norm after it belong to the layer; the forms "
-            "for self and cross are not the paper's, which is causal only"
-        ),
+        caveat="the short convolution and SiLU before it and the gate and norm after it belong to the layer; the "
+        "forms for self and cross are not the paper's, which is causal only",
     ),
 )

@@ -102,12 +102,12 @@ def by_itself(q: Q, k: K, v: V, call: Call) -> tuple[Tensor, ...]:
 
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     n, m, dtype = q.shape[2], k.shape[2], v.dtype
-    plan, weights = monomials(q.shape[3], cfg.degree)
+    plan, shares = monomials(q.shape[3], cfg.degree)
     q, *tokens = tensors(q, k, v, call)
-    s = s_2 = q.new_zeros(*q.shape[:2], len(weights), tokens[2].shape[3])
+    s = s_2 = q.new_zeros(*q.shape[:2], len(shares), tokens[2].shape[3])
     if call.initial_state is not None:
         s, s_2 = call.initial_state
-    weights, rows = q.new_tensor(weights), []
+    weights, rows = q.new_tensor(shares), []
     if call.pattern != "causal_self":
         for k_c, k_2, v_c, v_2 in zip(*(t.split(WHOLE, dim=2) for t in tokens)):
             s, s_2 = s + features(k_c, plan).mT @ v_c, s_2 + features(k_2, plan).mT @ v_2

@@ -82,16 +82,18 @@ def decayed_sums(q: Tensor, k: Tensor, v: Tensor, cfg: Config, call: Call) -> tu
     n, m, heads = q.shape[2], k.shape[2], q.shape[1]
     lam = q.new_tensor([decay_of(h, heads, cfg) for h in range(heads)]).view(-1, 1, 1)
     theta = call.params["theta"].double() if cfg.layer == 0 else q.new_zeros(heads, q.shape[3])
-    there = torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
-    k, v = (x.masked_fill(~there[..., None], 0) for x in (k, v))
+    key_mask = (
+        torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    )
+    k, v = (x.masked_fill(~key_mask[..., None], 0) for x in (k, v))
     # tokens are counted from 1, hidden ones not at all; a state that comes in stands at 0
-    s = there.double().cumsum(-1)
+    s = key_mask.double().cumsum(-1)
     t = s[..., -1:].repeat(1, 1, n) if call.cross else s[..., m - n :]
     age = t[..., None] - s[..., None, :]  # t - s: [B|1, H|1, N, M]
     steps = age.abs()
     if call.pattern == "self":
         # what is hidden itself looks ahead from the token before it, and does not fade what it sees
-        steps = steps - ((age < 0) & ~there[..., None]).double()
+        steps = steps - ((age < 0) & ~key_mask[..., None]).double()
     faded, waved = lam**steps, (theta[:, None, None] * age[..., None]).cos()
     if call.pattern == "causal_self":
         faded = faded.masked_fill(age < 0, 0)

@@ -1,4 +1,4 @@
-"""From what `attach` was given to what acts, in the order in which it acts; what cannot act together is refused."""
+"""From the methods of `attach` to what acts, in the order in which it acts; what cannot act together is refused."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +15,7 @@ from regard.attaching.policy import CachePolicy
 from regard.attaching.replacement import MechanismOnKeys, MechanismReplacement, Replacement, acts_on_keys
 from regard.core import Edit, Method, Observer, Unsupported, show
 from regard.core.mask import Mask
+from regard.kinds.mask import build_mask
 
 Attachable = str | Method | Mask | Converted | Replacement | Edit | Observer
 
@@ -23,10 +24,10 @@ def actors_of(
     model: PreTrainedModel, methods: Attachable | Iterable[Attachable] | None, config: dict[str, Any]
 ) -> list[Actor]:
     """Masks, a mechanism, a cache policy, edits and observers, in this order."""
-    given = [methods] if isinstance(methods, Attachable) else list(methods or [])
-    if config and not any(isinstance(x, str) for x in given):
+    items = [methods] if isinstance(methods, Attachable) else list(methods or [])
+    if config and not any(isinstance(x, str) for x in items):
         raise ValueError(f"settings without a method's name: {', '.join(config)}")
-    items = [catalog.method(x, **config) if isinstance(x, str) else x for x in given]
+    items = [catalog.method(x, **config) if isinstance(x, str) else x for x in items]
     by_kind: dict[str, list] = {kind: [] for kind in ("mask", "mechanism", "cache", "edit", "observer")}
     for item in items:
         by_kind[kind_of(item)].append(item)
@@ -66,7 +67,7 @@ def kind_of(item: Any) -> str:
 def as_mask(item: Mask | Method) -> AttachedMask:
     if isinstance(item, Mask):
         return AttachedMask(item)
-    return AttachedMask(item.page.build(item.config), item.label)
+    return AttachedMask(build_mask(item, causal=True), item.label)
 
 
 def replacement(
@@ -83,6 +84,6 @@ def replacement(
             "beside it (only beside a mechanism whose state stores keys)"
         )
     for policy in policies:
-        if policy.page.attend is not None:
+        if policy.page.attention is not None:
             raise Unsupported(f"{policy.name} has an attention of its own, and {name} would take its place")
     return MechanismOnKeys(item, prefill=bool(policies))

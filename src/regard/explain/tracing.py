@@ -1,4 +1,4 @@
-"""Tracing on Hugging Face models: what heads do while a model answers a task."""
+"""`regard.trace(model, "retrieval_heads", groups)`: what heads do while a model answers, by a tracing page."""
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -10,15 +10,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from regard import catalog
 from regard.attaching.attachment import attach
-from regard.core import Edit, Observer, require
-from regard.methods.tracing import retrieval_heads as page
+from regard.core import Edit, Method, Observer, Unsupported, require
+from regard.core.deprecation import moved
+from regard.kinds.tracing import Answers, TracingPage
 
 BATCH_TOKENS = 16384  # tokens of prompts read at once: bounds the memory, never changes the result
 
+OLD = {"Read": "regard.explain.tracing:ReadPrompts", "Retrieval": "regard.explain.tracing:HeadScores"}
+__getattr__ = moved(__name__, OLD)
+
 
 class Question(Protocol):
-    """What is asked of the model: a sample of a task (regard.tasks) has these."""
+    """A prompt with its answer: a sample of a task (regard.tasks) has these."""
 
     prompt: list[int]
     answer: list[int]
@@ -26,7 +31,7 @@ class Question(Protocol):
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadPrompts:
     """Prompts of one length, all but their last token in the cache."""
 
     samples: Sequence[Question]
@@ -39,7 +44,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class HeadScores:
     """Scores [layers, query heads] in the order of `layers`, and the share of right answers they come from."""
 
     scores: Tensor
@@ -52,39 +57,39 @@ class Retrieval:
         return [(self.layers[i // self.scores.shape[1]], i % self.scores.shape[1]) for i in order]
 
     def share(self, threshold: float = 0.1) -> float:
-        """The share of heads that are retrieval heads."""
+        """The share of heads that score at least this."""
         return (self.scores >= threshold).float().mean().item()
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, samples: Sequence[Question]) -> Read:
+def read(model: PreTrainedModel, samples: Sequence[Question]) -> ReadPrompts:
     """Read all but the last token of each prompt, without anything attached; prompts of one length."""
     ids = torch.tensor([s.prompt for s in samples], device=model.device)
     require(ids.shape[1] >= 2, "a prompt has two tokens", length=ids.shape[1])
-    return Read(samples, ids, model.base_model(ids[:, :-1], use_cache=True).past_key_values)
+    return ReadPrompts(samples, ids, model.base_model(ids[:, :-1], use_cache=True).past_key_values)
 
 
 @torch.no_grad()
 def answer(
-    model: PreTrainedModel, text: Read, methods: Iterable[Edit | Observer] = ()
+    model: PreTrainedModel, text: ReadPrompts, methods: Iterable[Edit | Observer] = ()
 ) -> tuple[Tensor, dict]:
     """Greedy answers [B, T] under edits and observers, and the records; the cache of `text` stays as it is."""
-    cache, ids, said = deepcopy(text.cache), text.ids[:, -1:], []
+    cache, ids, tokens = deepcopy(text.cache), text.ids[:, -1:], []
     with attach(model, list(methods) or None) as attached:
         for _ in range(len(text.samples[0].answer)):
             out = model(ids, past_key_values=cache, use_cache=True)
             cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            said.append(ids)
-    return torch.cat(said, 1), attached.records
+            tokens.append(ids)
+    return torch.cat(tokens, 1), attached.records
 
 
-def accuracy(model: PreTrainedModel, texts: Iterable[Read], edits: Iterable[Edit] = ()) -> float:
+def accuracy(model: PreTrainedModel, texts: Iterable[ReadPrompts], edits: Iterable[Edit] = ()) -> float:
     """Share of the prompts answered exactly while these edits act on every generated token."""
     right = [(answer(model, t, edits)[0] == t.answers).all(-1) for t in texts]
     return torch.cat(right).float().mean().item()
 
 
-def read_all(model: PreTrainedModel, groups: Iterable[Sequence[Question]]) -> list[Read]:
+def read_all(model: PreTrainedModel, groups: Iterable[Sequence[Question]]) -> list[ReadPrompts]:
     """Groups of questions, each of one length, read in batches of bounded size."""
     texts = []
     for samples in groups:
@@ -93,30 +98,50 @@ def read_all(model: PreTrainedModel, groups: Iterable[Sequence[Question]]) -> li
     return texts
 
 
-def retrieval_heads(model: PreTrainedModel, groups: Iterable[Sequence[Question]]) -> Retrieval:
-    """Retrieval scores of every query head (methods/tracing/retrieval_heads.py); mean over all questions.
+def trace(model: PreTrainedModel, method: str | Method, groups: Iterable[Sequence[Question]]) -> HeadScores:
+    """The scores that a tracing page gives every query head while the model answers; the mean over all questions.
 
     groups   questions of one length each: `[task("needle").samples(tokenizer, n, 10, seed=0) for n in lengths]`
     """
-    return scored(model, read_all(model, groups))
+    return scored(model, read_all(model, groups), method)
 
 
-def scored(model: PreTrainedModel, texts: Iterable[Read]) -> Retrieval:
-    """Retrieval scores from prompts that were already read."""
-    rows, right, layers = [], [], ()
+def retrieval_heads(model: PreTrainedModel, groups: Iterable[Sequence[Question]]) -> HeadScores:
+    """Retrieval scores (methods/tracing/retrieval_heads.py)."""
+    return trace(model, "retrieval_heads", groups)
+
+
+def scored(
+    model: PreTrainedModel, texts: Iterable[ReadPrompts], method: str | Method = "retrieval_heads"
+) -> HeadScores:
+    """The same from prompts that were already read."""
+    page = page_of(method)
+    observer = page.observer()
+    rows, right = [], []
+    layers: tuple[int, ...] = ()
     for text in texts:
-        said, records = answer(model, text, [page.observer()])
+        emitted, records = answer(model, text, [observer])
         by_layer: dict[int, list[Tensor]] = {}
-        for layer, _, top in records["retrieval"]:
-            by_layer.setdefault(layer, []).append(top)
-        layers, where = tuple(sorted(by_layer)), [place(s) for s in text.samples]
-        tops = [torch.cat(by_layer[layer], -1) for layer in layers]  # [B, H, T] each
-        rows.append(torch.stack([page.measure(top, text.ids, said, where) for top in tops], 1))
-        right.append((said == text.answers).all(-1))
-    return Retrieval(torch.cat(rows).mean(0), layers, torch.cat(right).float().mean().item())
+        for layer, _, statistic in records[observer.name]:
+            by_layer.setdefault(layer, []).append(statistic)
+        layers, spans = tuple(sorted(by_layer)), [answer_span(s) for s in text.samples]
+        answers = Answers(text.ids, emitted, text.answers, tuple(spans))
+        rows.append(torch.stack([page.score(by_layer[layer], answers) for layer in layers], 1))
+        right.append((emitted == text.answers).all(-1))
+    return HeadScores(torch.cat(rows).mean(0), layers, torch.cat(right).float().mean().item())
 
 
-def place(sample: Question) -> tuple[int, int]:
+def page_of(method: str | Method) -> TracingPage:
+    """A tracing page that scores heads."""
+    page = catalog.from_spec(method, kind="tracing").page
+    if page.observer is None or page.score is None:
+        raise Unsupported(
+            f"{page.card.title} gives no observer and score: it is not measured while a model answers"
+        )
+    return page
+
+
+def answer_span(sample: Question) -> tuple[int, int]:
     """Where the answer stands in the evidence: (first, past the last)."""
     first, last = sample.evidence
     for i in range(first, last - len(sample.answer) + 1):

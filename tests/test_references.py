@@ -1,0 +1,89 @@
+"""A reference can disagree: on no page does it share a function that computes with the fast path."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from regard import catalog
+from regard.core import PATTERNS
+
+NAMES = [name for kind in ("mechanism", "block") for name in catalog.list_methods(kind=kind)]
+# what both may use: float64 and back, hidden tokens, errors; none of it is a page's mathematics
+HARMLESS = {
+    "exact",
+    "heads_of",
+    "initial",
+    "quotient",
+    "recurrence",
+    "rounded",
+    "carried",
+    "require",
+    "Unsupported",
+}
+# functions of a page that only refuse what its mathematics has no meaning for, or say how large a state is at its start
+CHECKS = {"check_widths", "check_count", "check_grid", "beginning", "lowest", "nothing", "state_heads"}
+PATHS = {"reference", "fast", "form"}
+
+
+class Page:
+    """Which functions a page's reference and its fast path reach, in its file and in regard.ops."""
+
+    def __init__(self, text: str) -> None:
+        tree = ast.parse(text)
+        self.functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        ops = [node for node in imports if (node.module or "").startswith("regard.ops")]
+        self.ops = {alias.asname or alias.name for node in ops for alias in node.names}
+
+    def reached(self, start: str) -> set[str]:
+        found: set[str] = set()
+        left = [start]
+        while left:
+            name = left.pop()
+            if name in found:
+                continue
+            found.add(name)
+            left += [used for used in self.used(name) if used in self.functions]
+            found |= {used for used in self.used(name) if used in self.ops}
+        return found - {start}
+
+    def used(self, name: str) -> Iterator[str]:
+        for node in ast.walk(self.functions[name]):
+            if isinstance(node, ast.Name) and node.id not in PATHS:
+                yield node.id
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in PATHS:
+                yield node.func.id
+
+    def shared(self) -> set[str]:
+        fast = "form" if "form" in self.functions else "fast"
+        if fast not in self.functions:
+            return set()
+        return (self.reached("reference") & self.reached(fast)) - HARMLESS - CHECKS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_and_fast_share_nothing_that_computes(name):
+    page = Page(catalog.path_of(name).read_text(encoding="utf8"))
+    assert page.shared() == set()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_page_has_a_number_worked_by_hand(name):
+    text = ast.get_docstring(ast.parse(catalog.path_of(name).read_text(encoding="utf8")))
+    assert ">>>" in text
+    calls = [line for line in text.splitlines() if "reference(" in line]
+    assert calls or name == "lean_attention", "the doctest asks the reference"
+
+
+def test_what_is_shared_is_found():
+    text = (
+        "from regard.ops import elu_plus_one, exact\n"
+        "def phi(x):\n    return elu_plus_one(x)\n"
+        "def reference(q):\n    return exact(phi(q))\n"
+        "def form(q):\n    return exact(phi(q))\n"
+    )
+    assert Page(text).shared() == {"phi", "elu_plus_one"}
+    assert set(PATTERNS) == {"self", "causal_self", "cross", "causal_cross"}
+    assert Path(catalog.path_of("gla")).name == "gla.py"
