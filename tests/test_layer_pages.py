@@ -86,6 +86,12 @@ def test_a_position_page_sets_rotary_positions_and_its_mask():
         layer(positions="window")
 
 
+def masked_forward(family, mask):
+    model, inputs = build(family)
+    with regard.attach(model, mask):
+        model(**inputs)
+
+
 def test_masks_that_look_ahead_are_not_hidden_by_causality():
     """prefix AND causal is causal: a silent no-op, so it is refused, and asked for as self it is the prefix mask."""
     prefix = catalog.method("prefix", prefix=4)
@@ -95,6 +101,7 @@ def test_masks_that_look_ahead_are_not_hidden_by_causality():
         lambda: layer(mask=prefix),
         lambda: layer(positions="cca_concentric"),
         lambda: regard.attach(build("llama")[0], prefix).__enter__(),
+        lambda: masked_forward("llava", prefix),
         lambda: regard.attend(q, k, v, "softmax", mask=catalog.method("window", window=3, ahead=1)),
     ):
         with pytest.raises(Unsupported, match="lets tokens see later ones"):

@@ -185,7 +185,7 @@ def task(name: str | Method, **config: Any) -> Task:
     known = list_methods(kind="task")
     if isinstance(name, str) and name not in known:
         raise unknown("task", name, known)
-    return ask(method(name, **config) if isinstance(name, str) else name)
+    return ask(method(name, **config) if isinstance(name, str) else name.with_settings(**config))
 
 
 def standard_tasks() -> list[str]:

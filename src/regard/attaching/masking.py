@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 
 from regard.attaching.actors import Actor, AttentionCall, present, refuse_encoder_decoder
 from regard.attaching.lazy_mask import LazyMask, Narrowing
-from regard.core import NeverFired, Unsupported, require
+from regard.attaching.views import is_causal
+from regard.core import Method, NeverFired, Unsupported, require
 from regard.core.mask import Coordinates, Mask
 from regard.core.roles import Roles
+from regard.kinds.mask import refuse_ahead
 from regard.ops import per_query_head
 
 
@@ -19,12 +21,16 @@ class AttachedMask(Actor):
 
     reads_roles = True
 
-    def __init__(self, mask: Mask, name: str = "") -> None:
-        self.mask, self.name = mask, name or repr(mask)
+    def __init__(self, mask: Mask, method: Method | None = None) -> None:
+        self.mask, self.method = mask, method
+        self.name = repr(mask) if method is None else method.label
         self.acted = 0
 
     def check(self, model: PreTrainedModel) -> None:
         refuse_encoder_decoder(f"the mask {self.name}", model)
+        causal = [bool(m.is_causal) for m in model.modules() if hasattr(m, "is_causal")]
+        if self.method is not None and causal and all(causal):  # else it is known at the call
+            refuse_ahead(self.method)
 
     def check_fired(self, forwards: int) -> None:
         if self.acted == 0:
@@ -36,6 +42,8 @@ class AttachedMask(Actor):
                 "a 4-D mask of your own; join them by &" if call.own_mask else "attention without a mask rule"
             )
             raise Unsupported(f"the mask {self.name} at {call.where} beside {other}")
+        if self.method is not None and is_causal(call):
+            refuse_ahead(self.method)
         heads = call.q.shape[1]
         require(self.mask.heads in (None, heads), "the heads of the mask are the heads of the layer",
                 mask=self.mask.heads, layer=heads)  # fmt: skip

@@ -67,7 +67,7 @@ def kind_of(item: Any) -> str:
 def as_mask(item: Mask | Method) -> AttachedMask:
     if isinstance(item, Mask):
         return AttachedMask(item)
-    return AttachedMask(build_mask(item, causal=True), item.label)
+    return AttachedMask(build_mask(item, causal=False), item)
 
 
 def replacement(

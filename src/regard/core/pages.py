@@ -68,6 +68,9 @@ class Method:
         warn("Method.with_", "Method.with_settings")
         return self.with_settings(**settings)
 
+    def __str__(self) -> str:
+        return self.label
+
     @property
     def label(self) -> str:
         """Name and the settings that differ from the page's defaults: `streaming_llm(budget=0.1)`."""

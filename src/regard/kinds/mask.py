@@ -26,15 +26,21 @@ def build_mask(method: Method, causal: bool) -> Mask:
     """The mask of a configured page; `causal`: later tokens are hidden beside it."""
     build = getattr(method.page, "build", None)
     require(build is not None, "a mask is a mask page, or a position page that has one", page=method.name)
+    if causal:
+        refuse_ahead(method)
+    built = build(method.config)
+    require(isinstance(built, Mask), "build(cfg) gives a Mask", page=method.name, built=built)
+    return built
+
+
+def refuse_ahead(method: Method) -> None:
+    """An error where it is this page's point that tokens see later ones: causal attention would hide that."""
     ahead = method.page.looks_ahead
-    if causal and (ahead(method.config) if callable(ahead) else ahead):
+    if ahead(method.config) if callable(ahead) else ahead:
         raise Unsupported(
             f"{method.name} lets tokens see later ones, which causal attention hides: ask for pattern='self', since "
             "what is causal is said by the mask itself"
         )
-    built = build(method.config)
-    require(isinstance(built, Mask), "build(cfg) gives a Mask", page=method.name, built=built)
-    return built
 
 
 KIND = Kind(
