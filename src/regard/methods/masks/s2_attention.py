@@ -62,6 +62,7 @@ METHOD = MaskPage(
     config=Config,
     build=build,
     patterns=("causal_self",),
+    test_settings=({"heads": 4, "kv_heads": 2, "stride": 2, "local": 1, "block": 3, "offset": 1},),
     card=Card(
         title="S2-Attention",
         paper="arXiv:2407.17678",

@@ -29,7 +29,6 @@ from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
 from regard.ops import (
     at_least_float32,
-    attend,
     exact,
     explicit,
     heads_of,
@@ -38,6 +37,7 @@ from regard.ops import (
     quotient,
     rounded,
     shown,
+    softmax_attention,
 )
 
 NO_ORDER = "images are ordered from noisy to clean: without that order the state has nothing to decay along"
@@ -109,7 +109,7 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor]:
     q, k, v = (images(t, size) for t in (q, k, v))  # [B, images, H, T, D | E]
     g, key_mask = (images(t[..., None], size)[..., 0] for t in (g, key_mask))
     seen = None if call.key_mask is None and m % size == 0 else key_mask.flatten(0, 1)[:, :, None]
-    inside = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale=scale, mask=seen)
+    inside = softmax_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale=scale, mask=seen)
     decay = (g.sum(-1) / key_mask.sum(-1).clamp(min=1)).exp()  # [B, images, H]
     reading = at_least_float32(q) * g.cumsum(-1).exp()[..., None]
     writes = at_least_float32(k).mT @ at_least_float32(v) * scale  # [B, images, H, D, E]
