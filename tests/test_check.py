@@ -61,7 +61,7 @@ FAULTS = [
 ]
 
 
-def row_of(report: check.Report, law: str) -> dict:
+def row_of(report: check.CheckReport, law: str) -> dict:
     return next(row for row in report.rows if row["law"] == law)
 
 

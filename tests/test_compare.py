@@ -231,11 +231,18 @@ def wait_for_rows(folder, process, count: int) -> None:
         time.sleep(0.05)
 
 
+def hears_interrupts() -> None:
+    """A shell starts what it puts in the background with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_loses_nothing_that_ended_and_resumes(tmp_path, how):
     folder = tmp_path / "run"
     run = command(folder, "--methods", "streaming_llm,h2o,snapkv,tidaldecode,tokenselect")
-    first = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    first = subprocess.Popen(
+        run, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hears_interrupts
+    )
     wait_for_rows(folder, first, 2)
     first.send_signal(how)
     said = first.communicate(timeout=60)[1]

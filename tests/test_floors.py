@@ -1,13 +1,17 @@
 """Imports go down, never up or sideways between pages: see the floors in ARCHITECTURE.md."""
 
 import ast
+import io
 import subprocess
 import sys
+import tokenize
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from regard import catalog
 
 SRC = Path(__file__).parents[1] / "src"
 FLOORS = {
@@ -15,6 +19,14 @@ FLOORS = {
     "attaching": 5, "models": 5, "train": 6, "explain": 6, "bench": 7, "testing": 7, "claims": 8, "cli": 9,
 }  # fmt: skip
 MOVED = {"attach", "convert", "store", "trace"}  # old names in models/, which forward to where things are now
+LAYOUT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 # all that a page may import, beside torch
 PAGES = ("core", "ops", "kinds")
 
@@ -156,3 +168,37 @@ def test_import_is_light():
         "assert time.perf_counter() - t < 2, time.perf_counter() - t"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that are no blank lines, comments or docstrings."""
+    docs = set()
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            docs |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in LAYOUT:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docs)
+
+
+def test_lines_of_code():
+    assert (
+        lines_of_code(
+            '"""Says."""\n\n# why\ndef f():\n    """Says."""\n    return (\n        1\n    )  # one\n'
+        )
+        == 4
+    )
+
+
+def test_files_and_pages_are_short():
+    """A file is read in one go: 350 lines; the code of a page on two screens: 150 lines."""
+    files = {path: path.read_text(encoding="utf8") for path in (SRC / "regard").rglob("*.py")}
+    long = [f"{path}: {n} lines" for path, text in files.items() if (n := text.count("\n")) > 350]
+    pages = {catalog.path_of(name) for name in catalog.pages()}
+    long += [f"{path}: {n} lines of code" for path in pages if (n := lines_of_code(files[path])) > 150]
+    assert not long, "\n".join(long)

@@ -2,12 +2,16 @@
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from regard import catalog
 from regard.core import PATTERNS
+from regard.testing.laws import check_fast_equals_reference
+from regard.testing.mechanism import Case
 
 NAMES = [name for kind in ("mechanism", "block") for name in catalog.list_methods(kind=kind)]
 # what both may use: float64 and back, hidden tokens, errors; none of it is a page's mathematics
@@ -87,3 +91,48 @@ def test_what_is_shared_is_found():
     assert Page(text).shared() == {"phi", "elu_plus_one"}
     assert set(PATTERNS) == {"self", "causal_self", "cross", "causal_cross"}
     assert Path(catalog.path_of("gla")).name == "gla.py"
+
+
+FAST = [name for name in catalog.list_methods(kind="mechanism") if catalog.get(name).fast is not None]
+
+
+def value_too_large(path):
+    """The path with one key's value 1 % too large."""
+
+    def planted(q, k, v, cfg, call):
+        scale = torch.ones_like(v[:, :, :, :1])
+        scale[:, :, v.shape[2] // 2] = 1.01
+        return path(q, k, v * scale, cfg, call)
+
+    return planted
+
+
+def key_of_the_one_before(path):
+    """The path with one key that is its neighbour's."""
+
+    def planted(q, k, v, cfg, call):
+        order = torch.arange(k.shape[2])
+        order[-1] = max(0, len(order) - 2)
+        return path(q, k[:, :, order], v, cfg, call)
+
+    return planted
+
+
+def output_in_another_unit(path):
+    """The path with outputs too large by the square root of the keys' width, as of a scale that was forgotten."""
+
+    def planted(q, k, v, cfg, call):
+        out, *rest = path(q, k, v, cfg, call)
+        return out * q.shape[-1] ** 0.5, *rest
+
+    return planted
+
+
+@pytest.mark.parametrize("fault", [value_too_large, key_of_the_one_before, output_in_another_unit])
+@pytest.mark.parametrize("path", ["reference", "fast"])
+@pytest.mark.parametrize("name", FAST)
+def test_a_fault_planted_in_either_is_caught(name, path, fault):
+    page = catalog.get(name)
+    planted = replace(page, **{path: fault(getattr(page, path))})
+    with pytest.raises(AssertionError, match="fast = reference"):
+        check_fast_equals_reference(Case(planted, page.config(), page.patterns[-1]))

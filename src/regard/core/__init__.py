@@ -54,10 +54,10 @@ __all__ = [
     "unknown",
 ]
 
-KINDS = ("block", "cache", "mask", "position", "task", "tracing")
+HERE_BEFORE = ("block", "cache", "mask", "position", "task", "tracing")
 _moved = moved(
     __name__,
-    {f"{kind.capitalize()}Page": f"regard.kinds.{kind}:{kind.capitalize()}Page" for kind in KINDS}
+    {f"{kind.capitalize()}Page": f"regard.kinds.{kind}:{kind.capitalize()}Page" for kind in HERE_BEFORE}
     | {"Mechanism": "regard.kinds.mechanism:Mechanism"},
 )
 

@@ -41,6 +41,7 @@ class Kind:
     verb    what a user does with it, as a line of Python in which NAME stands for the page
     room    where its pages lie in the package: a folder whose subfolders are families
     checks  "module:function" of what a page must pass: function(name) -> {law: verdict}
+    costs   whether a page of this kind takes time and holds a state, which its card then says
     """
 
     name: str
@@ -49,6 +50,7 @@ class Kind:
     verb: str
     room: str
     checks: str
+    costs: bool = False
 
 
 @dataclass(frozen=True)

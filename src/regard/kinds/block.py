@@ -34,5 +34,6 @@ KIND = Kind(
     says="a whole layer with its own projections, norms and gates",
     verb="RegardForCausalLM(RegardConfig(mechanisms=NAME))",
     room="methods/blocks",
+    costs=True,
     checks="regard.testing.block:check_block_page",
 )

@@ -46,5 +46,6 @@ KIND = Kind(
     says="which stored keys a step reads, and which stay",
     verb='regard.attach(model, NAME, budget=0.25); regard.compare(methods=[NAME], out="runs")',
     room="methods/caches",
+    costs=True,
     checks="regard.testing.cache:check_cache_page",
 )

@@ -13,6 +13,7 @@ from regard.core.call import Call, check_finite, check_mask, check_pattern, chec
 from regard.core.trees import tree_leaves
 from regard.ops.linear import run_form
 
+TRANSFERS = ("weights", "output")
 IMPLS = ("auto", "reference", "fast", "torch", "triton")
 PAIRS = "a mask of pairs: this mechanism sums the keys for all queries at once; mask keys instead"
 
@@ -43,6 +44,7 @@ class Mechanism(Page):
     speed_settings  settings that change the speed, never the result
     neutral_base    what the card's neutral settings give: neutral_base(q, k, v, call) -> out; None: softmax attention
     state_size      state_size(cfg, dims, n) -> numbers held for one row of the batch after n tokens
+    transfer        what a conversion matches of softmax attention: "output", or its "weights" where they sum to one
     exempt          laws of regard.testing that do not hold for this method, with the reason
     """
 
@@ -59,10 +61,12 @@ class Mechanism(Page):
     speed_settings: tuple[str, ...] = ()
     neutral_base: Callable | None = None
     state_size: Callable | None = None
+    transfer: str = "output"
     exempt: Mapping[str, str] = field(default_factory=dict)
     kind = "mechanism"
 
     def __post_init__(self) -> None:
+        require(self.transfer in TRANSFERS, f"transfer is one of {TRANSFERS}", transfer=self.transfer)
         if self.form is not None and self.fast is None:
             object.__setattr__(self, "fast", partial(run_form, self.form))
 
@@ -77,6 +81,7 @@ KIND = Kind(
     says="how values are mixed by queries and keys",
     verb="regard.attend(q, k, v, NAME); regard.nn.Attention(dim, heads, NAME); regard.attach(model, NAME)",
     room="methods/mechanisms",
+    costs=True,
     checks="regard.testing.mechanism:check_mechanism_page",
 )
 

@@ -3,7 +3,7 @@
 >>> import torch
 >>> layer = Attention(16, 2, mechanism="linear_attention")
 >>> out, state = layer(torch.randn(1, 5, 16))
->>> step, state = layer(torch.randn(1, 1, 16), state=state)  # one more token
+>>> step, state = layer(torch.randn(1, 1, 16), initial_state=state)  # one more token
 >>> out.shape, step.shape
 (torch.Size([1, 5, 16]), torch.Size([1, 1, 16]))
 """

@@ -8,6 +8,7 @@ from regard.ops.pattern import carried, visible
 from regard.ops.recurrence import exact, heads_of, initial, quotient, recurrence, rounded
 from regard.ops.softmax import (
     at_least_float32,
+    capped,
     explicit,
     few_rows,
     finish,
@@ -32,6 +33,7 @@ __all__ = [
     "View",
     "at_least_float32",
     "best",
+    "capped",
     "carried",
     "dense_linear",
     "elu_plus_one",

@@ -52,10 +52,13 @@ def scores(
     else:
         packed = q.reshape(q.shape[0], groups, -1, q.shape[-1])  # [B, G, (H/G)·N, D]
         result = times(packed, k, transposed=True).view(q.shape[0], q.shape[1], rows, -1)
-    result = at_least_float32(result) * scale
-    if softcap is not None:
-        result = softcap * torch.tanh(result / softcap)
+    result = capped(at_least_float32(result) * scale, softcap)
     return result if bias is None else result + bias
+
+
+def capped(s: Tensor, softcap: float | None) -> Tensor:
+    """softcap · tanh(s / softcap); s itself without a softcap."""
+    return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
 def masked_softmax(s: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:

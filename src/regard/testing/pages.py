@@ -23,7 +23,7 @@ def check_card(name: str, page: Page) -> None:
     card = page.card
     for field in ("title", "paper", "idea"):
         assert getattr(card, field), f"{name}: the card's {field} is empty"
-    if page.kind in ("cache", "mechanism", "block"):
+    if kind(page.kind).costs:
         assert card.cost and card.state, f"{name}: the card says cost and state"
     assert 1950 < card.year < 2030, f"{name}: the card's year is {card.year}"
     assert set(page.patterns) <= set(PATTERNS), (

@@ -29,11 +29,10 @@ from regard.attaching.function import native
 from regard.attaching.ledger import LedgerLayer
 from regard.attaching.replacement import Replacement
 from regard.core import Method, Unsupported, require
-from regard.kinds.mechanism import run
+from regard.kinds.mechanism import TRANSFERS, run
 from regard.ops import lower_right, masked_softmax, scores
 from regard.train.loop import already_there, cosine_to, fit, only_parameters
 
-TARGETS = {"hedgehog": "weights"}  # what the transfer matches; of all others the output
 FINETUNES = ("lora", "full", None)
 TINY = 1e-9  # a weight counts as at least this in the cross-entropy
 
@@ -136,7 +135,7 @@ def convert(
     steps      of transfer; finetune_steps of fine-tuning with "lora" (of this rank, on the attention's projections),
                "full" (all weights) or None
     soft       fine-tune on the model's own next-token probabilities instead of the text's tokens: less to overfit to
-    target     "weights" or "output": what the transfer matches; None: as the mechanism's paper does
+    target     "weights" or "output": what the transfer matches; None: as its page says, and so its paper does
     progress   called with (stage, step, steps, loss)
     """
     method, earlier = starting_point(mechanism, config)
@@ -144,7 +143,7 @@ def convert(
     draw = drawer(model, tokenizer, texts, ids, weights, length, batch, seed)
     progress = progress or (lambda *_: None)
     began = perf_counter()
-    target = target or TARGETS.get(method.name, "output")
+    target = target or method.page.transfer
     if earlier is not None:
         params, losses = earlier.params, list(earlier.report["transfer_loss"])
     else:
@@ -182,7 +181,11 @@ def check(method: Method, finetune: str | None, target: str | None) -> None:
     if method.page.init is None:
         raise Unsupported(f"{method.name} has nothing to learn: regard.attach(model, {method.name!r}) is all")
     require(finetune in FINETUNES, f"finetune is one of {FINETUNES}", finetune=finetune)
-    require(target in ("weights", "output", None), 'target is "weights", "output" or None', target=target)
+    require(
+        target in (*TRANSFERS, None),
+        f"target is one of {TRANSFERS}, or None: as the page says",
+        target=target,
+    )
     normalized = target != "weights" or not method.page.needs_norm
     require(normalized, "weights are matched where they sum to one", target=target)
 

@@ -22,15 +22,8 @@ from torch.nn import functional as F
 
 from regard.core import Card, Unsupported, require
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, View, best, gather_rows, parse_budget, slots_of
-from regard.ops.softmax import (
-    at_least_float32,
-    lower_right,
-    masked_softmax,
-    mix,
-    row_blocks,
-    softmax_attention,
-)
+from regard.ops import Budget, View, best, capped, gather_rows, mix, parse_budget, slots_of
+from regard.ops.softmax import at_least_float32, lower_right, masked_softmax, row_blocks, softmax_attention
 
 
 @dataclass(frozen=True)
@@ -71,10 +64,8 @@ def parts(view: View, cfg: Config) -> Iterator[Part]:
 
     A fraction or bytes give a chunk by the tokens of that step; a number of tokens gives the same always.
     """
-    budgets: list[int | None] = [None] * len(view.q)
-    if cfg.budget is not None:
-        tokens = parse_budget(cfg.budget).tokens
-        budgets = [tokens or b for b in view.budget.tolist()]
+    tokens = None if cfg.budget is None else parse_budget(cfg.budget).tokens
+    budgets = [None if cfg.budget is None else tokens or b for b in view.budget.tolist()]
     starts = [0] * len(budgets) if view.real is None else view.first().expand(len(budgets)).tolist()
     if "chunk" not in view.memory:
         view.memory["chunk"] = torch.tensor([split(b, cfg)[0] for b in budgets])
@@ -152,10 +143,9 @@ def read(view: View, part: Part) -> Tensor:
     outs = []
     if full:
         q, k, v = part.q[:, :, :full], part.k[:, :, : past + full], part.v[:, :, : past + full]
-        causal = lower_right(full, past + full, q.device)
-        outs.append(
-            softmax_attention(q, k, v, scale=view.scale, mask=causal, softcap=view.softcap, sinks=view.sinks)
-        )
+        mask = lower_right(full, past + full, q.device)
+        o = softmax_attention(q, k, v, scale=view.scale, mask=mask, softcap=view.softcap, sinks=view.sinks)
+        outs.append(o)
     k, v = (F.pad(x, (0, 0, 0, -x.shape[2] % w)) if full < new else x for x in (part.k, part.v))
     while full < new:
         seen = ((past + full) // w + 1) * w  # the queries of one chunk, in blocks
@@ -201,15 +191,13 @@ def gathered(view: View, part: Part) -> Tensor:
     k, v = (gather_rows(x, slots.clamp(max=last)) for x in (part.k, part.v))
     s = (k.unflatten(2, (-1, w)) @ rotated[:, :, 0, :, :, None]).flatten(2)  # [b, H, k·w]
     # what this step reads of the layer, instead of all that is stored
-    copied = len(view.q) // len(part.q) * (k.nbytes + v.nbytes)
-    view.report_bytes(copied + view.memory["keys"].nbytes)
+    view.report_bytes(view.memory["keys"].nbytes + len(view.q) // len(part.q) * (k.nbytes + v.nbytes))
     return blend(view, s[:, :, None], (slots <= last)[:, :, None], v)
 
 
 def blend(view: View, s: Tensor, seen: Tensor, v: Tensor) -> Tensor:
     """[b, H, r, E] of products s [b, H, r, m]; every query sees at least its own token."""
-    s = at_least_float32(s) * view.scale
-    s = s if view.softcap is None else view.softcap * torch.tanh(s / view.softcap)
+    s = capped(at_least_float32(s) * view.scale, view.softcap)
     return mix(masked_softmax(s.masked_fill(~seen, -torch.inf), None, view.sinks), v)
 
 

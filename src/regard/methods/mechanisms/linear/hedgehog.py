@@ -134,6 +134,7 @@ METHOD = Mechanism(
     speed_settings=("chunk",),
     test_settings=({"feature": "exp", "width": 3},),
     state_size=state_size,
+    transfer="weights",
     exempt={"neutral": "no setting turns it into softmax attention"},
     card=Card(
         title="Hedgehog",

@@ -118,19 +118,17 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | N
     return rounded(out, None if end is None else (end[:, ::step], last_q, last_k[:, ::step]), like)
 
 
-def convolved_at_once(
-    t: Tensor, taps: Tensor, last: Tensor, token_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def convolved_at_once(t: Tensor, taps: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `convolved`: hidden tokens are sorted to the front, one depthwise convolution, and back."""
     r, (batch, heads, n, width) = taps.shape[1] - 1, t.shape
     text = torch.cat([last.to(t.dtype), t], dim=2)
-    if token_mask is not None:
-        held = F.pad(token_mask.expand(batch, heads, n), (r, 0), value=True)
+    if mask is not None:
+        held = F.pad(mask.expand(batch, heads, n), (r, 0), value=True)
         order = held.int().argsort(dim=-1, stable=True)[..., None].expand_as(text)
         text = text.masked_fill(~held[..., None], 0).gather(2, order)
     kernel = taps.flip(1).mT.flatten(0, 1)[:, None]  # [h·D, 1, r + 1]
     rows = F.conv1d(text.mT.flatten(1, 2), kernel, groups=heads * width).unflatten(1, (heads, width)).mT
-    if token_mask is not None:
+    if mask is not None:
         rows = torch.zeros_like(text).scatter(2, order[:, :, r:], rows)[:, :, r:]
     # not a part that keeps the text in memory
     return rows, text[:, :, n:].clone()
