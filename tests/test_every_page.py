@@ -1,5 +1,10 @@
 """Existing is being tested: every page of the catalogue passes the checks that its kind names."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -30,6 +35,16 @@ def test_kind_says_what_it_is(kind):
     assert page_kind.page.kind == kind
     assert "NAME" in page_kind.verb
     assert catalog.list_methods(kind=kind), "a kind without a page is not written"
+
+
+def test_what_the_verbs_name_is_there_after_import_regard():
+    """`regard.nn.Attention` and its like, in a process that has imported nothing else."""
+    readme = Path(__file__).parents[1] / "README.md"
+    text = readme.read_text(encoding="utf8") + "\n".join(k.verb for k in kinds().values())
+    names = sorted(set(re.findall(r"(?<![\w./-])regard(?:\.[A-Za-z_]+)+(?=\()", text)))
+    assert {"regard.attach", "regard.attend", "regard.nn.Attention"} <= set(names)
+    code = "import regard\n" + "\n".join(f"assert callable({name}), {name!r}" for name in names)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("kind", kinds())

@@ -31,6 +31,8 @@ WHERE = {
     "Observer": "regard.core",
     "Site": "regard.core",
 }
+# imported when first asked for, as `torch.nn` is there after `import torch`
+ROOMS = ("bench", "catalog", "core", "explain", "kinds", "nn", "ops", "testing", "train")
 
 if TYPE_CHECKING:
     from regard.api import attend
@@ -66,10 +68,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in ROOMS:
+        return import_module(f"regard.{name}")
     if name not in WHERE:
-        raise AttributeError(f"module 'regard' has no attribute {name!r}; it has {', '.join(sorted(WHERE))}")
+        raise AttributeError(
+            f"module 'regard' has no attribute {name!r}; it has {', '.join(sorted([*WHERE, *ROOMS]))}"
+        )
     return getattr(import_module(WHERE[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*WHERE, "__version__"])
+    return sorted([*WHERE, *ROOMS, "__version__"])
