@@ -74,7 +74,14 @@ def say_kinds(as_json: bool) -> None:
         {"kind": k.name, "pages": len(catalog.list_methods(kind=k.name)), "says": k.says, "verb": k.verb}
         for k in kinds().values()
     ]
-    say_json(rows) if as_json else out.print(table(rows, ["kind", "pages", "says", "verb"]))
+    if as_json:
+        say_json(rows)
+        return
+    out.print(table(rows, ["kind", "pages", "says"]))
+    for known in kinds().values():
+        for i, verb in enumerate(known.verb.split("; ")):
+            line = f" {'' if i else known.name:<11}{verb}"
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def methods_table(rows: list[dict]) -> str:

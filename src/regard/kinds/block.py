@@ -32,7 +32,7 @@ KIND = Kind(
     name="block",
     page=BlockPage,
     says="a whole layer with its own projections, norms and gates",
-    verb="RegardForCausalLM(RegardConfig(mechanisms=NAME))",
+    verb="regard.nn.RegardForCausalLM(regard.nn.RegardConfig(mechanisms=NAME))",
     room="methods/blocks",
     costs=True,
     checks="regard.testing.block:check_block_page",

@@ -47,7 +47,8 @@ KIND = Kind(
     name="mask",
     page=MaskPage,
     says="who may attend to whom",
-    verb='regard.attend(q, k, v, "softmax", mask=NAME); Attention(dim, heads, mask=NAME); regard.attach(model, NAME)',
+    verb='regard.attend(q, k, v, "softmax", mask=NAME); regard.nn.Attention(dim, heads, mask=NAME); '
+    "regard.attach(model, NAME)",
     room="methods/masks",
     checks="regard.testing.mask:check_mask_page",
 )

@@ -26,7 +26,7 @@ KIND = Kind(
     name="position",
     page=PositionPage,
     says="where a token is said to stand",
-    verb="Attention(dim, heads, positions=NAME)(x, roles=roles)",
+    verb="regard.nn.Attention(dim, heads, positions=NAME)(x, roles=roles)",
     room="methods/positions",
     checks="regard.testing.position:check_position_page",
 )

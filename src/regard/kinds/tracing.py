@@ -41,7 +41,7 @@ KIND = Kind(
     name="tracing",
     page=TracingPage,
     says="which heads, tokens and layers caused an output",
-    verb='regard.trace(model, NAME, [task("needle").samples(tokenizer, 512, 10, seed=0)])',
+    verb='regard.trace(model, NAME, [regard.catalog.task("needle").samples(tokenizer, 512, 10, seed=0)])',
     room="methods/tracing",
     checks="regard.testing.tracing:check_tracing_page",
 )
