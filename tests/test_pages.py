@@ -1,6 +1,7 @@
 """Every page has a complete card, a neutral configuration that exists, and a file its name names."""
 
 import json
+import re
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
@@ -72,3 +73,15 @@ def test_the_readme_prints_the_cards():
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
     shown = CliRunner().invoke(app, ["list", "--markdown"]).stdout
     assert shown.strip() == text.split("<!-- methods -->\n")[1].split("<!-- /methods -->")[0].strip()
+
+
+@pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md"])
+def test_documents_name_files_that_exist(document):
+    root = Path(__file__).parents[1]
+    text = (root / document).read_text(encoding="utf8")
+    named = set(re.findall(r"`([\w/]+\.py)`", text)) - {"my_policy.py"}
+    files = {
+        path.as_posix() for folder in ("src", "tests", "scripts") for path in (root / folder).rglob("*.py")
+    }
+    missing = sorted(name for name in named if not any(file.endswith(f"/{name}") for file in files))
+    assert not missing, f"{document} names what is not there: {', '.join(missing)}"
