@@ -1,8 +1,10 @@
 """Existing is being tested: every page of the catalogue passes the checks that its kind names."""
 
+import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from regard import catalog
 from regard.core import Page
 from regard.kinds import kinds, skeleton
-from regard.testing.pages import check_page
+from regard.testing.pages import check_page, check_pickles
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +58,17 @@ def test_skeleton_is_a_page_that_passes(kind, tmp_path, monkeypatch):
     name = catalog.register(path)
     assert name in catalog.list_methods("my_own*", kind=kind)
     assert check_page(name)
+
+
+def test_a_page_that_cannot_be_pickled_is_found():
+    """A lambda in a page that is not the METHOD of its module."""
+    with pytest.raises(AssertionError, match="window: cannot be pickled"):
+        check_pickles("window", replace(catalog.get("window")))
+
+
+def test_a_method_reaches_another_process(tmp_path):
+    path = tmp_path / "method.pickle"
+    path.write_bytes(pickle.dumps(catalog.method("window", window=3, ahead=1)))
+    code = f"import pickle; m = pickle.load(open({str(path)!r}, 'rb')); print(m.label, m.page.looks_ahead(m.config))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == "window(window=3, ahead=1) True\n"

@@ -1,7 +1,9 @@
 """What every page has, whatever its kind, and a page with its settings."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from typing import Any
 
 from regard.core.card import Card
@@ -30,6 +32,18 @@ class Page:
             if name not in names:
                 raise ValueError(f"{self.card.title} has no setting {name!r}; {near(name, names)}")
         return self.config(**settings)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled and copied as what it is, the METHOD of its module, whatever functions it is made of."""
+        where = self.config.__module__
+        if getattr(sys.modules.get(where), "METHOD", None) is self:
+            return page_of, (where,)
+        return super().__reduce_ex__(protocol)
+
+
+def page_of(module: str) -> Page:
+    """The page that a module defines."""
+    return import_module(module).METHOD
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """`check_page(name)`: what every page must pass, whatever its kind, and then the checks that its kind names."""
 
+import pickle
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from typing import Any
 
 from regard import catalog
-from regard.core import PATTERNS, Page
+from regard.core import PATTERNS, Method, Page
 from regard.kinds import kind
 
 
@@ -14,6 +15,7 @@ def check_page(name: str) -> Any:
     page = catalog.get(name)
     check_card(name, page)
     check_config(name, page)
+    check_pickles(name, page)
     where, _, check = kind(page.kind).checks.partition(":")
     return getattr(import_module(where), check)(name)
 
@@ -51,3 +53,13 @@ def check_config(name: str, page: Page) -> None:
         message = str(error)
     assert "has no setting 'no_such_setting'" in message, f"{name}: a setting that does not exist is accepted"
     assert all(f.name.isidentifier() for f in fields(page.config()))
+
+
+def check_pickles(name: str, page: Page) -> None:
+    """A method goes to another process and to disk, and comes back as the same page with the same settings."""
+    method = Method(name, page, page.config())
+    try:
+        back = pickle.loads(pickle.dumps(method))
+    except (pickle.PicklingError, AttributeError) as error:
+        raise AssertionError(f"{name}: cannot be pickled: {error}") from error
+    assert back == method, f"{name}: pickled and read back it is another"
