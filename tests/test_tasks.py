@@ -14,28 +14,10 @@ from regard.kinds.task import TaskPage, ask
 from regard.tasks import Source, mqar
 from regard.tasks.base import contains, continuation, even
 from regard.tasks.recall import Config, near_keys, weave, words
+from regard.testing.task import WordTokenizer as Words
 
 FACTS = ("needle", "recall")
 LENGTHS = (256, 300, 1024)
-
-
-class Words:
-    """A tokenizer with one id for each word, digit and sign, given out as they come."""
-
-    def __init__(self, bos: int | None = 0) -> None:
-        self.bos_token_id, self.pieces, self.known = bos, ["<s>"], {"<s>": 0}
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [self.bos_token_id] if add_special_tokens else []
-        for piece in re.findall(r"<s>|\d| ?[^\W\d]+|\s|.", text):
-            if piece not in self.known:
-                self.known[piece] = len(self.pieces)
-                self.pieces.append(piece)
-            ids.append(self.known[piece])
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(self.pieces[i] for i in ids)
 
 
 class Chat(Words):

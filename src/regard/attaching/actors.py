@@ -13,7 +13,7 @@ Masks, mechanisms, cache policies, edits and observers are all actors. The atten
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,16 +26,8 @@ from regard.attaching.sites import ModuleSite
 from regard.attaching.slots import Group
 from regard.attaching.step import Labels, Step
 from regard.core import Unsupported
+from regard.core.errors import present
 from regard.ops import View
-
-T = TypeVar("T")
-
-
-def present(value: T | None, rule: str) -> T:
-    """The value, where the stages before have made sure that there is one."""
-    if value is None:
-        raise ValueError(f"must hold: {rule}")
-    return value
 
 
 @dataclass

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from regard.attaching.actors import Actor, AttentionCall, present
+from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.targets import cells, heads_of, rows_of, seen_columns
 from regard.core import Edit, NeverFired
+from regard.core.errors import present
 from regard.ops import View, mix, row_blocks
 
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regard.attaching.actors import Actor, AttentionCall, present, refuse_encoder_decoder
+from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
 from regard.attaching.lazy_mask import LazyMask, Narrowing
 from regard.attaching.views import is_causal
 from regard.core import Method, NeverFired, Unsupported, require
+from regard.core.errors import present
 from regard.core.mask import Coordinates, Mask
 from regard.core.roles import Roles
 from regard.kinds.mask import refuse_ahead

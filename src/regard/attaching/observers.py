@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regard.attaching.actors import Actor, AttentionCall, present
+from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.targets import cells, heads_of, rows_of
 from regard.core import Observer
+from regard.core.errors import present
 from regard.ops import View, per_query_head, row_blocks
 
 Record = tuple[int, int, Tensor]  # layer, step, what was observed

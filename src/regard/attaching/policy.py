@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regard.attaching.actors import Actor, AttentionCall, present
+from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.lazy_mask import MaskRule
 from regard.attaching.slots import Group
 from regard.attaching.views import visibility
 from regard.core import Method, NeverFired, Unsupported
+from regard.core.errors import present
 from regard.kinds.cache import CachePage
 from regard.ops import Kept, View, gather_rows, keep_best, parse_budget, per_query_head
 

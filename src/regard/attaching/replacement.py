@@ -18,6 +18,7 @@ from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
 from regard.attaching.converted import Converted
 from regard.attaching.ledger import LedgerLayer
 from regard.attaching.state_layer import StateLayer
+from regard.attaching.views import is_causal
 from regard.core import Method, NeverFired, Unsupported
 from regard.core.trees import tree_map
 from regard.kinds.mechanism import Mechanism, run, stores_keys
@@ -82,8 +83,7 @@ def refuse(what: str, call: AttentionCall) -> None:
         )
     if call.own_mask:
         raise Unsupported(f"{where}: a 4-D mask of your own; give a 2-D attention_mask")
-    causal = options.get("is_causal")
-    if not (getattr(call.module, "is_causal", True) if causal is None else causal):
+    if not is_causal(call, unless_said=True):
         raise Unsupported(f"{where}: attention that is not causal")
     if options.get("output_attentions"):
         raise Unsupported(f"{where}: output_attentions, as no weights are built")

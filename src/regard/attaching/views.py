@@ -68,9 +68,10 @@ def slot_bias(call: AttentionCall) -> Tensor | None:
     return bias
 
 
-def is_causal(call: AttentionCall) -> bool:
+def is_causal(call: AttentionCall, unless_said: bool = False) -> bool:
+    """Whether the call is causal by its options or else by its module; `unless_said` where neither says."""
     causal = call.options.get("is_causal")
-    return bool(getattr(call.module, "is_causal", False) if causal is None else causal)
+    return bool(getattr(call.module, "is_causal", unless_said) if causal is None else causal)
 
 
 def visibility(
