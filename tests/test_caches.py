@@ -185,8 +185,8 @@ def stored_length(self):
     return self.groups[0].n if self.groups else 0
 
 
-def padded_budget(self, view, group, rule, budget=CachePolicy.budget):
-    return budget(self, view, group, None)
+def padded_budget(self, view, group, budget=CachePolicy.budget):
+    return budget(self, replace(view, order=None, real=None), group)
 
 
 def hoard(x, slots):
@@ -196,8 +196,8 @@ def hoard(x, slots):
     return wide[:, :, : result.shape[2]]
 
 
-def one_further(self, attention, table, x, by, rotate=Rotary.rotate):
-    return rotate(self, attention, table, x, by + 1)
+def one_further(self, attention, x, by, queries, rotate=Rotary.rotate):
+    return rotate(self, attention, x, by + 1, queries)
 
 
 def late_keys(self, k, v, start, append=Group.append):

@@ -55,6 +55,19 @@ def by_loop(rule, n, m, heads=4):
     return torch.tensor([[[rule(h, past + r, j) for j in range(m)] for r in range(n)] for h in range(heads)])
 
 
+def by_text(rule, n, mask, heads=4):
+    """[B, heads, n, m] bool for a batch: the rule speaks of the tokens of each text; padding [B, m] has no number."""
+    seen = torch.zeros(len(mask), heads, n, mask.shape[1], dtype=torch.bool)
+    for b, text in enumerate(mask.tolist()):
+        columns = [j for j, token in enumerate(text) if token]
+        asking = [i for i, j in enumerate(columns) if j >= len(text) - n]
+        for i in asking:
+            for j, column in enumerate(columns):
+                for h in range(heads):
+                    seen[b, h, columns[i] - len(text) + n, column] = rule(h, i, j)
+    return seen
+
+
 def models_own(model, kind, feed, n):
     """[B, 1, n, m] bool of a layer type: causal, the model's window where it has one, and padding."""
     mask = feed["attention_mask"].bool()
@@ -73,9 +86,11 @@ def given_masks(model, feeds, rule):
     low = torch.finfo(torch.float32).min
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     for feed in feeds:
-        n, m = feed["input_ids"].shape[1], feed["attention_mask"].shape[1]
+        n = feed["input_ids"].shape[1]
         masks = {
-            kind: torch.where(models_own(model, kind, feed, n) & by_loop(rule, n, m), 0.0, low)
+            kind: torch.where(
+                models_own(model, kind, feed, n) & by_text(rule, n, feed["attention_mask"]), 0.0, low
+            )
             for kind in kinds
         }
         mask = masks if len(kinds) > 1 else masks["full_attention"]
@@ -85,11 +100,14 @@ def given_masks(model, feeds, rule):
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("pads", [(0,), PADS], ids=["one row", "left padding"])
+@pytest.mark.parametrize("pads", [(0,), PADS, "gaps"], ids=["one row", "left padding", "padding anywhere"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_mask_is_the_4d_mask_given_by_hand(family, pads, name):
     model, _ = build(family)
-    feeds = script(STEPS, pads)
+    if pads == "gaps":
+        feeds = script((*STEPS, 4, 1), PADS, gaps={5: ((2, 0), (0, 1))})
+    else:
+        feeds = script(STEPS, pads)
     tape = play(model, None, feeds, several(MASKS[name]))
     wanted = given_masks(model, feeds, RULES[name])
     assert gap(feeds, tape.outs, wanted) <= NEAR
@@ -118,14 +136,15 @@ def test_a_mask_that_shows_everything_changes_nothing():
     assert gap(feeds, play(model, None, feeds, [window(1 << 20)]).outs, hide(model, feeds)) <= NEAR
 
 
-def hidden_too(rule):
+def hidden_too(rule, feeds):
     """A change of scores for `hide`: what the rule does not show is hidden."""
 
     def change(layer, quantity, x, seen):
         if quantity != "scores":
             return x
         n, m = x.shape[2:]
-        return x.masked_fill(~by_loop(rule, n, m, x.shape[1]), -torch.inf)
+        seen = by_text(rule, n, feeds[-1]["attention_mask"][:, :m], x.shape[1])
+        return x.masked_fill(~seen, -torch.inf)
 
     return change
 
@@ -148,9 +167,9 @@ def hidden_too(rule):
 def test_a_mask_under_a_policy_is_the_dense_model_with_both(policy, family, name):
     """Whatever the policy holds or reads, and the mask hides of it: exactly that, on a full cache."""
     model, _ = build(family)
-    feeds = script((20, 1, 1, 4, 1, 1), PADS)
+    feeds = script((20, 1, 1, 4, 1, 1), PADS, gaps={3: ((2, 0), (0, 1))})
     tape = play(model, policy, feeds, several(MASKS[name]))
-    wanted = hide(model, feeds, tape.reads, hidden_too(RULES[name]))
+    wanted = hide(model, feeds, tape.reads, hidden_too(RULES[name], feeds))
     assert gap(feeds, tape.outs, wanted) <= NEAR
     assert gap(feeds, tape.outs, hide(model, feeds, tape.reads)) > 1e-3
 
@@ -198,12 +217,16 @@ def test_edits_beside_a_mask(policy, name):
     model, _ = build("llama")
     feeds, edit, mask = script((20, 1, 1, 4, 1), PADS), EDITS[name], "sinks and window"
     tape = play(model, policy, feeds, [MASKS[mask], edit], roles=MARK)
-    edits, rule = by_hand(edit, role=role_of(feeds)), RULES[mask]
+    edits, rule = by_hand(edit, feeds=feeds, role=role_of(feeds)), RULES[mask]
 
     def both(layer, quantity, x, seen):
-        seen = seen & by_loop(rule, *x.shape[2:], x.shape[1]) if quantity != "z" else seen
+        seen = (
+            seen & by_text(rule, x.shape[2], feeds[-1]["attention_mask"][:, : x.shape[3]])
+            if quantity != "z"
+            else seen
+        )
         x = edits(layer, quantity, x, seen)
-        return hidden_too(rule)(layer, quantity, x, seen)
+        return hidden_too(rule, feeds)(layer, quantity, x, seen)
 
     wanted = hide(model, feeds, None if policy is None else tape.reads, both)
     assert gap(feeds, tape.outs, wanted) <= NEAR
@@ -283,10 +306,10 @@ def test_everything_at_once():
     policy = catalog.method("streaming_llm", sinks=3, window=8)
     others = [MASKS[mask], catalog.method("lean_attention"), *edits, Observer("top1", Site(phase="decode"))]
     tape = play(model, policy, feeds, others)
-    change = by_hand(*edits)
+    change = by_hand(*edits, feeds=feeds)
 
     def both(layer, quantity, x, seen):
-        return hidden_too(RULES[mask])(layer, quantity, change(layer, quantity, x, seen), seen)
+        return hidden_too(RULES[mask], feeds)(layer, quantity, change(layer, quantity, x, seen), seen)
 
     assert gap(feeds, tape.outs, hide(model, feeds, tape.reads, both)) <= NEAR
 
@@ -341,7 +364,8 @@ def test_a_mask_on_an_encoder():
     n = inputs["input_ids"].shape[1]
     age = torch.arange(n)[:, None] - torch.arange(n)
     hidden = (age < -2) | (age >= 3)
-    assert not any(w[hidden.expand_as(w)].any() for w in out.attentions)
+    asked = inputs["attention_mask"].bool()[:, None, :, None]
+    assert not any((w * asked)[hidden.expand_as(w)].any() for w in out.attentions)
 
 
 def test_a_mask_that_is_never_asked():

@@ -16,42 +16,61 @@ from regard.testing.cache.script import NEAR, play, real, script
 from regard.testing.zoo import build, ids, logits
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "gptoss", "gpt2", "neox", "deepseek3")
+# of the forward that feeds four tokens: padding before, after and around a row's tokens
+GAPS = {2: ((2, 0), (0, 1), (1, 1))}
 MARK = {"marked": lambda tokens: tokens % 3 == 0}
 
 
 # -- the definition, by hand
 
 
-def keys_by_hand(keys, m, role):
-    """[B or 1, m] bool."""
+def keys_by_hand(keys, m, role, mask):
+    """[B or 1, m] bool: numbers count the tokens of each text, padding left out."""
     if keys is None:
         return torch.ones(1, m, dtype=torch.bool)
     if isinstance(keys, str):
         return role[:, :m]
-    return torch.tensor([[j in keys or j - m in keys for j in range(m)]])
+    hit = torch.zeros(len(mask), m, dtype=torch.bool)
+    for text, hits in zip(mask[:, :m].tolist(), hit):
+        columns = [j for j in range(m) if text[j]]
+        for key in keys:
+            if -len(columns) <= key < len(columns):
+                hits[columns[key]] = True
+    return hit
 
 
-def by_hand(*edits, role=None):
-    """What `hide` calls: every edit carried out on its own head, row and keys, one after the other."""
+def rows_by_hand(rows, n, m, text):
+    """The columns of a forward that a site's rows are in one text, in order; padding is no row."""
+    if rows is None:
+        return list(range(n))
+    columns = [r for r in range(n) if text[m - n + r]]
+    return [c for i, c in enumerate(columns) if i in rows or i - len(columns) in rows]
+
+
+def by_hand(*edits, feeds, role=None):
+    """What `hide` calls: every edit carried out on its own text, head, row and keys, one after the other."""
+    mask = feeds[-1]["attention_mask"]
 
     def change(layer, quantity, x, seen):
         x, (_, heads, n, m) = x.clone(), seen.shape
         phase = "decode" if n == 1 and m > 1 else "prefill"
         for edit in (e for e in edits if e.site.quantity == quantity and e.site.covers(layer, "text", phase)):
             site = edit.site
-            rows = [r for r in range(n) if site.rows is None or r in site.rows or r - n in site.rows]
-            source = keys_by_hand(site.keys, m, role)
-            for h in range(heads) if site.heads is None else site.heads:
-                for r in rows:
-                    if quantity == "z":
-                        x[:, h, r] = verb_by_hand(edit, x[:, h, r], h, rows.index(r))
-                    elif edit.verb == "move":
-                        x[:, h, r] = move_by_hand(
-                            x[:, h, r], source, keys_by_hand(edit.to, m, role), edit.value, seen[:, h, r]
-                        )
-                    else:
-                        new = verb_by_hand(edit, x[:, h, r], h, rows.index(r))
-                        x[:, h, r] = torch.where(source & seen[:, h, r], new, x[:, h, r])
+            source = keys_by_hand(site.keys, m, role, mask).expand(len(mask), -1)
+            for b in range(len(mask)):
+                rows, one = rows_by_hand(site.rows, n, m, mask[b]), slice(b, b + 1)
+                for h in range(heads) if site.heads is None else site.heads:
+                    for i, r in enumerate(rows):
+                        if quantity == "z":
+                            x[one, h, r] = verb_by_hand(edit, x[one, h, r], h, i)
+                        elif edit.verb == "move":
+                            to = keys_by_hand(edit.to, m, role, mask)[one]
+                            x[one, h, r] = move_by_hand(
+                                x[one, h, r], source[one], to, edit.value, seen[one, h, r]
+                            )
+                        else:
+                            new = verb_by_hand(edit, x[one, h, r], h, i)
+                            x[one, h, r] = torch.where(source[one] & seen[one, h, r], new, x[one, h, r])
         return x
 
     return change
@@ -115,9 +134,9 @@ def role_of(feeds):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_edit_is_its_definition(family, name):
     model, _ = build(family)
-    feeds, edit = script(steps=(20, 1, 4, 1)), EDITS[name]
+    feeds, edit = script(steps=(20, 1, 4, 1), gaps=GAPS), EDITS[name]
     result = play(model, None, feeds, [edit], roles=MARK)
-    wanted = hide(model, feeds, change=by_hand(edit, role=role_of(feeds)))
+    wanted = hide(model, feeds, change=by_hand(edit, feeds=feeds, role=role_of(feeds)))
     assert gap(feeds, result.outs, wanted) <= NEAR
     assert gap(feeds, hide(model, feeds), wanted) > 1e-3
 
@@ -129,9 +148,9 @@ def test_edit_is_its_definition(family, name):
 def test_edit_under_a_policy(method, name):
     model, _ = build("llama")
     small = dict(budget=10, **({"window": 3} if method == "snapkv" else {}))
-    feeds, edit = script(steps=(20, 1, 1, 4, 1)), EDITS[name]
+    feeds, edit = script(steps=(20, 1, 1, 4, 1), gaps={3: GAPS[2]}), EDITS[name]
     tape = play(model, catalog.method(method, **small), feeds, [edit], roles=MARK)
-    change = by_hand(edit, role=role_of(feeds))
+    change = by_hand(edit, feeds=feeds, role=role_of(feeds))
     assert gap(feeds, tape.outs, hide(model, feeds, tape.reads, change)) <= NEAR
     assert gap(feeds, tape.outs, hide(model, feeds, change=change)) > 1e-3
 
@@ -151,7 +170,11 @@ def test_edits_compose(family):
     feeds = script(steps=(20, 1, 4, 1))
     for chosen in (edits, edits[::-1]):
         assert (
-            gap(feeds, play(model, None, feeds, chosen).outs, hide(model, feeds, change=by_hand(*chosen)))
+            gap(
+                feeds,
+                play(model, None, feeds, chosen).outs,
+                hide(model, feeds, change=by_hand(*chosen, feeds=feeds)),
+            )
             <= NEAR
         )
 
@@ -173,7 +196,12 @@ def test_a_patch_of_many_rows():
     patch = Edit(Site(layers=1, heads=(2, 0), rows=(11, 1, 5)), "replace", values)
     feeds = script(steps=(12,), pads=(0,))
     assert (
-        gap(feeds, play(model, None, feeds, [patch]).outs, hide(model, feeds, change=by_hand(patch))) <= NEAR
+        gap(
+            feeds,
+            play(model, None, feeds, [patch]).outs,
+            hide(model, feeds, change=by_hand(patch, feeds=feeds)),
+        )
+        <= NEAR
     )
 
 
@@ -233,10 +261,10 @@ def test_other_rows_and_heads_are_bitwise_the_models_own(family, quantity):
 def test_gradients_go_through_edits():
     model, inputs = build("llama")
     edit = Edit(Site("scores", layers=1, heads=(0, 2), keys=(1, 4)), "scale", 0.3)
-    grads = []
+    inputs, grads = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}, []
     for on in (True, False):
         model.zero_grad()
-        change = by_hand(edit)
+        change = by_hand(edit, feeds=[inputs])
         if on:
             with attach(model, edit):
                 model(**inputs).logits.square().mean().backward()
@@ -259,7 +287,7 @@ def test_roles_grow_while_a_model_generates(settings):
         out = generate(model, feed, max_new_tokens=8, **settings)
     assert attached.receipts() == {str(edit): 8 * 3}
     feeds = feeds_of(out.sequences[:, :-1], grown_mask(feed, 27), (20, *[1] * 7))
-    outs = hide(model, feeds, change=by_hand(edit, role=out.sequences % 3 == 0))
+    outs = hide(model, feeds, change=by_hand(edit, feeds=feeds, role=out.sequences % 3 == 0))
     by_step = torch.stack([x[:, -1] for x in outs], 1)
     if settings:
         chosen = by_step.log_softmax(-1).gather(-1, out.sequences[:, 20:, None])[..., 0].mean(-1)
@@ -346,7 +374,7 @@ def eager_attentions(model, feeds):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_observers_are_the_eager_weights(family):
     model, _ = build(family)
-    feeds = script(steps=(20, 1, 4))
+    feeds = script(steps=(20, 1, 4), gaps=GAPS)
     expected = eager_attentions(model, feeds)
     observers = [
         Observer("last_row", Site(heads=(1, 3))),
@@ -358,22 +386,30 @@ def test_observers_are_the_eager_weights(family):
         cache = DynamicCache()
         for feed in feeds:
             model(**feed, past_key_values=cache)
-    records = attached.records
     for i, (step, layer) in enumerate((s, x) for s in range(3) for x in range(3)):
-        w, seen = expected[step][layer], real(feeds, step)[:, None, :]  # [B, H, N, M]
-        n, m = w.shape[2:]
-        for name in records:
-            assert records[name][i][:2] == (layer, step)
-        assert float((records["last_row"][i][2] - w[:, [1, 3], -1]).abs().max()) <= 1e-5
-        rows = [r for r in range(n) if r in (n - 1, n - 3, 18)]
-        assert float((records["received"][i][2] - w[:, :, rows].sum(2)).abs().max()) <= 1e-5
-        top = w.gather(-1, records["top1"][i][2][..., None])[..., 0]
-        assert float((top - w.amax(-1)).masked_fill(~seen, 0).abs().max()) <= 1e-5
-        before = [m - n + r - 1 for r in range(n)]
-        mass = torch.stack(
-            [w[:, [2, 0], r, j] if j >= 0 else torch.zeros(3, 2) for r, j in enumerate(before)], -1
-        )
-        assert float((records["mass_at"][i][2] - mass).masked_fill(~seen, 0).abs().max()) <= 1e-5
+        w = expected[step][layer]  # [B, H, N, M]
+        for name, records in attached.records.items():
+            assert records[i][:2] == (layer, step)
+            for b, text in enumerate(feeds[step]["attention_mask"].tolist()):
+                wanted, got = observed_by_hand(name, w[b], text), records[i][2][b]
+                got = got if wanted.shape == got.shape else got[:, real(feeds, step)[b]]
+                assert float((got - wanted).abs().max()) <= 1e-5, (name, step, layer, b)
+
+
+def observed_by_hand(name, w, text):
+    """What an observer of one text gives: w [H, N, M] weights, text: which of the M columns are tokens."""
+    n, m = w.shape[1:]
+    columns = [j for j in range(m) if text[j]]
+    rows = [j - (m - n) for j in columns if j >= m - n]  # the forward's tokens
+    if name == "last_row":
+        return w[[1, 3], rows[-1]]
+    if name == "received":
+        return w[:, [r for i, r in enumerate(rows) if i in (len(rows) - 1, len(rows) - 3, 18)]].sum(1)
+    if name == "top1":
+        return torch.tensor([[columns.index(int(w[h, r].argmax())) for r in rows] for h in range(len(w))])
+    places = [columns.index(m - n + r) for r in rows]
+    mass = [w[[2, 0], r, columns[p - 1]] if p else torch.zeros(2) for r, p in zip(rows, places)]
+    return torch.stack(mass, -1)
 
 
 @pytest.mark.parametrize("family", ["whisper", "t5"])
@@ -396,7 +432,7 @@ def test_observers_of_an_encoder_and_a_decoder(family, tower):
         torch.testing.assert_close(result, w.sum(2), rtol=1e-4, atol=1e-5)
 
 
-def test_observers_under_a_policy_speak_of_true_tokens():
+def test_observers_under_a_policy_number_the_tokens_of_the_text():
     model, _ = build("llama")
     feeds = script(steps=(20, 1, 1), pads=(0, 6))
     observers = [Observer("top1", Site(phase="decode")), Observer("last_row", Site(phase="decode"))]
@@ -407,7 +443,7 @@ def test_observers_under_a_policy_speak_of_true_tokens():
             model(**feed, past_key_values=cache)
     for _, step, top in attached.records["top1"]:
         for row, pad in enumerate((0, 6)):
-            held = {*range(pad, pad + 4), *range(20 + step - 5, 20 + step)}
+            held = {*range(4), *range(20 + step - 5 - pad, 20 + step - pad)}
             assert set(top[row].flatten().tolist()) <= held
     assert all(w.shape[-1] == 9 for _, _, w in attached.records["last_row"])
 

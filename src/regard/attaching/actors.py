@@ -100,6 +100,13 @@ class AttentionCall:
         return present(self.view, "the call has a view")
 
     @property
+    def order(self) -> Tensor | None:
+        """[B, seen] place of each token among the real ones of its row; None: no padding."""
+        order = None if self.rule is None else self.rule.order()
+        seen = self.k.shape[2] if self.layer is None else self.layer.seen
+        return None if order is None else order[:, :seen]
+
+    @property
     def number(self) -> int:
         """The number of the layer among those that have a cache."""
         return self.layers.index(self.ledger)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -26,6 +26,7 @@ from regard.attaching.resolve import Attachable, actors_of
 from regard.attaching.rotary import Rotary
 from regard.attaching.sites import ATTENTION, Sites, refuse_unreachable, towers
 from regard.attaching.step import RoleRule
+from regard.attaching.turning import is_rotary_table
 from regard.core import Unsupported, show
 
 NUMBERS = itertools.count()
@@ -156,7 +157,7 @@ class attach:
             if isinstance(value, Cache | EncoderDecoderCache):
                 context.caches.adopt(value, context.step)
             elif context.rotary is not None and is_rotary_table(value):
-                context.rotary.tables[id(module)] = value
+                context.rotary.note(module, value, args, kwargs)
 
     # what a user reads while it is attached, or after
 
@@ -194,11 +195,6 @@ class attach:
 def named(args: tuple, kwargs: dict) -> dict:
     """Keyword arguments of a forward, its first positional one read as input_ids."""
     return {"input_ids": args[0], **kwargs} if args else kwargs
-
-
-def is_rotary_table(value: Any) -> bool:
-    """Whether an argument of an attention module is its (cos, sin)."""
-    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, Tensor) for x in value)
 
 
 def refuse_batch(*args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regard.attaching.actors import Actor, AttentionCall
-from regard.attaching.targets import cells, heads_of, rows_of, seen_columns
+from regard.attaching.targets import Rows, cells, heads_of, rows_of, seen_columns
 from regard.core import Edit, NeverFired
 from regard.core.errors import present
 from regard.ops import View, mix, row_blocks
@@ -64,21 +64,25 @@ class Edits(Actor):
     def edit(self, call: AttentionCall, view: View, out: Tensor) -> Tensor:
         """out [B, H, N, E] with the edits of this site."""
         targets = [
-            (r, heads_of(r.edit.site, out.shape[1]), rows_of(r.edit.site, view.new)) for r in self._of(call)
+            (r, heads_of(r.edit.site, out.shape[1]), rows_of(r.edit.site, view)) for r in self._of(call)
         ]
-        targets = [(r, heads, rows) for r, heads, rows in targets if heads and rows]
+        targets = [(r, heads, rows) for r, heads, rows in targets if heads and rows.columns]
         if not targets:
             return out
-        out, self._met = out.clone(), {}
-        self._recompute(call, view, out, [(h, rows) for r, h, rows in targets if r.edit.site.quantity != "z"])
+        old, out, self._met = out, out.clone(), {}
+        recomputed = [(h, rows) for r, h, rows in targets if r.edit.site.quantity != "z"]
+        self._recompute(call, view, out, [(h, rows.columns) for h, rows in recomputed])
+        if any(rows.number is not None for _, rows in recomputed):
+            out = torch.where(touched(out, recomputed), out, old)
         for receipt, heads, rows in targets:
-            edit = receipt.edit
+            edit, met = receipt.edit, self._met.get(id(receipt.edit))
             if edit.site.quantity == "z":
-                at = (slice(None), torch.tensor(heads)[:, None], torch.tensor(rows)[None])
-                out[at] = changed(out[at], edit, value_at(edit, out, heads, rows))
-                self._met[id(edit)] = set(heads)
-            if self._met.get(id(edit)):
-                receipt.note(call.site.layer, self._met[id(edit)])
+                at = (slice(None), torch.tensor(heads)[:, None], torch.tensor(rows.columns)[None])
+                here, new = rows.here(rows.columns), changed(out[at], edit, value_at(edit, out, heads, rows))
+                out[at] = new if here is None else torch.where(here, new, out[at])
+                met = set(heads)
+            if met:
+                receipt.note(call.site.layer, met)
         return out
 
     def _recompute(
@@ -110,42 +114,62 @@ class Edits(Actor):
         """x [B, heads, rows, n] with these edits where they cover it."""
         x = x.clone() if edits else x
         for edit in edits:
+            rows = rows_of(edit.site, view)
             edit_heads = [h for h in heads_of(edit.site, view.q.shape[1]) if h in heads]
-            edit_rows = [r for r in rows_of(edit.site, view.new) if r in span]
-            if not edit_heads or not edit_rows:
+            columns = [r for r in rows.columns if r in span]
+            if not edit_heads or not columns:
                 continue
             at = (
                 slice(None),
                 torch.tensor([heads.index(h) for h in edit_heads])[:, None],
-                torch.tensor([r - span.start for r in edit_rows])[None],
+                torch.tensor([r - span.start for r in columns])[None],
             )
-            keys = seen_columns(view, edit.site.keys, call.labels, edit_heads, edit_rows)
+            keys, here = (
+                seen_columns(view, edit.site.keys, call.labels, edit_heads, columns),
+                rows.here(columns),
+            )
+            keys = keys if here is None else keys & here
             if edit.verb == "move":
-                to = seen_columns(view, edit.to, call.labels, edit_heads, edit_rows)
+                to = seen_columns(view, edit.to, call.labels, edit_heads, columns)
                 x[at] = moved(x[at], keys, to, edit.value)
                 keys = keys & to.any(-1, keepdim=True)
             else:
-                new = changed(x[at], edit, value_at(edit, x, edit_heads, edit_rows, view))
+                new = changed(x[at], edit, value_at(edit, x, edit_heads, rows, columns, view.q.shape[1]))
                 x[at] = torch.where(keys, new, x[at])
             if bool(keys.any()):
                 self._met.setdefault(id(edit), set()).update(edit_heads)
         return x
 
 
+def touched(out: Tensor, sites: list[tuple[list[int], Rows]]) -> Tensor:
+    """[B, H, N, 1] bool: the rows and heads that any of these sites names, text by text."""
+    result = torch.zeros_like(out[..., :1], dtype=torch.bool)
+    for heads, rows in sites:
+        at = (slice(None), torch.tensor(heads)[:, None], torch.tensor(rows.columns)[None])
+        here = rows.here(rows.columns)
+        result[at] |= torch.ones_like(result[at]) if here is None else here
+    return result
+
+
 def value_at(
-    edit: Edit, like: Tensor, heads: list[int], rows: list[int], view: View | None = None
+    edit: Edit, like: Tensor, heads: list[int], rows: Rows, columns: list[int] | None = None, of: int = 0
 ) -> Tensor | None:
-    """The edit's value for these heads and rows: a number, or [B, heads, rows, width] of its tensor."""
+    """The edit's value for these heads and columns: a number, or [B, heads, columns, width] of its tensor.
+
+    `of`: how many heads the layer has, if `like` has not all of them. A tensor has an entry for each row of the site.
+    """
     if edit.value is None:
         return None
     value = torch.as_tensor(edit.value, dtype=like.dtype, device=like.device)
     if value.dim() == 0:
         return value
-    edit_heads = heads_of(edit.site, like.shape[1] if view is None else view.q.shape[1])
-    edit_rows = rows_of(edit.site, like.shape[2] if view is None else view.new)
-    value = value.expand(like.shape[0], len(edit_heads), len(edit_rows), like.shape[-1])
-    number = {r: i for i, r in enumerate(edit_rows)}
-    return value[:, [edit_heads.index(h) for h in heads]][:, :, [number[r] for r in rows]]
+    columns = rows.columns if columns is None else columns
+    edit_heads, at = heads_of(edit.site, of or like.shape[1]), [rows.columns.index(c) for c in columns]
+    value = value.expand(like.shape[0], len(edit_heads), rows.count(), like.shape[-1])
+    value = value[:, [edit_heads.index(h) for h in heads]]
+    if rows.number is None:
+        return value[:, :, at]
+    return value.take_along_dim(rows.number[:, at].clamp(min=0)[:, None, :, None], 2)
 
 
 def changed(x: Tensor, edit: Edit, value: Tensor | None) -> Tensor:

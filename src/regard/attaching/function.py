@@ -59,6 +59,8 @@ def make_function(context: Context) -> Callable[..., AttentionOutput]:
         call = AttentionCall(module, site, query, key, value, attention_mask, options, context.step)
         if not is_attached:
             return native(call)
+        if context.rotary is not None and context.rotary.probe is not None:
+            return context.rotary.answer(query, key, value), None
         complete(context, call)
         return dispatch(context, call)
 
@@ -78,6 +80,8 @@ def complete(context: Context, call: AttentionCall) -> None:
     if context.step.output_attentions:
         call.options["output_attentions"] = True
     call.x, call.rotary = context.inputs.pop(id(module), None), context.rotary
+    if call.layer is not None and call.rotary is not None:
+        call.layer.note_positions(call.rotary.positions(module), call.order)
     if any(actor.reads_roles for actor in context.actors):
         call.labels = text_labels(call.layer, context.step, context.roles, call.q.shape[2])
 

@@ -54,6 +54,13 @@ class MaskRule:
             self.cached["pad"] = None if pad is None or bool(pad.all()) else pad.bool()
         return self.cached["pad"]
 
+    def order(self) -> Tensor | None:
+        """[B, seen] place of each token among the real ones of its row, for padding that of the last one before it."""
+        if "order" not in self.cached:
+            pad = self.pad()
+            self.cached["order"] = None if pad is None else pad.cumsum(-1) - 1
+        return self.cached["order"]
+
     def native(self) -> Tensor | None:
         """What SDPA would have been given: boolean [B, 1, N, M], or None where causality alone says it."""
         if "native" not in self.cached:

@@ -37,6 +37,9 @@ class LedgerLayer(DynamicLayer):
         self.groups: list[Group] = []
         self.memory: dict = {}
         self.labels: dict[str, Tensor] = {}  # [B, seen] by role
+        self.positions: Tensor | None = (
+            None  # [1|B, seen] where the model's rotation puts each token of the text
+        )
         # where an attachment looks for the layer that was just written
         self.pending: list[LedgerLayer] | None = None
         self.compressed = False  # whether anything was evicted, merged or moved
@@ -87,6 +90,26 @@ class LedgerLayer(DynamicLayer):
                 return
         group.keep(kept)
 
+    def note_positions(self, new: tuple[Tensor, bool] | None, order: Tensor | None) -> None:
+        """Add the positions [1|B, N] of the tokens that were just written; the flag: a token may have several."""
+        if new is None:
+            return
+        at, several = new
+        old = at[:, :0] if self.positions is None else self.positions
+        missing = self.seen - at.shape[1] - old.shape[1]
+        if missing < 0:  # another module of the same layer
+            return
+        if missing and several:
+            raise Unsupported(
+                "the positions of tokens that were fed before the method was attached are not known, and a model that "
+                "gives a token several does not count them one by one; attach before the text begins"
+            )
+        # what was fed before: counted back from the newest token
+        order = torch.arange(self.seen, device=at.device)[None] if order is None else order
+        counted = (at[:, -1:] - order[:, -1:] + order)[:, old.shape[1] : old.shape[1] + missing]
+        batch = max(len(old), len(counted), len(at))
+        self.positions = torch.cat([x.expand(batch, -1) for x in (old, counted, at)], 1)
+
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         return self.groups[0].k() if self.groups else None
@@ -113,7 +136,7 @@ class LedgerLayer(DynamicLayer):
         return -1
 
     def reset(self) -> None:
-        self.groups, self.memory, self.labels = [], {}, {}
+        self.groups, self.memory, self.labels, self.positions = [], {}, {}, None
         self.seen, self.compressed, self.is_initialized = 0, False, False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -133,6 +156,7 @@ class LedgerLayer(DynamicLayer):
         self.groups[0].n += tokens_to_remove
         self.seen += tokens_to_remove
         self.labels = {name: label[:, : self.seen] for name, label in self.labels.items()}
+        self.positions = None if self.positions is None else self.positions[:, : self.seen]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx)
@@ -152,6 +176,7 @@ class LedgerLayer(DynamicLayer):
         for group in self.groups:
             group.select_rows(rows)
         self.memory, self.labels = select_rows(self.memory, rows), select_rows(self.labels, rows)
+        self.positions = select_rows({"": self.positions}, rows)[""]
 
     def bytes_held(self) -> int:
         """Bytes of memory behind this layer, room and tables included, each storage once."""

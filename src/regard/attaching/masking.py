@@ -14,7 +14,7 @@ from regard.core.errors import present
 from regard.core.mask import Coordinates, Mask
 from regard.core.roles import Roles
 from regard.kinds.mask import refuse_ahead
-from regard.ops import per_query_head
+from regard.ops import at_index, per_query_head
 
 
 class AttachedMask(Actor):
@@ -63,20 +63,36 @@ class AttachedMask(Actor):
         return replace(call, mask=LazyMask.of(both))
 
     def _narrowing(self, call: AttentionCall) -> Narrowing:
-        roles = Roles(**{name: call.labels[name] for name in self.mask.needs})
+        roles, order = {name: call.labels[name] for name in self.mask.needs}, call.order
         device, query_heads = call.q.device, call.q.shape[1]
         batch = call.q.shape[0] if self.mask.needs else 1
         b = torch.arange(batch, device=device)[:, None, None, None]
         heads = range(query_heads) if call.heads is None else call.heads
         h = torch.tensor(heads if self.mask.heads else [0], device=device)[None, :, None, None]
+        known = Roles(**(roles if order is None else {name: in_order(t, order) for name, t in roles.items()}))
 
         def narrow(seen: Tensor, q: Tensor, index: Tensor) -> Tensor:
             if self.mask.heads:
                 seen, index = per_query_head(seen, query_heads), per_query_head(index, query_heads)
             if self.mask.needs:
                 top = int(index.max()) if index.numel() else -1
-                require(top < roles.length, "every token has its labels: index < labelled",
-                        index=top, labelled=roles.length)  # fmt: skip
-            return seen & self.mask(Coordinates(b, h, q, index.clamp(min=0)[:, :, None], (roles, roles)))
+                require(top < known.length, "every token has its labels: index < labelled",
+                        index=top, labelled=known.length)  # fmt: skip
+            key = index.clamp(min=0)[:, :, None]
+            if order is not None:  # places among the tokens of each text, not among its padding
+                q, key = (
+                    order[:, q.flatten()].clamp(min=0)[:, None, :, None],
+                    at_index(order, index)[:, :, None],
+                )
+            return seen & self.mask(Coordinates(b, h, q, key.clamp(min=0), (known, known)))
 
         return narrow
+
+
+def in_order(label: Tensor, order: Tensor) -> Tensor:
+    """Labels [B, seen] by place among the real tokens, of labels by index in the padded text."""
+    real = order.diff(dim=-1, prepend=order.new_full((len(order), 1), -1)) > 0
+    label, room = label[:, : order.shape[1]], order.shape[1]
+    # padding goes to a column of its own
+    at = order.masked_fill(~real, room)
+    return label.new_zeros(len(order), room + 1).scatter(1, at, label.expand(len(order), -1))[:, :-1]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from regard.attaching.actors import Actor, AttentionCall
-from regard.attaching.targets import cells, heads_of, rows_of
-from regard.core import Observer
+from regard.attaching.targets import Rows, cells, heads_of, rows_of
+from regard.core import Observer, Site
 from regard.core.errors import present
 from regard.ops import View, per_query_head, row_blocks
 
@@ -34,36 +34,63 @@ class Observers(Actor):
 
     def observe(self, call: AttentionCall, view: View, out: Tensor) -> None:
         for observer, records in self._of(call):
-            heads, rows = heads_of(observer.site, view.q.shape[1]), rows_of(observer.site, view.new)
-            if heads and (rows or observer.statistic == "last_row"):
+            last = observer.statistic == "last_row"
+            heads = heads_of(observer.site, view.q.shape[1])
+            rows = rows_of(NEWEST if last else observer.site, view)
+            if heads and rows.columns:
                 observed = observation(call, view, out, observer, heads, rows)
                 records.append((call.site.layer, call.step.number, observed))
 
 
+NEWEST = Site(rows=-1)
+
+
 def observation(
-    call: AttentionCall, view: View, out: Tensor, observer: Observer, heads: list[int], rows: list[int]
+    call: AttentionCall, view: View, out: Tensor, observer: Observer, heads: list[int], rows: Rows
 ) -> Tensor:
     if observer.statistic == "z":
-        return out[:, heads][:, :, rows].detach().clone()
-    if observer.statistic == "last_row":
-        return call.weights(view, slice(view.new - 1, view.new), heads)[:, :, 0].detach()
+        return rows.picked(out[:, heads][:, :, rows.columns].detach().clone(), torch.nan)
     parts = []
-    for run, _ in cells([(heads, rows)]):
+    for run, _ in cells([(heads, rows.columns)]):
         for block in row_blocks(run.stop - run.start, view.q.shape[0] * len(heads) * view.stored):
             cut = slice(run.start + block.start, run.start + block.stop)
-            parts.append(summary(view, observer, call.weights(view, cut, heads).detach(), cut, heads))
-    return torch.stack(parts).sum(0) if observer.statistic == "received" else torch.cat(parts, dim=2)
+            w = call.weights(view, cut, heads).detach()
+            if observer.statistic == "received":
+                parts.append(asked_weights(view, rows, w, cut).sum(2))
+            else:
+                parts.append(
+                    w if observer.statistic == "last_row" else summary(view, observer, w, cut, heads)
+                )
+    if observer.statistic == "received":
+        return torch.stack(parts).sum(0)
+    seen = rows.picked(torch.cat(parts, dim=2), -1 if observer.statistic == "top1" else torch.nan)
+    return seen[:, :, 0] if observer.statistic == "last_row" else seen
+
+
+def asked_weights(view: View, rows: Rows, w: Tensor, cut: slice) -> Tensor:
+    """Weights [B, heads, rows, n] of these columns, zero where a text's column is not of the site, or padding."""
+    here, asking = rows.here(range(cut.start, cut.stop)), view.asking()
+    if here is None and asking is not None:
+        here = asking[:, None, cut, None]
+    return w if here is None else w * here
 
 
 def summary(view: View, observer: Observer, w: Tensor, rows: slice, heads: list[int]) -> Tensor:
-    if observer.statistic == "received":
-        return w.sum(2)
-    index = view.index if view.index.shape[1] == 1 else per_query_head(view.index, view.q.shape[1])[:, heads]
-    index = index[:, :, None].expand(*w.shape[:2], 1, -1)
+    """[B, heads, rows] of weights [B, heads, rows, n]: the top key's token, or the weight on a certain one."""
+    rank = view.rank()
+    rank = rank if rank.shape[1] == 1 else per_query_head(rank, view.q.shape[1])[:, heads]
+    rank = rank[:, :, None].expand(*w.shape[:2], 1, -1)
     if observer.statistic == "top1":
-        return index.expand_as(w).gather(-1, w.argmax(-1, keepdim=True)).squeeze(-1)
-    query = torch.arange(rows.start, rows.stop, device=w.device) + view.seen - view.new
+        return rank.expand_as(w).gather(-1, w.argmax(-1, keepdim=True)).squeeze(-1)
     keys_of = present(observer.keys_of, "mass_at takes keys_of")
-    # the true index of each row's key
-    key = torch.as_tensor(keys_of(query), device=w.device)
-    return torch.where(index == key[:, None], w, 0).sum(-1)
+    asked = (
+        torch.arange(view.seen - view.new, view.seen, device=w.device)[None]
+        if view.order is None
+        else view.order
+    )
+    # the number of each row's token, and of the key that it is asked about: [1|B, 1, rows, 1]
+    texts = [torch.as_tensor(keys_of(q), device=w.device) for q in asked[:, -view.new :][:, rows]]
+    key = torch.stack(texts)[:, None, :, None]
+    seen = view.hold()[:, :, None] if view.real is not None else torch.ones_like(rank, dtype=torch.bool)
+    seen = seen if seen.shape[1] in (1, w.shape[1]) else per_query_head(seen, view.q.shape[1])[:, heads]
+    return torch.where((rank == key) & seen, w, 0).sum(-1)

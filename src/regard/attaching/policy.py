@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.attaching.actors import Actor, AttentionCall
-from regard.attaching.lazy_mask import MaskRule
 from regard.attaching.slots import Group
 from regard.attaching.views import visibility
 from regard.core import Method, NeverFired, Unsupported
@@ -90,23 +89,18 @@ class CachePolicy(Actor):
         view.shared, view.memory = step.shared, memory_of(call, view)
         view.report_bytes = lambda n: step.reported.__setitem__(view.layer, n)
         if view.seen not in step.budgets:
-            step.budgets[view.seen] = self.budget(view, group, call.rule)
+            step.budgets[view.seen] = self.budget(view, group)
         view.budget = step.budgets[view.seen]
-        rotary, module = call.rotary, call.module
-        if rotary is not None:
-            table = rotary.tables.get(id(module))
-            needed = self.page.shift is not None or self.page.attention is not None
-            if needed or rotary.can_rotate(module, table):
-                view.rotate = lambda x, by: rotary.rotate(module, table, x, by)
+        rotary, module, page = call.rotary, call.module, self.page
+        if rotary is not None and (page.shift or page.attention or rotary.can_rotate(module)):
+            of_queries = page.shift is None
+            view.rotate = lambda x, by: rotary.rotate(module, x, by, of_queries)
 
-    def budget(self, view: View, group: Group, rule: MaskRule | None) -> Tensor:
+    def budget(self, view: View, group: Group) -> Tensor:
         """[B] tokens that may stay or be read in each row of this step."""
         setting = getattr(self.method.config, "budget", None)
         budget = parse_budget(self.page.budget(self.method.config) if setting is None else setting)
-        real = torch.full((view.q.shape[0],), view.seen, device=view.q.device)
-        pad = None if rule is None else rule.pad()
-        if pad is not None:
-            real = pad[:, : view.seen].sum(-1)
+        real = view.length().expand(view.q.shape[0])
         per_slot = (group.keys.shape[-1] + group.values.shape[-1]) * group.keys.element_size()
         return budget.resolve(real, per_slot * view.total_heads * view.q.shape[0])
 
@@ -117,7 +111,11 @@ class CachePolicy(Actor):
             raise Unsupported(
                 f"{self.name} has an attention of its own, which would leave an attached mask out"
             )
-        return self.page.attention(call.stored, self.method.config)
+        read, asked = call.stored.padding_first()
+        out = self.page.attention(read, self.method.config)
+        if out is None or asked is None:
+            return out
+        return torch.zeros_like(out).scatter(2, asked[:, None, :, None].expand_as(out), out)
 
     def evict(self, call: AttentionCall, view: View) -> None:
         self._count_bytes(call, view)
@@ -145,12 +143,9 @@ class CachePolicy(Actor):
 def memory_of(call: AttentionCall, view: View) -> dict:
     """What the page remembers of this layer, or of this group of its heads where they hold different lengths."""
     layer = call.ledger
-    if "first" not in layer.memory:
-        pad = None if call.rule is None else call.rule.pad()
-        layer.memory["first"] = view.index.new_zeros(1) if pad is None else pad.int().argmax(-1)
     if len(layer.groups) == 1:
         return layer.memory
-    return layer.memory.setdefault(call.slots.heads, {"first": layer.memory.get("first")})
+    return layer.memory.setdefault(call.slots.heads, {})
 
 
 def view_of_slots(call: AttentionCall, view: View, slots: Tensor, shift: Tensor | None) -> View:

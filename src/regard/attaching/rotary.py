@@ -1,28 +1,76 @@
 """Rotating keys and queries further, by the model's own rotary tables.
 
 Rotations compose, so a vector rotated at position p is carried to p + d by the rotation of d alone. The tables
-for d come from replaying the model's own rotary module (linear, llama3 and YaRN scaling, partial rotation), its
-own apply function does the rest; the attention factor that YaRN puts into cos and sin is taken out. In float32.
+for d come from replaying the model's own rotary module (linear, llama3 and YaRN scaling), its own apply function does
+the rest; the attention factor that YaRN puts into cos and sin is taken out. In float32.
+
+That a layer is handed cos and sin proves nothing: it may leave them unused, rotate a part of its width, or normalise
+after the rotation. So each layer is asked, once, for its keys of a few inputs at two sets of positions (turning.py).
 """
 
-import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regard.core import Unsupported
+from regard.attaching.turning import Question, Tables, Turning, prove
+from regard.core import Unsupported, require
+from regard.core.errors import present
 
 # rope types whose frequencies change with the length
 CHANGING = ("dynamic", "longrope")
+
+
+@dataclass
+class RotaryCall:
+    """A call of a rotary module. It holds on to its tables, so that no other tensor can take their place in memory."""
+
+    module: nn.Module
+    args: list
+    kwargs: dict
+    kinds: list[str]
+    tables: Tables
+
+    def positions(self) -> Tensor:
+        """[1|B, N], or [components, 1|B, N] where a token has several."""
+        return self.kwargs["position_ids"] if "position_ids" in self.kwargs else self.args[1]
+
+    def at(self, positions: Tensor) -> Tables:
+        """cos and sin in float32 at other positions [b, n], the same in every component."""
+        old = self.positions()
+        new = positions if old.dim() == 2 else positions.expand(old.shape[0], *positions.shape)
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if args:
+            args[0] = self.tables[0].new_empty(0, dtype=torch.float32)
+        if "position_ids" in kwargs:
+            kwargs["position_ids"] = new
+        else:
+            args[1] = new
+        return self.module.forward(*args, **kwargs)
+
+    def changing(self) -> str | None:
+        """The rope type, if its frequencies change with the length."""
+        kind = getattr(self.module, "rope_type", "default")
+        return next((k for k in (kind.values() if isinstance(kind, dict) else [kind]) if k in CHANGING), None)
 
 
 class Rotary:
     """Watches the rotary modules of a model; `rotate` replays the one that made a layer's cos and sin."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.calls: dict[int, tuple[nn.Module, list, dict, list[str]]] = {}
-        self.tables: dict[int, tuple[Tensor, Tensor]] = {}  # cos and sin by attention module
+        self.calls: list[RotaryCall] = []
+        self.tables: dict[nn.Module, Tables] = {}  # cos and sin by attention module, as it was handed them
+        self.questions: dict[
+            nn.Module, Question | None
+        ] = {}  # how each attention module is asked for its keys
+        self.turnings: dict[nn.Module, Turning] = {}
+        self.probe: list[tuple[Tensor, Tensor]] | None = (
+            None  # queries and keys, while a layer is being asked
+        )
         self.hooks = [
             m.register_forward_hook(self._record, with_kwargs=True)
             for m in model.modules()
@@ -32,64 +80,120 @@ class Rotary:
     def _record(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         if isinstance(out, tuple) and torch.is_tensor(out[0]):
             kinds = [a for a in (*args, *kwargs.values()) if isinstance(a, str)]
-            self.calls = {k: c for k, c in self.calls.items() if c[0] is not module or c[3] != kinds}
-            self.calls[out[0].data_ptr()] = (module, list(args), dict(kwargs), kinds)
+            self.calls = [c for c in self.calls if c.module is not module or c.kinds != kinds]
+            self.calls.append(RotaryCall(module, list(args), dict(kwargs), kinds, out))
 
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def can_rotate(self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether `rotate` is possible for this attention module."""
-        if cos_sin is None or "kv_b_proj" in attention._modules or cos_sin[0].data_ptr() not in self.calls:
-            return False
-        kind = getattr(self.calls[cos_sin[0].data_ptr()][0], "rope_type", "default")
-        return not any(k in CHANGING for k in (kind.values() if isinstance(kind, dict) else [kind]))
+    def note(self, attention: nn.Module, tables: Tables, args: tuple, kwargs: dict) -> None:
+        """An attention module is about to run with these tables and arguments."""
+        self.tables[attention] = tables
+        if attention not in self.questions:
+            self.questions[attention] = Question.like(args, kwargs)
 
-    def rotate(
-        self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None, x: Tensor, by: Tensor
-    ) -> Tensor:
+    def call_of(self, attention: nn.Module) -> RotaryCall | None:
+        """The call of a rotary module that made this layer's tables."""
+        tables = self.tables.get(attention)
+        if tables is None:
+            return None
+        return next((c for c in self.calls if c.tables[0].data_ptr() == tables[0].data_ptr()), None)
+
+    def positions(self, attention: nn.Module) -> tuple[Tensor, bool] | None:
+        """[1|B, N] where the layer's rotation puts the tokens of this forward, and whether a token has several.
+
+        Of several components the lowest: an image's tokens stand from there on.
+        """
+        call = self.call_of(attention)
+        if call is None:
+            return None
+        at = call.positions()
+        return (at, False) if at.dim() == 2 else (at.amin(0), True)
+
+    def can_rotate(self, attention: nn.Module) -> bool:
+        """Whether `rotate` is possible for this attention module, of queries too."""
+        try:
+            return self._turning(attention).of_queries
+        except Unsupported:
+            return False
+
+    def rotate(self, attention: nn.Module, x: Tensor, by: Tensor, queries: bool = False) -> Tensor:
         """x [B, h, m, D] rotated by `by` [.., .., m] positions further, in x's dtype."""
-        if cos_sin is None or cos_sin[0].data_ptr() not in self.calls:
+        turning = self._turning(attention)
+        if queries and not turning.of_queries:
             raise Unsupported(
-                f"{type(attention).__name__} shows no rotary table, so its keys cannot be moved to other positions; "
+                f"{type(attention).__name__} does more to a query than rotate it to its position"
+            )
+        if turning.fixed:
+            return x
+        batch, heads, m, width = x.shape
+        flat = by.expand(batch, heads, m).reshape(batch * heads, m)
+        call = self._call(attention)
+        wide = x.float().reshape(batch * heads, 1, m, width)
+        return turning(wide, *unscaled(call.at(flat))).view(batch, heads, m, width).to(x.dtype)
+
+    def _call(self, attention: nn.Module) -> RotaryCall:
+        call, name = self.call_of(attention), type(attention).__name__
+        if call is None:
+            raise Unsupported(
+                f"{name} shows no rotary table, so its keys cannot be moved to other positions; "
                 'a method that re-positions keys needs rotary positions (or its setting positions="text")'
             )
         if "kv_b_proj" in attention._modules:
+            raise Unsupported(f"{name} (latent attention) rotates a part of its keys only")
+        if call.changing() is not None:
             raise Unsupported(
-                f"{type(attention).__name__} (latent attention) rotates a part of its keys only"
+                f"rope type {call.changing()!r} changes its frequencies with the length: keys cannot be moved"
             )
-        batch, heads, m, width = x.shape
-        flat = by.expand(batch, heads, m).reshape(batch * heads, m)
-        cos, sin = self._tables(cos_sin, x, flat)
-        length = (cos.square() + sin.square()).sqrt()
-        wide = x.float().reshape(batch * heads, 1, m, width)
-        rotated = self._apply(attention)(wide, wide, cos / length, sin / length)[1]
-        return rotated.view(batch, heads, m, width).to(x.dtype)
+        return call
 
-    def _tables(self, cos_sin: tuple[Tensor, Tensor], x: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
-        module, args, kwargs, _ = self.calls[cos_sin[0].data_ptr()]
-        kind = getattr(module, "rope_type", "default")
-        if any(k in CHANGING for k in (kind.values() if isinstance(kind, dict) else [kind])):
-            raise Unsupported(
-                f"rope type {kind!r} changes its frequencies with the length: keys cannot be moved"
+    def _turning(self, attention: nn.Module) -> Turning:
+        """How this layer's keys are turned, proven on its own keys."""
+        call = self._call(attention)
+        if attention not in self.turnings:
+            ask = lambda at, x: self._ask(attention, call.at(at), at, x)  # noqa: E731
+            question = present(
+                self.questions[attention], f"{type(attention).__name__} takes inputs [B, N, width]"
             )
-        args, kwargs = list(args), dict(kwargs)
-        first = [x.new_empty(0, dtype=torch.float32), *args[1:]] if args else args
-        old = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        new = by if old.dim() == 2 else by.expand(old.shape[0], *by.shape)
-        if "position_ids" in kwargs:
-            kwargs["position_ids"] = new
-        else:
-            first[1] = new
-        return module.forward(*first, **kwargs)
+            self.turnings[attention] = prove(attention, question, ask, lambda by: unscaled(call.at(by)))
+        return self.turnings[attention]
 
-    @staticmethod
-    def _apply(attention: nn.Module) -> Any:
-        file = sys.modules[type(attention).__module__]
-        for name in ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb"):
-            if hasattr(file, name):
-                return getattr(file, name)
-        raise Unsupported(
-            f"{type(attention).__module__} has no apply_rotary_pos_emb: its keys cannot be moved"
-        )
+    def _ask(self, attention: nn.Module, tables: Tables, at: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries and keys [1, H, n, D] that the layer makes of inputs x [1, n, width] at positions [1, n]."""
+        args, kwargs = present(self.questions[attention], "a layer that is asked").filled(x, at, tables)
+        self.probe = []
+        try:
+            with without_hooks(attention):
+                attention.forward(*args, **kwargs)
+            calls = len(self.probe)
+            require(calls == 1, f"{type(attention).__name__} attends once in a forward", calls=calls)
+            return self.probe[0]
+        finally:
+            self.probe = None
+
+    def answer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, N, H, E]: what a layer that is asked is given for attention; its queries and keys are noted."""
+        present(self.probe, "a layer is being asked").append((q, k))
+        return q.new_zeros(*q.shape[:3], v.shape[-1]).transpose(1, 2)
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Hooks of the user's on what lies within a module see what the model is asked, not what it is probed with."""
+    inner = list(module.modules())[1:]
+    kept = [(m, m._forward_hooks, m._forward_pre_hooks) for m in inner]
+    try:
+        for m in inner:
+            m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for m, after, before in kept:
+            m._forward_hooks, m._forward_pre_hooks = after, before
+
+
+def unscaled(tables: Tables) -> Tables:
+    """cos and sin without the factor that YaRN puts into both."""
+    cos, sin = tables
+    length = (cos.square() + sin.square()).sqrt()
+    return cos / length, sin / length

@@ -39,6 +39,9 @@ def save_cache(cache: Cache, path: str | Path) -> None:
                 cut = t if name == "origin" else t[:, :, : group.n]
                 tensors[f"{i}.{g}.{name}"] = cut.contiguous().clone()
         write_memory(layer.memory, f"{i}.memory", facts["memory"], tensors)
+        tensors.update({f"{i}.label.{name}": t.contiguous().clone() for name, t in layer.labels.items()})
+        if layer.positions is not None:
+            tensors[f"{i}.positions"] = layer.positions.contiguous().clone()
         layers.append(facts)
     save_file(tensors, str(path), metadata={"format": FORMAT, "layers": json.dumps(layers)})
 
@@ -90,6 +93,9 @@ def restored(i: int, facts: dict, tensors: dict[str, Tensor]) -> LedgerLayer:
         layer.is_initialized = True
         layer.dtype, layer.device = layer.groups[0].keys.dtype, layer.groups[0].keys.device
     layer.memory = read_memory(f"{i}.memory", facts["memory"], tensors)
+    label = f"{i}.label."
+    layer.labels = {name.removeprefix(label): t for name, t in tensors.items() if name.startswith(label)}
+    layer.positions = tensors.get(f"{i}.positions")
     return layer
 
 

@@ -1,6 +1,7 @@
 """Which heads, rows and stored slots of one call a site names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,12 +14,54 @@ from regard.core.edit import int_tuple
 from regard.ops import View, per_query_head
 
 
-def rows_of(site: Site, new: int) -> list[int]:
+@dataclass(frozen=True)
+class Rows:
+    """The queries of a forward that a site names.
+
+    A row number counts the tokens of the forward that are not padding, so it may be another column in each text of the
+    batch. `columns` are all of them, ascending; `number` [B, columns] says which of the site's rows a column is in each
+    text (-1: none); None: the same in all, and column i is row i of the site.
+    """
+
+    columns: list[int]
+    number: Tensor | None = None
+
+    def here(self, columns: Sequence[int]) -> Tensor | None:
+        """[B, 1, columns, 1] bool: the texts in which these columns are named; None: all."""
+        if self.number is None:
+            return None
+        at = [self.columns.index(c) for c in columns]
+        return (self.number[:, at] >= 0)[:, None, :, None]
+
+    def count(self) -> int:
+        """Rows of the site that the longest text has."""
+        return len(self.columns) if self.number is None else int(self.number.max()) + 1
+
+    def picked(self, x: Tensor, none: float) -> Tensor:
+        """[B, heads, rows, ...] of x [B, heads, columns, ...]; `none` where a text has fewer rows."""
+        if self.number is None:
+            return x
+        wanted = torch.arange(self.count(), device=x.device)
+        hit = self.number[:, None] == wanted[:, None]  # [B, rows, columns]
+        at = hit.to(torch.uint8).argmax(-1)[:, None].view(len(hit), 1, -1, *[1] * (x.dim() - 3))
+        there = hit.any(-1).view(len(hit), 1, -1, *[1] * (x.dim() - 3))
+        return torch.where(there, x.take_along_dim(at, 2), none)
+
+
+def rows_of(site: Site, view: View) -> Rows:
     """Query rows of this forward that a site names; those it does not have are left out."""
-    rows = int_tuple(site.rows)
+    rows, new, asking = int_tuple(site.rows), view.new, view.asking()
     if rows is None:
-        return list(range(new))
-    return sorted({r % new for r in rows if -new <= r < new})
+        return Rows(list(range(new)))
+    if asking is None:
+        return Rows(sorted({r % new for r in rows if -new <= r < new}))
+    fresh, place = view.fresh().tolist(), (asking.cumsum(-1) - 1).masked_fill(~asking, -1)
+    number = torch.full_like(place, -1)
+    for b, n in enumerate(fresh):
+        for i, row in enumerate(sorted({r % n for r in rows if -n <= r < n})):
+            number[b, place[b] == row] = i
+    columns = (number >= 0).any(0).nonzero().flatten().tolist()
+    return Rows(columns, number[:, columns])
 
 
 def heads_of(site: Site, heads: int) -> list[int]:
@@ -37,17 +80,27 @@ def key_columns(view: View, keys: Any, roles: dict[str, Tensor], heads: list[int
         index = view.index.expand(label.shape[0], -1, -1)
         hit = label.gather(1, index.clamp(min=0).flatten(1)).view(index.shape) & (index >= 0)
     else:
-        index = torch.tensor(keys, device=view.index.device)
-        index = torch.where(index < 0, index + view.seen, index)
-        hit = torch.isin(view.index, index) & (view.index >= 0)
+        hit = at_places(view, keys) & (view.index >= 0)
     hit = hit[:, :, None]
     return hit if hit.shape[1] == 1 else per_query_head(hit, view.q.shape[1])[:, heads]
 
 
+def at_places(view: View, keys: tuple[int, ...]) -> Tensor:
+    """[1|B, 1|g, n] bool: slots whose token has one of these places among the real ones; negative from the end."""
+    rank, length, wanted = view.rank(), view.length(), torch.tensor(keys, device=view.index.device)
+    places = torch.where(wanted < 0, wanted + length[:, None], wanted)  # [1|B, keys]
+    if len(places) == 1:
+        return torch.isin(rank, places)
+    hit = torch.stack(
+        [torch.isin(r, p) for r, p in zip(rank.expand(len(places), -1, -1), places, strict=True)]
+    )
+    return hit & view.hold()
+
+
 def seen_columns(
-    view: View, keys: Any, roles: dict[str, Tensor], heads: list[int], rows: list[int]
+    view: View, keys: Any, roles: dict[str, Tensor], heads: list[int], rows: Sequence[int]
 ) -> Tensor:
-    """[B, 1|heads, 1|rows, n] bool: the slots that are these tokens, where the query sees them."""
+    """[B, 1|heads, 1|rows, n] bool: the slots that are these tokens, where the queries of these columns see them."""
     hit, seen = key_columns(view, keys, roles, heads), view.visible(slice(rows[0], rows[-1] + 1))
     if seen is None:
         return hit

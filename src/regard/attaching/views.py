@@ -29,6 +29,7 @@ def make_view(call: AttentionCall) -> View:
         budget=index.new_full((q.shape[0],), call.k.shape[2]),
         groups=call.k.shape[1] if group is None else group.keys.shape[1],
         phase="prefill" if first or q.shape[2] > 1 else "decode",
+        order=call.order, positions=None if call.layer is None else call.layer.positions,
         causal_order=rule is not None and rule.causal and (group is None or group.index is None),
         softcap=call.options.get("softcap"), sinks=call.options.get("s_aux"),
         count=None if group is None or group.count is None else group.count[..., : call.k.shape[2]],

@@ -24,12 +24,12 @@ def int_tuple(value: Any) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Site:
-    """Where in a model's attention.
+    """Where in a model's attention. Padding has no number: rows and keys count the tokens of each text of a batch.
 
     quantity  "scores" (before the softmax), "weights" (after it) or "z" (a head's output, before the projection)
     layers    layer numbers, None: all          heads   query heads, None: all
-    rows      query positions within the forward (negative from its end; -1 the last), None: all
-    keys      true token indices, or a role name such as "image"; None: all
+    rows      queries by number within the forward (negative from its end; -1 the last), None: all
+    keys      tokens by number within the text (negative from its end), or a role name such as "image"; None: all
     phase     "prefill", "decode" or "both"     tower   "text", "vision", "encoder", "decoder", "cross" or None: any
     """
 
@@ -109,9 +109,12 @@ class Edit:
 class Observer:
     """A statistic of attention that never holds an N x N tensor; records are lists of (layer, step, tensor).
 
-    last_row  [B, heads, n] weights of the last query        top1  [B, heads, rows] true index of the top key
+    last_row  [B, heads, n] weights of the last query        top1  [B, heads, rows] number of the top key's token
     received  [B, heads, n] weights summed over the rows     z     [B, heads, rows, E] head outputs
-    mass_at   [B, heads, rows] weight on one key a row: `keys_of(rows) -> true index per row` (-1: none)
+    mass_at   [B, heads, rows] weight on one key a row: `keys_of(rows) -> number of a token per row` (-1: none)
+
+    In a padded batch n is the stored slots, and rows those of the site that the longest text has: NaN, and -1 of top1,
+    where a text has fewer.  Without rows in the site, rows are the columns of the forward, padding included.
     """
 
     statistic: str

@@ -19,7 +19,8 @@ class CachePage(Page):
 
     budget     cfg -> the page's own budget, where no budget is set
     shift      (view, slots, cfg) -> how far stored keys are moved on before they are read; None: as in the text
-    attention  (view, cfg) -> [B, H, N, E] or None: the page's own attention, as a last resort
+    attention  (view, cfg) -> [B, H, N, E] or None: the page's own attention, as a last resort; the padding of each
+               row stands before its tokens and queries
     rotates    whether the page uses view.rotate where the model has rotary positions, and None elsewhere
     calibrate  what is measured on the model when the page is attached without it: "induction", or ""
     phase      when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")

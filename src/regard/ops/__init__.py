@@ -23,16 +23,18 @@ from regard.ops.softmax import (
     scores,
     softmax_attention,
 )
-from regard.ops.topk import best, gather_rows, slots_of, top_slots
-from regard.ops.view import Kept, View, keep_best
+from regard.ops.topk import best, by_row, gather_rows, slots_of, top_slots
+from regard.ops.view import Kept, View, at_index, keep_best
 
 __all__ = [
     "Budget",
     "Form",
     "Kept",
     "View",
+    "at_index",
     "at_least_float32",
     "best",
+    "by_row",
     "capped",
     "carried",
     "dense_linear",

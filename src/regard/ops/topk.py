@@ -44,6 +44,11 @@ def top_slots(score: Tensor, count: Tensor | int) -> Tensor:
     return slots.masked_fill(torch.arange(slots.shape[-1], device=slots.device) >= count.unsqueeze(-1), -1)
 
 
+def by_row(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """[B, ...] from `one` in these rows [B] bool of the batch, from `other` in the rest."""
+    return torch.where(rows.view(-1, *[1] * (one.dim() - 1)), one, other)
+
+
 def slots_of(alive: Tensor) -> Tensor:
     """Indices of the True places of alive [b, g, n], ascending, filled with -1 to the longest: [b, g, m]."""
     counts = alive.sum(-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.core.deprecation import renamed_fields
+from regard.core.errors import present, require
 from regard.ops.softmax import at_least_float32, masked_softmax, row_blocks, scores
 from regard.ops.topk import best, slots_of
 
@@ -42,6 +43,11 @@ class View:
     total_heads: int = 1  # cache heads of the whole model, over all layers
     causal_order: bool = False  # slot i is token i and no query sees a later one
     cached_scores: Tensor | None = None  # of a single-query step, once they were computed
+    # [B, seen] place of each token among the row's real ones, of padding that of the last before it; None: no padding
+    order: Tensor | None = None
+    positions: Tensor | None = (
+        None  # [1|B, seen] where the model's rotation puts each token; None: at its place
+    )
     heads: tuple[int, ...] = ()  # the cache heads of this view, where a layer keeps different lengths by head
     # name -> [B, G, n] float32 that stay with their slot
     notes: Callable[[str], Tensor] = None  # type: ignore[assignment]
@@ -67,9 +73,9 @@ class View:
             return self.stored > int(self.budget.min())
         return bool((self.real.sum(-1) > self.budget[:, None]).any())
 
-    def fits(self, more: int = 0) -> bool:
-        """Whether every row's budget, and `more`, covers all the real tokens that it stores."""
-        return bool((self.budget + more >= self.hold().sum(-1).amax(-1)).all())
+    def fits(self) -> bool:
+        """Whether every row's budget covers all the real tokens that it stores."""
+        return bool((self.budget >= self.hold().sum(-1).amax(-1)).all())
 
     def by_cache_head(self, x: Tensor) -> Tensor:
         """Sum a quantity of query heads over those that share a cache head: [B, H, ...] -> [B, G, ...]."""
@@ -108,16 +114,99 @@ class View:
             sinks = None if sinks is None else sinks[heads]
         return masked_softmax(s, seen, sinks)
 
-    def received(self, rows: slice = slice(None)) -> Tensor:
-        """[B, G, n] attention that each stored token receives from these queries, summed; never holds N x n."""
+    def asking(self) -> Tensor | None:
+        """[B, N] bool: which queries of this step are of real tokens; None: all."""
+        if self.order is None:
+            return None
+        before = self.order[:, -self.new - 1] if self.seen > self.new else self.order.new_full((), -1)
+        steps = self.order[:, -self.new :]
+        return steps > torch.cat([before.expand(len(steps))[:, None], steps[:, :-1]], 1)
+
+    def fresh(self) -> Tensor:
+        """[1|B] real tokens that this step added."""
+        asking = self.asking()
+        return self.budget.new_tensor([self.new]) if asking is None else asking.sum(-1)
+
+    def newest_query(self) -> Tensor:
+        """[B, H, 1, D] the query of each row's newest token: padding may follow it."""
+        asking = self.asking()
+        if asking is None:
+            return self.q[:, :, -1:]
+        last = (asking * torch.arange(1, self.new + 1, device=asking.device)).amax(-1) - 1
+        return self.q.take_along_dim(last.clamp(min=0)[:, None, None, None], 2)
+
+    def after(self, old: Tensor) -> Tensor:
+        """[B, H, m + N, D]: older queries [B, H, m, D] and this step's, in a view whose padding comes first.
+
+        Padding goes to the front of them all, so that every row ends with its newest token.
+        """
+        queries = torch.cat([old, self.q], 2)
+        if self.order is None:
+            return queries
+        new = torch.arange(self.new, device=queries.device) >= self.new - self.fresh()[:, None]
+        real = F.pad(new, (old.shape[2], 0), value=True)
+        return queries.take_along_dim(real.to(torch.uint8).argsort(dim=-1, stable=True)[:, None, :, None], 2)
+
+    def counts_one_by_one(self) -> bool:
+        """Whether the model puts each token one position after the one before it."""
+        if self.positions is None:
+            return True
+        order = self.positions.new_tensor(range(self.seen))[None] if self.order is None else self.order
+        real = self.order is None or torch.cat([order[:, :1] + 1, order.diff(dim=-1)], 1) > 0
+        start = self.position_at(torch.zeros_like(self.length()[:, None]))
+        return not bool(((self.positions - order != start) & real).any())
+
+    def padding_first(self) -> tuple["View", Tensor | None]:
+        """The view of a whole cache with each row's padding before its tokens, and the order [B, N] of its queries.
+
+        None: the padding is there already.
+        """
+        real = self.hold()[:, 0]  # [B, n]
+        if self.order is None or bool((real[:, 1:] >= real[:, :-1]).all()):
+            return self, None
+        asking = present(self.asking(), "a view with padding knows what asks")
+        at, asked = (x.to(torch.uint8).argsort(dim=-1, stable=True) for x in (real, asking))
+        q = self.q.take_along_dim(asked[:, None, :, None], 2)
+        k, v = (x.take_along_dim(at[:, None, :, None], 2) for x in (self.k, self.v))
+        index = self.index.expand(len(at), 1, -1).gather(-1, at[:, None])
+
+        def visible(rows: slice) -> Tensor | None:
+            seen = self.visible(slice(None))
+            if seen is None:
+                return None
+            seen = seen.take_along_dim(asked[:, None, :, None], 2)[:, :, rows]
+            return seen.take_along_dim(at[:, None, None], 3)
+
+        return replace(
+            self, q=q, k=k, v=v, index=index, real=real.gather(1, at)[:, None], visible=visible
+        ), asked
+
+    def received(self, newest: int | None = None) -> Tensor:
+        """[B, G, n] attention that each stored token receives from this step's queries, summed; never holds N x n.
+
+        `newest`: from those of the row's last so many tokens only. Padding asks nothing.
+        """
+        rows, asks = self._asking_rows(newest)
         start, stop, _ = rows.indices(self.new)
         total = 0
         for block in row_blocks(stop - start, self.q.shape[0] * self.q.shape[1] * self.stored):
             cut = slice(start + block.start, start + block.stop)
             last = self.stored - self.new + cut.stop if self.causal_order else self.stored
-            received = self.upto(last).weights(cut).sum(2)
-            total = F.pad(received, (0, self.stored - last)) + total
+            weights = self.upto(last).weights(cut)
+            if asks is not None:
+                weights = weights * asks[:, None, cut, None]
+            total = F.pad(weights.sum(2), (0, self.stored - last)) + total
         return self.by_cache_head(total)
+
+    def _asking_rows(self, newest: int | None) -> tuple[slice, Tensor | None]:
+        """The queries of the newest tokens: a slice that holds them, and which of all [B, N] they are (None: all)."""
+        asking = self.asking()
+        if asking is None:
+            return slice(max(0, self.new - (newest or self.new)), None), None
+        if newest is not None:
+            asking = asking & (asking.flip(-1).cumsum(-1).flip(-1) <= newest)
+        first = int(asking.any(0).int().argmax())
+        return slice(first, None), asking
 
     def upto(self, last: int) -> "View":
         """This view without the slots from `last` on: those that no query of a causal block sees."""
@@ -128,27 +217,45 @@ class View:
         return replace(self, k=self.k[:, :, :last], bias=bias, visible=cut)
 
     def age(self) -> Tensor:
-        """[1|B, 1|G, n] how many tokens ago each stored token came; 0 for the newest."""
-        return self.seen - 1 - self.index
+        """[1|B, 1|G, n] how many tokens ago each stored token came; 0 for the newest of its row."""
+        return self.length()[:, None, None] - 1 - self.rank()
 
     def rank(self) -> Tensor:
-        """[1|B, 1|G, n] position among the real tokens of the text: 0 for the first that is not padding."""
-        if self.real is None:
+        """[1|B, 1|G, n] place among the real tokens of the text: 0 for the first, whatever padding lies between."""
+        if self.order is None:
+            held = self.real is None or bool((self.real | (self.index < 0)).all())
+            require(held, "a view with padding is given `order`", real=self.real)
             return self.index
-        return self.index - self.first()[:, None, None]
+        return at_index(self.order, self.index)
 
-    def first(self) -> Tensor:
-        """[1|B] index of the first real token of each row (left padding comes before it)."""
-        start = self.memory.get("first")
-        if start is None:
-            hidden = self.index.new_full((), self.seen)
-            start = torch.where(self.hold(), self.index, hidden).amin(-1).amin(-1)
-            self.memory["first"] = start
-        return start
+    def length(self) -> Tensor:
+        """[1|B] real tokens of the text so far."""
+        return self.index.new_tensor([self.seen]) if self.order is None else self.order[:, -1] + 1
+
+    def position(self) -> Tensor:
+        """[1|B, 1|G, n] where the model's rotation puts each stored token. An image's tokens may share a position."""
+        return self.rank() if self.positions is None else at_index(self.positions, self.index)
+
+    def position_at(self, place: Tensor) -> Tensor:
+        """[b, g] positions of the tokens at these places [b, g] among the real ones, stored or not."""
+        if self.positions is None:
+            return place
+        if self.order is None:
+            return at_index(self.positions, place[..., None]).squeeze(-1)
+        # the first token of the row with so many before it
+        index = torch.searchsorted(self.order, place.expand(len(self.order), -1).contiguous())
+        return at_index(self.positions, index[..., None]).squeeze(-1)
 
     def hold(self) -> Tensor:
         """[1|B, 1|G, n] bool: the slot holds a real token."""
         return self.index >= 0 if self.real is None else self.real
+
+
+def at_index(table: Tensor, index: Tensor) -> Tensor:
+    """[b, g, n] entries of a table [1|B, seen] at the true indices [1|B, 1|G, n]; an empty slot reads the first."""
+    batch = max(len(table), len(index))
+    index = index.clamp(0, table.shape[1] - 1).expand(batch, -1, -1)
+    return table.expand(batch, -1).gather(1, index.flatten(1)).view(index.shape)
 
 
 @dataclass(frozen=True)
@@ -172,4 +279,14 @@ def keep_best(view: View, score: Tensor, always: Tensor | None = None) -> Kept |
         score = torch.where(always, torch.finfo(score.dtype).max, score)
     score = torch.where(view.hold(), score, -torch.inf)
     budget = view.budget if score.shape[0] > 1 else view.budget[:1]
-    return Kept(slots_of(best(score, budget[:, None])))
+    return Kept(slots_of(best_by_age(view, score, budget[:, None])))
+
+
+def best_by_age(view: View, score: Tensor, count: Tensor) -> Tensor:
+    """[b, g, n] bool the `count` best slots; of equals the one whose token came first, wherever it is stored."""
+    index = view.index.masked_fill(view.index < 0, view.seen)
+    if not bool((index.diff(dim=-1) < 0).any()):
+        return best(score, count)
+    order = index.argsort(dim=-1, stable=True).expand_as(score)
+    chosen = best(score.gather(-1, order), count)
+    return torch.zeros_like(chosen).scatter(-1, order, chosen)

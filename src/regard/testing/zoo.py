@@ -110,6 +110,28 @@ def neox():
 
 
 @family
+def phi():
+    """Rotates half of the width; SmolLM3, below, has a layer without positions; HunYuan normalises what it rotated."""
+    settings = {**TEXT, "num_key_value_heads": 4}
+    rope = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
+    return tf.PhiForCausalLM(tf.PhiConfig(**settings, rope_parameters=rope)), dict(input_ids=ids())
+
+
+@family
+def smollm3():
+    config = tf.SmolLM3Config(**TEXT, no_rope_layers=[1, 0, 1])
+    return tf.SmolLM3ForCausalLM(config), dict(input_ids=ids())
+
+
+@family
+def hunyuan():
+    model = tf.HunYuanDenseV1ForCausalLM(tf.HunYuanDenseV1Config(**TEXT, head_dim=8))
+    for layer in model.model.layers:
+        torch.nn.init.uniform_(layer.self_attn.key_layernorm.weight, 0.5, 1.5)
+    return model, dict(input_ids=ids())
+
+
+@family
 def gptoss():
     config = tf.GptOssConfig(**TEXT, head_dim=8, num_local_experts=2, num_experts_per_tok=1, **SLIDING)
     return tf.GptOssForCausalLM(config), dict(input_ids=ids())

@@ -66,22 +66,27 @@ def parts(view: View, cfg: Config) -> Iterator[Part]:
     """
     tokens = None if cfg.budget is None else parse_budget(cfg.budget).tokens
     budgets = [None if cfg.budget is None else tokens or b for b in view.budget.tolist()]
-    starts = [0] * len(budgets) if view.real is None else view.first().expand(len(budgets)).tolist()
+    starts = (view.seen - view.length()).expand(len(budgets)).tolist()
     if "chunk" not in view.memory:
         view.memory["chunk"] = torch.tensor([split(b, cfg)[0] for b in budgets])
-    kinds = list(zip(starts, view.memory["chunk"].tolist(), budgets, strict=True))
+    fresh = view.fresh().expand(len(budgets)).tolist()
+    kinds = list(zip(starts, view.memory["chunk"].tolist(), budgets, fresh, strict=True))
     each = [slice(None)] if len(set(kinds)) == 1 else [slice(b, b + 1) for b in range(len(kinds))]
-    for rows, (start, w, budget) in zip(each, kinds, strict=False):
+    for rows, (start, w, budget, new) in zip(each, kinds, strict=False):
+        if new == 0:  # padding alone
+            continue
         chunks = cfg.chunks if budget is None else max(3, budget // w)
         full = max(chunks * w, budget or 0, cfg.trained or 0)
-        q = view.q[rows, :, max(0, start - (view.seen - view.new)) :]
+        q = view.q[rows, :, -new:]
         yield Part(rows, q, view.k[rows, :, start:], view.v[rows, :, start:], w, chunks, full)
 
 
 def read_chunks(view: View, cfg: Config) -> Tensor | None:
     """[B, H, N, E], or None while every query reads everything."""
-    if view.bias is not None or view.stored != view.seen:
-        raise Unsupported("LongHeads on a model with a position bias or on a cache that lacks tokens")
+    if view.bias is not None or view.stored != view.seen or not view.counts_one_by_one():
+        raise Unsupported(
+            "LongHeads where a position bias is added, tokens are missing or tokens share positions"
+        )
     if (cfg.budget == 1.0 and isinstance(cfg.budget, float)) or windowed(view):
         # nothing is ever left out
         return None
@@ -98,14 +103,14 @@ def read_chunks(view: View, cfg: Config) -> Tensor | None:
 def windowed(view: View) -> bool:
     """Whether this layer slides its own window and so never leaves the trained distances."""
     seen = view.visible(slice(view.new - 1, view.new))
-    first = view.index.new_zeros(1) if view.real is None else view.first()
-    return seen is not None and not bool(seen[:, 0, 0].gather(1, first.expand(len(seen))[:, None]).all())
+    first = (view.seen - view.length())[:, None]  # padding comes before it
+    return seen is not None and not bool(seen[:, 0, 0].gather(1, first.expand(len(seen), 1)).all())
 
 
 def remember(view: View, groups: list[Part]) -> None:
     """Compute the key of every chunk that this step fills; keep the queries of those still open."""
     # [B, H, recent, D], ends at the newest token
-    recent = torch.cat([view.memory.get("queries", view.q[:, :, :0]), view.q], dim=2)
+    recent = view.after(view.memory.get("queries", view.q[:, :, :0]))
     view.memory["queries"] = recent[:, :, -max(part.chunk for part in groups) :].clone()
     keys = view.memory.get("keys", at_least_float32(view.q[:, :, :0]))
     most = max(part.k.shape[2] // part.chunk for part in groups)

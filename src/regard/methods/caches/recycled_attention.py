@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, View, top_slots
+from regard.ops import Budget, View, by_row, slots_of, top_slots
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,48 @@ class Config:
         require(self.k >= 1, "k >= 1", k=self.k)
 
 
-def is_full_step(view: View, cfg: Config) -> bool:
-    """Whether this step attends to everything."""
+def due(view: View, cfg: Config) -> Tensor:
+    """[B] rows whose step attends to everything: so many steps after the last, or a query unlike that one's."""
     memory = view.memory
-    if "slots" not in memory or memory["steps"] >= cfg.stride:
-        return True
+    if "slots" not in memory:
+        return torch.ones(len(view.q), dtype=torch.bool, device=view.q.device)
+    full = memory["steps"] >= cfg.stride
     if cfg.similarity is None:
-        return False
-    similarity = F.cosine_similarity(view.q[:, :, -1].float(), memory["query"].float(), dim=-1).mean()
-    return bool(similarity < cfg.similarity)
+        return full
+    near = F.cosine_similarity(view.q[:, :, -1].float(), memory["query"].float(), dim=-1).mean(-1)
+    return full | (near < cfg.similarity)
 
 
 def select(view: View, cfg: Config) -> Tensor | None:
-    memory = view.memory
-    if view.phase != "decode" or view.fits():
+    memory, held = view.memory, view.hold()
+    fits = view.budget >= held.sum(-1).amax(-1)  # [B]
+    if view.phase != "decode" or bool(fits.all()):
         memory.pop("slots", None)
         return None
-    if is_full_step(view, cfg):
-        received = view.by_cache_head(view.weights()[:, :, 0])  # [B, G, n]
-        received = received.masked_fill(~view.hold(), -torch.inf)
-        slots = top_slots(received, view.budget[:, None])
-        memory.update(slots=slots, steps=1, query=view.q[:, :, -1], mark=view.stored)
+    full = due(view, cfg) | fits
+    if bool(full.any()):
+        choose(view, full, cfg)
+    memory["steps"] = torch.where(fits, cfg.stride, memory["steps"] + 1)
+    if bool(full.all()):
         return None
-    memory["steps"] += 1
-    since = torch.arange(memory["mark"], view.stored, device=view.q.device)
-    return torch.cat([memory["slots"], since.expand(*memory["slots"].shape[:2], -1)], -1)
+    since = torch.arange(view.stored, device=full.device) >= memory["mark"][:, None]
+    since = slots_of((since | full[:, None])[:, None] & held)
+    chosen = memory["slots"].masked_fill(full[:, None, None], -1)
+    return torch.cat([chosen, since.expand(*chosen.shape[:2], -1)], -1)
+
+
+def choose(view: View, full: Tensor, cfg: Config) -> None:
+    """Note for the rows whose step is full [B] which keys the steps after it read."""
+    memory = view.memory
+    received = view.by_cache_head(view.weights()[:, :, 0])  # [B, G, n]
+    slots = top_slots(received.masked_fill(~view.hold(), -torch.inf), view.budget[:, None])
+    new = dict(slots=slots, query=view.q[:, :, -1], mark=torch.full_like(view.budget, view.stored),
+               steps=torch.zeros_like(view.budget))  # fmt: skip
+    old = {name: memory.get(name, x) for name, x in new.items()}
+    wide = max(old["slots"].shape[-1], slots.shape[-1])
+    for notes in (old, new):
+        notes["slots"] = F.pad(notes["slots"], (0, wide - notes["slots"].shape[-1]), value=-1)
+    memory.update({name: by_row(full, x, old[name]) for name, x in new.items()})
 
 
 METHOD = CachePage(

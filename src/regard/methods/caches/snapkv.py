@@ -30,12 +30,13 @@ class Config:
 
 def score(view: View, cfg: Config) -> Tensor:
     """[B, G, n]: attention received from the observing queries, pooled."""
-    votes = view.received(slice(max(0, view.new - cfg.window), None))
+    votes = view.received(newest=cfg.window)
     # neighbours are those of the text, not of the cache
-    position = view.index.masked_fill(view.index < 0, view.seen).expand_as(votes)
-    text = votes.new_zeros(*votes.shape[:2], view.seen + 1).scatter(-1, position, votes)[..., :-1]
+    length = int(view.length().max())
+    place = view.rank().masked_fill(~view.hold(), length).expand_as(votes)
+    text = votes.new_zeros(*votes.shape[:2], length + 1).scatter(-1, place, votes)[..., :-1]
     pooled = F.max_pool1d(text, cfg.pool, stride=1, padding=cfg.pool // 2)
-    return pooled.gather(-1, position.clamp(max=view.seen - 1))
+    return pooled.gather(-1, place.clamp(max=length - 1))
 
 
 def keep(view: View, cfg: Config) -> Kept | None:

@@ -8,15 +8,14 @@ dropping those takes mass away from nowhere else. Rotary attention sees only dif
 slots as positions is the same as moving the sinks behind the window by the tokens that are gone: only the s sink
 keys are rotated, from their first rotation every time. Four sinks suffice (Xiao et al., figure 2 and table 2).
 
->>> import torch
->>> from regard.ops import View
->>> index = torch.tensor([[[0, 1, 2, 3, 4, 5, 6, 7]]])
->>> rank(index, 8, sinks=2, window=3)[1].flatten().tolist()
+>>> rank = torch.arange(8)
+>>> stays(rank, 7 - rank, sinks=2, window=3).tolist()
 [True, True, False, False, False, True, True, True]
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from regard.core import Card, require
@@ -37,12 +36,9 @@ class Config:
         require(self.positions in ("slot", "text"), 'positions is "slot" or "text"', positions=self.positions)
 
 
-def rank(
-    index: Tensor, seen: int, sinks: int | Tensor, window: int | Tensor, position: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Position in the text and whether a token stays: the first `sinks` by position, the last `window` by age."""
-    position = index if position is None else position
-    return position, (position < sinks) | (seen - 1 - index < window)
+def stays(rank: Tensor, age: Tensor, sinks: int | Tensor, window: int | Tensor) -> Tensor:
+    """Whether a token stays: the first `sinks` by place in the text, the last `window` by age."""
+    return (rank < sinks) | (age < window)
 
 
 def keep(view: View, cfg: Config) -> Kept | None:
@@ -50,18 +46,23 @@ def keep(view: View, cfg: Config) -> Kept | None:
         return None
     budget = view.budget[:, None, None] if view.real is not None else view.budget[:1, None, None]
     sinks = (budget - 1).clamp(max=cfg.sinks)
-    _, stays = rank(view.index, view.seen, sinks, budget - sinks, view.rank())
-    return Kept(slots_of(stays & view.hold()))
+    return Kept(slots_of(stays(view.rank(), view.age(), sinks, budget - sinks) & view.hold()))
 
 
 def shift(view: View, slots: Tensor | None, cfg: Config) -> Tensor | None:
-    """How far the sink keys move: by the tokens that are gone between them and the window."""
+    """How far the sink keys move: from the first place after them to that of the next token that is still there."""
     if cfg.positions == "text" or cfg.sinks == 0 or view.stored < cfg.sinks:
         return None
-    held = view.hold().sum(-1)  # [1|B, 1|g]
-    start = 0 if view.real is None else view.first()[:, None]
-    gone = (view.seen - start - held).clamp(min=0)
-    return gone[..., None].expand(*gone.shape, cfg.sinks) if bool((gone > 0).any()) else None
+    hold, rank = view.hold(), view.rank()
+    first, there = rank[..., : cfg.sinks], torch.arange(cfg.sinks, device=rank.device)
+    # [1|B, 1|g] how many tokens the text keeps from its start on
+    sinks = ((first == there) & hold[..., : cfg.sinks]).cumprod(-1).sum(-1)
+    after = hold & (rank >= sinks[..., None])
+    position = view.position()
+    far = position.amax() + 1
+    next_held = torch.where(after, position, far).amin(-1)
+    gone = torch.where(after.any(-1), next_held - view.position_at(sinks), 0)
+    return torch.where(there < sinks[..., None], gone[..., None], 0) if bool((gone > 0).any()) else None
 
 
 METHOD = CachePage(

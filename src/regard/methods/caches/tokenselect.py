@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, View, slots_of, top_slots
+from regard.ops import Budget, View, by_row, slots_of, top_slots
 
 
 @dataclass(frozen=True)
@@ -53,61 +53,69 @@ def split(budget: int, cfg: Config) -> tuple[int, int, int]:
 def votes(view: View, cfg: Config) -> Tensor:
     """[B, 1, n] votes of all query heads for every stored token, from the mean query of the step."""
     if view.new > 1:
-        view = replace(view, q=view.q.mean(2, keepdim=True), visible=lambda rows: None)
+        view = replace(view, q=mean_query(view), visible=lambda rows: None, order=None)
     s = view.scores()[:, :, 0]
     s = s.masked_fill(~view.hold(), -torch.inf) if view.real is not None else s
     return (s.softmax(-1) if cfg.vote == "soft" else s).sum(1, keepdim=True)
 
 
+def mean_query(view: View) -> Tensor:
+    """[B, H, 1, D] over the step's tokens that are not padding."""
+    asking = view.asking()
+    if asking is None:
+        return view.q.mean(2, keepdim=True)
+    share = asking / asking.sum(-1, keepdim=True).clamp(min=1)  # [B, N]
+    return (share[:, None, None].to(view.q.dtype) @ view.q).to(view.q.dtype)
+
+
+def newest_position(view: View) -> Tensor:
+    """[B] where the newest token stands."""
+    return view.position_at((view.length() - 1)[:, None])[:, 0].expand(len(view.q))
+
+
 def similar(view: View, cfg: Config) -> Tensor:
     """[B] bool: rows whose query is close to the one that chose last, rotated on to today's position in the text."""
-    q, old = view.q[:, :, -1:], view.memory.get("query")  # [B, H, 1, D]
-    if cfg.reuse is None or old is None or old.shape != q.shape:
+    q, old, at = view.newest_query(), view.memory.get("query"), view.memory.get("at")  # [B, H, 1, D]
+    if cfg.reuse is None or old is None or at is None or old.shape != q.shape:
         return torch.zeros(len(q), dtype=torch.bool, device=q.device)
-    seen = view.memory["seen"]
     if view.rotate is not None:
-        old = view.rotate(old, (view.seen - seen)[:, None, None])
+        old = view.rotate(old, (newest_position(view) - at)[:, None, None])
     near = F.cosine_similarity(q.flatten(1).float(), old.flatten(1).float()) >= cfg.reuse
-    return near & (seen >= 0)
+    return near & view.memory["chose"]
 
 
 def select(view: View, cfg: Config) -> Tensor | None:
-    new, held = view.new, view.hold()
-    if view.fits(new - 1) or (view.phase == "prefill" and new == view.seen):
+    held, fits = view.hold(), fitting(view)
+    if bool(fits.all()) or (view.phase == "prefill" and view.new == view.seen):
         return None
     rows = view.budget if view.real is not None else view.budget[:1]
     shares = view.budget.new_tensor([split(b, cfg) for b in rows.tolist()])
     init, local, k = shares[:, None, None].unbind(-1)  # [1|B, 1, 1]
-    ends = held & ((view.rank() < init) | (view.age() < local + new - 1))
-    return torch.cat(
-        [slots_of(ends).expand(len(view.q), -1, -1), middle(view, cfg, held & ~ends, k[..., 0])], -1
-    )
+    recent = view.age() < local + view.fresh()[:, None, None] - 1
+    ends = held & ((view.rank() < init) | recent)
+    chosen = middle(view, cfg, held & ~ends, k[..., 0], fits)
+    return torch.cat([slots_of(ends).expand(len(view.q), -1, -1), chosen], -1)
 
 
-def middle(view: View, cfg: Config, between: Tensor, k: Tensor) -> Tensor:
+def fitting(view: View) -> Tensor:
+    """[B] rows in which there is nothing to choose: the budget covers what they hold, or nothing asks."""
+    fresh = view.fresh()
+    return (view.budget + fresh - 1 >= view.hold().sum(-1).amax(-1)) | (fresh == 0)
+
+
+def middle(view: View, cfg: Config, between: Tensor, k: Tensor, fits: Tensor) -> Tensor:
     """[B, 1, k] slots of those in `between` by vote; a row whose query hardly changed reads its last choice again."""
-    memory = view.memory
-    # [B] rows in which there is nothing to choose
-    fits = view.budget + view.new - 1 >= view.hold().sum(-1).amax(-1)
-    reuse = similar(view, cfg) & ~fits
+    memory, reuse = view.memory, similar(view, cfg) & ~fits
     if bool(reuse.all()):
         return memory["middle"]
     chosen = top_slots(votes(view, cfg).masked_fill(~between, -torch.inf), k.expand(len(reuse), 1))
-    seen = torch.full_like(reuse, view.seen, dtype=torch.long)
-    new = {"middle": chosen, "query": view.q[:, :, -1:], "seen": seen}
+    new = {"middle": chosen, "query": view.newest_query(), "at": newest_position(view), "chose": ~fits}
     old = {name: memory.get(name, new[name]) for name in new}
-    if "seen" not in memory:
-        old["seen"] = torch.full_like(seen, -1)
     wide = max(old["middle"].shape[-1], chosen.shape[-1])
     for choice in (old, new):
         choice["middle"] = F.pad(choice["middle"], (0, wide - choice["middle"].shape[-1]), value=-1)
     memory.update({name: by_row(reuse | fits, old[name], new[name]) for name in new})
     return by_row(reuse, old["middle"], new["middle"])
-
-
-def by_row(first: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Rows of the batch from `one` where `first`, else from `other`."""
-    return torch.where(first.view(-1, *[1] * (one.dim() - 1)), one, other)
 
 
 METHOD = CachePage(

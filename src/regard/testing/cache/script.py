@@ -1,6 +1,6 @@
 """Scripts of forwards on one cache, run under a policy: what went in, what each layer read and held."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from regard.core.deprecation import moved
 
 FAMILIES = ("llama", "gemma3", "gptoss", "gpt2", "neox")
 PADS = (0, 6, 17)  # left padding of three rows: none, some, and a row shorter than most sinks and windows
+# of the forwards that feed five and three tokens: padding before, after and around a row's tokens
+GAPS = {4: ((3, 0), (0, 2), (1, 1)), 7: ((0, 1), (1, 0), (0, 0))}
 STEPS = (20, 1, 1, 1, 5, 1, 1, 3, 1)  # tokens of each forward: a prompt, steps, a question, steps, ...
 NEAR = 2e-5
 
@@ -45,12 +47,26 @@ class Tape:
     bytes: list[int] = field(default_factory=list)
 
 
-def script(steps: Iterable[int] = STEPS, pads: Iterable[int] = PADS, seed: int = 0) -> list[dict]:
-    """Inputs of successive forwards on one cache, left-padded, positions counted from each row's first token."""
+def script(
+    steps: Iterable[int] = STEPS,
+    pads: Iterable[int] = PADS,
+    seed: int = 0,
+    gaps: Mapping[int, Iterable[tuple[int, int]]] | None = None,
+) -> list[dict]:
+    """Inputs of successive forwards on one cache, positions counted from each row's first token.
+
+    pads: padding to the left of each row's prompt. gaps: by the number of a forward, the padding (before, after) the
+    tokens of each row: what a question of the second turn has in a batch.
+    """
     g = torch.Generator().manual_seed(seed)
     pads, feeds, mask = torch.tensor(list(pads)), [], None
-    for n in steps:
-        new = torch.arange(n) >= pads[:, None] if mask is None else torch.ones(len(pads), n, dtype=torch.bool)
+    for number, n in enumerate(steps):
+        each = (
+            [(int(pad), 0) for pad in pads]
+            if mask is None
+            else (gaps or {}).get(number, [(0, 0)] * len(pads))
+        )
+        new = torch.stack([(torch.arange(n) >= a) & (torch.arange(n) < n - b) for a, b in each])
         mask = new.long() if mask is None else torch.cat([mask, new.long()], 1)
         tokens = torch.randint(3, 118, (len(pads), n), generator=g).where(new, 0)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -n:]
@@ -59,12 +75,13 @@ def script(steps: Iterable[int] = STEPS, pads: Iterable[int] = PADS, seed: int =
 
 
 def alone(feeds: list[dict], row: int) -> list[dict]:
-    """The same script for one row without its padding."""
-    pad = int((feeds[0]["attention_mask"][row] == 0).sum())
-    single = [{name: x[row : row + 1] for name, x in feed.items()} for feed in feeds]
-    for feed in single:
-        feed["attention_mask"] = feed["attention_mask"][:, pad:]
-    single[0] = {name: x[:, -feeds[0]["input_ids"].shape[1] + pad :] for name, x in single[0].items()}
+    """The same script for one row without its padding; forwards that feed the row nothing but padding are left out."""
+    single = []
+    for step, feed in enumerate(feeds):
+        tokens, mask = real(feeds, step)[row], feed["attention_mask"][row].bool()
+        new = {name: feed[name][row : row + 1, tokens] for name in ("input_ids", "position_ids")}
+        if bool(tokens.any()):
+            single.append({**new, "attention_mask": feed["attention_mask"][row : row + 1, mask]})
     return single
 
 
