@@ -15,7 +15,9 @@ from transformers import (
 from regard import catalog
 from regard.attaching.attachment import attach
 from regard.attaching.ledger import LedgerLayer
+from regard.attaching.slots import SLACK
 from regard.core import Edit, NeverFired, Observer, Site, Unreachable, Unsupported
+from regard.testing.cache.script import NEAR, real, script
 from regard.testing.zoo import UNREACHED, ZOO, build, ids, logits
 
 REACHED = [name for name in ZOO if name not in UNREACHED]
@@ -263,6 +265,36 @@ def test_a_mask_of_the_users_own(kind, name):
 
 
 # -- caches
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gptoss"])
+@pytest.mark.parametrize("method", [None, Observer("top1")], ids=["bare", "observed"])
+def test_sliding_layers_hold_what_the_models_own_hold(name, method):
+    model, _ = build(name)
+    caches, texts = [DynamicCache(config=model.config) for _ in range(2)], script()
+    for feed in texts:
+        own = run(model, feed, past_key_values=caches[0])
+        with attach(model, method) as attached:
+            ours = run(model, feed, past_key_values=caches[1])
+        assert float((own - ours)[real([feed], 0)].abs().max()) <= NEAR
+        assert attached.bytes_stored() == sum(
+            x.numel() * x.element_size() for layer in caches[0].layers for x in (layer.keys, layer.values)
+        )
+        assert [layer.get_mask_sizes(3) for layer in caches[1].layers] == [
+            layer.get_mask_sizes(3) for layer in caches[0].layers
+        ]
+
+
+def test_a_long_text_in_a_sliding_layer():
+    model, _ = build("mistral")
+    one_token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
+    with attach(model) as attached:
+        cache = model(ids(1, 200), use_cache=True).past_key_values
+        assert (attached.bytes_stored(), attached.stored()) == (5 * one_token, [[5, 5]] * 3)
+        for _ in range(40):
+            run(model, dict(input_ids=ids(1, 1)), past_key_values=cache)
+            assert attached.stored() == [[5, 5]] * 3
+            assert attached.bytes_held() <= (5 + 2 * SLACK) * one_token
 
 
 def test_two_caches_alternate():

@@ -26,13 +26,19 @@ def select_rows(memory: dict, rows: Tensor) -> dict:
 
 
 class LedgerLayer(DynamicLayer):
-    """A cache layer whose tokens may be evicted, by row and by head, while the model keeps its true positions."""
+    """A cache layer whose tokens may be evicted, by row and by head, while the model keeps its true positions.
 
-    is_sliding = False
+    window  the keys that a query of a sliding layer sees, its own included; None: all before it. What no query to
+            come will see is not held, counted by index in the text, padding included, as the model's own mask counts
+    """
+
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
         super().__init__()
+        self.slide(window)
+        # whether what leaves the window is held until the next crop, which may take it back
+        self.record_past = False
         self.seen = 0
         self.groups: list[Group] = []
         self.memory: dict = {}
@@ -43,8 +49,25 @@ class LedgerLayer(DynamicLayer):
 
     @property
     def plain(self) -> bool:
-        """Nothing was evicted: slot i is token i."""
+        """Nothing was evicted: the slots are the text, or what of it the window reaches."""
         return not self.compressed
+
+    def slide(self, window: int | None) -> None:
+        self.window, self.is_sliding = window, window is not None
+
+    def activate_past_recording(self) -> None:
+        self.record_past = self.is_sliding
+
+    def forget(self) -> None:
+        """Drop what no query to come will see."""
+        if self.window is None:
+            return
+        for group in self.groups:
+            group.forget(self.reach(self.seen))
+
+    def reach(self, seen: int) -> int:
+        """The first true index that the query after `seen` tokens sees."""
+        return 0 if self.window is None else max(0, seen - self.window + 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.pending is None and self.compressed:
@@ -60,11 +83,20 @@ class LedgerLayer(DynamicLayer):
                     k, v = k[:, list(group.heads)], v[:, list(group.heads)]
                 group.append(k, v, self.seen)
             self.seen += key_states.shape[2]
+        if len(self.groups) == 1:
+            group = self.shown(key_states.shape[2])[0]
+            key_states, value_states = group.k(), group.v()
         if self.pending is not None:
             self.pending.append(self)
-        if len(self.groups) == 1:
-            return self.groups[0].k(), self.groups[0].v()
+        elif not self.record_past:
+            self.forget()
         return key_states, value_states
+
+    def shown(self, new: int) -> list[Group]:
+        """The groups that a step of so many tokens attends to: of a past that is recorded, what the window reaches."""
+        if self.window is None or not self.record_past or self.compressed:
+            return list(self.groups)
+        return [group.newest(min(group.n, self.window - 1 + new)) for group in self.groups]
 
     def _start(self, k: Tensor, v: Tensor) -> None:
         self.is_initialized, self.dtype, self.device = True, k.dtype, k.device
@@ -107,10 +139,11 @@ class LedgerLayer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        first = self.reach(self.seen)
+        return self.seen - first + query_length, first
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.window is None else self.window
 
     def reset(self) -> None:
         self.groups, self.memory, self.labels = [], {}, {}
@@ -118,21 +151,29 @@ class LedgerLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens: possible while nothing was evicted, an error afterwards."""
-        if tokens_to_remove == 0 or not self.groups:
+        if not self.groups:
             return
-        if self.compressed or self.memory:
+        if tokens_to_remove and (self.compressed or self.memory):
             raise Unsupported(
                 "assisted decoding and crop need to take tokens back, and a policy has already acted on this cache; "
                 "generate without an assistant or prompt lookup, or attach no cache method"
             )
         require(
-            tokens_to_remove < 0,
+            tokens_to_remove <= 0,
             "crop takes the negative number of tokens to remove",
             tokens=tokens_to_remove,
         )
-        self.groups[0].n += tokens_to_remove
-        self.seen += tokens_to_remove
-        self.labels = {name: label[:, : self.seen] for name, label in self.labels.items()}
+        seen = self.seen + tokens_to_remove
+        if tokens_to_remove and self.groups[0].index is None and self.groups[0].start > self.reach(seen):
+            raise Unsupported(
+                f"crop to {seen} tokens: this layer sees {self.window} keys and has dropped those before token "
+                f"{self.groups[0].start}; call activate_past_recording before tokens that may be taken back"
+            )
+        for group in self.groups:
+            group.take_back(seen)
+        self.seen = seen
+        self.labels = {name: label[:, :seen] for name, label in self.labels.items()}
+        self.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx)
@@ -171,16 +212,12 @@ class LedgerLayer(DynamicLayer):
         return [slots[head] for head in sorted(slots)]
 
 
-def as_ledger(layer: DynamicLayer) -> LedgerLayer:
-    """A ledger layer with what a dynamic layer holds."""
-    new = LedgerLayer()
+def as_ledger(layer: DynamicLayer, window: int | None = None) -> LedgerLayer:
+    """A ledger layer with what a dynamic layer holds, and the window of the layer."""
+    new = LedgerLayer(window)
+    new.record_past = getattr(layer, "record_past", False)
     if layer.is_initialized and layer.keys is not None and layer.keys.numel():
-        seen = layer.get_seq_length()
         new._start(layer.keys, layer.values)
-        if seen != layer.keys.shape[2]:
-            group = new.groups[0]
-            first = seen - group.n
-            group.index = torch.arange(first, seen, device=layer.keys.device, dtype=torch.int32)[None, None]
-            new.compressed = True
-        new.seen = seen
+        new.seen = layer.get_seq_length()
+        new.groups[0].start = new.seen - new.groups[0].n
     return new

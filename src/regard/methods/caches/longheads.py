@@ -80,6 +80,8 @@ def parts(view: View, cfg: Config) -> Iterator[Part]:
 
 def read_chunks(view: View, cfg: Config) -> Tensor | None:
     """[B, H, N, E], or None while every query reads everything."""
+    if view.window is not None:  # it slides its own window and so never leaves the trained distances
+        return None
     if view.bias is not None or view.stored != view.seen:
         raise Unsupported("LongHeads on a model with a position bias or on a cache that lacks tokens")
     if (cfg.budget == 1.0 and isinstance(cfg.budget, float)) or windowed(view):
@@ -104,6 +106,10 @@ def windowed(view: View) -> bool:
 
 def remember(view: View, groups: list[Part]) -> None:
     """Compute the key of every chunk that this step fills; keep the queries of those still open."""
+    if "queries" not in view.memory and view.new != view.seen:
+        raise Unsupported(
+            "LongHeads on a cache that it did not begin, or that was cropped: it lacks keys of chunks"
+        )
     # [B, H, recent, D], ends at the newest token
     recent = torch.cat([view.memory.get("queries", view.q[:, :, :0]), view.q], dim=2)
     view.memory["queries"] = recent[:, :, -max(part.chunk for part in groups) :].clone()

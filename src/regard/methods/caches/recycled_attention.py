@@ -33,7 +33,7 @@ class Config:
 def is_full_step(view: View, cfg: Config) -> bool:
     """Whether this step attends to everything."""
     memory = view.memory
-    if "slots" not in memory or memory["steps"] >= cfg.stride:
+    if "tokens" not in memory or memory["steps"] >= cfg.stride:
         return True
     if cfg.similarity is None:
         return False
@@ -44,17 +44,18 @@ def is_full_step(view: View, cfg: Config) -> bool:
 def select(view: View, cfg: Config) -> Tensor | None:
     memory = view.memory
     if view.phase != "decode" or view.fits():
-        memory.pop("slots", None)
+        memory.pop("tokens", None)
         return None
     if is_full_step(view, cfg):
         received = view.by_cache_head(view.weights()[:, :, 0])  # [B, G, n]
         received = received.masked_fill(~view.hold(), -torch.inf)
         slots = top_slots(received, view.budget[:, None])
-        memory.update(slots=slots, steps=1, query=view.q[:, :, -1], mark=view.stored)
+        memory.update(tokens=view.tokens(slots), steps=1, query=view.q[:, :, -1], seen=view.seen)
         return None
     memory["steps"] += 1
-    since = torch.arange(memory["mark"], view.stored, device=view.q.device)
-    return torch.cat([memory["slots"], since.expand(*memory["slots"].shape[:2], -1)], -1)
+    slots, new = view.slots(memory["tokens"]), view.seen - memory["seen"]
+    since = torch.arange(max(0, view.stored - new), view.stored, device=view.q.device)
+    return torch.cat([slots, since.expand(*slots.shape[:2], -1)], -1)
 
 
 METHOD = CachePage(

@@ -17,6 +17,7 @@ keys are rotated, from their first rotation every time. Four sinks suffice (Xiao
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from regard.core import Card, require
@@ -50,6 +51,8 @@ def keep(view: View, cfg: Config) -> Kept | None:
         return None
     budget = view.budget[:, None, None] if view.real is not None else view.budget[:1, None, None]
     sinks = (budget - 1).clamp(max=cfg.sinks)
+    if view.window is not None:  # sinks leave a window as all tokens do
+        sinks = sinks.minimum((view.hold() & (view.rank() < cfg.sinks)).sum(-1, keepdim=True))
     _, stays = rank(view.index, view.seen, sinks, budget - sinks, view.rank())
     return Kept(slots_of(stays & view.hold()))
 
@@ -58,10 +61,16 @@ def shift(view: View, slots: Tensor | None, cfg: Config) -> Tensor | None:
     """How far the sink keys move: by the tokens that are gone between them and the window."""
     if cfg.positions == "text" or cfg.sinks == 0 or view.stored < cfg.sinks:
         return None
-    held = view.hold().sum(-1)  # [1|B, 1|g]
+    hold = view.hold()
+    held = hold.sum(-1)  # [1|B, 1|g]
     start = 0 if view.real is None else view.first()[:, None]
+    if view.window is not None:
+        start = torch.where(hold, view.index, view.seen).amin(-1)
     gone = (view.seen - start - held).clamp(min=0)
-    return gone[..., None].expand(*gone.shape, cfg.sinks) if bool((gone > 0).any()) else None
+    if not bool((gone > 0).any()):
+        return None
+    gone = gone[..., None].expand(*gone.shape, cfg.sinks)
+    return gone if view.window is None else gone * (view.rank()[..., : cfg.sinks] < cfg.sinks)
 
 
 METHOD = CachePage(

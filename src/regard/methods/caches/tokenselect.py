@@ -91,8 +91,9 @@ def middle(view: View, cfg: Config, between: Tensor, k: Tensor) -> Tensor:
     fits = view.budget + view.new - 1 >= view.hold().sum(-1).amax(-1)
     reuse = similar(view, cfg) & ~fits
     if bool(reuse.all()):
-        return memory["middle"]
+        return view.slots(memory["middle"])
     chosen = top_slots(votes(view, cfg).masked_fill(~between, -torch.inf), k.expand(len(reuse), 1))
+    chosen = view.tokens(chosen)  # slots move in a sliding layer
     seen = torch.full_like(reuse, view.seen, dtype=torch.long)
     new = {"middle": chosen, "query": view.q[:, :, -1:], "seen": seen}
     old = {name: memory.get(name, new[name]) for name in new}
@@ -102,7 +103,7 @@ def middle(view: View, cfg: Config, between: Tensor, k: Tensor) -> Tensor:
     for choice in (old, new):
         choice["middle"] = F.pad(choice["middle"], (0, wide - choice["middle"].shape[-1]), value=-1)
     memory.update({name: by_row(reuse | fits, old[name], new[name]) for name in new})
-    return by_row(reuse, old["middle"], new["middle"])
+    return view.slots(by_row(reuse, old["middle"], new["middle"]))
 
 
 def by_row(first: Tensor, one: Tensor, other: Tensor) -> Tensor:

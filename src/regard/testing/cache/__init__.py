@@ -21,6 +21,7 @@ from regard.testing.cache.checks import (
     check_oracle,
     check_rows,
     check_two_calls,
+    check_window,
     full_bytes,
 )
 from regard.testing.cache.oracle import movable
@@ -85,6 +86,7 @@ def check_cache(
             check_budget(
                 method, first, f"{some}B" if budget == "bytes" else budget, method.page.reads_generated
             )
+    check_window(method)
     for check in (check_bytes, check_two_calls, check_generation, check_bfloat16):
         check(method, first)
     return effect
