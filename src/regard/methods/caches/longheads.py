@@ -80,13 +80,12 @@ def parts(view: View, cfg: Config) -> Iterator[Part]:
 
 def read_chunks(view: View, cfg: Config) -> Tensor | None:
     """[B, H, N, E], or None while every query reads everything."""
-    if view.window is not None:  # it slides its own window and so never leaves the trained distances
+    # a window of the layer's own never leaves the trained distances; all of the text leaves nothing out
+    if view.window is not None or (cfg.budget == 1.0 and isinstance(cfg.budget, float)):
         return None
-    if view.bias is not None or view.stored != view.seen:
-        raise Unsupported("LongHeads on a model with a position bias or on a cache that lacks tokens")
-    if (cfg.budget == 1.0 and isinstance(cfg.budget, float)) or windowed(view):
-        # nothing is ever left out
-        return None
+    unknown = view.new < view.seen and "keys" not in view.memory  # the cache began without it, or was cropped
+    if view.bias is not None or view.stored != view.seen or unknown:
+        raise Unsupported("LongHeads under a position bias, or on a cache that lacks tokens or chunks' keys")
     groups = list(parts(view, cfg))
     remember(view, groups)
     if all(part.k.shape[2] <= part.full for part in groups):
@@ -97,19 +96,8 @@ def read_chunks(view: View, cfg: Config) -> Tensor | None:
     return out
 
 
-def windowed(view: View) -> bool:
-    """Whether this layer slides its own window and so never leaves the trained distances."""
-    seen = view.visible(slice(view.new - 1, view.new))
-    first = view.index.new_zeros(1) if view.real is None else view.first()
-    return seen is not None and not bool(seen[:, 0, 0].gather(1, first.expand(len(seen))[:, None]).all())
-
-
 def remember(view: View, groups: list[Part]) -> None:
     """Compute the key of every chunk that this step fills; keep the queries of those still open."""
-    if "queries" not in view.memory and view.new != view.seen:
-        raise Unsupported(
-            "LongHeads on a cache that it did not begin, or that was cropped: it lacks keys of chunks"
-        )
     # [B, H, recent, D], ends at the newest token
     recent = torch.cat([view.memory.get("queries", view.q[:, :, :0]), view.q], dim=2)
     view.memory["queries"] = recent[:, :, -max(part.chunk for part in groups) :].clone()
