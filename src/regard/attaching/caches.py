@@ -1,6 +1,7 @@
 """The cache in use: ledger layers instead of dynamic ones, and which of them was written last."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -14,10 +15,13 @@ from transformers.cache_utils import (
 )
 
 from regard.attaching.actors import Actor
-from regard.attaching.ledger import LedgerLayer, as_ledger
+from regard.attaching.ledger import NO_TARGET, LedgerLayer, as_ledger
 from regard.attaching.state_layer import StateLayer
 from regard.attaching.step import Step
 from regard.core import Unsupported
+
+# settings of generate() under which tokens are proposed that may have to be taken back
+PROPOSES = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 class Caches:
@@ -31,6 +35,7 @@ class Caches:
         self.cache: Cache | None = None
         self.layers: list[LedgerLayer] = []
         self.pending: list[LedgerLayer] = []
+        self.drafting = False  # whether the model is generating candidates for another, which verifies them
         self._adopted: WeakSet[LedgerLayer] = WeakSet()
 
     def written(self) -> LedgerLayer | None:
@@ -61,8 +66,25 @@ class Caches:
                 self._check(layer, window)
         self.cache, self.layers = cache, ledgers(cache)
         for layer in self.layers:
-            layer.pending = self.pending
+            layer.pending, layer.draft = self.pending, layer.draft or self.drafting
             self._adopted.add(layer)
+
+    def noting_drafts(self, generate: Callable) -> Callable:
+        """The model's `generate`, which knows a cache that drafts for another model, and refuses to be drafted for."""
+
+        @functools.wraps(generate)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            before, config = self.drafting, kwargs.get("generation_config") or self.model.generation_config
+            self.drafting = bool(getattr(config, "is_assistant", False))
+            asked = [kwargs.get(name, getattr(config, name, None)) for name in PROPOSES]
+            if any(asked) and not self.drafting:
+                raise Unsupported(NO_TARGET)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.drafting = before
+
+        return noted
 
     def _windows(self, layers: int) -> list[int | None]:
         """The windows of the model's own cache, which hold a policy to what they reach in full layers too."""

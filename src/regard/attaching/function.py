@@ -61,8 +61,8 @@ def make_function(context: Context) -> Callable[..., AttentionOutput]:
             return native(call)
         complete(context, call)
         out = dispatch(context, call)
-        if call.layer is not None and not call.layer.record_past:
-            call.layer.forget()
+        if call.layer is not None:
+            call.layer.attended()
         return out
 
     return regard_attention

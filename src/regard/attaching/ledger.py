@@ -10,7 +10,13 @@ from transformers.cache_utils import DynamicLayer
 
 from regard.attaching.slots import Group, grown
 from regard.core import Unsupported, require
+from regard.core.trees import tree_map
 from regard.ops import Kept
+
+NO_TARGET = (
+    "assisted decoding and crop need to take tokens back, and what a cache method evicted because of them would stay "
+    "away; generate without an assistant or prompt lookup, or attach the method to the assistant"
+)
 
 
 def select_rows(memory: dict, rows: Tensor) -> dict:
@@ -46,6 +52,14 @@ class LedgerLayer(DynamicLayer):
         # where an attachment looks for the layer that was just written
         self.pending: list[LedgerLayer] | None = None
         self.compressed = False  # whether anything was evicted, merged or moved
+        # whether another model verifies its tokens: then what was evicted may stay away when some are taken back
+        self.draft = False
+        self.inference = False  # whether it was written last in inference mode
+        self.offloads = False  # whether it is offloaded once the attention that reads it is done
+
+    def __getstate__(self) -> dict:
+        """A copy, pickled or deep, is in use by no attachment."""
+        return {**self.__dict__, "pending": None}
 
     @property
     def plain(self) -> bool:
@@ -65,11 +79,19 @@ class LedgerLayer(DynamicLayer):
         for group in self.groups:
             group.forget(self.reach(self.seen))
 
+    def attended(self) -> None:
+        """The attention of this step is done."""
+        if not self.record_past:
+            self.forget()
+        if self.offloads:
+            self.offload()
+
     def reach(self, seen: int) -> int:
         """The first true index that the query after `seen` tokens sees."""
         return 0 if self.window is None else max(0, seen - self.window + 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.make_writable()
         if self.pending is None and self.compressed:
             raise Unsupported(
                 "this cache was compressed by an attachment that has ended; attach the method again to go on with it"
@@ -88,9 +110,34 @@ class LedgerLayer(DynamicLayer):
             key_states, value_states = group.k(), group.v()
         if self.pending is not None:
             self.pending.append(self)
-        elif not self.record_past:
-            self.forget()
+        else:
+            self.attended()
         return key_states, value_states
+
+    def make_writable(self) -> None:
+        """Back on its device; and what was born in inference mode, and must not be written outside it, is copied."""
+        self.prefetch()
+        born, self.inference = self.inference, torch.is_inference_mode_enabled()
+        if not born or self.inference:
+            return
+        own = lambda t: t.clone() if t.is_inference() else t  # noqa: E731
+        for group in self.groups:
+            group.change(own)
+        self.memory, self.labels = tree_map(own, self.memory), tree_map(own, self.labels)
+
+    def offload(self) -> None:
+        """Move keys, values and tables to the CPU, as soon as the attention that is about to read them is done."""
+        if self.pending is not None and any(layer is self for layer in self.pending):
+            self.offloads = True
+            return
+        self.offloads = False
+        for group in self.groups:
+            group.change(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        for group in self.groups:
+            if group.keys.device != self.device:
+                group.change(lambda t: t.to(self.device, non_blocking=True))
 
     def shown(self, new: int) -> list[Group]:
         """The groups that a step of so many tokens attends to: of a past that is recorded, what the window reaches."""
@@ -150,30 +197,40 @@ class LedgerLayer(DynamicLayer):
         self.seen, self.compressed, self.is_initialized = 0, False, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens: possible while nothing was evicted, an error afterwards."""
-        if not self.groups:
-            return
-        if tokens_to_remove and (self.compressed or self.memory):
-            raise Unsupported(
-                "assisted decoding and crop need to take tokens back, and a policy has already acted on this cache; "
-                "generate without an assistant or prompt lookup, or attach no cache method"
-            )
+        """Take back the newest tokens: an error once something was evicted, but for a draft, which is verified."""
         require(
             tokens_to_remove <= 0,
             "crop takes the negative number of tokens to remove",
             tokens=tokens_to_remove,
         )
-        seen = self.seen + tokens_to_remove
-        if tokens_to_remove and self.groups[0].index is None and self.groups[0].start > self.reach(seen):
-            raise Unsupported(
-                f"crop to {seen} tokens: this layer sees {self.window} keys and has dropped those before token "
-                f"{self.groups[0].start}; call activate_past_recording before tokens that may be taken back"
-            )
+        if not self.groups:
+            return
+        self.make_writable()
+        if tokens_to_remove:
+            self._take_back(self.seen + tokens_to_remove)
+        self.forget()
+
+    def _take_back(self, seen: int) -> None:
+        if (self.compressed or self.memory) and not self.draft:
+            raise Unsupported(NO_TARGET)
+        if self.plain and self.groups[0].start > self.reach(seen):
+            self._lacks(seen)
         for group in self.groups:
             group.take_back(seen)
+        # what a page remembers may be of tokens that are gone
+        self.memory = {name: self.memory[name] for name in ("first",) if name in self.memory}
         self.seen = seen
         self.labels = {name: label[:, :seen] for name, label in self.labels.items()}
-        self.forget()
+
+    def _lacks(self, seen: int) -> None:
+        """The window has dropped tokens that it would reach again."""
+        first = self.groups[0].start
+        if not self.draft:
+            raise Unsupported(
+                f"crop to {seen} tokens: this layer sees {self.window} keys and has dropped those before {first}; "
+                "call activate_past_recording before tokens that may be taken back"
+            )
+        self.compressed, self.groups[0].index = True, self.groups[0].table().int()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx)

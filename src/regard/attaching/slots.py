@@ -5,6 +5,7 @@ counted, -1 = empty), `count` (tokens a merged slot stands for) and named notes 
 place of batch or heads where all agree.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +63,13 @@ class Group:
         buffers = {name: getattr(self, name) for name in ("keys", "values", "index", "count", "origin")}
         buffers |= {f"note.{name}": t for name, t in self.notes.items()}
         return {name: t for name, t in buffers.items() if t is not None}
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change` of every tensor in its place."""
+        for name in ("keys", "values", "index", "count", "origin"):
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+        self.notes = {name: change(note) for name, note in self.notes.items()}
 
     def append(self, k: Tensor, v: Tensor, start: int) -> None:
         """Store new tokens whose first has true index `start`."""

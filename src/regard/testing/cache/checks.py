@@ -3,12 +3,11 @@
 import math
 from collections.abc import Iterable
 from dataclasses import fields
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from regard.attaching.attachment import attach
 from regard.core import Method
@@ -68,30 +67,6 @@ def check_rows(method: Method, family: str) -> None:
                 one, other = (held[row] & mask)[:, pad:], single.held[step][i][0]
                 assert torch.equal(one, other), f"{said}: layer {i} holds other tokens than the row alone"
             assert wrong <= NEAR, f"{said}: {wrong:.1e} away from the row alone"
-
-
-def check_window(method: Method, family: str = "mistral") -> None:
-    """A sliding layer holds what its window still reaches, and nothing changes where the budget covers the window.
-
-    In the model's own cache and in one of full layers, for budgets above and below the window.
-    """
-    model, _ = build(family)
-    feeds, window = script(), model.config.sliding_window
-    full = hide(model, feeds)
-    budgets = (window + 2, window - 2) if any(f.name == "budget" for f in fields(method.config)) else (None,)
-    for budget, config in product(budgets, (model.config, None)):
-        some = method if budget is None else method.with_settings(budget=budget)
-        tape = play(model, some, feeds, cache=DynamicCache(config=config))
-        said = f"{some.label} on {family}, whose layers see {window} tokens"
-        for step, layers in enumerate(tape.held):
-            late = [i for i, held in layers.items() if bool(held[..., : 1 - window].any())]
-            assert not late, f"{said}: after forward {step} layers {late} hold tokens that no query will see"
-        if some.page.attention is None:
-            wrong = gap(feeds, tape.outs, hide(model, feeds, tape.reads))
-            assert wrong <= NEAR, f"{said}: {wrong:.1e} away from a full cache with the same tokens hidden"
-        if budget is not None and budget > window:
-            wrong = gap(feeds, tape.outs, full)
-            assert wrong <= NEAR, f"{said}: the budget covers them all, and {wrong:.1e} changes"
 
 
 def allowed(budget: int | float | str, mask: Tensor, model_bytes: int) -> Tensor:
