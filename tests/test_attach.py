@@ -15,7 +15,9 @@ from transformers import (
 from regard import catalog
 from regard.attaching.attachment import attach
 from regard.attaching.ledger import LedgerLayer
+from regard.attaching.slots import SLACK
 from regard.core import Edit, NeverFired, Observer, Site, Unreachable, Unsupported
+from regard.testing.cache.script import NEAR, real, script
 from regard.testing.zoo import UNREACHED, ZOO, build, ids, logits
 
 REACHED = [name for name in ZOO if name not in UNREACHED]
@@ -113,6 +115,67 @@ def test_one_attachment_at_a_time():
         run(model, inputs)
         assert outer.reached()
     assert state(model) == before
+
+
+def test_an_attachment_that_is_entered_twice():
+    model, inputs = build("llama")
+    with attach(model, STREAM) as attached:
+        with pytest.raises(Unsupported, match="entered already"), attached:
+            pass
+        run(model, inputs)
+        assert attached.stored() == [[8, 8]] * 3  # still attached
+    with attached:
+        run(model, inputs)
+
+
+def test_a_cache_belongs_to_one_attachment():
+    (model, inputs), (other, _) = build("llama"), build("llama")
+    with torch.no_grad(), attach(model, STREAM), attach(other, STREAM):
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(Unsupported, match="in use by another attachment"):
+            run(other, inputs, past_key_values=cache)
+        copied = copy.deepcopy(cache)
+        assert torch.equal(
+            run(other, inputs, past_key_values=copied), run(model, inputs, past_key_values=cache)
+        )
+
+
+@pytest.mark.parametrize("window_passed", [False, True])
+def test_crop_of_a_sliding_layer(window_passed):
+    """Tokens can be taken back while the window holds what they hid, or their past is recorded."""
+    model, _ = build("mistral")
+    text = ids(1, 30)
+    with attach(model):
+        for record in (True, False):
+            cache = DynamicCache(config=model.config)
+            run(model, dict(input_ids=text[:, : 20 if window_passed else 2]), past_key_values=cache)
+            if record:
+                cache.activate_past_recording()
+            run(model, dict(input_ids=text[:, :3]), past_key_values=cache)
+            if window_passed and not record:
+                with pytest.raises(Unsupported, match="activate_past_recording"):
+                    cache.crop(-3)
+                continue
+            cache.crop(-3)
+            after = run(model, dict(input_ids=text[:, 3:5]), past_key_values=cache)
+            other = DynamicCache(config=model.config)
+            run(model, dict(input_ids=text[:, : 20 if window_passed else 2]), past_key_values=other)
+            expected = run(model, dict(input_ids=text[:, 3:5]), past_key_values=other)
+            assert float((after - expected).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("method", ["retention", "softmax"])
+def test_a_state_begun_in_inference_mode(method):
+    model, inputs = build("llama")
+    outs = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with attach(model, method):
+            with mode():
+                cache = model(**inputs, use_cache=True).past_key_values
+            outs.append(run(model, dict(input_ids=inputs["input_ids"][:, :3]), past_key_values=cache))
+            outs.append(run(model, dict(input_ids=inputs["input_ids"][:, :1]), past_key_values=cache))
+    assert torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[1], outs[3])
 
 
 def test_a_model_of_the_same_configuration_object_is_left_alone():
@@ -263,6 +326,36 @@ def test_a_mask_of_the_users_own(kind, name):
 
 
 # -- caches
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gptoss"])
+@pytest.mark.parametrize("method", [None, Observer("top1")], ids=["bare", "observed"])
+def test_sliding_layers_hold_what_the_models_own_hold(name, method):
+    model, _ = build(name)
+    caches, texts = [DynamicCache(config=model.config) for _ in range(2)], script()
+    for feed in texts:
+        own = run(model, feed, past_key_values=caches[0])
+        with attach(model, method) as attached:
+            ours = run(model, feed, past_key_values=caches[1])
+        assert float((own - ours)[real([feed], 0)].abs().max()) <= NEAR
+        assert attached.bytes_stored() == sum(
+            x.numel() * x.element_size() for layer in caches[0].layers for x in (layer.keys, layer.values)
+        )
+        assert [layer.get_mask_sizes(3) for layer in caches[1].layers] == [
+            layer.get_mask_sizes(3) for layer in caches[0].layers
+        ]
+
+
+def test_a_long_text_in_a_sliding_layer():
+    model, _ = build("mistral")
+    one_token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
+    with attach(model) as attached:
+        cache = model(ids(1, 200), use_cache=True).past_key_values
+        assert (attached.bytes_stored(), attached.stored()) == (5 * one_token, [[5, 5]] * 3)
+        for _ in range(40):
+            run(model, dict(input_ids=ids(1, 1)), past_key_values=cache)
+            assert attached.stored() == [[5, 5]] * 3
+            assert attached.bytes_held() <= (5 + 2 * SLACK) * one_token
 
 
 def test_two_caches_alternate():
@@ -462,8 +555,12 @@ def test_wrong_names_and_kinds():
         attach(model, "retrieval_heads")
     with pytest.raises(TypeError, match="names, methods, edits and observers"):
         attach(model, [3])
-    with pytest.raises(TypeError, match="PreTrainedModel"):
+    with pytest.raises(TypeError, match=r"PreTrainedModel, not 'Linear'$"):
         attach(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"not 'PeftModel'; attach to its get_base_model\(\)$"):
+        attach(type("PeftModel", (torch.nn.Module,), {"get_base_model": lambda self: model})())
+    with pytest.raises(TypeError, match=r"not 'DataParallel'; attach to its module$"):
+        attach(torch.nn.DataParallel(model))
     with (
         pytest.raises(KeyError, match="no role is called 'image'"),
         attach(model, Edit(Site(keys="image"), "block")),

@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from regard import catalog
-from regard.attaching import slots, views
+from regard.attaching import policy, slots, views
 from regard.attaching.attachment import attach
 from regard.attaching.lazy_mask import MaskRule
 from regard.attaching.ledger import LedgerLayer
@@ -204,6 +204,10 @@ def late_keys(self, k, v, start, append=Group.append):
     append(self, k.roll(1, 1), v, start)
 
 
+def all_stored(call):
+    return call.stored
+
+
 STREAM = catalog.method("streaming_llm", budget=8)
 MACHINE_FAULTS = {
     "mask off by one": (MaskRule, "at", shifted_mask, page(keep=window), "gemma3"),
@@ -211,7 +215,7 @@ MACHINE_FAULTS = {
         views,
         "per_query_head",
         tiled_heads,
-        page(keep=important),
+        page(keep=fickle).with_settings(budget=4),
         "gemma3",
     ),
     "keys of another head": (slots, "gather_rows", swapped_heads, page(keep=window), "llama"),
@@ -229,6 +233,7 @@ MACHINE_FAULTS = {
     "nothing is freed": (slots, "gather_rows", hoard, page(keep=window), "llama"),
     "positions off by one": (Rotary, "rotate", one_further, STREAM, "llama"),
     "new keys under other heads": (Group, "append", late_keys, page(keep=window), "llama"),
+    "what left the window is weighed": (policy, "in_reach", all_stored, page(keep=important), "gemma3"),
 }
 
 
@@ -238,6 +243,29 @@ def test_fault_in_the_machinery_is_found(fault, monkeypatch):
     monkeypatch.setattr(owner, name, wrong)
     with pytest.raises(AssertionError):
         check_cache(method, families=(family,))
+
+
+def test_the_budget_of_a_sliding_layer_is_at_most_its_window():
+    seen = {}
+    made = page(observe=lambda view, cfg: seen.setdefault(view.layer, view.budget.tolist()))
+    play(build("gemma3")[0], made, script(pads=(0, 0)))
+    assert seen == {0: [6, 6], 1: [6, 6], 2: [8, 8]}
+
+
+def test_tokens_that_are_read_again_are_the_same_while_slots_move():
+    """Recycled Attention in layers that see 6 tokens: what was read is read again while in reach, and the new token."""
+    model, _ = build("mistral")
+    tape = play(
+        model, catalog.method("recycled_attention", budget=4), script((20, 1, 1, 1, 1, 1), pads=(0, 0))
+    )
+    for step in (3, 4, 5):  # the first of them, step 2, reads what the full step 1 chose
+        for layer in range(3):
+            before, now = (tape.reads[s][layer].alive for s in (step - 1, step))
+            again = torch.cat([before, torch.ones_like(before[..., :1])], -1)
+            again[..., :-6] = False
+            assert torch.equal(now, again)
+            # of the four that were chosen one may have left the window
+            assert step > 3 or bool((before.sum(-1) >= 4).all())
 
 
 def test_notes_travel_with_their_slots():

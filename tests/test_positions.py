@@ -32,14 +32,15 @@ HALF = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of a 
 
 
 def sinks_after(model, steps=(FED - 3, 1, 1, 1)):
-    """Keys [1, G, SINKS, D] of the sinks in every layer after the script, and how far they were moved."""
+    """Keys [1, G, SINKS, D] of the sinks by layer after the script, and how far they were moved."""
     feeds, cache = script(steps, pads=(0,)), DynamicCache()
     with attach(model, "streaming_llm", sinks=SINKS, window=WINDOW) as attached, torch.no_grad():
         for feed in feeds:
             model(**feed, past_key_values=cache)
         layers = attached.context.caches.layers
     gone = sum(steps) - WINDOW - 1 - SINKS  # the last step read the window and its own token
-    return feeds[0]["input_ids"][:, :SINKS], [layer.groups[0].k()[:, :, :SINKS] for layer in layers], gone
+    full = {i: layer.groups[0].k()[:, :, :SINKS] for i, layer in enumerate(layers) if layer.window is None}
+    return feeds[0]["input_ids"][:, :SINKS], full, gone
 
 
 def own_keys(model, tokens, first):
@@ -53,10 +54,10 @@ def own_keys(model, tokens, first):
 
 
 def off(result, expected):
-    """The largest difference in parts of a key's length."""
+    """The largest difference in parts of a key's length, over the layers that do not slide."""
     return max(
-        float(((a - b).float().norm(dim=-1) / b.float().norm(dim=-1)).max())
-        for a, b in zip(result, expected, strict=True)
+        float(((k - expected[i]).float().norm(dim=-1) / expected[i].float().norm(dim=-1)).max())
+        for i, k in result.items()
     )
 
 
@@ -231,7 +232,7 @@ def test_sinks_of_a_model_with_images_stay_before_the_window():
 def test_longheads_refuses_tokens_that_share_positions():
     model, inputs = build("qwen25vl")
     with (
-        pytest.raises(Unsupported, match="tokens share positions"),
+        pytest.raises(Unsupported, match="shared positions"),
         attach(model, "longheads", chunk=2, chunks=3),
         torch.no_grad(),
     ):

@@ -140,6 +140,7 @@ class Actor:
 
     name: str = ""
     needs_cache = False  # it acts on a cache, and only on one of ledger layers
+    evicts = False  # it decides which stored tokens stay or are read
     keeps_state = False  # its cache layers hold a state and no keys
     needs_rotary = False
     needs_input = False  # it reads the layer's input

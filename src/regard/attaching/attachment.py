@@ -30,6 +30,8 @@ from regard.attaching.turning import is_rotary_table
 from regard.core import Unsupported, show
 
 NUMBERS = itertools.count()
+# how to come to the model inside what wraps it, and the attribute that such a wrapper has: PEFT, torch.compile, DDP
+WRAPPERS = {"get_base_model()": "get_base_model", "_orig_mod": "_orig_mod", "module": "module"}
 
 
 class attach:
@@ -67,7 +69,12 @@ class attach:
         **config: Any,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"attach takes a transformers PreTrainedModel, not {show(type(model).__name__)}")
+            inner = [
+                f"; attach to its {name}" for name, attribute in WRAPPERS.items() if hasattr(model, attribute)
+            ]
+            raise TypeError(
+                f"attach takes a transformers PreTrainedModel, not {show(type(model).__name__)}{''.join(inner[:1])}"
+            )
         self.model, self.strict = model, strict
         self.actors = actors_of(model, methods, config)
         for actor in self.actors:
@@ -82,6 +89,10 @@ class attach:
         self._undo: list[Callable[[], Any]] = []
 
     def __enter__(self) -> "attach":
+        if self._undo:
+            raise Unsupported(
+                "this attachment was entered already; leave it first, or make a second attach(...)"
+            )
         reachable = towers(self.model, self.where)
         if self.strict:
             refuse_unreachable(self.model, reachable)
@@ -139,8 +150,17 @@ class attach:
             self.context.rotary = Rotary(self.model)
             self._undo.append(self.context.rotary.remove)
         if self.actors and hasattr(self.model, "generate_batch"):
-            self.model.generate_batch = refuse_batch  # type: ignore[method-assign]
-            self._undo.append(lambda: self.model.__dict__.pop("generate_batch", None))
+            self._put("generate_batch", refuse_batch)
+        if any(actor.evicts for actor in self.actors) and hasattr(self.model, "generate"):
+            self._put("generate", self.context.caches.noting_drafts(self.model.generate))
+
+    def _put(self, name: str, function: Callable) -> None:
+        """A function of the model's own, until the attachment ends."""
+        own = vars(self.model)
+        self._undo.append(lambda: own.pop(name, None))
+        if name in own:
+            self._undo[-1] = lambda old=own[name]: own.__setitem__(name, old)
+        setattr(self.model, name, function)
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         context = self.context

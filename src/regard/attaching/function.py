@@ -62,7 +62,10 @@ def make_function(context: Context) -> Callable[..., AttentionOutput]:
         if context.rotary is not None and context.rotary.probe is not None:
             return context.rotary.answer(query, key, value), None
         complete(context, call)
-        return dispatch(context, call)
+        out = dispatch(context, call)
+        if call.layer is not None:
+            call.layer.attended()
+        return out
 
     return regard_attention
 
@@ -125,7 +128,7 @@ def by_groups(call: AttentionCall) -> AttentionOutput:
     """The stages of every actor, one group of heads at a time."""
     if call.options["dropout"] and call.module.training:
         raise Unsupported("attention dropout under a cache method or an edit; call model.eval()")
-    groups = [] if call.layer is None else list(call.layer.groups)
+    groups = [] if call.layer is None else call.layer.shown(call.q.shape[2])
     if len(groups) < 2:
         out, weights = run_stages(replace(call, group=groups[0] if groups else None))
         return out.transpose(1, 2).contiguous(), weights

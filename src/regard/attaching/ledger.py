@@ -10,7 +10,13 @@ from transformers.cache_utils import DynamicLayer
 
 from regard.attaching.slots import Group, grown
 from regard.core import Unsupported, require
+from regard.core.trees import tree_map
 from regard.ops import Kept
+
+NO_TARGET = (
+    "assisted decoding and crop need to take tokens back, and what a cache method evicted because of them would stay "
+    "away; generate without an assistant or prompt lookup, or attach the method to the assistant"
+)
 
 
 def select_rows(memory: dict, rows: Tensor) -> dict:
@@ -26,13 +32,19 @@ def select_rows(memory: dict, rows: Tensor) -> dict:
 
 
 class LedgerLayer(DynamicLayer):
-    """A cache layer whose tokens may be evicted, by row and by head, while the model keeps its true positions."""
+    """A cache layer whose tokens may be evicted, by row and by head, while the model keeps its true positions.
 
-    is_sliding = False
+    window  the keys that a query of a sliding layer sees, its own included; None: all before it. What no query to
+            come will see is not held, counted by index in the text, padding included, as the model's own mask counts
+    """
+
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
         super().__init__()
+        self.slide(window)
+        # whether what leaves the window is held until the next crop, which may take it back
+        self.record_past = False
         self.seen = 0
         self.groups: list[Group] = []
         self.memory: dict = {}
@@ -43,13 +55,46 @@ class LedgerLayer(DynamicLayer):
         # where an attachment looks for the layer that was just written
         self.pending: list[LedgerLayer] | None = None
         self.compressed = False  # whether anything was evicted, merged or moved
+        # whether another model verifies its tokens: then what was evicted may stay away when some are taken back
+        self.draft = False
+        self.inference = False  # whether it was written last in inference mode
+        self.offloads = False  # whether it is offloaded once the attention that reads it is done
+
+    def __getstate__(self) -> dict:
+        """A copy, pickled or deep, is in use by no attachment."""
+        return {**self.__dict__, "pending": None}
 
     @property
     def plain(self) -> bool:
-        """Nothing was evicted: slot i is token i."""
+        """Nothing was evicted: the slots are the text, or what of it the window reaches."""
         return not self.compressed
 
+    def slide(self, window: int | None) -> None:
+        self.window, self.is_sliding = window, window is not None
+
+    def activate_past_recording(self) -> None:
+        self.record_past = self.is_sliding
+
+    def forget(self) -> None:
+        """Drop what no query to come will see."""
+        if self.window is None:
+            return
+        for group in self.groups:
+            group.forget(self.reach(self.seen))
+
+    def attended(self) -> None:
+        """The attention of this step is done."""
+        if not self.record_past:
+            self.forget()
+        if self.offloads:
+            self.offload()
+
+    def reach(self, seen: int) -> int:
+        """The first true index that the query after `seen` tokens sees."""
+        return 0 if self.window is None else max(0, seen - self.window + 1)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.make_writable()
         if self.pending is None and self.compressed:
             raise Unsupported(
                 "this cache was compressed by an attachment that has ended; attach the method again to go on with it"
@@ -63,11 +108,45 @@ class LedgerLayer(DynamicLayer):
                     k, v = k[:, list(group.heads)], v[:, list(group.heads)]
                 group.append(k, v, self.seen)
             self.seen += key_states.shape[2]
+        if len(self.groups) == 1:
+            group = self.shown(key_states.shape[2])[0]
+            key_states, value_states = group.k(), group.v()
         if self.pending is not None:
             self.pending.append(self)
-        if len(self.groups) == 1:
-            return self.groups[0].k(), self.groups[0].v()
+        else:
+            self.attended()
         return key_states, value_states
+
+    def make_writable(self) -> None:
+        """Back on its device; and what was born in inference mode, and must not be written outside it, is copied."""
+        self.prefetch()
+        born, self.inference = self.inference, torch.is_inference_mode_enabled()
+        if not born or self.inference:
+            return
+        own = lambda t: t.clone() if t.is_inference() else t  # noqa: E731
+        for group in self.groups:
+            group.change(own)
+        self.memory, self.labels = tree_map(own, self.memory), tree_map(own, self.labels)
+
+    def offload(self) -> None:
+        """Move keys, values and tables to the CPU, as soon as the attention that is about to read them is done."""
+        if self.pending is not None and any(layer is self for layer in self.pending):
+            self.offloads = True
+            return
+        self.offloads = False
+        for group in self.groups:
+            group.change(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        for group in self.groups:
+            if group.keys.device != self.device:
+                group.change(lambda t: t.to(self.device, non_blocking=True))
+
+    def shown(self, new: int) -> list[Group]:
+        """The groups that a step of so many tokens attends to: of a past that is recorded, what the window reaches."""
+        if self.window is None or not self.record_past or self.compressed:
+            return list(self.groups)
+        return [group.newest(min(group.n, self.window - 1 + new)) for group in self.groups]
 
     def _start(self, k: Tensor, v: Tensor) -> None:
         self.is_initialized, self.dtype, self.device = True, k.dtype, k.device
@@ -130,33 +209,52 @@ class LedgerLayer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        first = self.reach(self.seen)
+        return self.seen - first + query_length, first
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.window is None else self.window
 
     def reset(self) -> None:
         self.groups, self.memory, self.labels, self.positions = [], {}, {}, None
         self.seen, self.compressed, self.is_initialized = 0, False, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens: possible while nothing was evicted, an error afterwards."""
-        if tokens_to_remove == 0 or not self.groups:
-            return
-        if self.compressed or self.memory:
-            raise Unsupported(
-                "assisted decoding and crop need to take tokens back, and a policy has already acted on this cache; "
-                "generate without an assistant or prompt lookup, or attach no cache method"
-            )
+        """Take back the newest tokens: an error once something was evicted, but for a draft, which is verified."""
         require(
-            tokens_to_remove < 0,
+            tokens_to_remove <= 0,
             "crop takes the negative number of tokens to remove",
             tokens=tokens_to_remove,
         )
-        self.groups[0].n += tokens_to_remove
-        self.seen += tokens_to_remove
-        self.labels = {name: label[:, : self.seen] for name, label in self.labels.items()}
-        self.positions = None if self.positions is None else self.positions[:, : self.seen]
+        if not self.groups:
+            return
+        self.make_writable()
+        if tokens_to_remove:
+            self._take_back(self.seen + tokens_to_remove)
+        self.forget()
+
+    def _take_back(self, seen: int) -> None:
+        if (self.compressed or self.memory) and not self.draft:
+            raise Unsupported(NO_TARGET)
+        if self.plain and self.groups[0].start > self.reach(seen):
+            self._lacks(seen)
+        for group in self.groups:
+            group.take_back(seen)
+        # what a page remembers may be of tokens that are gone
+        self.memory = {}
+        self.seen = seen
+        self.labels = {name: label[:, :seen] for name, label in self.labels.items()}
+        self.positions = None if self.positions is None else self.positions[:, :seen]
+
+    def _lacks(self, seen: int) -> None:
+        """The window has dropped tokens that it would reach again."""
+        first = self.groups[0].start
+        if not self.draft:
+            raise Unsupported(
+                f"crop to {seen} tokens: this layer sees {self.window} keys and has dropped those before {first}; "
+                "call activate_past_recording before tokens that may be taken back"
+            )
+        self.compressed, self.groups[0].index = True, self.groups[0].table().int()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx)
@@ -196,16 +294,12 @@ class LedgerLayer(DynamicLayer):
         return [slots[head] for head in sorted(slots)]
 
 
-def as_ledger(layer: DynamicLayer) -> LedgerLayer:
-    """A ledger layer with what a dynamic layer holds."""
-    new = LedgerLayer()
+def as_ledger(layer: DynamicLayer, window: int | None = None) -> LedgerLayer:
+    """A ledger layer with what a dynamic layer holds, and the window of the layer."""
+    new = LedgerLayer(window)
+    new.record_past = getattr(layer, "record_past", False)
     if layer.is_initialized and layer.keys is not None and layer.keys.numel():
-        seen = layer.get_seq_length()
         new._start(layer.keys, layer.values)
-        if seen != layer.keys.shape[2]:
-            group = new.groups[0]
-            first = seen - group.n
-            group.index = torch.arange(first, seen, device=layer.keys.device, dtype=torch.int32)[None, None]
-            new.compressed = True
-        new.seen = seen
+        new.seen = layer.get_seq_length()
+        new.groups[0].start = new.seen - new.groups[0].n
     return new

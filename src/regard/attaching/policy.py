@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.slots import Group
-from regard.attaching.views import visibility
-from regard.core import Method, NeverFired, Unsupported
+from regard.attaching.views import make_view, visibility
+from regard.core import Method, NeverFired, Unsupported, require
 from regard.core.errors import present
 from regard.kinds.cache import CachePage
 from regard.ops import Kept, View, gather_rows, keep_best, parse_budget, per_query_head
@@ -24,6 +24,7 @@ class CachePolicy(Actor):
     """A cache page and its settings."""
 
     needs_cache = True
+    evicts = True
 
     def __init__(self, method: Method) -> None:
         self.method, self.name = method, method.name
@@ -90,7 +91,9 @@ class CachePolicy(Actor):
         view.report_bytes = lambda n: step.reported.__setitem__(view.layer, n)
         if view.seen not in step.budgets:
             step.budgets[view.seen] = self.budget(view, group)
-        view.budget = step.budgets[view.seen]
+        view.budget, view.window = step.budgets[view.seen], call.ledger.window
+        if view.window is not None:
+            view.budget = view.budget.clamp(max=view.window)
         rotary, module, page = call.rotary, call.module, self.page
         if rotary is not None and (page.shift or page.attention or rotary.can_rotate(module)):
             of_queries = page.shift is None
@@ -119,7 +122,7 @@ class CachePolicy(Actor):
 
     def evict(self, call: AttentionCall, view: View) -> None:
         self._count_bytes(call, view)
-        page, cfg, whole = self.page, self.method.config, call.stored
+        page, cfg, whole = self.page, self.method.config, in_reach(call)
         if page.phase == "prefill" and whole.phase != "prefill":
             return
         kept: Kept | None = None
@@ -146,6 +149,24 @@ def memory_of(call: AttentionCall, view: View) -> dict:
     if len(layer.groups) == 1:
         return layer.memory
     return layer.memory.setdefault(call.slots.heads, {})
+
+
+def in_reach(call: AttentionCall) -> View:
+    """What is stored and a query to come will see. The rest is dropped first: nothing is kept in its place."""
+    group, ledger, whole = call.slots, call.ledger, call.stored
+    if ledger.window is None or not group.forget(ledger.reach(ledger.seen)):
+        return whole
+    k, v = group.k(), group.v()
+    if k.shape[1] != call.k.shape[1] or k.shape[-1] != call.k.shape[-1]:  # latents, expanded for the call
+        require(
+            group.index is None, "a sliding layer of latents keeps its whole window", window=ledger.window
+        )
+        k, v = (x[:, :, x.shape[2] - group.n :] for x in (call.k, call.v))
+    new = make_view(replace(call, k=k, v=v))
+    return replace(
+        whole, k=k, v=v, index=new.index, real=new.real, bias=new.bias, visible=new.visible, count=new.count,
+        cached_scores=None,
+    )  # fmt: skip
 
 
 def view_of_slots(call: AttentionCall, view: View, slots: Tensor, shift: Tensor | None) -> View:

@@ -5,12 +5,13 @@ counted, -1 = empty), `count` (tokens a merged slot stands for) and named notes 
 place of batch or heads where all agree.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from regard.ops import Kept, gather_rows
+from regard.ops import Kept, gather_rows, slots_of
 
 SLACK = 16  # room for at least so many tokens whenever a buffer grows; beyond, an eighth of its length
 
@@ -33,9 +34,10 @@ class Group:
     keys: Tensor  # [B, g, room, D]
     values: Tensor  # [B, g, room, E]
     n: int
-    index: Tensor | None = None  # [1|B, 1|g, room] int32; None: slot i holds token i
+    index: Tensor | None = None  # [1|B, 1|g, room] int32; None: slot i holds token start + i
     count: Tensor | None = None  # [B, g, room] float32; None: every slot is one token
     notes: dict[str, Tensor] = field(default_factory=dict)  # [B, g, room] float32
+    start: int = 0  # true index of slot 0 where `index` is None: what lay before is out of the layer's window
     # [B, g, s, D] keys of the first s slots before they were moved to other positions
     origin: Tensor | None = None
 
@@ -48,7 +50,7 @@ class Group:
     def table(self) -> Tensor:
         """[1|B, 1|g, n] int64 true index of every slot."""
         if self.index is None:
-            return torch.arange(self.n, device=self.keys.device)[None, None]
+            return torch.arange(self.start, self.start + self.n, device=self.keys.device)[None, None]
         return self.index[..., : self.n].long()
 
     def note(self, name: str) -> Tensor:
@@ -61,6 +63,13 @@ class Group:
         buffers = {name: getattr(self, name) for name in ("keys", "values", "index", "count", "origin")}
         buffers |= {f"note.{name}": t for name, t in self.notes.items()}
         return {name: t for name, t in buffers.items() if t is not None}
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change` of every tensor in its place."""
+        for name in ("keys", "values", "index", "count", "origin"):
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+        self.notes = {name: change(note) for name, note in self.notes.items()}
 
     def append(self, k: Tensor, v: Tensor, start: int) -> None:
         """Store new tokens whose first has true index `start`."""
@@ -108,6 +117,49 @@ class Group:
         self.n = slots.shape[-1]
         if kept.merged is not None:
             self._merge(*kept.merged)
+
+    def forget(self, before: int) -> bool:
+        """Drop the tokens whose true index is below `before`, which no query will see again; whether any was there."""
+        if self.index is None:
+            gone = min(max(before - self.start, 0), self.n)
+            self._drop_first(gone)
+            return gone > 0
+        table = self.table()
+        out = (table >= 0) & (table < before)
+        dropped = before > 0 and bool(out.any())
+        if dropped:
+            self.keep(Kept(slots_of((table >= 0) & ~out)))
+        return dropped
+
+    def _drop_first(self, gone: int) -> None:
+        """Few slots go by a step forward in their buffers, which the next growth frees; many by a copy of the rest."""
+        if gone == 0:
+            return
+        self.restore()
+        self.start, self.n = self.start + gone, self.n - gone
+        rest = lambda t: grown(t[:, :, gone:], self.n, 0, 2) if gone > SLACK else t[:, :, gone:]  # noqa: E731
+        self.keys, self.values = rest(self.keys), rest(self.values)
+        self.count = None if self.count is None else rest(self.count)
+        self.notes = {name: rest(note) for name, note in self.notes.items()}
+
+    def newest(self, n: int) -> "Group":
+        """The last n slots, of a group that holds more because its past is recorded; the same memory."""
+        if n == self.n:
+            return self
+        first, last = self.n - n, slice(self.n - n, self.n)
+        notes = {name: t[..., last] for name, t in self.notes.items()}
+        index = None if self.index is None else self.index[..., last]
+        count = None if self.count is None else self.count[..., last]
+        keys, values = self.keys[:, :, last], self.values[:, :, last]
+        return Group(self.heads, keys, values, n, index, count, notes, self.start + first)
+
+    def take_back(self, seen: int) -> None:
+        """Drop the tokens from true index `seen` on."""
+        if self.index is None:
+            self.n = max(0, seen - self.start)
+            return
+        table = self.table()
+        self.keep(Kept(slots_of((table >= 0) & (table < seen))))
 
     def _keeps_first(self, slots: Tensor) -> bool:
         """Whether the slots at the beginning whose keys were rotated all stay where they are, if there are any."""
@@ -161,7 +213,7 @@ class Group:
         for length in sorted(set(lengths)):
             chosen = [i for i, n in enumerate(lengths) if n == length]
             heads = tuple(self.heads[i] for i in chosen)
-            part = Group(heads, self.keys[:, chosen], self.values[:, chosen], self.n)
+            part = Group(heads, self.keys[:, chosen], self.values[:, chosen], self.n, start=self.start)
             part.index = None if self.index is None else self.index.expand(-1, len(lengths), -1)[:, chosen]
             part.count = None if self.count is None else self.count[:, chosen]
             part.notes = {name: t[:, chosen] for name, t in self.notes.items()}

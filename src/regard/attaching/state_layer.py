@@ -28,6 +28,7 @@ class StateLayer(LedgerLayer):
             raise Unsupported(
                 "this cache holds a mechanism's state and no keys; attach the mechanism again to go on with it"
             )
+        self.make_writable()
         self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
         self.seen += key_states.shape[2]
         self.pending.append(self)

@@ -30,11 +30,12 @@ def save_cache(cache: Cache, path: str | Path) -> None:
         facts: dict[str, Any] = {
             "seen": layer.seen,
             "compressed": layer.compressed,
+            "window": layer.window,
             "memory": {},
             "groups": [],
         }
         for g, group in enumerate(layer.groups):
-            facts["groups"].append({"heads": group.heads, "n": group.n})
+            facts["groups"].append({"heads": group.heads, "n": group.n, "start": group.start})
             for name, t in group.tensors().items():
                 cut = t if name == "origin" else t[:, :, : group.n]
                 tensors[f"{i}.{g}.{name}"] = cut.contiguous().clone()
@@ -78,7 +79,7 @@ def load_cache(path: str | Path, device: str | torch.device = "cpu") -> Cache:
 
 
 def restored(i: int, facts: dict, tensors: dict[str, Tensor]) -> LedgerLayer:
-    layer = LedgerLayer()
+    layer = LedgerLayer(facts.get("window"))
     layer.seen, layer.compressed = facts["seen"], facts["compressed"]
     for g, group in enumerate(facts["groups"]):
         prefix = f"{i}.{g}."
@@ -86,7 +87,7 @@ def restored(i: int, facts: dict, tensors: dict[str, Tensor]) -> LedgerLayer:
             k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
         }
         notes = {k.removeprefix("note."): t for k, t in named.items() if k.startswith("note.")}
-        rest = {k: named.get(k) for k in ("index", "count", "origin")}
+        rest = {k: named.get(k) for k in ("index", "count", "origin")} | {"start": group.get("start", 0)}
         heads, n = tuple(group["heads"]), group["n"]
         layer.groups.append(Group(heads, named["keys"], named["values"], n, notes=notes, **rest))
     if layer.groups:

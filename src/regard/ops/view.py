@@ -58,6 +58,8 @@ class View:
     report_bytes: Callable[[int], None] = lambda n: None
     # (x [B, h, m, D], by [.., h, m]) -> x rotated further
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    # keys that a query of a sliding layer sees, its own included; what lies before them never comes back
+    window: int | None = None
 
     @property
     def stored(self) -> int:
@@ -245,6 +247,35 @@ class View:
         # the first token of the row with so many before it
         index = torch.searchsorted(self.order, place.expand(len(self.order), -1).contiguous())
         return at_index(self.positions, index[..., None]).squeeze(-1)
+
+    def tokens(self, slots: Tensor) -> Tensor:
+        """What a page that only reads remembers of slots [b, h, m]; -1: none. `slots` gives them in a later step.
+
+        Slots move where a sliding layer drops its oldest: there it is the true index of each token.
+        """
+        if self.window is None:
+            return slots
+        lead = [max(self.index.shape[i], slots.shape[i]) for i in (0, 1)]
+        index = self._by_head(slots.shape[1]).expand(*lead, -1)
+        return index.gather(-1, slots.clamp(min=0).expand(*lead, -1)).masked_fill(slots < 0, -1)
+
+    def slots(self, tokens: Tensor) -> Tensor:
+        """[b, h, m] where what `tokens` gave in an earlier step is stored now; -1: no longer."""
+        if self.window is None:
+            return tokens
+        index = self._by_head(tokens.shape[1])
+        place = torch.arange(self.stored, device=index.device).expand_as(index)
+        where = index.new_full((*index.shape[:2], self.seen + 1), -1)  # [1|B, 1|h, seen], and one for none
+        where = where.scatter(-1, index.masked_fill(index < 0, self.seen), place)
+        where[..., -1] = -1
+        lead = [max(index.shape[i], tokens.shape[i]) for i in (0, 1)]
+        tokens = tokens.masked_fill((tokens < 0) | (tokens >= self.seen), self.seen)
+        return where.expand(*lead, -1).gather(-1, tokens.expand(*lead, -1))
+
+    def _by_head(self, heads: int) -> Tensor:
+        """[1|B, 1|heads, n] the table of slots for so many heads, of the cache or of queries."""
+        spread = 1 < self.index.shape[1] < heads
+        return self.index.repeat_interleave(heads // self.index.shape[1], 1) if spread else self.index
 
     def hold(self) -> Tensor:
         """[1|B, 1|G, n] bool: the slot holds a real token."""

@@ -66,30 +66,30 @@ def parts(view: View, cfg: Config) -> Iterator[Part]:
     """
     tokens = None if cfg.budget is None else parse_budget(cfg.budget).tokens
     budgets = [None if cfg.budget is None else tokens or b for b in view.budget.tolist()]
-    starts = (view.seen - view.length()).expand(len(budgets)).tolist()
+    starts, fresh = (x.expand(len(budgets)).tolist() for x in (view.seen - view.length(), view.fresh()))
     if "chunk" not in view.memory:
         view.memory["chunk"] = torch.tensor([split(b, cfg)[0] for b in budgets])
-    fresh = view.fresh().expand(len(budgets)).tolist()
     kinds = list(zip(starts, view.memory["chunk"].tolist(), budgets, fresh, strict=True))
     each = [slice(None)] if len(set(kinds)) == 1 else [slice(b, b + 1) for b in range(len(kinds))]
     for rows, (start, w, budget, new) in zip(each, kinds, strict=False):
-        if new == 0:  # padding alone
-            continue
         chunks = cfg.chunks if budget is None else max(3, budget // w)
         full = max(chunks * w, budget or 0, cfg.trained or 0)
-        q = view.q[rows, :, -new:]
-        yield Part(rows, q, view.k[rows, :, start:], view.v[rows, :, start:], w, chunks, full)
+        q = view.q[rows, :, view.new - new :]
+        if new:  # else the step is padding alone
+            yield Part(rows, q, view.k[rows, :, start:], view.v[rows, :, start:], w, chunks, full)
 
 
 def read_chunks(view: View, cfg: Config) -> Tensor | None:
     """[B, H, N, E], or None while every query reads everything."""
-    if view.bias is not None or view.stored != view.seen or not view.counts_one_by_one():
-        raise Unsupported(
-            "LongHeads where a position bias is added, tokens are missing or tokens share positions"
-        )
-    if (cfg.budget == 1.0 and isinstance(cfg.budget, float)) or windowed(view):
-        # nothing is ever left out
+    # a window of the layer's own never leaves the trained distances; all of the text leaves nothing out
+    if view.window is not None or (cfg.budget == 1.0 and isinstance(cfg.budget, float)):
         return None
+    # the cache began without it, or was cropped
+    unknown = view.stored != view.seen or (view.new < view.seen and "keys" not in view.memory)
+    if view.bias is not None or unknown or not view.counts_one_by_one():
+        raise Unsupported(
+            "LongHeads under a position bias, without all tokens and chunk keys, or on shared positions"
+        )
     groups = list(parts(view, cfg))
     remember(view, groups)
     if all(part.k.shape[2] <= part.full for part in groups):
@@ -98,13 +98,6 @@ def read_chunks(view: View, cfg: Config) -> Tensor | None:
     for part in groups:
         out[part.rows, :, view.new - part.q.shape[2] :] = read(view, part)
     return out
-
-
-def windowed(view: View) -> bool:
-    """Whether this layer slides its own window and so never leaves the trained distances."""
-    seen = view.visible(slice(view.new - 1, view.new))
-    first = (view.seen - view.length())[:, None]  # padding comes before it
-    return seen is not None and not bool(seen[:, 0, 0].gather(1, first.expand(len(seen), 1)).all())
 
 
 def remember(view: View, groups: list[Part]) -> None:

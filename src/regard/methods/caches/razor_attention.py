@@ -56,6 +56,7 @@ def share(cfg: Config, budget: int, real: int, total: int) -> tuple[int, int]:
 def cuts(view: View, cfg: Config) -> tuple[Tensor, Tensor]:
     """(heads that are cut [1|B, G, 1], tokens that each of them may hold [1|B])."""
     real = view.length().expand(len(view.budget))
+    real = real if view.window is None else real.clamp(max=view.window)
     shares = [share(cfg, b, r, view.total_heads) for b, r in zip(view.budget.tolist(), real.tolist())]
     full, tokens = view.budget.new_tensor(shares).unbind(-1)
     ranks = {head: i for i, head in enumerate(cfg.heads)}

@@ -33,7 +33,7 @@ class Config:
 def due(view: View, cfg: Config) -> Tensor:
     """[B] rows whose step attends to everything: so many steps after the last, or a query unlike that one's."""
     memory = view.memory
-    if "slots" not in memory:
+    if "tokens" not in memory:
         return torch.ones(len(view.q), dtype=torch.bool, device=view.q.device)
     full = memory["steps"] >= cfg.stride
     if cfg.similarity is None:
@@ -46,31 +46,30 @@ def select(view: View, cfg: Config) -> Tensor | None:
     memory, held = view.memory, view.hold()
     fits = view.budget >= held.sum(-1).amax(-1)  # [B]
     if view.phase != "decode" or bool(fits.all()):
-        memory.pop("slots", None)
+        memory.pop("tokens", None)
         return None
     full = due(view, cfg) | fits
     if bool(full.any()):
-        choose(view, full, cfg)
+        choose(view, full)
     memory["steps"] = torch.where(fits, cfg.stride, memory["steps"] + 1)
     if bool(full.all()):
         return None
-    since = torch.arange(view.stored, device=full.device) >= memory["mark"][:, None]
-    since = slots_of((since | full[:, None])[:, None] & held)
-    chosen = memory["slots"].masked_fill(full[:, None, None], -1)
-    return torch.cat([chosen, since.expand(*chosen.shape[:2], -1)], -1)
+    since = (view.index >= memory["seen"][:, None, None]) | full[:, None, None]
+    chosen = view.slots(memory["tokens"]).masked_fill(full[:, None, None], -1)
+    return torch.cat([chosen, slots_of(since & held).expand(*chosen.shape[:2], -1)], -1)
 
 
-def choose(view: View, full: Tensor, cfg: Config) -> None:
+def choose(view: View, full: Tensor) -> None:
     """Note for the rows whose step is full [B] which keys the steps after it read."""
     memory = view.memory
     received = view.by_cache_head(view.weights()[:, :, 0])  # [B, G, n]
-    slots = top_slots(received.masked_fill(~view.hold(), -torch.inf), view.budget[:, None])
-    new = dict(slots=slots, query=view.q[:, :, -1], mark=torch.full_like(view.budget, view.stored),
+    tokens = view.tokens(top_slots(received.masked_fill(~view.hold(), -torch.inf), view.budget[:, None]))
+    new = dict(tokens=tokens, query=view.q[:, :, -1], seen=torch.full_like(view.budget, view.seen),
                steps=torch.zeros_like(view.budget))  # fmt: skip
     old = {name: memory.get(name, x) for name, x in new.items()}
-    wide = max(old["slots"].shape[-1], slots.shape[-1])
+    wide = max(old["tokens"].shape[-1], tokens.shape[-1])
     for notes in (old, new):
-        notes["slots"] = F.pad(notes["slots"], (0, wide - notes["slots"].shape[-1]), value=-1)
+        notes["tokens"] = F.pad(notes["tokens"], (0, wide - notes["tokens"].shape[-1]), value=-1)
     memory.update({name: by_row(full, x, old[name]) for name, x in new.items()})
 
 

@@ -46,6 +46,8 @@ def keep(view: View, cfg: Config) -> Kept | None:
         return None
     budget = view.budget[:, None, None] if view.real is not None else view.budget[:1, None, None]
     sinks = (budget - 1).clamp(max=cfg.sinks)
+    if view.window is not None:  # sinks leave a window as all tokens do
+        sinks = sinks.minimum((view.hold() & (view.rank() < cfg.sinks)).sum(-1, keepdim=True))
     return Kept(slots_of(stays(view.rank(), view.age(), sinks, budget - sinks) & view.hold()))
 
 
@@ -55,14 +57,16 @@ def shift(view: View, slots: Tensor | None, cfg: Config) -> Tensor | None:
         return None
     hold, rank = view.hold(), view.rank()
     first, there = rank[..., : cfg.sinks], torch.arange(cfg.sinks, device=rank.device)
-    # [1|B, 1|g] how many tokens the text keeps from its start on
-    sinks = ((first == there) & hold[..., : cfg.sinks]).cumprod(-1).sum(-1)
-    after = hold & (rank >= sinks[..., None])
-    position = view.position()
-    far = position.amax() + 1
-    next_held = torch.where(after, position, far).amin(-1)
-    gone = torch.where(after.any(-1), next_held - view.position_at(sinks), 0)
-    return torch.where(there < sinks[..., None], gone[..., None], 0) if bool((gone > 0).any()) else None
+    start = torch.where(hold, rank, view.seen).amin(
+        -1
+    )  # [1|B, 1|g]: 0 but where a sliding layer dropped sinks
+    # how many tokens follow each other from there on
+    sinks = ((first == start[..., None] + there) & hold[..., : cfg.sinks]).cumprod(-1).sum(-1)
+    after, position = hold & (rank >= (start + sinks)[..., None]), view.position()
+    next_held = torch.where(after, position, position.amax() + 1).amin(-1)
+    gone = torch.where(after.any(-1), next_held - view.position_at(start + sinks), 0)
+    moved = torch.where(there < sinks[..., None], gone[..., None], 0)
+    return moved if bool((moved > 0).any()) else None
 
 
 METHOD = CachePage(

@@ -35,10 +35,17 @@ class Config:
 def select(view: View, cfg: Config) -> Tensor | None:
     if view.phase != "decode" or view.fits():
         return None
-    if view.layer in cfg.select:
-        view.shared["tidal"] = top_slots(view.visible_scores()[:, :, 0], view.budget[:, None])  # [B, H, k]
+    if view.window is not None:
+        return search(view) if view.layer >= cfg.full else None
+    if view.layer in cfg.select or (view.layer > min(cfg.select) and "tidal" not in view.shared):
+        view.shared["tidal"] = search(view)
         return None
     return view.shared.get("tidal") if view.layer >= cfg.full else None
+
+
+def search(view: View) -> Tensor:
+    """[B, H, k] slots of the best keys of each query head."""
+    return top_slots(view.visible_scores()[:, :, 0], view.budget[:, None])
 
 
 METHOD = CachePage(
@@ -56,6 +63,8 @@ METHOD = CachePage(
         state="the whole cache; memory does not shrink",
         needs=("decoder-lm",),
         neutral={"budget": 1.0},
-        caveat="the paper's periodic correction of the cache is left out: cached keys of sparse steps stay as they are",
+        caveat="a sliding layer does not see what the others read: it searches its own window, and the next full "
+        "layer is searched in its place. The paper's periodic correction of the cache is left out: cached keys of "
+        "sparse steps stay as they are",
     ),
 )

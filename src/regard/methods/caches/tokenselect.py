@@ -107,15 +107,16 @@ def middle(view: View, cfg: Config, between: Tensor, k: Tensor, fits: Tensor) ->
     """[B, 1, k] slots of those in `between` by vote; a row whose query hardly changed reads its last choice again."""
     memory, reuse = view.memory, similar(view, cfg) & ~fits
     if bool(reuse.all()):
-        return memory["middle"]
+        return view.slots(memory["middle"])
     chosen = top_slots(votes(view, cfg).masked_fill(~between, -torch.inf), k.expand(len(reuse), 1))
+    chosen = view.tokens(chosen)  # slots move in a sliding layer
     new = {"middle": chosen, "query": view.newest_query(), "at": newest_position(view), "chose": ~fits}
     old = {name: memory.get(name, new[name]) for name in new}
     wide = max(old["middle"].shape[-1], chosen.shape[-1])
     for choice in (old, new):
         choice["middle"] = F.pad(choice["middle"], (0, wide - choice["middle"].shape[-1]), value=-1)
     memory.update({name: by_row(reuse | fits, old[name], new[name]) for name in new})
-    return by_row(reuse, old["middle"], new["middle"])
+    return view.slots(by_row(reuse, old["middle"], new["middle"]))
 
 
 METHOD = CachePage(

@@ -23,6 +23,7 @@ from regard.testing.cache.checks import (
     check_two_calls,
     full_bytes,
 )
+from regard.testing.cache.handling import check_draft, check_goes_on, check_window
 from regard.testing.cache.oracle import movable
 from regard.testing.cache.script import FAMILIES, PADS, play, script
 from regard.testing.zoo import DECODERS, build
@@ -85,7 +86,8 @@ def check_cache(
             check_budget(
                 method, first, f"{some}B" if budget == "bytes" else budget, method.page.reads_generated
             )
-    for check in (check_bytes, check_two_calls, check_generation, check_bfloat16):
+    check_window(method)
+    for check in (check_bytes, check_two_calls, check_generation, check_goes_on, check_draft, check_bfloat16):
         check(method, first)
     return effect
 

@@ -1,0 +1,87 @@
+"""Checks of what happens to a cache beside plain decoding: windows, copies, modes of PyTorch, drafts."""
+
+import copy
+import pickle
+from contextlib import suppress
+from dataclasses import fields
+from itertools import product
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from regard.attaching.attachment import attach
+from regard.core import Method, Unsupported
+from regard.testing.cache.checks import generate
+from regard.testing.cache.oracle import gap, hide
+from regard.testing.cache.script import NEAR, play, script
+from regard.testing.zoo import build
+
+
+def check_window(method: Method, family: str = "mistral") -> None:
+    """A sliding layer holds what its window still reaches, and nothing changes where the budget covers the window.
+
+    In the model's own cache and in one of full layers, for budgets above and below the window.
+    """
+    model, _ = build(family)
+    feeds, window = script(), model.config.sliding_window
+    full = hide(model, feeds)
+    budgets = (window + 2, window - 2) if any(f.name == "budget" for f in fields(method.config)) else (None,)
+    for budget, config in product(budgets, (model.config, None)):
+        some = method if budget is None else method.with_settings(budget=budget)
+        tape = play(model, some, feeds, cache=DynamicCache(config=config))
+        said = f"{some.label} on {family}, whose layers see {window} tokens"
+        for step, layers in enumerate(tape.held):
+            late = [i for i, held in layers.items() if bool(held[..., : 1 - window].any())]
+            assert not late, f"{said}: after forward {step} layers {late} hold tokens that no query will see"
+        if some.page.attention is None:
+            wrong = gap(feeds, tape.outs, hide(model, feeds, tape.reads))
+            assert wrong <= NEAR, f"{said}: {wrong:.1e} away from a full cache with the same tokens hidden"
+        if budget is not None and budget > window:
+            wrong = gap(feeds, tape.outs, full)
+            assert wrong <= NEAR, f"{said}: the budget covers them all, and {wrong:.1e} changes"
+
+
+def check_goes_on(method: Method, family: str) -> None:
+    """A cache that was copied, pickled, offloaded, or begun in inference mode goes on as if it had not been."""
+    model, _ = build(family)
+    feeds = script()
+    expected = play(model, method, feeds).outs
+    for what, change in {
+        "a copy": copy.deepcopy,
+        "pickled": lambda cache: pickle.loads(pickle.dumps(cache)),
+        "offloaded": offloaded,
+        "inference mode": lambda cache: cache,
+    }.items():
+        cache, outs = Cache(layer_class_to_replicate=DynamicLayer), []
+        with attach(model, method):
+            for i, feed in enumerate(feeds):
+                with torch.inference_mode(what == "inference mode" and i % 2 == 0), torch.no_grad():
+                    outs.append(model(**feed, past_key_values=cache).logits)
+                cache = change(cache)
+        wrong = gap(feeds, outs, expected)
+        assert wrong <= NEAR, f"{method.label} on {family}, {what} after every step: {wrong:.1e} away"
+
+
+def offloaded(cache: Cache) -> Cache:
+    for layer in cache.layers:
+        layer.offload()
+    return cache
+
+
+def check_draft(method: Method, family: str) -> None:
+    """On the assistant of another model it changes no token, or says that it cannot; on that model it is refused."""
+    (model, _), (draft, _) = build(family), build(family)
+    feed = script(steps=(20,), pads=(0,))[0]
+    alone = generate(model, feed, max_new_tokens=16).sequences
+    # an attention of the page's own may need what it computed before some tokens were taken back
+    with suppress(*[Unsupported] if method.page.attention is not None else []), attach(draft, method):
+        drafted = generate(model, feed, max_new_tokens=16, assistant_model=draft).sequences
+        assert torch.equal(drafted, alone), f"{method.label} on {family}: other tokens when it drafts"
+    refused = ""
+    try:
+        with attach(model, method):
+            generate(model, feed, assistant_model=draft)
+    except Unsupported as error:
+        refused = str(error)
+    said = f"{method.label} on {family}: assisted decoding would change what it answers, and is not refused by name"
+    assert "assisted decoding" in refused, said
