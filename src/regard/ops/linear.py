@@ -244,6 +244,8 @@ def step(q, k, v, g, state, normalise: bool, eps: float) -> tuple[Tensor, Tensor
 def both_ways(q, k, v, g, normalise: bool, eps: float, chunk: int, backend: str) -> Tensor:
     """A scan in each direction; a token's own, in both, counts once."""
     dtype = v.dtype
+    # parts of a sum that float16 holds may leave its range; products are in float32 all the same
+    v = v.float() if dtype == torch.float16 else v
     if normalise:
         v = F.pad(v, (0, 1), value=1.0)
     g = bounded(g, q, backend)

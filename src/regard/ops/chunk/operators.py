@@ -6,6 +6,7 @@ from torch import Tensor
 from regard.ops.chunk.backward import Saved, empty_gradients, scan_back
 from regard.ops.chunk.forward import empty_results, scan
 from regard.ops.chunk.tiles import Workspace
+from regard.ops.precision import as_written
 
 
 def chunked(
@@ -30,6 +31,7 @@ def chunked(
 
 
 @torch.library.custom_op("regard::scan_tiles", mutates_args=())
+@as_written
 def scan_tiles(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, heads: int, chunk: int,
     normalise: bool, eps: float, keep: bool,
@@ -47,6 +49,7 @@ def _(q, k, v, g, state, heads, chunk, normalise, eps, keep):
 
 
 @torch.library.custom_op("regard::scan_tiles_back", mutates_args=())
+@as_written
 def scan_tiles_back(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, out: Tensor, total: Tensor, starts: Tensor, dout: Tensor,
     dend: Tensor, heads: int, chunk: int, normalise: bool, gates: bool,
