@@ -118,6 +118,31 @@ def gradient_cut(q, k, v, cfg, call):
     return attention(q, k.detach() if q.shape[2] > 1 else k, v, cfg, call)
 
 
+class NoForward(torch.autograd.Function):
+    """q as it is, with a forward-mode derivative of zero, and a derivative of the gradient that is cut."""
+
+    @staticmethod
+    def forward(q):
+        return q.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, dq):
+        return dq.detach()
+
+    @staticmethod
+    def jvp(ctx, dq):
+        return torch.zeros_like(dq)
+
+
+@planted("derivatives")
+def derivatives_silently_zero(q, k, v, cfg, call):
+    return attention(NoForward.apply(q), k, v, cfg, call)
+
+
 @planted("gradients")
 def gradient_cut_in_both(q, k, v, cfg, call):
     return attention(q.detach() + 0 * q, k, v, cfg, call)

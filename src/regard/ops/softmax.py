@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.ops.precision import as_written
+from regard.ops.transforms import asks_values
 
 LOW = (torch.bfloat16, torch.float16)
 LONG = 4096  # stored tokens from which on a head is worth a product of its own; changes the speed only
@@ -97,11 +98,6 @@ def masked_softmax(s: Tensor, mask: Tensor | None = None, sinks: Tensor | None =
     dead = (s == -torch.inf).all(-1, keepdim=True)
     # a dead row has finite gradients too
     return torch.where(dead, 0, s).softmax(-1).masked_fill(dead, 0)
-
-
-def asks_values() -> bool:
-    """Whether Python may look into a tensor here: neither while torch.compile traces nor inside torch.func."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def mix(weights: Tensor, v: Tensor) -> Tensor:

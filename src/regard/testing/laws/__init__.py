@@ -5,7 +5,12 @@ Mechanisms and blocks are asked the same functions (testing/mechanism.py, testin
 """
 
 from regard.testing.laws.carrying import check_decode, check_padded_state, check_segments, check_state_size
-from regard.testing.laws.equality import check_fast_equals_reference, check_gradients, check_speed_settings
+from regard.testing.laws.equality import (
+    check_derivatives,
+    check_fast_equals_reference,
+    check_gradients,
+    check_speed_settings,
+)
 from regard.testing.laws.influence import (
     check_accumulates,
     check_causality,
@@ -43,6 +48,7 @@ CHECKS = (
     check_fast_equals_reference,
     check_speed_settings,
     check_gradients,
+    check_derivatives,
     check_influence,
     check_queries,
     check_last_queries,
@@ -78,6 +84,7 @@ __all__ = [
     "check_fast_equals_reference",
     "check_speed_settings",
     "check_gradients",
+    "check_derivatives",
     "check_influence",
     "check_causality",
     "check_reach",
