@@ -18,7 +18,7 @@ SOFTMAX = catalog.get("softmax")
 FAULTS: dict[str, tuple[Mechanism, str, tuple[str, ...]]] = {}
 
 
-def attention(q, k, v, cfg, call, *, sees=None):
+def attention(q, k, v, cfg, call, *, sees=None, zeroed=True, before=0.5):
     """A third softmax attention, short enough to plant faults in. `sees` [n, m] is the pattern's own mask."""
     if call.initial_state is not None:
         k, v = torch.cat([call.initial_state[0], k], 2), torch.cat([call.initial_state[1], v], 2)
@@ -30,7 +30,9 @@ def attention(q, k, v, cfg, call, *, sees=None):
     mask = sees if mask is None else mask & sees
     share = q.shape[1] // k.shape[1]
     k_h, v_h = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-    s = (q @ k_h.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
+    if zeroed and call.key_mask is not None:
+        k_h, v_h = (t.masked_fill(~call.key_mask[..., None], 0) for t in (k_h, v_h))
+    s = (q * before @ k_h.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5 / before
     s = torch.where(mask.any(-1, keepdim=True), s.masked_fill(~mask, -torch.inf), 0)
     out = s.softmax(-1).masked_fill(~mask, 0).to(v.dtype) @ v_h
     return out, (k, v) if call.pattern == "causal_self" else None
@@ -79,6 +81,16 @@ def planted(*laws: str, pattern: str = "causal_self", **fields):
     return plant
 
 
+@planted("padding_nan")
+def nothing_zeroed_under_padding(q, k, v, cfg, call):
+    return attention(q, k, v, cfg, call, zeroed=False)
+
+
+@planted("extremes", pattern="cross")
+def rounded_before_it_is_scaled(q, k, v, cfg, call):
+    return attention(q, k, v, cfg, call, before=1.0)
+
+
 @planted("fast_equals_reference", both=False)
 def no_causal_mask_in_fast(q, k, v, cfg, call):
     return attention(q, k, v, cfg, call, sees=torch.ones(1, 1, dtype=torch.bool))
@@ -104,6 +116,31 @@ def upper_left(q, k, v, cfg, call):
 @planted("fast_equals_reference", both=False)
 def gradient_cut(q, k, v, cfg, call):
     return attention(q, k.detach() if q.shape[2] > 1 else k, v, cfg, call)
+
+
+class NoForward(torch.autograd.Function):
+    """q as it is, with a forward-mode derivative of zero, and a derivative of the gradient that is cut."""
+
+    @staticmethod
+    def forward(q):
+        return q.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, dq):
+        return dq.detach()
+
+    @staticmethod
+    def jvp(ctx, dq):
+        return torch.zeros_like(dq)
+
+
+@planted("derivatives")
+def derivatives_silently_zero(q, k, v, cfg, call):
+    return attention(NoForward.apply(q), k, v, cfg, call)
 
 
 @planted("gradients")
@@ -286,6 +323,14 @@ def test_fault_is_found(fault, monkeypatch):
     assert set(laws) <= set(laws_broken), f"found by {laws_broken}"
     with pytest.raises(AssertionError, match="Softmax attention"):
         check_mechanism(broken, [pattern])
+
+
+def test_a_path_that_autocast_reaches_is_found():
+    """Pages are run with autocast off inside; one that is not says so."""
+    reached = page(attention)
+    object.__setattr__(reached, "fast", attention)
+    verdict = examine(reached, ["causal_self"])["autocast, causal_self"]
+    assert verdict.startswith("broken: (Plain()) fast under autocast to bfloat16")
 
 
 def test_what_cannot_be_asked_says_why():

@@ -25,7 +25,7 @@ def running(x, cfg, call):
     token_mask = torch.ones_like(full[..., :1])
     if call.key_mask is not None:
         token_mask = call.key_mask[:, 0, :, None].to(full.dtype).expand_as(token_mask)
-    total, count = (full * token_mask).cumsum(1), token_mask.cumsum(1)
+    total, count = full.masked_fill(token_mask == 0, 0).cumsum(1), token_mask.cumsum(1)
     if call.initial_state is not None:
         total, count = total + call.initial_state[..., None, :-1], count + call.initial_state[..., None, -1:]
     mean = total / count.clamp(min=1)
@@ -55,6 +55,11 @@ def forgetful(x, cfg, call):
 
 def blind_to_padding(x, cfg, call):
     return running(x, cfg, replace(call, key_mask=None))
+
+
+def times_zero(x, cfg, call):
+    out, state = running(x, cfg, call)
+    return out, state + (x * 0).sum((1, 2))[:, None]
 
 
 def across_the_batch(x, cfg, call):
@@ -96,6 +101,7 @@ def slow_is_another(x, cfg, call):
         (forgetful, "decode"),
         (blind_to_padding, "padding_left"),
         (blind_to_padding, "holes"),
+        (times_zero, "padding_nan"),
         (across_the_batch, "batch"),
         (cut_gradient, "gradients"),
         (without_residual, "shape"),

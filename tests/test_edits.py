@@ -496,3 +496,17 @@ def test_nothing_holds_n_by_n(methods):
     with attach(model, methods), torch.no_grad(), Largest() as largest:
         model(input_ids=tokens, use_cache=True)
     assert 0 < largest.bytes <= n * n * 4 / 2  # half of what one head's scores would be
+
+
+@pytest.mark.parametrize("family", ["llama", "gptoss"])
+def test_a_row_whose_scores_are_all_blocked_attends_to_nothing(family):
+    """Token 0 sees key 0 alone: blocked, its heads give zeros, and all that comes out is finite."""
+    model, _ = build(family)
+    first = Edit(Site("scores", keys=0), "block")
+    with torch.no_grad(), attach(model, [first, Observer("z")]) as attached:
+        out = model(ids(1, 6)).logits
+    assert out.isfinite().all()
+    for _, _, z in attached.records["z"]:
+        assert z.isfinite().all()
+        assert not z[:, :, 0].any()
+        assert z[:, :, 1:].any()

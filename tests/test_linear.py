@@ -99,6 +99,47 @@ def test_scan_is_the_definition_and_the_loop(n, kind):
             same(graded(lambda **kwargs: linear(**kwargs, normalise=ones, chunk=size), tensors), wanted)  # noqa: B023
 
 
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_every_kind(kind, ones):
+    """Forward mode, backward twice, and the Hessian that torch.func makes of both."""
+    tensors = {name: t if t is None or t.dim() == 1 else t[:1] for name, t in inputs(18, kind, ones).items()}
+    names = [name for name, t in tensors.items() if t is not None]
+
+    def scan(*given):
+        return linear(**{**tensors, **dict(zip(names, given, strict=True))}, normalise=ones)
+
+    given = [tensors[name].clone().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(scan, given, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(scan, given, fast_mode=True)
+
+    def energy(q):
+        return scan(q, *(t.detach() for t in given[1:]))[0].square().sum()
+
+    q = tensors["q"]
+    assert_close(torch.func.hessian(energy)(q), torch.autograd.functional.hessian(energy, q))
+    rows = torch.stack([q, 2 * q])
+    wanted = torch.stack([torch.func.grad(energy)(row) for row in rows])
+    assert_close(torch.func.vmap(torch.func.grad(energy))(rows), wanted)
+
+
+def test_a_third_derivative():
+    tensors = inputs(5, "token")
+    tensors = {name: None if t is None else t[:1] for name, t in tensors.items()}
+
+    def out(by, path):
+        return path(**{name: t * (1 + by * (i + 1)) for i, (name, t) in enumerate(tensors.items())})[0].sum()
+
+    found = []
+    for path in (linear, by_token):
+        by = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        slope = out(by, path)
+        for _ in range(3):
+            (slope,) = torch.autograd.grad(slope, by, create_graph=True)
+        found.append(slope)
+    assert_close(*found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_tiles(kind, monkeypatch):
     """Several tiles to a row, and several rows to a tile, give what one gives."""
@@ -119,6 +160,34 @@ def test_strong_gates(kind, value):
         if value == -torch.inf and kind == "fixed":
             tensors["log_decay"][0] = value
         same(graded(linear, tensors), graded(by_token, tensors), tol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("value", [-0.1, -8.0, -15.0, "mixed"])
+def test_strong_gates_keep_the_digits_of_float32(kind, value):
+    """Outputs and gradients, those of gates too, which are small where gates are strong, as near as a plain loop's."""
+    tensors = inputs(130, kind)
+    g = tensors["log_decay"]
+    weak = torch.rand(g.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    g = torch.where(weak, 0.1 * g, 40 * g) if value == "mixed" else 0.2 * g + value
+    tensors["log_decay"] = g
+    wanted = graded(by_token, tensors, slopes)
+    actual = graded(linear, {name: t.float() for name, t in tensors.items()}, slopes)
+    for name, t in wanted.items():
+        error = ((actual[name].double() - t).abs().max() / t.abs().max()).item()
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("pattern", ["cross", "causal_self", "self"])
+def test_100000_tokens_keep_the_digits_of_float32(kind, pattern):
+    """Decays of a long text are not differences of two sums over all of it."""
+    n, draw = 100_000, torch.Generator().manual_seed(0)
+    q, k, v = (torch.rand(1, 1, n, 2, generator=draw, dtype=torch.float64) for _ in range(3))
+    g = -torch.rand({"fixed": (1,), "token": (1, 1, n)}.get(kind, (1, 1, n, 2)), generator=draw).double()
+    exact = linear(q, k, v, g, pattern=pattern)[0]
+    found = linear(*(t.float() for t in (q, k, v, g)), pattern=pattern)[0]
+    assert ((found - exact).abs().max() / exact.abs().max()).item() < 2e-6
 
 
 @pytest.mark.parametrize("kind", ["token", "channel"])

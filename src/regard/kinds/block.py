@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from regard.core import Kind, Page
+from regard.ops.precision import as_written
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,11 @@ class BlockPage(Page):
     state_size: Callable | None = None
     exempt: Mapping[str, str] = field(default_factory=dict)
     kind = "block"
+
+    def __post_init__(self) -> None:
+        for path in ("reference", "fast"):
+            if (function := getattr(self, path)) is not None:
+                object.__setattr__(self, path, as_written(function))
 
 
 KIND = Kind(

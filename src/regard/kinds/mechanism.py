@@ -12,6 +12,7 @@ from regard.core import Kind, Method, Page, Unsupported, near, require
 from regard.core.call import Call, check_finite, check_mask, check_pattern, check_shapes, split_mask
 from regard.core.trees import tree_leaves
 from regard.ops.linear import run_form
+from regard.ops.precision import as_written
 
 TRANSFERS = ("weights", "output")
 IMPLS = ("auto", "reference", "fast", "torch", "triton")
@@ -32,7 +33,7 @@ class Mechanism(Page):
                 numbers of the whole. A tensor, or a tuple or dict of them; never changed in place
 
     Scores, sums and fixed-size states are float32 at least; products may be in the input's dtype. A row that sees
-    nothing is zero.
+    nothing is zero. Autocast changes nothing inside.
 
     init            init(cfg, dims) -> params, dims = {"heads": H, "kv_heads": G, "key": D, "value": E, "width": C}
     unsupported     patterns without a meaning, with the reason
@@ -69,6 +70,9 @@ class Mechanism(Page):
         require(self.transfer in TRANSFERS, f"transfer is one of {TRANSFERS}", transfer=self.transfer)
         if self.form is not None and self.fast is None:
             object.__setattr__(self, "fast", partial(run_form, self.form))
+        for path in ("reference", "fast"):
+            if (function := getattr(self, path)) is not None:
+                object.__setattr__(self, path, as_written(function))
 
     def reads_x(self, cfg: Any) -> bool:
         """Whether it reads the layer's input under these settings."""

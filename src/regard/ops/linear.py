@@ -113,7 +113,7 @@ def dense_linear(
     g = k.new_zeros(1, 1, 1) if g is None else g.to(k.dtype).clamp(min=LOWEST)
     g = g[None, :, None] if g.dim() == 1 else g
     g = (g[..., None] if g.dim() == 3 else g).expand(*k.shape)  # [B, H, M, D]
-    total = g.cumsum(2)  # the decay up to and with a token
+    total = g.double().cumsum(2)  # the decay up to and with a token; differences of sums lose digits
     n, m = q.shape[2], k.shape[2]
     s, t = torch.arange(m, device=q.device), torch.arange(m - n, m, device=q.device)[:, None]
     if "cross" in pattern:
@@ -122,17 +122,18 @@ def dense_linear(
         past = (s <= t)[..., None]
         between = (total[:, :, m - n :, None] - total[:, :, None]).masked_fill(~past, -torch.inf)
         if pattern == "self":
-            before = total - g
+            before = total - g.double()
             ahead = (before[:, :, None] - before[:, :, :, None]).masked_fill(past, -torch.inf)
             between = torch.where(past, between, ahead)
-    weights = torch.einsum("bhnd,bhnmd,bhmd->bhnm", q, between.exp(), k)
+    weights = torch.einsum("bhnd,bhnmd,bhmd->bhnm", q, between.exp().to(q.dtype), k)
     out = weights @ v
     if pattern != "causal_self":
         return finished(out, normalise, eps, dtype), None
-    end = (k * (total[:, :, -1:] - total).exp()).mT @ v  # [B, H, D, E]
+    end = (k * (total[:, :, -1:] - total).exp().to(k.dtype)).mT @ v  # [B, H, D, E]
     if state is not None:
-        out = out + (q * total[:, :, m - n :].exp()) @ state.to(q.dtype)
-        end = end + total[:, :, -1].exp()[..., None] * state.to(q.dtype)
+        total = total.exp().to(q.dtype)
+        out = out + (q * total[:, :, m - n :]) @ state.to(q.dtype)
+        end = end + total[:, :, -1, :, None] * state.to(q.dtype)
     return finished(out, normalise, eps, dtype), end
 
 
@@ -214,8 +215,8 @@ def memory(k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, ones: b
     whole = None
     if g is not None:
         g = g[None, :, None].expand(1, -1, k.shape[2]) if g.dim() == 1 else g
-        total = g.clamp(min=LOWEST).cumsum(2)
-        left, whole = (total[:, :, -1:] - total).exp(), total[:, :, -1].exp()[..., None]
+        left, whole = decays_left(g.clamp(min=LOWEST))
+        left, whole = left.exp(), whole.exp()[..., None]
         k = (at_least_float32(k) * (left if left.dim() == 4 else left[..., None])).to(k.dtype)
         whole = whole if whole.dim() == 4 else whole[..., None]
     added = at_least_float32(in_dtype(k.mT, v))
@@ -224,6 +225,13 @@ def memory(k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, ones: b
     if state is None:
         return added
     return added + (state if whole is None else whole * state).to(added.dtype)
+
+
+def decays_left(g: Tensor) -> tuple[Tensor, Tensor]:
+    """(sums of g [B, H, M, ..] over the tokens after each, the sum over all). From the end, where they are small: a
+    difference of two sums over a long text keeps few digits."""
+    upto = g.flip(2).cumsum(2).flip(2)
+    return torch.cat([upto[:, :, 1:], torch.zeros_like(upto[:, :, :1])], dim=2), upto[:, :, 0]
 
 
 def step(q, k, v, g, state, normalise: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -244,6 +252,8 @@ def step(q, k, v, g, state, normalise: bool, eps: float) -> tuple[Tensor, Tensor
 def both_ways(q, k, v, g, normalise: bool, eps: float, chunk: int, backend: str) -> Tensor:
     """A scan in each direction; a token's own, in both, counts once."""
     dtype = v.dtype
+    # parts of a sum that float16 holds may leave its range; products are in float32 all the same
+    v = v.float() if dtype == torch.float16 else v
     if normalise:
         v = F.pad(v, (0, 1), value=1.0)
     g = bounded(g, q, backend)

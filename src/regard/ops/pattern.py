@@ -6,14 +6,25 @@ import torch
 from torch import Tensor
 
 from regard.core.call import Call
-from regard.ops.softmax import lower_right
+from regard.ops.linear import shown
+from regard.ops.softmax import lower_right, per_query_head
 
 
 def carried(k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Any]:
-    """All keys and values so far, and the state that carries them on: (keys, values) for causal_self, else None."""
+    """All keys and values so far, and the state that carries them on: (keys, values) for causal_self, else None.
+
+    What no query may see is zero among the former, so that NaN under padding stays there, and stands as it came in the
+    state.
+    """
     if call.initial_state is not None:
         k, v = (torch.cat([old, new], dim=2) for old, new in zip(call.initial_state, (k, v), strict=True))
-    return k, v, (k, v) if call.pattern == "causal_self" else None
+    state = (k, v) if call.pattern == "causal_self" else None
+    seen = call.key_mask if call.pair_mask is None else call.pair_mask.any(2)
+    if seen is None:
+        return k, v, state
+    if seen.shape[1] not in (1, k.shape[1]):
+        k, v = (per_query_head(t, seen.shape[1]).expand(-1, seen.shape[1], -1, -1) for t in (k, v))
+    return shown(k, seen), shown(v, seen), state
 
 
 def visible(call: Call, queries: int, keys: int, device: Any = None) -> Tensor | None:

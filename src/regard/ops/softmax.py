@@ -4,11 +4,15 @@ Shapes: q [B, H, N, D]; k [B, G, M, D]; v [B, G, M, E]; H a multiple of G, query
 A mask is boolean, True = attend, broadcastable to [B, H, N, M]. Scores, sums and the softmax are float32 at least.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from regard.ops.precision import as_written
+from regard.ops.transforms import asks_values
 
 LOW = (torch.bfloat16, torch.float16)
 LONG = 4096  # stored tokens from which on a head is worth a product of its own; changes the speed only
@@ -26,6 +30,7 @@ def per_query_head(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
+@as_written
 def times(a: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
     """a @ x, or a @ xᵀ, for stored keys or values x [B, G, n, D] that may be a part of a longer buffer.
 
@@ -45,8 +50,14 @@ def times(a: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
 def scores(
     q: Tensor, k: Tensor, scale: float, softcap: float | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """[B, H, N, M] scaled scores in float32 at least: the product in the input's dtype, the rest above it."""
+    """[B, H, N, M] scaled scores in float32 at least: the product in the input's dtype, the rest above it.
+
+    A power of two of the scale stands before the product, so that it does not leave float16, and rounds nothing.
+    """
     groups, rows = k.shape[1], q.shape[2]
+    before = power_of_two(scale)
+    q = q * before if q.dtype in LOW else q
+    scale = scale / before if q.dtype in LOW else scale
     if groups in (1, q.shape[1]):
         result = times(q, k, transposed=True)
     else:
@@ -56,25 +67,37 @@ def scores(
     return result if bias is None else result + bias
 
 
+def power_of_two(scale: float) -> float:
+    """The largest power of two that is no larger than |scale|, and 1 at most.
+
+    >>> power_of_two(128**-0.5), power_of_two(30.0)
+    (0.0625, 1.0)
+    """
+    return 2.0 ** min(math.floor(math.log2(abs(scale))), 0) if scale else 1.0
+
+
 def capped(s: Tensor, softcap: float | None) -> Tensor:
     """softcap · tanh(s / softcap); s itself without a softcap."""
     return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
 def masked_softmax(s: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
-    """Weights [B, H, N, M] of scores s. Rows that see nothing are zero; `sinks` [H] join the sum, not the output."""
+    """Weights [B, H, N, M] of scores s. Rows that see nothing, by the mask or by scores of -inf, are zero.
+
+    `sinks` [H] join the sum, not the output.
+    """
     if mask is not None:
         s = s.masked_fill(~mask, -torch.inf)
     if sinks is not None:
         column = at_least_float32(sinks).view(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], 1)
         return torch.cat([s, column.to(s.dtype)], dim=-1).softmax(-1)[..., :-1]
-    if mask is None:
-        return s.softmax(-1)
-    alive = mask.any(-1, keepdim=True)
-    if not torch.compiler.is_compiling() and bool(alive.all()):
-        return s.softmax(-1)
+    weights = s.softmax(-1)
+    # a row that sees nothing is NaN from end to end
+    if asks_values() and not bool(weights[..., :1].isnan().any()):
+        return weights
+    dead = (s == -torch.inf).all(-1, keepdim=True)
     # a dead row has finite gradients too
-    return torch.where(alive, s, 0).softmax(-1).masked_fill(~mask, 0)
+    return torch.where(dead, 0, s).softmax(-1).masked_fill(dead, 0)
 
 
 def mix(weights: Tensor, v: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from regard.kinds.mechanism import Mechanism, make_call, stores_keys
 B, H, D, E, C = 2, 2, 4, 6, 5  # E becomes D, where a page takes values of the keys' width only
 GARBAGE = 1e3
 EXACT = 1e-9
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class NotApplicable(Exception):
@@ -248,12 +248,17 @@ def moves(case: Case, path: Callable, inputs: Inputs, names: str, token: int) ->
 
 
 def gradients(
-    case: Case, path: Callable, inputs: Inputs, mask: Any = None, state: Any = None, learn: bool = True
-) -> tuple:
-    """(out, state, gradient of a sum over both, by the name of what it is a gradient of); params too if they learn."""
+    case: Case, path: Callable, inputs: Inputs, mask: Any = None, state: Any = None, learn: bool = True,
+    around: Callable = nullcontext,
+) -> tuple:  # fmt: skip
+    """(out, state, gradient of a sum over both, by the name of what it is a gradient of); params too if they learn.
+
+    The path, not its derivative, runs inside the context that `around` gives.
+    """
     inputs = replace(inputs.map(tracked), **({} if learn else {"params": inputs.params}))
     state = tree_map(tracked, state)
-    out, end = case.run(path, inputs, mask, state)
+    with around():
+        out, end = case.run(path, inputs, mask, state)
     total = out.cos().sum() + sum(leaf.sin().sum() for leaf in tree_leaves(end) if leaf.requires_grad)
     leaves = inputs.tensors() | {f"state tensor {i}": leaf for i, leaf in enumerate(tree_leaves(state))}
     leaves = {name: t for name, t in leaves.items() if t.requires_grad}

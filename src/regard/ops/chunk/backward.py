@@ -94,12 +94,17 @@ def tile_back(
     # of the states after each chunk
     after = of_chunks(work, dstates[:, 1:])
     value_gradients(work, tile, decay, parts, written, after, gradients)
-    dq, dk = key_gradients(work, tile, decay, parts, states, after, gradients)
+    dq, dk, own = key_gradients(work, tile, decay, parts, states, after, gradients, gates)
+    before = decay.passed(carry, dstates[:, 0])
     if gates:
-        states[:, -1] = decay.passed(start, states[:, -1])
-        through = (dstates[:, 1:] * states[:, 1:]).sum(-1)  # [r, S, D]
-        gate_gradients(work, tile, per_row(q * dq - k * dk, tile), through, gradients.g)
-    return decay.passed(carry, dstates[:, 0])
+        dstates[:, 0] = before
+        through = (dstates[:, :-1] * states[:, :-1]).sum(-1)  # [r, S, D]
+        gate_gradients(work, tile, per_row(k * dk - q * dq, tile), through, gradients.g)
+        dq.addcmul_(own, k)
+        dk.addcmul_(own, q)
+    work.store(gradients.q, tile, dq)
+    work.store(gradients.k, tile, dk)
+    return before
 
 
 def state_gradients(work: Workspace, tile: Tile, decay: Decay, parts: Loaded, carry: Tensor) -> Tensor:
@@ -133,8 +138,13 @@ def key_gradients(
     states: Tensor,
     after: Tensor,
     gradients: Gradients,
-) -> tuple[Tensor, Tensor]:
-    """Writes those of queries and keys, and gives them in the dtype of products."""
+    gates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of queries and keys in the dtype of products, and that of each token's weight on itself [r·S, C, 1].
+
+    With `gates` the latter is left out of the former: no gate stands between a token and itself, and the difference
+    k dk - q dq, in which it cancels, may be small.
+    """
     q, k, v, do = parts
     dq, dk = work.target("dq", gradients.q, tile, work.d), work.target("dk", gradients.k, tile, work.d)
     torch.bmm(do, of_chunks(work, states[:, :-1]).mT, out=dq)
@@ -143,19 +153,22 @@ def key_gradients(
         per_row(dq, tile).mul_(decay.read)
         per_row(dk, tile).mul_(decay.write)
     da = torch.bmm(do, v.mT, out=work.buffer("dscores", len(do), tile.padded, tile.padded))
+    diagonal = da.diagonal(dim1=1, dim2=2)
+    own = diagonal.clone()[..., None]
+    if gates:
+        diagonal.zero_()
     decay.inside.add_gradients(da, q, k, dq, dk)
-    work.store(gradients.q, tile, dq)
-    work.store(gradients.k, tile, dk)
-    return dq, dk
+    return dq, dk, own
 
 
 def gate_gradients(work: Workspace, tile: Tile, local: Tensor, through: Tensor, dg: Tensor) -> None:
-    """Writes those of a tile's gates, from `local`, q dq - k dk [r, S, C, D], and `through`, S dS at the chunks' ends
+    """Writes those of a tile's gates, from `local`, k dk - q dq [r, S, C, D], and `through`, S dS at the chunks' starts
     [r, S, D]."""
     gates = present(work.g, GATED)
     if not work.channels:
         local, through = local.sum(-1), through.sum(-1)
-    passing = local.flip(2).cumsum(2).flip(2) + through[:, :, None]
+    earlier = torch.cat([through[:, :, None], local[:, :, :-1]], dim=2)
+    passing = earlier.cumsum(2)
     if dg.dim() == 1:
         row = torch.arange(tile.rows.start, tile.rows.stop, device=dg.device) % work.heads
         dg.index_add_(0, row, passing.sum((1, 2)).to(dg.dtype).masked_fill(gates[row] < LOWEST, 0))

@@ -11,7 +11,7 @@ SPAN = 60.0
 
 
 class Channels:
-    """A_ts = Σ_d q_td k_sd e^{G_td - G_sd}, G [n, C, D], C a power of two.
+    """A_ts = Σ_d q_td k_sd e^{G_td - G_sd}, G [n, C, D], in float64 where it is large, C a power of two.
 
     query and key are the decays e^{G_t - r} and e^{r - G_s} about the middle r of a sub-block, levels those about the
     borders between two spans of c tokens, read and write those about the chunk's start and end.
@@ -23,9 +23,10 @@ class Channels:
         self.block = next(c for c in halves(size) if c == 1 or span(total, c) <= SPAN)
         parts = total.view(n, -1, self.block, d)
         middle = (parts[:, :, :1] + parts[:, :, -1:]) / 2
-        query = torch.sub(parts, middle, out=work.buffer("queries", *parts.shape, dtype=work.sums)).exp_()
+        query = work.buffer("queries", *parts.shape, dtype=work.sums).copy_(parts - middle).exp_()
         key = torch.reciprocal(query, out=work.buffer("keys", *parts.shape, dtype=work.sums))
-        read, write = query * middle.exp(), key * (total[:, None, -1:] - middle).exp()
+        first, last = (x.to(work.sums).exp_() for x in (middle, total[:, None, -1:] - middle))
+        read, write = query * first, key * last
         self.query, self.key, self.read, self.write = (
             x.view_as(total).to(work.dtype) for x in (query, key, read, write)
         )
@@ -40,8 +41,10 @@ class Channels:
                 break
             first, second = total.view(n, -1, 2, c, d).unbind(2)
             border = first[:, :, -1:]
-            queries, keys = (second - border).exp(), (border - first).exp()
-            levels.append((c, queries.to(self.work.dtype), keys.to(self.work.dtype)))
+            decays = (
+                x.to(self.work.sums).exp_().to(self.work.dtype) for x in (second - border, border - first)
+            )
+            levels.append((c, *decays))
         return levels
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:

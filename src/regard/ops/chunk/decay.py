@@ -11,6 +11,8 @@ from regard.ops.chunk.tiles import Tile, Workspace
 
 # what lies below counts as this: a factor of 1e-26
 LOWEST = -60.0
+# sums of log decay beyond this are held in float64, lest their differences lose digits
+SMALL = 8.0
 
 
 class Pairs:
@@ -76,12 +78,12 @@ class Decays:
 
 def fixed(work: Workspace, tile: Tile) -> Decay:
     """No decay, or one per head."""
-    t = torch.arange(max(tile.size, tile.count) + 1, dtype=work.sums, device=work.device)
+    t = torch.arange(max(tile.size, tile.count) + 1, dtype=torch.float64, device=work.device)
     if work.g is None:
         g = t.new_zeros(tile.heads, 1, 1)
     else:
         row = torch.arange(tile.rows.start, tile.rows.stop, device=work.device)
-        g = work.g.to(work.sums).clamp(min=LOWEST)[row % work.heads, None, None]
+        g = work.g.double().clamp(min=LOWEST)[row % work.heads, None, None]
     decay = from_sums(work, g * t[1 : tile.size + 1], g[:, 0] * tile.size * t[: tile.count + 1])
     return Decay(None, None, decay.inside, decay.between, None) if work.g is None else decay
 
@@ -90,27 +92,38 @@ def gated(work: Workspace, gates: Tensor, tile: Tile) -> Decay:
     """A decay per token, or per token and channel."""
     g = gates[tile.rows, tile.tokens].to(work.sums).clamp(min=LOWEST)
     g = F.pad(g, (0, 0, 0, tile.pad)) if tile.pad else g
-    inside = g.unflatten(1, (tile.count, tile.padded)).cumsum(2)  # [r, S, C] or [r, S, C, D]
-    ends = inside[:, :, -1].cumsum(1)
+    g = g.unflatten(1, (tile.count, tile.padded))
+    inside = g.cumsum(2)  # [r, S, C] or [r, S, C, D]
+    # bfloat16 products would round those digits away
+    if work.dtype != torch.bfloat16 and inside[:, :, -1].amin() < -SMALL:
+        inside = g.double().cumsum(2)
+    ends = inside[:, :, -1].double().cumsum(1)
     ends = torch.cat([torch.zeros_like(ends[:, :1]), ends], dim=1)  # [r, S + 1] or [r, S + 1, D]
     return from_sums(work, inside, ends.transpose(1, -1) if work.channels else ends)
 
 
 def from_sums(work: Workspace, inside: Tensor, ends: Tensor) -> Decay:
-    """From sums of log decay within chunks, [r, S|1, C] or [r, S, C, D], and over chunks, [r, (D,) S + 1]."""
+    """From sums of log decay within chunks, [r, S|1, C] or [r, S, C, D], and over chunks, [r, (D,) S + 1].
+
+    Sums are in float64 where they are large, as a difference of two keeps the digits of the larger.
+    """
     between = between_pairs(work, ends)
     between[..., -1, 0] = 0
-    whole = ends[..., -1].exp().reshape(len(ends), -1, 1)
+    whole = ends[..., -1].to(work.sums).exp().reshape(len(ends), -1, 1)
     if work.channels:
         within = Channels(work, inside.flatten(0, 1))
         read, write = (x.unflatten(0, inside.shape[:2]) for x in (within.read, within.write))
     else:
         within, sums = Pairs(work, between_pairs(work, inside)), inside[..., None]
-        read, write = sums.exp().to(work.dtype), (sums[:, :, -1:] - sums).exp().to(work.dtype)
+        read, write = (x.to(work.sums).exp_().to(work.dtype) for x in (sums, sums[:, :, -1:] - sums))
     return Decay(read, write, within, between.flatten(0, -3), whole)
 
 
 def between_pairs(work: Workspace, total: Tensor) -> Tensor:
-    """[.., C, C] e^{total_t - total_s} for s <= t, zero above."""
-    difference = total[..., :, None] - total[..., None, :]
+    """[.., C, C] e^{total_t - total_s} for s <= t, zero above; total in float64 as its high and its low digits."""
+    high = total.to(work.sums)
+    difference = high[..., :, None] - high[..., None, :]
+    if total.dtype != work.sums:
+        low = (total - high).to(work.sums)
+        difference.add_(low[..., :, None]).sub_(low[..., None, :])
     return difference.add_(work.above_diagonal(total.shape[-1])).exp_().to(work.dtype)

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 
 from regard.ops.chunk.backward import Saved, empty_gradients, scan_back
+from regard.ops.chunk.composed import composed
 from regard.ops.chunk.forward import empty_results, scan
 from regard.ops.chunk.tiles import Workspace
+from regard.ops.precision import as_written
+from regard.ops.transforms import transformed
 
 
 def chunked(
@@ -25,11 +28,15 @@ def chunked(
     state = None if state is None else state.expand(b, h, -1, -1).flatten(0, 1)
     inputs = [t for t in (q, k, v, g, state) if t is not None]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    out, end, _, _ = scan_tiles(q, k, v, g, state, h, chunk, normalise, eps, keep)
+    if transformed(*inputs):
+        out, end = composed(q, k, v, g, state, h, normalise, eps)
+    else:
+        out, end, _, _ = scan_tiles(q, k, v, g, state, h, chunk, normalise, eps, keep)
     return out.unflatten(0, (b, h)), end.unflatten(0, (b, h))
 
 
 @torch.library.custom_op("regard::scan_tiles", mutates_args=())
+@as_written
 def scan_tiles(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, heads: int, chunk: int,
     normalise: bool, eps: float, keep: bool,
@@ -47,12 +54,13 @@ def _(q, k, v, g, state, heads, chunk, normalise, eps, keep):
 
 
 @torch.library.custom_op("regard::scan_tiles_back", mutates_args=())
+@as_written
 def scan_tiles_back(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, out: Tensor, total: Tensor, starts: Tensor, dout: Tensor,
-    dend: Tensor, heads: int, chunk: int, normalise: bool, gates: bool,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, out: Tensor, total: Tensor,
+    starts: Tensor, dout: Tensor, dend: Tensor, heads: int, chunk: int, normalise: bool, eps: float, gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g and the incoming state; that of g is empty unless `gates`."""
-    # the gradient of a gate, q dq - k dk, is small between large numbers
+    # the gradient of a gate, a sum of k dk - q dq, may be small between large numbers
     work = Workspace(q, k, v, g, heads, chunk, normalise, precise=gates)
     gradients = empty_gradients(work, gates, dend)
     scan_back(work, Saved(out, total, starts, dout, dend), gates, gradients)
@@ -60,23 +68,58 @@ def scan_tiles_back(
 
 
 @scan_tiles_back.register_fake
-def _(q, k, v, g, out, total, starts, dout, dend, heads, chunk, normalise, gates):
+def _(q, k, v, g, state, out, total, starts, dout, dend, heads, chunk, normalise, eps, gates):
     return tuple(empty_gradients(Workspace(q, k, v, g, heads, chunk, normalise), gates, dend))
 
 
 def setup_context(ctx, inputs, output) -> None:
-    q, k, v, g, _, ctx.heads, ctx.chunk, ctx.normalise, *_ = inputs
+    q, k, v, g, state, ctx.heads, ctx.chunk, ctx.normalise, ctx.eps, _ = inputs
     out, _, starts, total = output
-    ctx.save_for_backward(q, k, v, g, out, total, starts)
+    ctx.save_for_backward(q, k, v, g, state, out, total, starts)
 
 
 def backward(ctx, dout, dend, dstarts, dtotal):
     """Gradients of the arguments of scan_tiles, in their order."""
     gates, incoming = ctx.needs_input_grad[3:5]
     dq, dk, dv, dg, dstate = scan_tiles_back(
-        *ctx.saved_tensors, dout, dend, ctx.heads, ctx.chunk, ctx.normalise, gates
+        *ctx.saved_tensors, dout, dend, ctx.heads, ctx.chunk, ctx.normalise, ctx.eps, gates
     )
     return dq, dk, dv, dg if gates else None, dstate if incoming else None, *(None,) * 5
 
 
 scan_tiles.register_autograd(backward, setup_context=setup_context)
+
+
+def setup_context_again(ctx, inputs, output) -> None:
+    q, k, v, g, state, _, _, _, dout, dend, ctx.heads, _, ctx.normalise, ctx.eps, ctx.gates = inputs
+    ctx.save_for_backward(q, k, v, g, state, dout, dend)
+
+
+def backward_again(ctx, *wanted):
+    """Gradients of the arguments of scan_tiles_back, in their order: of the composed scan, differentiated twice.
+
+    What forward left (out, total, starts) follows from the other arguments, which have its share.
+    """
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        tensors = [None if t is None else apart(t) for t in ctx.saved_tensors]
+        *inputs, dout, dend = tensors
+        results = composed(*inputs, ctx.heads, ctx.normalise, ctx.eps)
+        known = [i for i, t in enumerate(inputs) if t is not None and (i != 3 or ctx.gates)]
+        first = torch.autograd.grad(results, [inputs[i] for i in known], (dout, dend), create_graph=True)
+        asked = [t for t in tensors if t is not None]
+        second = torch.autograd.grad(
+            first, asked, [wanted[i].to(f.dtype) for i, f in zip(known, first, strict=True)],
+            allow_unused=True, create_graph=create,
+        )  # fmt: skip
+    found = iter(second)
+    *inputs, dout, dend = (None if t is None else next(found) for t in tensors)
+    return *inputs, None, None, None, dout, dend, *(None,) * 5
+
+
+def apart(t: Tensor) -> Tensor:
+    """The tensor as a place of its own in the graph, so that no argument is reached through another."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+scan_tiles_back.register_autograd(backward_again, setup_context=setup_context_again)

@@ -5,7 +5,12 @@ Mechanisms and blocks are asked the same functions (testing/mechanism.py, testin
 """
 
 from regard.testing.laws.carrying import check_decode, check_padded_state, check_segments, check_state_size
-from regard.testing.laws.equality import check_fast_equals_reference, check_gradients, check_speed_settings
+from regard.testing.laws.equality import (
+    check_derivatives,
+    check_fast_equals_reference,
+    check_gradients,
+    check_speed_settings,
+)
 from regard.testing.laws.influence import (
     check_accumulates,
     check_causality,
@@ -21,9 +26,11 @@ from regard.testing.laws.masking import (
     check_mask_obeyed,
     check_mask_object,
     check_padding_left,
+    check_padding_nan,
     check_padding_right,
 )
 from regard.testing.laws.numbers import (
+    check_autocast,
     check_batch,
     check_compiles,
     check_extremes,
@@ -41,6 +48,7 @@ CHECKS = (
     check_fast_equals_reference,
     check_speed_settings,
     check_gradients,
+    check_derivatives,
     check_influence,
     check_queries,
     check_last_queries,
@@ -50,6 +58,7 @@ CHECKS = (
     check_decode,
     check_padding_right,
     check_padding_left,
+    check_padding_nan,
     check_padded_state,
     check_mask_obeyed,
     check_mask_object,
@@ -58,6 +67,7 @@ CHECKS = (
     check_blind_rows,
     check_extremes,
     check_precision,
+    check_autocast,
     check_frozen,
     check_groups,
     check_compiles,
@@ -74,6 +84,7 @@ __all__ = [
     "check_fast_equals_reference",
     "check_speed_settings",
     "check_gradients",
+    "check_derivatives",
     "check_influence",
     "check_causality",
     "check_reach",
@@ -87,6 +98,7 @@ __all__ = [
     "check_state_size",
     "check_padding_right",
     "check_padding_left",
+    "check_padding_nan",
     "check_mask_obeyed",
     "check_mask_object",
     "check_blind_rows",
@@ -94,6 +106,7 @@ __all__ = [
     "check_neutral",
     "check_extremes",
     "check_precision",
+    "check_autocast",
     "check_frozen",
     "check_groups",
     "check_compiles",

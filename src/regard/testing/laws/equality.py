@@ -1,6 +1,8 @@
 """Fast and reference are one function: outputs, states, gradients, whatever the settings of speed."""
 
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from regard.testing.case import (
     gradients,
     random_mask,
     refusals,
+    same,
     tracked,
 )
 
@@ -91,6 +94,67 @@ def check_gradients(case: Case, n: int = 3) -> None:
             raise Broken(
                 message, of=name, at=at, token=at[-2] if len(at) > 1 else None, found=one, wanted=other
             )
+
+
+def check_derivatives(case: Case, n: int = 5) -> None:
+    """Forward-mode derivatives, derivatives of gradients, and vmap: those of finite differences, or an error."""
+    inputs = case.inputs(n, n + 1, batch=1)
+    named = {name: t for name, t in inputs.tensors().items() if t.is_floating_point()}
+    draw = torch.Generator().manual_seed(1)
+    along = {name: torch.randn(t.shape, generator=draw, dtype=t.dtype) for name, t in named.items()}
+    for label, path in case.paths.items():
+        asked = Asked(case, path, inputs, along)
+        for name, question in (
+            ("jvp", asked.forward),
+            ("double backward", asked.twice),
+            ("vmap", asked.rows),
+        ):
+            try:
+                with warnings.catch_warnings():
+                    # of torch about itself: what it loads is deprecated, what it does in a loop is slow
+                    warnings.simplefilter("ignore")
+                    found, wanted = question()
+            except (RuntimeError, NotImplementedError):
+                continue
+            same(f"{label}: {name}", found, wanted, tol=max(1e-5, 100 * case.tol))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A path as a function of one number, how far all inputs are moved along a direction: its derivatives."""
+
+    case: Case
+    path: Callable
+    inputs: Inputs
+    along: dict[str, Tensor]
+
+    def out(self, by: Tensor | float) -> Tensor:
+        moved = {name: self.inputs.tensors()[name] + by * t for name, t in self.along.items()}
+        return self.case.run(self.path, placed(self.inputs, moved))[0]
+
+    def slope(self, by: float) -> Tensor:
+        """The gradient of the sum of sines, along the direction, at a distance: by backward."""
+        at = torch.tensor(by, dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(self.out(at).sin().sum(), at)[0]
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        return torch.func.jvp(self.out, (zero,), (one,))[1], (self.out(1e-5) - self.out(-1e-5)) / 2e-5
+
+    def twice(self) -> tuple[Tensor, Tensor]:
+        at = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(self.out(at).sin().sum(), at, create_graph=True)
+        return torch.autograd.grad(slope, at)[0], (self.slope(1e-5) - self.slope(-1e-5)) / 2e-5
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        by = torch.tensor([0.0, 0.5], dtype=torch.float64)
+        return torch.func.vmap(self.out)(by), torch.stack([self.out(b) for b in by])
+
+
+def placed(inputs: Inputs, named: dict[str, Tensor]) -> Inputs:
+    """Inputs with other tensors by these names."""
+    params = {name: named.get(name, p) for name, p in inputs.params.items()}
+    return replace(inputs, params=params, **{name: t for name, t in named.items() if name not in params})
 
 
 def wrong_gradients(case: Case, n: int, seed: int) -> dict[str, tuple[list[int], float, float]]:

@@ -21,13 +21,20 @@ def check_padding_left(case: Case, n: int = 7) -> None:
     padding(case, n, 3, 0)
 
 
-def padding(case: Case, n: int, left: int, right: int) -> None:
+def check_padding_nan(case: Case, n: int = 7) -> None:
+    """NaN under padding, before or after the text, reaches no token and no state."""
+    padding(case, n, 0, 3, torch.nan)
+    if "padding_left" not in case.page.exempt:
+        padding(case, n, 3, 0, torch.nan)
+
+
+def padding(case: Case, n: int, left: int, right: int, fill: float = GARBAGE) -> None:
     cross = "cross" in case.pattern
     inputs = case.inputs(n, n + 2)
     m = inputs.k.shape[2]
 
     def pad(t: Tensor | None) -> Tensor | None:
-        return None if t is None else torch.nn.functional.pad(t, (0, 0, left, right), value=GARBAGE)
+        return None if t is None else torch.nn.functional.pad(t, (0, 0, left, right), value=fill)
 
     wide = replace(
         inputs, k=pad(inputs.k), v=pad(inputs.v), y=pad(inputs.y), roles=case.labels(m + left + right)
@@ -46,9 +53,11 @@ def padding(case: Case, n: int, left: int, right: int) -> None:
         wanted, end = case.run(path, inputs)
         out, state = case.run(path, wide, hidden)
         out = out if cross else out[:, :, left : left + n]
-        case.same(f"{label}: padded = unpadded, {left} before and {right} after", out, wanted)
+        case.same(f"{label}: padded by {fill:g} = unpadded, {left} before and {right} after", out, wanted)
         if [leaf.shape for leaf in tree_leaves(state)] == [leaf.shape for leaf in tree_leaves(end)]:
-            case.same_states(f"{label}: padded = unpadded, {left} before and {right} after", state, end)
+            case.same_states(
+                f"{label}: padded by {fill:g} = unpadded, {left} before and {right} after", state, end
+            )
 
 
 def check_mask_obeyed(case: Case, n: int = 7) -> None:

@@ -8,7 +8,20 @@ from torch import Tensor
 from regard.core.call import Call
 from regard.core.trees import tree_leaves
 from regard.ops import explicit, lower_right
-from regard.testing.case import Broken, Case, E, H, NotApplicable, gradients, hold, random_mask, same, stores
+from regard.testing.case import (
+    Broken,
+    Case,
+    E,
+    H,
+    Inputs,
+    NotApplicable,
+    gradients,
+    hold,
+    random_mask,
+    same,
+    same_states,
+    stores,
+)
 
 
 def check_batch(case: Case, n: int = 7) -> None:
@@ -43,17 +56,32 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
 
 
 def check_extremes(case: Case, n: int = 9) -> None:
-    """Scores of 1e4 stay finite in float32 and bfloat16, forward and backward."""
+    """Scores of 1e4 stay finite in low precision, forward and backward, where it can hold what comes out."""
     for dtype in (t for t in case.dtypes if t != torch.float64):
         inputs = case.inputs(n, n + 2)
         big = replace(inputs, q=inputs.q * 100, k=inputs.k * 100).to(dtype)
         for label, path in case.paths.items():
-            out, state, grads = gradients(case, path, big)
-            finite(f"{label}: scores of 1e4 in {plain(dtype)}: the output", out)
-            for i, leaf in enumerate(tree_leaves(state)):
-                finite(f"{label}: scores of 1e4 in {plain(dtype)}: state tensor {i}", leaf)
-            for name, g in grads.items():
-                finite(f"{label}: scores of 1e4 in {plain(dtype)}: the gradient of {name}", g)
+            asked = results(gradients(case, path, big))
+            if dtype == torch.float16:
+                asked = what_fits(case, big, asked)
+            for name, t in asked.items():
+                finite(f"{label}: scores of 1e4 in {plain(dtype)}: {name}", t)
+
+
+def what_fits(case: Case, inputs: Inputs, asked: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What float16 has room for, by the float64 results: all, or the outputs within its range."""
+    exact = results(gradients(case, case.page.reference, inputs.to(torch.float64)))
+    most = torch.finfo(torch.float16).max / 2
+    if all(bool((t.abs() < most).all()) for t in exact.values()):
+        return asked
+    return {"the output": asked["the output"].where(exact["the output"].abs() < most, 0)}
+
+
+def results(graded: tuple) -> dict[str, Tensor]:
+    """Output, state and gradients by name."""
+    out, state, grads = graded
+    states = {f"state tensor {i}": leaf for i, leaf in enumerate(tree_leaves(state))}
+    return {"the output": out, **states, **{f"the gradient of {name}": g for name, g in grads.items()}}
 
 
 def plain(dtype: torch.dtype) -> str:
@@ -70,7 +98,7 @@ def finite(label: str, t: Tensor) -> None:
 
 def check_precision(case: Case, n: int = 33) -> None:
     """What comes out has the dtype of what went in, near the float64 result on the same numbers."""
-    bounds = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02}
+    bounds = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.003}
     for dtype in case.dtypes:
         inputs, bound = case.inputs(n, n + 2).to(dtype), max(bounds[dtype], case.tol)
         wanted = case.run(case.page.reference, inputs.to(torch.float64))[0]
@@ -89,6 +117,25 @@ def check_precision(case: Case, n: int = 33) -> None:
             error = ((out.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
             message = f"{label}: {plain(dtype)} is off by {error:.2g} of the float64 result; bound {bound:g}"
             hold(error <= bound, message, found=error, wanted=bound, dtype=plain(dtype))
+
+
+def check_autocast(case: Case, n: int = 9) -> None:
+    """Autocast around it changes nothing: outputs, states, their dtypes, and gradients; and backward runs under it."""
+    inputs = case.inputs(n, n + 2).to(torch.float32)
+    for label, path in case.paths.items():
+        wanted = gradients(case, path, inputs)
+        for dtype in (torch.bfloat16, torch.float16):
+            law = f"{label} under autocast to {plain(dtype)}"
+            actual = gradients(case, path, inputs, around=lambda: torch.autocast("cpu", dtype))  # noqa: B023
+            kinds = [[leaf.dtype for leaf in tree_leaves(part[:2])] for part in (actual, wanted)]
+            hold(kinds[0] == kinds[1], f"{law}: dtypes of output and state are {kinds[0]}, not {kinds[1]}")
+            same(f"{law}: the output", actual[0], wanted[0], tol=0)
+            same_states(law, actual[1], wanted[1], tol=0)
+            for name, g in wanted[2].items():
+                same(f"{law}: the gradient of {name}", actual[2][name], g, tol=0)
+            with torch.autocast("cpu", dtype):
+                for name, g in gradients(case, path, inputs)[2].items():
+                    finite(f"{law}, backward too: the gradient of {name}", g)
 
 
 def check_frozen(case: Case, n: int = 9) -> None:

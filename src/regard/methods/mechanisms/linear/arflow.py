@@ -70,14 +70,14 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor]:
     key_mask = (
         torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
     )
+    k_h, v_h = (torch.where(key_mask[..., None], t, 0.0) for t in (k_h, v_h))
     # a hidden token neither decays nor writes, and it does not count in the mean
     g = torch.where(key_mask, F.logsigmoid(torch.einsum("bmc,ch->bhm", x, w_gate)) / cfg.normalizer, 0.0)
     states = [initial(call, q, len(q), heads, k.shape[3], v.shape[3])]
     for first in range(0, m, size):
         image = slice(first, first + size)
         gamma = quotient(g[:, :, image].sum(-1), key_mask[:, :, image].sum(-1)).exp()
-        shown_k = torch.where(key_mask[:, :, image, None], k_h[:, :, image], 0.0)
-        written = torch.einsum("bhjd,bhje->bhde", shown_k, v_h[:, :, image]) * scale
+        written = torch.einsum("bhjd,bhje->bhde", k_h[:, :, image], v_h[:, :, image]) * scale
         states.append(gamma[..., None, None] * states[-1] + written)
     rows = []
     for i, token in enumerate(range(m - n, m)):

@@ -91,13 +91,13 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]
 
 
 def tensors(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Tensor, ...]:
-    """q [B, H, N, D], k, v and β [B, H, M, 1] per query head, float32 at least; a hidden token has k = v = 0."""
+    """q [B, H, N, D], k, v and β [B, H, M, 1] per query head, float32 at least; zeros for a hidden token."""
     heads = q.shape[1]
     k, v = (at_least_float32(per_query_head(t, heads)).expand(-1, heads, -1, -1) for t in (k, v))
     k, v = shown(k, call.key_mask), shown(v, call.key_mask)
     q, k = (t * (t.square().sum(-1, keepdim=True) + cfg.eps).rsqrt() for t in (at_least_float32(q), k))
     beta = (call.x_of_keys.to(k.dtype) @ call.params["w_beta"].to(k.dtype)).sigmoid()
-    return q, k, v, beta.mT[..., None]
+    return q, k, v, shown(beta.mT[..., None], call.key_mask)
 
 
 def chunks(*tensors: Tensor, size: int) -> tuple[Tensor, ...]:

@@ -59,15 +59,20 @@ def flow(a: Tensor, b: Tensor, eps: float) -> Tensor:
 
 def conserved(phi_q: Tensor, phi_k: Tensor, v: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
     """All sinks and sources at once, through the weight of every pair."""
-    key_mask = torch.ones_like(phi_k[..., :1]) if call.key_mask is None else call.key_mask[..., None].double()
-    sinks, sources = phi_q if call.cross else phi_q * key_mask, phi_k * key_mask
-    inflow = flow(phi_q, sources.sum(2, keepdim=True), cfg.eps)
-    outflow = flow(phi_k, sinks.sum(2, keepdim=True), cfg.eps)
-    kept_in = flow(phi_q, (sources / outflow).sum(2, keepdim=True), cfg.eps)
-    kept_out = flow(phi_k, (sinks / inflow).sum(2, keepdim=True), cfg.eps)
+    seen = (
+        torch.ones_like(phi_k[..., :1], dtype=torch.bool)
+        if call.key_mask is None
+        else call.key_mask[..., None]
+    )
+    phi_k, v = torch.where(seen, phi_k, 0.0), torch.where(seen, v, 0.0)
+    asks = torch.ones_like(phi_q[..., :1], dtype=torch.bool) if call.cross else seen
+    inflow = flow(phi_q, phi_k.sum(2, keepdim=True), cfg.eps)
+    outflow = flow(phi_k, torch.where(asks, phi_q, 0.0).sum(2, keepdim=True), cfg.eps)
+    kept_in = flow(phi_q, (phi_k / outflow).sum(2, keepdim=True), cfg.eps)
+    kept_out = flow(phi_k, torch.where(asks, phi_q / inflow, 0.0).sum(2, keepdim=True), cfg.eps)
     kept_out = kept_out if cfg.clamp is None else kept_out.clamp(-cfg.clamp, cfg.clamp)
-    n_k = key_mask.sum(2, keepdim=True)
-    share = n_k * kept_out.masked_fill(key_mask == 0, -1e30).softmax(2) * key_mask
+    n_k = seen.double().sum(2, keepdim=True)
+    share = n_k * kept_out.masked_fill(~seen, -1e30).softmax(2) * seen
     weights = torch.einsum("bhnd,bhmd->bhnm", phi_q / inflow, phi_k) * share.mT
     # n_q / n_k, which is 1 where a text asks itself
     ratio = phi_q.shape[2] / n_k.clamp(min=1) if call.cross else 1
@@ -107,7 +112,7 @@ def beginning(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     """All four flows from sums over the tokens, in causal_self up to each; then linear attention."""
     require(call.cross or q.shape[2] == k.shape[2], OWN_TEXT, q=q, k=k)
-    phi_q, phi_k, values, masked_q, seen = features(q, k, v, call)
+    phi_q, phi_k, values, seen = features(q, k, v, call)
     causal = call.pattern == "causal_self"
     before = call.initial_state or beginning(phi_k, values)
 
@@ -117,9 +122,9 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     count = up_to(seen, before[5])
     n_k = count.clamp(min=1)
     n = n_k if causal else 1.0
-    k_sum, q_sum = up_to(phi_k, before[0]), up_to(masked_q, before[1])
+    k_sum, q_sum = up_to(phi_k, before[0]), up_to(asking(phi_q, call), before[1])
     into, out_of = met(phi_q, k_sum, cfg.eps) / n, met(phi_k, q_sum, cfg.eps) / n
-    k_kept, q_kept = up_to(phi_k / out_of, before[2]), up_to(masked_q / into, before[3])
+    k_kept, q_kept = up_to(phi_k / out_of, before[2]), up_to(asking(phi_q / into, call), before[3])
     kept_in, kept_out = met(phi_q, k_kept, cfg.eps) / n, met(phi_k, q_kept, cfg.eps) / n
     e = (kept_out if cfg.clamp is None else kept_out.clamp(-cfg.clamp, cfg.clamp)).exp() * seen
     e_sum = up_to(e, before[4])
@@ -132,12 +137,16 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
 
 
 def features(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, ...]:
-    """φ(q), φ(k), v [B, H, N|M, D|E] with hidden keys zeroed, φ(q) of the tokens that ask, who is there [.., M, 1]."""
+    """φ(q), φ(k), v [B, H, N|M, D|E] with hidden keys zeroed, who is there [.., M, 1]."""
     heads, key_mask = q.shape[1], call.key_mask
     k, v = (at_least_float32(per_query_head(t, heads).expand(-1, heads, -1, -1)) for t in (k, v))
     phi_q, seen = at_least_float32(q).sigmoid(), shown(torch.ones_like(k[..., :1]), key_mask)
-    masked_q = phi_q if call.cross else shown(phi_q, key_mask)
-    return phi_q, shown(k.sigmoid(), key_mask), shown(v, key_mask), masked_q, seen
+    return phi_q, shown(k.sigmoid(), key_mask), shown(v, key_mask), seen
+
+
+def asking(t: Tensor, call: Call) -> Tensor:
+    """t of the queries, zeros for hidden ones where a text asks itself."""
+    return t if call.cross else shown(t, call.key_mask)
 
 
 def met(a: Tensor, total: Tensor, eps: float) -> Tensor:

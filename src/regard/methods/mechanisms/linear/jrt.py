@@ -79,6 +79,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | 
     key_mask = (
         torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
     )
+    k, v = (torch.where(key_mask[..., None], t, 0.0) for t in (k, v))
     seen = key_mask[:, :, None] & torch.ones(n, m, dtype=torch.bool, device=q.device)
     seen = seen.tril(m - n) if call.pattern == "causal_self" else seen
 
@@ -87,14 +88,15 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | 
         return torch.where(seen, 1 + s + s**2 / 2, 0) @ v
 
     def sums(k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-        return phi(k).mT @ torch.where(key_mask[..., None], v, 0)
+        return (phi(k) * key_mask[..., None]).mT @ v
 
     total, end = pairs(k, v, seen), sums(k, v, key_mask)
     if call.initial_state is not None:
         state = call.initial_state.double()
         total, end = total + phi(q) @ state, end + state
     elif cfg.prefix:
-        x, first = call.x_of_keys.double()[:, None], key_mask & (key_mask.cumsum(-1) <= cfg.prefix)
+        x = torch.where(key_mask[..., None], call.x_of_keys.double()[:, None], 0.0)
+        first = key_mask & (key_mask.cumsum(-1) <= cfg.prefix)
         k, v = x @ p["k_enc"], F.pad(x @ p["v_enc"], (0, 1), value=1.0)
         total, end = total + pairs(k, v, first[:, :, None]), end + sums(k, v, first)
     out = quotient(total[..., :-1], total[..., -1:])
@@ -109,10 +111,11 @@ def prefix_sums(heads: int, cfg: Config, call: Call) -> Tensor | None:
     """[B, H, 1 + D + D², E + 1]: Σ φ(k^e)ᵀ [v^e, 1] over the first `prefix` keys that are there."""
     if cfg.prefix == 0:
         return None
-    x, first = at_least_float32(call.x_of_keys)[:, None], call.key_mask
+    x, first = at_least_float32(call.x_of_keys)[:, None], call.key_mask  # [B, 1, M, C]
     if first is None:
         x = x[:, :, : cfg.prefix]
     else:
+        x = x.masked_fill(~first.any(1, keepdim=True)[..., None], 0)
         first = first & (first.cumsum(-1) <= cfg.prefix)
     k, v = (x @ call.params[name].to(x.dtype) for name in ("k_enc", "v_enc"))  # [B, G, n, D], [B, G, n, E]
     k, v = features(k), F.pad(v, (0, 1), value=1.0)

@@ -29,6 +29,7 @@ from regard.core import PATTERNS, Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
 from regard.ops import Form, at_least_float32, exact, heads_of, per_query_head, recurrence, rounded
+from regard.ops.transforms import asks_values
 
 NOTHING = -1e30  # the key of a token that is not there, and z before the first; finite, so that gradients are
 SPREAD = 30.0  # keys this far apart still divide in float32: 1 / Σ² stays below e^60
@@ -69,7 +70,7 @@ def form(q: Q, k: K, v: V, cfg: Config, call: Call) -> Form:
     zero = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]), torch.full_like(k[:, :, 0], NOTHING)
     s, z = zero if call.initial_state is None else call.initial_state
     top = torch.maximum(z, k.amax(2)).detach()[:, :, None]  # [B, H, 1, D]
-    if torch.compiler.is_compiling() or apart(top, z, k, call.key_mask is not None):
+    if not asks_values() or apart(top, z, k, call.key_mask is not None):
         # all that came before is one key z
         every = torch.cat([z[:, :, None], k], dim=2).logcumsumexp(2)
         gates, k, z = every[:, :, :-1] - every[:, :, 1:], (k - every[:, :, 1:]).exp(), every[:, :, -1]

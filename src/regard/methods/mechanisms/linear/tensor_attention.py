@@ -95,9 +95,10 @@ def by_itself(q: Q, k: K, v: V, call: Call) -> tuple[Tensor, ...]:
     x, *maps = exact(call.x_of_keys, call.params["key"], call.params["value"])
     k_2, v_2 = ((x @ w.mT).unflatten(2, (k.shape[1], -1)).transpose(1, 2) for w in maps)
     q, k, v, k_2, v_2 = exact(q, *(heads_of(t, q.shape[1]) for t in (k, v, k_2, v_2)))
-    one = torch.ones_like(v[..., :1])
-    one = one if call.key_mask is None else one * call.key_mask[..., None]
-    return q, k, torch.cat([v * one, one], dim=-1), k_2, torch.cat([v_2 * one, one], dim=-1)
+    tokens = [k, pad(v, (0, 1), value=1.0), k_2, pad(v_2, (0, 1), value=1.0)]
+    if call.key_mask is not None:
+        tokens = [torch.where(call.key_mask[..., None], t, 0.0) for t in tokens]
+    return q, *tokens
 
 
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
@@ -135,8 +136,8 @@ def tensors(q: Q, k: K, v: V, call: Call) -> tuple[Tensor, ...]:
     k, k_2, v, v_2 = (
         per_query_head(at_least_float32(t), heads).expand(-1, heads, -1, -1) for t in (k, k_2, v, v_2)
     )
-    v, v_2 = (shown(pad(t, (0, 1), value=1.0), call.key_mask) for t in (v, v_2))
-    return at_least_float32(q), k, k_2, v, v_2
+    v, v_2 = (pad(t, (0, 1), value=1.0) for t in (v, v_2))
+    return at_least_float32(q), *(shown(t, call.key_mask) for t in (k, k_2, v, v_2))
 
 
 Plan = list[tuple[list[int], list[int]]]
