@@ -62,7 +62,10 @@ class Result:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Result":
-        """Read `run.json` and `results.jsonl`. A cell that was measured again replaces its older row."""
+        """Read `run.json` and `results.jsonl`. A cell that was measured again replaces its older row.
+
+        Rows of cells that the run no longer asks for, such as those on a text that has changed since, are left out.
+        """
         folder, cells, unreadable = Path(folder), {}, []
         header = folder / "run.json"
         run = json.loads(header.read_text(encoding="utf-8")) if header.exists() else {}
@@ -77,7 +80,8 @@ class Result:
                 continue
             if isinstance(row, dict) and row.get("kind") == "cell":
                 cells[row.get("key", at)] = row
-        return cls(run, list(cells.values()), unreadable)
+        asked = set(run.get("cells") or cells)
+        return cls(run, [row for key, row in cells.items() if key in asked], unreadable)
 
     def tasks(self) -> list[str]:
         return sorted({str(row["task"]) for row in self.rows})

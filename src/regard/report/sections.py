@@ -255,7 +255,7 @@ def run_section(result: Result) -> str:
     """Where the numbers come from, field by field."""
     lines = []
     for key, value in result.run.items():
-        if key != "kind":
+        if key not in ("kind", "cells"):
             text = escape(cut(short(value), 2000))
             text = f"<code>{text}</code>" if key == "command" else text
             lines.append(f"<dt>{escape(clean(key))}</dt><dd>{text}</dd>")
