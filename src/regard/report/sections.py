@@ -133,7 +133,8 @@ def table_section(result: Result, marked: Marks) -> str:
     )
     lead = (
         "Quality, bytes and times are relative to full attention in the same cells: 100 % is as good, "
-        "0.50× takes half the time (geometric mean ± spread). Grey is below 95 %. Held: KV cache bytes kept. "
+        "0.50× takes half the time (geometric mean ± spread). Grey is below 95 %. Interval: of 95 % of draws "
+        "of the samples, in pairs with full attention. Held: KV cache bytes kept. "
         "Read: bytes read per decoded token. Same token: how often the next token is full attention's. "
         "KL: divergence from its distribution. Press a head to sort."
     )
