@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     """A real run, in which then full attention fails on all needles of 96 tokens, and a cell ends without a number."""
     out = tmp_path_factory.mktemp("counts") / "run"
     compare(load_shipped("lm"), ["streaming_llm", "snapkv"], ["needle", "recall", "perplexity"], [96, 200], [0.25, 0.5],
-            out=out, samples=6, executor=InProcess())  # fmt: skip
+            out=out, samples=7, executor=InProcess())  # fmt: skip
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     for row in rows:
         if (row["method"], row["task"], row["length"]) == ("full", "needle", 96):
@@ -94,7 +94,7 @@ def test_wrong_answers(page, rows):
                 counted[row["method"]][0] += sample["generated"] != sample["answer"] or not row["quality"]
                 counted[row["method"]][1] += 1
     assert said == {label: tuple(numbers) for label, numbers in counted.items()}
-    assert said["full"][0] >= 6 and said["full"][2] == 12
+    assert said["full"][0] >= 7 and said["full"][2] == 14
 
 
 def test_shares_of_the_maps(page, rows):

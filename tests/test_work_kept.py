@@ -212,7 +212,11 @@ def test_a_model_is_known_by_its_weights(tmp_path):
     assert prompts(small(tmp_path / "out", (model, tokenizer))) == prompts(first)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
+    assert not {r["nll"] for r in small(tmp_path / "out", (model, tokenizer)).rows} & {
+        r["nll"] for r in first.rows
+    }
     assert revision((model, tokenizer)) != before
+    assert revision((model.to("meta"), object()))  # as where weights are offloaded: by names and shapes
     assert {r["nll"] for r in small(tmp_path / "out", (model, tokenizer)).rows} != {
         r["nll"] for r in first.rows
     }
@@ -251,6 +255,29 @@ def test_a_page_of_ones_own_is_known_by_its_file(tmp_path, shipped, monkeypatch)
     second = small(tmp_path / "out", shipped, method="my_stream")
     keys = [{r["method"]: r["key"] for r in result.rows} for result in (first, second)]
     assert keys[0]["full"] == keys[1]["full"] and keys[0]["my_stream"] != keys[1]["my_stream"]
+
+
+MECHANISM = """
+from regard.methods.mechanisms.linear.linear_attention import METHOD as BASE
+METHOD = BASE
+# {}
+"""
+
+
+def test_a_training_run_does_not_go_on_with_another_page_of_that_name(tmp_path, monkeypatch):
+    page, sizes = (
+        tmp_path / "my_linear.py",
+        dict(steps=2, every=2, rates=(1e-3,), length=32, pairs=4, vocab=32, width=16),
+    )
+    page.write_text(MECHANISM.format("one"))
+    monkeypatch.setattr(catalog, "_registered", {})
+    regard.register(page)
+    plan = Plan(mechanisms=("my_linear",), **sizes)
+    assert train(plan, tmp_path / "out") == train(plan, tmp_path / "out")
+    page.write_text(MECHANISM.format("two"))
+    with pytest.raises(ValueError, match=r"the same run.*pages="):
+        train(plan, tmp_path / "out")
+    assert "pages" not in Plan(**sizes).to_dict()
 
 
 # Failed cells

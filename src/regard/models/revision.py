@@ -43,10 +43,14 @@ def of_name(name: str) -> str | None:
 def of_loaded(model: Any, tokenizer: Any) -> str:
     """Names, shapes and evenly drawn numbers of all tensors: training a tensor changes nearly all of its numbers."""
     whole = hashlib.sha256(model.config.to_json_string().encode())
-    whole.update(f"{len(tokenizer)} {getattr(tokenizer, 'chat_template', None)}".encode())
+    words = [getattr(tokenizer, name, None) for name in ("vocab_size", "chat_template", "bos_token_id")]
+    whole.update(str(words).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        drawn = flat[:: max(1, len(flat) // DRAWN)].cpu().contiguous()
+        if not isinstance(tensor, torch.Tensor):
+            continue
         whole.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        whole.update(drawn.view(torch.uint8).numpy().tobytes())
+        if not tensor.is_meta:
+            flat = tensor.detach().reshape(-1)
+            drawn = flat[:: max(1, len(flat) // DRAWN)].cpu().contiguous()
+            whole.update(drawn.view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()[:12]
