@@ -217,9 +217,6 @@ def test_a_model_is_known_by_its_weights(tmp_path):
     }
     assert revision((model, tokenizer)) != before
     assert revision((model.to("meta"), object()))  # as where weights are offloaded: by names and shapes
-    assert {r["nll"] for r in small(tmp_path / "out", (model, tokenizer)).rows} != {
-        r["nll"] for r in first.rows
-    }
 
 
 def test_a_folder_of_a_model_is_known_by_its_files(tmp_path):
