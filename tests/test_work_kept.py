@@ -102,8 +102,18 @@ def test_a_run_json_of_somebody_else_is_refused(tmp_path, text):
     assert (tmp_path / "run.json").read_text() == text
 
 
+def test_a_folder_that_can_no_longer_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
+    folder = Folder(tmp_path / "run")
+    folder.open({"settings": {}})
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for path in (tmp_path / "run", tmp_path / "new" / "run"):
+        with pytest.raises(ValueError, match="can be written to"):
+            Folder(path).open({"settings": {}})
+    assert not (tmp_path / "new").exists()
+
+
 def test_claims_ask_whether_they_can_be_recorded_before_they_are_measured(monkeypatch):
-    monkeypatch.setattr(ledger.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(ledger, "measure", lambda name: pytest.fail("measured"))
     assert "can be written to" in str(invoke("claims", "jrt", "--record").exception)
 
@@ -232,6 +242,20 @@ def test_a_folder_of_a_model_is_known_by_its_files(tmp_path):
     weights.write_bytes(held)
     assert revision(tmp_path) != before and revision(SHIPPED["lm"]) is not None
     assert revision("no/such-model") is None
+
+
+def test_a_model_that_is_trained_on_in_its_folder_is_measured_anew(tmp_path):
+    model, tokenizer = load_shipped("lm")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = []
+    for factor in (1.0, 1.5):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(factor)
+        model.save_pretrained(tmp_path / "model")
+        found.append(small(tmp_path / "out", str(tmp_path / "model"), device="cpu"))
+    assert [len(r.rows) for r in found] == [2, 2] and not {r["nll"] for r in found[0].rows} & {
+        r["nll"] for r in found[1].rows
+    }
 
 
 PAGE = """

@@ -5,7 +5,6 @@ claims/<kind>/<name>.json   what `regard claims <name> --record` measured last
 """
 
 import json
-import os
 import platform
 import time
 from collections.abc import Iterable
@@ -72,13 +71,6 @@ def measure(name: str) -> dict:
         },
         "when": datetime.now(UTC).date().isoformat(),
     }
-
-
-def writable(name: str) -> None:
-    """Refuse, before anything is measured, to record where no file can be written."""
-    folder = path_of(name).parent
-    require(os.access(folder, os.W_OK), "results are recorded beside the claim, in a folder that can be written to",
-            folder=str(folder))  # fmt: skip
 
 
 def record(rows: Iterable[dict]) -> None:

@@ -91,6 +91,7 @@ def claims(
     """Does the paper's claim hold here, now? Exit status 0 only if all hold."""
     from regard.claims import ledger
     from regard.report import table
+    from regard.report.folder import writable
 
     chosen = names or ledger.names()
     if ledger_only:
@@ -100,7 +101,7 @@ def claims(
         for name in chosen:
             ledger.claim(name)
             if record:
-                ledger.writable(name)
+                writable(ledger.path_of(name).parent)
         rows = []
         kept = "What was measured is recorded." if record else "Nothing is kept: no --record."
         with if_stopped(kept):

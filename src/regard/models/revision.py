@@ -8,7 +8,7 @@ import torch
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 # what loading reads; a model card beside it changes nothing
-SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".py")
+SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".json", ".txt", ".model", ".jinja", ".py")
 DRAWN = 4096  # numbers that are read of a tensor of a model that is loaded
 
 

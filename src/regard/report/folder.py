@@ -39,6 +39,7 @@ class Folder:
         apart = differences(old["settings"], header["settings"])
         rule = "the output folder is of the same run; choose another --out"
         require(not apart, rule, out=str(self.path), **apart)
+        writable(self.path)
         # the same command over a text or a model whose content is another asks for other cells
         if old.get("cells") != header.get("cells"):
             write_whole(header_file, json.dumps({**old, **header}, indent=1))
@@ -118,6 +119,11 @@ def vacant(
     require(not folder.exists() or folder.is_dir(), "the output is a folder", out=str(folder))
     there = sorted(p.name for p in folder.iterdir() if p.name != PART) if folder.exists() else []
     require(not there, rule, out=str(folder), **{"holds": there[:5], **holds})
+    writable(folder)
+
+
+def writable(folder: Path) -> None:
+    """Refuse a folder, there or to be made, in which no file can be written."""
     above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     may = above.is_dir() and os.access(above, os.W_OK)
     require(may, "the output folder can be written to", out=str(folder), at=str(above))

@@ -70,7 +70,7 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"a text file is UTF-8: {path} is not, at byte {error.start} ({error.object[error.start]:#04x}); where it "
-            f"is text in another encoding, write it anew: iconv -f LATIN1 -t UTF-8 {path}"
+            f"is text in another encoding, write it anew, e.g. iconv -f LATIN1 -t UTF-8 {path} > text.txt"
         ) from None
     require("\0" not in text, "a text file holds text, no zero bytes", path=str(path), at=text.find("\0"))
     return text
