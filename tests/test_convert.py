@@ -12,6 +12,7 @@ from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted, load_converted, read_converted
 from regard.attaching.replacement import sizes, state_bytes
 from regard.attaching.store import save_cache
+from regard.bench import conversion
 from regard.bench.conversion import convert_folder
 from regard.core import Edit, Observer, Site, Unsupported
 from regard.testing.zoo import build, ids, logits
@@ -284,24 +285,66 @@ def test_from_disk_it_is_the_same(tmp_path):
         load_converted(tmp_path / "parts")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
-    with pytest.raises(ValueError, match="earlier conversion"):
+    with pytest.raises(ValueError, match=r"new or empty.*holds=\['file'\]"):
         converted.save(tmp_path / "other")
 
 
-def test_a_stopped_save_leaves_the_earlier_one(tmp_path, monkeypatch):
+def listed(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_save_replaces_nothing_and_a_stopped_one_leaves_nothing(tmp_path, monkeypatch):
     model, _ = build("llama")
     converted = made(model, "hedgehog")
     converted.save(tmp_path / "made")
-    kept = (tmp_path / "made" / "regard.json").read_text()
+    (tmp_path / "made" / "note.txt").write_text("mine")
+    kept = listed(tmp_path / "made")
+    with pytest.raises(ValueError, match="holds='a conversion to hedgehog of a model'"):
+        made(model, "lawcat").save(tmp_path / "made", model)
+    assert listed(tmp_path / "made") == kept
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(type(model), "save_pretrained", stop)
     with pytest.raises(KeyboardInterrupt):
-        converted.save(tmp_path / "made", model)
-    assert (tmp_path / "made" / "regard.json").read_text() == kept
+        converted.save(tmp_path / "other", model)
     assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_the_folder_of_a_conversion_is_judged_before_any_work(tmp_path, monkeypatch):
+    """Foreign files, another conversion: refused at once, and kept. The same conversion: its report, without work."""
+    options = dict(length=96, steps=1, finetune=None, lengths=(96,), samples=1, show=lambda _: None)
+    report = convert_folder("lm", "hedgehog", tmp_path / "made", **options)
+    (tmp_path / "made" / "note.txt").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    kept = [listed(tmp_path / at) for at in ("made", "mine")]
+
+    def work(*_, **__):
+        raise AssertionError("work before the folder was judged")
+
+    monkeypatch.setattr(conversion, "load_shipped", work)
+    assert convert_folder("lm", "hedgehog", tmp_path / "made", **options) == report
+    with pytest.raises(
+        ValueError, match=r"holds='a conversion to hedgehog of lm', mechanism=\('hedgehog', 'lawcat'\)"
+    ):
+        convert_folder("lm", "lawcat", tmp_path / "made", **options)
+    with pytest.raises(ValueError, match=r"steps=\(1, 2\)"):
+        convert_folder("lm", "hedgehog", tmp_path / "made", **{**options, "steps": 2})
+    with pytest.raises(ValueError, match=r"new or empty.*note\.txt"):
+        convert_folder("lm", "hedgehog", tmp_path / "mine", **options)
+    with pytest.raises(ValueError, match="the output is a folder"):
+        convert_folder("lm", "hedgehog", tmp_path / "file", **options)
+    with pytest.raises(ValueError, match="can be written to"):
+        convert_folder("lm", "hedgehog", tmp_path / "file" / "made", **options)
+    with pytest.raises(ValueError, match="finetune is one of"):
+        convert_folder("lm", "hedgehog", tmp_path / "new", **{**options, "finetune": "some"})
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin1") * 500)
+    with pytest.raises(ValueError, match=r"UTF-8: .*latin\.txt is not, at byte 0"):
+        convert_folder("lm", "hedgehog", tmp_path / "new", text=tmp_path / "latin.txt", **options)
+    assert [listed(tmp_path / at) for at in ("made", "mine")] == kept and not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_converted_is_said():

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
+from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -116,6 +117,11 @@ def path_of(name: str) -> Path:
     if name in built_in():
         return HERE / Path(*where.split(".")[1:]).with_suffix(".py")
     return Path(where) if where.endswith(".py") else Path(import_module(where).__file__ or where)
+
+
+def revision_of(name: str) -> str | None:
+    """What the file of a page of one's own holds, as a hash; None for pages of the package, which have its version."""
+    return None if name in built_in() else sha256(path_of(name).read_bytes()).hexdigest()[:12]
 
 
 def family_of(name: str) -> str:

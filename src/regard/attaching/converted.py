@@ -4,7 +4,6 @@ It has the parts of every attention module and, where the model was fine-tuned a
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,8 +17,10 @@ from transformers import PreTrainedModel
 from regard import catalog
 from regard.core import Method, require
 from regard.models.shipped import load
+from regard.report.folder import fill, vacant
 
 FORMAT = "regard-converted-1"
+MARKER = "regard.json"  # what makes a folder a conversion's
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Converted:
     report: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path, model: PreTrainedModel | None = None, tokenizer: Any = None) -> None:
-        """Write it to a folder: with the model an ordinary Hugging Face folder of the changed weights beside it."""
+        """Write it to a new or empty folder: with the model an ordinary Hugging Face folder of the changed weights."""
         save(self, folder, model, tokenizer)
 
 
@@ -58,21 +59,32 @@ def swap_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Callab
 def save(
     converted: Converted, folder: str | Path, model: PreTrainedModel | None = None, tokenizer: Any = None
 ) -> None:
-    """All files into a folder beside it that takes its name at the end: nothing is ever half-written."""
+    """All files, or none, into a folder that is new or empty; what lies in a folder is never replaced."""
     folder = Path(folder)
-    marker = folder / "regard.json"
-    require(not folder.exists() or marker.exists() or not any(folder.iterdir()),
-            "the folder is new, empty, or an earlier conversion", folder=str(folder))  # fmt: skip
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        write(converted, part, model, tokenizer)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.replace(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    vacant(folder, **earlier(folder))
+    fill(folder, lambda part: write(converted, part, model, tokenizer), last=MARKER)
+
+
+def earlier(folder: Path) -> dict[str, str]:
+    """In words which conversion a folder holds, for an error; nothing where it holds none."""
+    if not (folder / MARKER).exists():
+        return {}
+    facts = marker(folder)
+    return {"holds": f"a conversion to {facts['method']} of {facts['report'].get('model', 'a model')}"}
+
+
+def read_report(folder: Path) -> dict:
+    """What was measured when the conversion in a folder was made."""
+    return dict(marker(folder)["report"])
+
+
+def marker(folder: Path) -> dict:
+    """What a conversion's folder says of itself."""
+    path = folder / MARKER
+    require(path.exists(), f"a conversion's folder holds a {MARKER}", folder=str(folder))
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    require(facts.get("format") == FORMAT, f"a conversion of the format {FORMAT}", format=facts.get("format"))
+    return facts
 
 
 def write(converted: Converted, folder: Path, model: PreTrainedModel | None, tokenizer: Any) -> None:
@@ -92,7 +104,7 @@ def write(converted: Converted, folder: Path, model: PreTrainedModel | None, tok
     save_file(tensors, str(folder / "regard.safetensors"))
     facts = {"format": FORMAT, "method": converted.method.name, "config": asdict(converted.method.config)}
     facts["report"] = dict(converted.report)
-    (folder / "regard.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (folder / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def load_converted(folder: str | Path, device: str | None = None) -> tuple[Any, Any, Converted]:
@@ -103,10 +115,7 @@ def load_converted(folder: str | Path, device: str | None = None) -> tuple[Any, 
 
 def read_converted(folder: str | Path, device: Any = "cpu") -> Converted:
     """What `save` wrote, without the model."""
-    path = Path(folder) / "regard.json"
-    require(path.exists(), "a conversion's folder holds a regard.json", folder=str(folder))
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    require(facts.get("format") == FORMAT, f"a conversion of the format {FORMAT}", format=facts.get("format"))
+    facts = marker(Path(folder))
     tensors = load_file(str(Path(folder) / "regard.safetensors"), device=str(device))
     params: dict[str, dict[str, Tensor]] = {}
     for key, p in tensors.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regard import catalog
 from regard.attaching.attachment import attach
+from regard.core import require
 from regard.core.deprecation import moved
 from regard.ops.budget import Budget, parse_budget
 from regard.tasks import Sample, Source
@@ -25,7 +26,11 @@ TIMED = 2
 
 @dataclass(frozen=True)
 class Cell:
-    """What one worker is asked to measure. `settings` are the method's own beside the budget."""
+    """What one worker is asked to measure. `settings` are the method's own beside the budget.
+
+    `text` is where a worker reads it; what it reads there, the model and pages of one's own are told apart by their
+    content, in `revisions`.
+    """
 
     method: str
     task: str
@@ -37,6 +42,7 @@ class Cell:
     batch_tokens: int = 8192
     text: str | None = None
     chat: bool | None = None
+    revisions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.budget is not None:
@@ -45,7 +51,12 @@ class Cell:
     @property
     def key(self) -> str:
         """A name that is the same in every run of the same cell."""
-        identity = json.dumps(asdict(self), sort_keys=True, default=str)
+        facts = asdict(self)
+        if not facts["revisions"]:
+            del facts["revisions"]
+        elif self.text is not None:
+            facts["text"] = None  # its content counts, not where it lies
+        identity = json.dumps(facts, sort_keys=True, default=str)
         return f"{self.method}-{self.task}-{self.length}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     @property
@@ -92,7 +103,7 @@ class Bench:
         key = (cell.task, cell.length, cell.seed, cell.samples, cell.text, cell.chat)
         if key not in self.memo:
             chat = bool(getattr(self.tokenizer, "chat_template", None)) if cell.chat is None else cell.chat
-            source = None if cell.text is None else Source.from_path(Path(cell.text))
+            source = None if cell.text is None else text_of(cell)
             samples = catalog.task(cell.task).samples(
                 self.tokenizer, cell.length, cell.samples, cell.seed, source=source, chat=chat
             )
@@ -123,6 +134,17 @@ class Bench:
                 reads.append(attached.bytes_read())
             held, kept = attached.bytes_held(), attached.bytes_stored()
         return Pass(torch.stack(logits, 1), prefill, steps, held, kept, float(np.mean(reads)))
+
+
+def text_of(cell: Cell) -> Source:
+    """The text of one's own, as it was when the run began."""
+    source, wanted = Source.from_path(cell.text or ""), cell.revisions.get("text")
+    require(
+        wanted in (None, source.revision),
+        "the text is the one the run began with; run it again",
+        text=cell.text,
+    )
+    return source
 
 
 def now(device: torch.device) -> float:

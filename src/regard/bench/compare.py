@@ -5,6 +5,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -18,12 +19,14 @@ from regard.bench.cell import FULL, Cell
 from regard.bench.executor import Executor, InProcess, LocalProcesses
 from regard.core import require
 from regard.core.spec import parse_spec
+from regard.models.revision import revision
 from regard.models.shipped import SHIPPED, load, load_shipped
 from regard.ops import parse_budget
 from regard.report.folder import Folder, keys_of
 from regard.report.html import to_html
 from regard.report.markdown import to_markdown
 from regard.report.result import Result
+from regard.tasks import Source
 
 BUDGETS = (0.1, 0.25, 0.5)
 LENGTHS = (256, 512, 1024)
@@ -44,7 +47,7 @@ def compare(
     chat: bool | None = None,
     workers: int = 2,
     limit: float = 600.0,
-    retry: bool = False,
+    retry: bool = True,
     device: str | None = None,
     trust_remote_code: bool = False,
     executor: Executor | None = None,
@@ -58,14 +61,16 @@ def compare(
     text     a file of your own to draw filler and perplexity text from
     workers  local processes of one thread each; a loaded model is measured in this process
     device   where a model that is loaded by path goes; None: the GPU where there is one
-    limit    seconds a cell may take      retry    run failed cells of an earlier start again
+    limit    seconds a cell may take      retry    run failed cells of an earlier start again; False: leave them
     progress called with (row, done, total) as cells end, and with (None, done, total) at the start
 
-    Finished cells are on disk at once; the same call resumes. A cell that fails is a row that says why.
+    Finished cells are on disk at once; the same call resumes, and measures anew where the content of the text, the
+    model or a page of one's own is another. A cell that fails is a row that says why.
     """
     cells = grid(methods, tasks, lengths, budgets, samples, seed, text, chat)
     folder = Folder(Path(out))
     name, load_model = loader(model, trust_remote_code, device)
+    cells = with_revisions(cells, model)
     done = folder.open(header(name, cells))
     kept = keys_of(done, retry)
     todo = [c for c in cells if c.key not in kept]
@@ -108,6 +113,31 @@ def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Ce
             if name != FULL:
                 cells.append(Cell(name, task, length, budget, settings, **rest))
     return cells
+
+
+def with_revisions(cells: Sequence[Cell], model: Any) -> list[Cell]:
+    """The cells with the content of all that they read from outside the package; what is no text is refused here."""
+    text = cells[0].text
+    common = {
+        "text": None if text is None else Source.from_path(text).revision,
+        "model": None if model is None or model in SHIPPED else revision(model),
+    }
+    names = {name for c in cells for name in (c.method, c.task)} - {FULL}
+    pages = {name: catalog.revision_of(name) for name in names}
+    made = []
+    for cell in cells:
+        facts = {**common, "method": pages.get(cell.method), "task": pages[cell.task]}
+        made.append(replace(cell, revisions={k: v for k, v in facts.items() if v is not None}))
+    return made
+
+
+def content(cells: Sequence[Cell]) -> dict[str, str]:
+    """What the run read from outside the package, by name: text, model and pages of one's own."""
+    known = {}
+    for cell in cells:
+        names = {"method": cell.method, "task": cell.task}
+        known |= {names.get(what, what): held for what, held in cell.revisions.items()}
+    return known
 
 
 def parsed(spec: str) -> tuple[str, dict]:
@@ -154,6 +184,8 @@ def header(name: str, cells: Sequence[Cell]) -> dict:
         "model": name,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": settings,
+        "content": content(cells),
+        "cells": [c.key for c in cells],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": machine(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

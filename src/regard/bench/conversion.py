@@ -17,19 +17,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import catalog
+from regard.attaching.converted import earlier, read_report
 from regard.attaching.replacement import state_bytes
 from regard.bench.cell import Bench, Cell, batches
 from regard.core import require
+from regard.models.revision import revision
 from regard.models.shipped import SHIPPED, load, load_shipped
+from regard.report.folder import differences, vacant
 from regard.tasks import Source
 from regard.tasks.base import first_token
 from regard.tasks.perplexity import CONTINUATION
-from regard.train.convert import convert, help_pages
+from regard.train.convert import check, convert, help_pages
 
 TASKS = ("perplexity", "needle", "recall")
 # weight of a token of a page of facts, and of an answer; running text has 1
 FACTS, ANSWER = 0.1, 4.0
 SEQUENCES, POSITIONS = 2048, 8
+REPORT = ("model", "mechanism", "length", "lengths", "rows", "state_bytes", "kv_bytes", "seconds", "settings")
 LEARNED = 10_000  # seeds of what is learned from begin here; measured are those below
 
 
@@ -55,12 +59,26 @@ def convert_folder(
 ) -> dict:
     """Convert a shipped model or a model folder; the report, which is also written to `out` with model and parts.
 
+    `out` is new, empty or of this very conversion, whose report comes back; that is asked before any work.
+
     Learned from are texts of `length` tokens and the 64 that may follow a prompt of this length: where rotary positions
     go beyond what was trained, a converted model is weaker, and `lengths` above `length` measure that.
     """
-    began, length = perf_counter(), length + CONTINUATION
+    began, method = perf_counter(), catalog.from_spec(mechanism).with_settings(**config)
+    check(method, finetune, None)
+    source = Source("help pages", "\n\n".join(help_pages())) if text is None else Source.from_path(text)
+    settings = {
+        "model": str(model), "content": None if model in SHIPPED else revision(model), "mechanism": method.label,
+        "page": catalog.revision_of(method.name), "text": source.revision, "length": length, "steps": steps,
+        "finetune": finetune, "finetune_steps": finetune_steps, "finetune_rate": finetune_rate, "soft": soft,
+        "batch": batch, "lengths": list(lengths), "samples": samples, "seed": seed,
+    }  # fmt: skip
+    if out is not None and (made := made_before(Path(out), settings)) is not None:
+        show(f"made before, in {out}")
+        return made
+    length += CONTINUATION
     loaded, tokenizer = load_shipped(model) if model in SHIPPED else load(model)
-    ids, weights = sequences(tokenizer, length, SEQUENCES, seed, text)
+    ids, weights = sequences(tokenizer, length, SEQUENCES, seed, source)
     bench = Bench(loaded, tokenizer)
     rows: dict[str, dict[str, float]] = {}
 
@@ -85,7 +103,7 @@ def convert_folder(
         "model": str(model), "mechanism": converted.method.label, "length": length - CONTINUATION,
         "lengths": list(lengths), "rows": rows, "state_bytes": state_bytes(loaded, converted, 1),
         "kv_bytes": {str(n): kv_bytes(loaded, n, size) for n in (*lengths, 32 * max(lengths))},
-        "seconds": {**seconds, "all": perf_counter() - began},
+        "seconds": {**seconds, "all": perf_counter() - began}, "settings": settings,
     }  # fmt: skip
     show(bytes_line(report))
     if out is not None:
@@ -95,11 +113,21 @@ def convert_folder(
     return report
 
 
-def sequences(
-    tokenizer: Any, length: int, rows: int, seed: int, text: str | Path | None
-) -> tuple[Tensor, Tensor]:
+def made_before(folder: Path, settings: dict) -> dict | None:
+    """The report of this very conversion where the folder holds it; None where it is free; all else is refused."""
+    held = earlier(folder)
+    if not held:
+        vacant(folder)
+        return None
+    report = read_report(folder)
+    apart = differences(report.get("settings", {}), settings)
+    require(not apart, "the output folder is new, empty or of the same conversion; choose another --out",
+            out=str(folder), **held, **apart)  # fmt: skip
+    return {key: report[key] for key in REPORT}
+
+
+def sequences(tokenizer: Any, length: int, rows: int, seed: int, source: Source) -> tuple[Tensor, Tensor]:
     """(ids [rows, length], weights): windows of running text, and pages of facts whose answers weigh most."""
-    source = Source("help pages", "\n\n".join(help_pages())) if text is None else Source.from_path(text)
     rng, head = random.Random(f"convert {seed}"), first_token(tokenizer)
     made = [
         (head + source.take(tokenizer, length - len(head), rng), [1.0] * length) for _ in range(rows // 2)

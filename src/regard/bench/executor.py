@@ -4,13 +4,18 @@
 memory, is killed or passes its time limit becomes a row that says so; its worker is replaced, the run goes on.
 """
 
+import ast
 import multiprocessing as mp
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from regard import catalog
@@ -63,19 +68,53 @@ def work(pipe: Connection, load: Loader, threads: int, pages: dict[str, str]) ->
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        catalog.adopt(pages)
-        bench = Bench(*load())
-    except BaseException as error:
-        pipe.send(("broken", f"{type(error).__name__}: {error}"))
-        return
-    pipe.send(("ready", ""))
-    while True:
+    # the run may end, and with it the pipe, at any time
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
-            cell = pipe.recv()
-        except EOFError:
+            catalog.adopt(pages)
+            bench = Bench(*load())
+        except BaseException as error:
+            pipe.send(("broken", f"{type(error).__name__}: {error}"))
             return
-        pipe.send(("row", safely(cell, bench)))
+        pipe.send(("ready", ""))
+        while True:
+            pipe.send(("row", safely(pipe.recv(), bench)))
+
+
+GUARD = "if __name__ == '__main__':"
+
+
+def guarded(source: str) -> bool:
+    """Whether a script keeps what it does away from those who import it.
+
+    >>> guarded("import regard"), guarded("if __name__ == '__main__': main()")
+    (False, True)
+    """
+    tests = [node.test for node in ast.parse(source).body if isinstance(node, ast.If)]
+    return any(getattr(part, "id", "") == "__name__" for test in tests for part in ast.walk(test))
+
+
+def runs_again(main: Any) -> bool:
+    """Whether a process that imports the script `main`, as a spawned one does, would do again what the script does."""
+    path = getattr(main, "__file__", None)
+    if path is None or not Path(path).is_file():
+        return False
+    try:
+        return not guarded(Path(path).read_text(encoding="utf8"))
+    except (SyntaxError, ValueError):
+        return True
+
+
+@contextmanager
+def main_kept_out() -> Iterator[None]:
+    """Processes started here import the user's script only if it is guarded; a plain one would begin its run again."""
+    main = sys.modules["__main__"]
+    if runs_again(main):
+        sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 class Worker:
@@ -87,7 +126,8 @@ class Worker:
         self.process = context.Process(
             target=work, args=(theirs, load, threads, catalog.registered()), daemon=True
         )
-        self.process.start()
+        with main_kept_out():
+            self.process.start()
         theirs.close()
         self.cell: Cell | None = None
         # (task, length, seed) whose samples it holds
@@ -105,6 +145,14 @@ class Worker:
             self.process.join(timeout=5)
         self.process.kill()
         self.process.join()
+
+
+def script_text() -> str:
+    """What a script may have to do with a worker that cannot load its model."""
+    main = sys.modules["__main__"]
+    if runs_again(main):
+        return f" (workers do not run {main.__file__}; what they need of it stands above `{GUARD}`, the run below)"
+    return ""
 
 
 class WorkerBroken(RuntimeError):
@@ -148,7 +196,7 @@ class LocalProcesses:
             if worker.pipe.poll():
                 kind, content = worker.pipe.recv()
                 if kind == "broken":
-                    raise WorkerBroken(content)
+                    raise WorkerBroken(content + script_text())
                 worker.ready = True
                 if kind == "row":
                     worker.cell, worker.deadline = None, float("inf")
@@ -171,7 +219,7 @@ class LocalProcesses:
         worker.stop()
         worker.cell, worker.ready, worker.deadline = None, False, float("inf")
         if not loaded:
-            raise WorkerBroken(f"while the model was loading: {error}")
+            raise WorkerBroken(f"while the model was loading: {error}{script_text()}")
         return None if cell is None else cell.row(status=status, error=error)
 
 

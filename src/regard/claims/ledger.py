@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from regard.core import Claim, require, unknown
+from regard.report.folder import write_whole
 
 HERE = Path(__file__).parent
 
@@ -76,4 +77,4 @@ def record(rows: Iterable[dict]) -> None:
     """Write each result beside its claim, in place of the older one."""
     for row in rows:
         text = json.dumps(row, indent=2, ensure_ascii=False, default=float) + "\n"
-        path_of(row["name"]).with_suffix(".json").write_text(text, encoding="utf8")
+        write_whole(path_of(row["name"]).with_suffix(".json"), text)

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from regard.cli import laws, measure, models, pages  # noqa: F401  (they add their commands)
-from regard.cli.console import app, err
+from regard.cli.console import Stopped, app, err
 
 __all__ = ["app", "main"]
 
@@ -17,14 +17,17 @@ KNOWN = (ValueError, KeyError, OSError)
 def main() -> None:
     """Run the command; an error of the user's is one line, exit status 2; Ctrl-C ends with 130."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    kept = ""
     try:
         status = app(standalone_mode=False) or 0  # a typer.Exit comes back as its status
+    except Stopped as stop:
+        status, kept = STOPPED, str(stop)
     except (KeyboardInterrupt, typer.Abort):
         status = STOPPED
     except Exception as error:
         status = complain(error)
     if status == STOPPED:
-        err.print("\nstopped. Finished cells are kept; the same command goes on from there.")
+        err.print(f"\nstopped. {kept}".rstrip(), markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)
 
 

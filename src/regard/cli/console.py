@@ -1,6 +1,8 @@
 """What every command uses: the app, the two streams, JSON, words and numbers as they are typed, a progress bar."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +20,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 def say_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1, ensure_ascii=False, default=str))
+
+
+class Stopped(Exception):
+    """Ctrl-C during a command that says what is true of its work then. (Of KeyboardInterrupt typer keeps no words.)"""
+
+
+@contextmanager
+def if_stopped(kept: str) -> Iterator[None]:
+    """Within the block, Ctrl-C ends the command with a sentence on what is kept and what the same command does."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Stopped(kept) from stop
 
 
 class watching:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from regard.cli.console import Json, app, err, out, say_json, watching
+from regard.cli.console import Json, app, err, if_stopped, out, say_json, watching
 from regard.core.spec import split_list, split_specs
 
 
@@ -30,20 +30,21 @@ def compare(
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
     limit: Annotated[float, typer.Option(help="Seconds a cell may take.")] = 600.0,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Run failed cells of an earlier start again.")
-    ] = False,
+        bool, typer.Option("--retry/--no-retry", help="Run failed cells of an earlier start again.")
+    ] = True,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1; none: the GPU where there is one.")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
     as_json: Json = False,
 ) -> None:
-    """Which method is best on this model, these tasks, this budget?"""
+    """Which method is best on this model, these tasks, this budget? Exit status 1 if a cell failed."""
     from regard.bench.compare import compare as run
     from regard.report import show as show_result
 
     tokens = split_list(lengths)
-    with watching(as_json) as progress:
+    kept = f"Finished cells are kept in {folder}; the same command goes on from there."
+    with if_stopped(kept), watching(as_json) as progress:
         result = run(
             model, split_specs(methods), split_specs(tasks), None if tokens is None else [int(n) for n in tokens],
             split_list(budgets), out=folder,
@@ -63,6 +64,17 @@ def compare(
     else:
         show_result(result, out)
         out.print(f"\n[bold]{folder / 'report.html'}[/bold]", highlight=False, soft_wrap=True)
+    if failed := result.failed():
+        say_failed(failed, len(result.rows))
+        raise typer.Exit(1)
+
+
+def say_failed(failed: list[dict], cells: int) -> None:
+    """How many cells failed, and why the first did, where programs do not read."""
+    first = failed[0]
+    text = f"regard: {len(failed)} of {cells} cells failed; the first, {first['label']} on {first['task']} at length "
+    text += f"{first['length']}: {first['status']}: {first['error']}"
+    err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -79,6 +91,7 @@ def claims(
     """Does the paper's claim hold here, now? Exit status 0 only if all hold."""
     from regard.claims import ledger
     from regard.report import table
+    from regard.report.folder import writable
 
     chosen = names or ledger.names()
     if ledger_only:
@@ -87,13 +100,17 @@ def claims(
     else:
         for name in chosen:
             ledger.claim(name)
-        rows = []
-        for name in chosen:
-            if not as_json:
-                err.print(f"measuring {name} …", highlight=False)
-            rows.append(ledger.measure(name))
             if record:
-                ledger.record(rows[-1:])
+                writable(ledger.path_of(name).parent)
+        rows = []
+        kept = "What was measured is recorded." if record else "Nothing is kept: no --record."
+        with if_stopped(kept):
+            for name in chosen:
+                if not as_json:
+                    err.print(f"measuring {name} …", highlight=False)
+                rows.append(ledger.measure(name))
+                if record:
+                    ledger.record(rows[-1:])
     if as_json:
         say_json(rows)
     else:

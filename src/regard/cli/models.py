@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from regard.cli.console import Json, app, converting, out, say_json, training
+from regard.cli.console import Json, app, converting, if_stopped, out, say_json, training
 from regard.core.spec import parse_spec, split_list, split_specs
 
 
@@ -81,7 +81,8 @@ def train(
         seed=seed, every=every,
     )  # fmt: skip
     folder = folder or Path("runs/train") / f"{task}-{'-'.join(dict.fromkeys(plan.mechanisms))}"
-    with training(as_json, len(plan.rates) * steps) as step:
+    kept = f"The run is kept in {folder} up to its last checkpoint, one in {every} steps; the same command goes on."
+    with if_stopped(kept), training(as_json, len(plan.rates) * steps) as step:
         result = run(plan, folder, progress=step, threads=threads)
     if as_json:
         say_json({**result, "folder": str(folder)})
@@ -118,7 +119,10 @@ def convert(
     name, settings = parse_spec(mechanism)
     folder = folder or Path("runs/convert") / name
     counts = {"steps": steps, "finetune_steps": finetune_steps}
-    with converting(as_json) as bar:
+    with (
+        if_stopped("Nothing of this conversion is kept; the same command begins it again."),
+        converting(as_json) as bar,
+    ):
         report = convert_folder(
             model.removeprefix("shipped:"), name, folder, text=text, length=length,
             finetune=None if finetune == "none" else finetune, lengths=tuple(int(n) for n in split_list(lengths) or []),

@@ -1,13 +1,20 @@
-"""The folder of a run: its header, its rows as they end, and what a later start of the same command finds there."""
+"""The folder of a run: its header, its rows as they end, and what a later start of the same command finds there.
+
+Whether a folder may be written to is asked before the work, and what regard did not write is never removed from it.
+"""
 
 import errno
 import json
 import os
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regard.core import require
+
+PART = ".regard.part"  # where a folder's files are written until they are whole
 
 
 @dataclass
@@ -22,27 +29,20 @@ class Folder:
 
     def open(self, header: dict) -> dict[str, dict]:
         """Make the folder or go on in it: rows by key. Another run's folder is refused with what differs."""
-        require(not self.path.exists() or self.path.is_dir(), "the output is a folder", out=str(self.path))
         header_file = self.path / "run.json"
         if not header_file.exists():
-            foreign = self.path.exists() and any(self.path.iterdir())
-            require(
-                not foreign,
-                "the output folder is new, empty or of an earlier start of this run",
-                out=str(self.path),
-            )
+            vacant(self.path, "the output folder is new, empty or of an earlier start of this run")
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(header_file, json.dumps(header, indent=1))
             return {}
-        old = json.loads(header_file.read_text(encoding="utf8"))["settings"]
-        new = json.loads(json.dumps(header["settings"]))
-        apart = {k: (old.get(k), new.get(k)) for k in {*old, *new} if old.get(k) != new.get(k)}
-        require(
-            not apart,
-            "the output folder is of the same run; choose another --out",
-            out=str(self.path),
-            **apart,
-        )
+        old, header = read_header(header_file), json.loads(json.dumps(header))
+        apart = differences(old["settings"], header["settings"])
+        rule = "the output folder is of the same run; choose another --out"
+        require(not apart, rule, out=str(self.path), **apart)
+        writable(self.path)
+        # the same command over a text or a model whose content is another asks for other cells
+        if old.get("cells") != header.get("cells"):
+            write_whole(header_file, json.dumps({**old, **header}, indent=1))
         return self.rows()
 
     def rows(self) -> dict[str, dict]:
@@ -96,6 +96,65 @@ def write_whole(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def read_header(path: Path) -> dict:
+    """A run's header; refused where the file is somebody else's."""
+    try:
+        header = json.loads(path.read_text(encoding="utf8"))
+    except ValueError:
+        header = None
+    ours = isinstance(header, dict) and isinstance(header.get("settings"), dict)
+    require(ours, "run.json of the output folder is of a run; choose another --out", run=str(path))
+    return header
+
+
+def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:
+    """Name -> (old, new) of the settings that are not the same."""
+    return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
+
+
+def vacant(
+    folder: Path, rule: str = "the output folder is new or empty; choose another", **holds: Any
+) -> None:
+    """Refuse, before any work, a folder that holds something, or that cannot be made or written to."""
+    require(not folder.exists() or folder.is_dir(), "the output is a folder", out=str(folder))
+    there = sorted(p.name for p in folder.iterdir() if p.name != PART) if folder.exists() else []
+    require(not there, rule, out=str(folder), **{"holds": there[:5], **holds})
+    writable(folder)
+
+
+def writable(folder: Path) -> None:
+    """Refuse a folder, there or to be made, in which no file can be written."""
+    above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    may = above.is_dir() and os.access(above, os.W_OK)
+    require(may, "the output folder can be written to", out=str(folder), at=str(above))
+
+
+def fill(folder: Path, write: Callable[[Path], None], last: str, replace: bool = False) -> None:
+    """What `write` makes of a folder it is given, moved into `folder` when it is whole, the file `last` at the end.
+
+    Files that are there stay. Where one has a name of ours, it is put in its place with `replace`; without, what was
+    made stays in a folder of its own, which the error names.
+    """
+    new = not folder.exists()
+    part = folder / PART
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write(part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    made = sorted((p.name for p in part.iterdir()), key=lambda name: (name == last, name))
+    taken = [name for name in made if (folder / name).exists() and not replace]
+    require(not taken, "nobody else writes to the output folder; what was made is whole in `made`",
+            out=str(folder), made=str(part), taken=taken[:5])  # fmt: skip
+    for name in made:
+        os.replace(part / name, folder / name)
+    part.rmdir()
+
+
 def keys_of(rows: dict[str, Any], retry: bool) -> set[str]:
-    """Cells that need not run again: all that ended, or with `retry` only those that ended well."""
+    """Cells that need not run again: those that ended well, and without `retry` those that failed too."""
     return {k for k, row in rows.items() if not retry or row["status"] == "ok"}

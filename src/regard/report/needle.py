@@ -79,7 +79,15 @@ def needle_map(result: Result, task: str, marked: Marks) -> str:
         mine = [r for r in rows if str(r.get("label") or r["method"]) == label]
         budgets = sorted({budget_text(r["budget"]): r["budget"] for r in mine}.values(), key=budget_order)
         maps = [
-            one_map([r for r in mine if r["budget"] == b], b, label, tested, depths, lengths) for b in budgets
+            one_map(
+                [r for r in mine if budget_text(r["budget"]) == budget_text(b)],
+                b,
+                label,
+                tested,
+                depths,
+                lengths,
+            )
+            for b in budgets
         ]
         if maps:
             head = f"<h4>{glyph(ink, shape)} {html.escape(clean(label))}</h4>"
@@ -94,7 +102,8 @@ def one_map(
     for depth, length, score in depth_scores(rows):
         groups.setdefault((binned(depth, tested), length), []).append(score)
     scores = {at: mean(values) for at, values in groups.items()}
-    overall = percent(mean(scores.values()))
+    # of the samples, not of the tiles, which hold different numbers of them
+    overall = percent(mean(score for values in groups.values() for score in values))
     caption = f"{budget_text(budget)} · {overall}" if budget is not None else overall
     drawn = tile(
         scores, depths, lengths, f"needle map of {clean(label)} {budget_text(budget)}: {overall} right"

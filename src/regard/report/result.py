@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regard.report.intervals import interval, interval_notes
 from regard.report.words import (
     KEEPS,
     budget_order,
@@ -19,6 +20,7 @@ from regard.report.words import (
     percent,
     plural,
     scope_text,
+    shortened,
 )
 
 Row = Mapping[str, Any]
@@ -62,7 +64,10 @@ class Result:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Result":
-        """Read `run.json` and `results.jsonl`. A cell that was measured again replaces its older row."""
+        """Read `run.json` and `results.jsonl`. A cell that was measured again replaces its older row.
+
+        Rows of cells that the run no longer asks for, such as those on a text that has changed since, are left out.
+        """
         folder, cells, unreadable = Path(folder), {}, []
         header = folder / "run.json"
         run = json.loads(header.read_text(encoding="utf-8")) if header.exists() else {}
@@ -77,7 +82,8 @@ class Result:
                 continue
             if isinstance(row, dict) and row.get("kind") == "cell":
                 cells[row.get("key", at)] = row
-        return cls(run, list(cells.values()), unreadable)
+        asked = set(run.get("cells") or cells)
+        return cls(run, [row for key, row in cells.items() if key in asked], unreadable)
 
     def tasks(self) -> list[str]:
         return sorted({str(row["task"]) for row in self.rows})
@@ -99,14 +105,15 @@ class Result:
 
     def summary(self) -> list[dict[str, Any]]:
         """One row per method × budget: means over its cells, relative to full attention there."""
-        base = {at: means for at, means in self.baseline().items() if means["quality"]}
-        expected = {cell(row) for row in self.rows if cell(row)[:2] in base}
+        base = self.baseline()
+        expected = {cell(row) for row in self.rows if scored_by_full(row, base)}
+        full = {cell(row): row for row in self.rows if row["method"] == "full" and ok(row)}
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault(
                 (str(row.get("label") or row["method"]), budget_text(row.get("budget"))), []
             ).append(row)
-        rows = [summarise(group, base, expected) for group in groups.values()]
+        rows = [summarise(group, base, full, expected) for group in groups.values()]
         return sorted(rows, key=lambda r: (r["method"] != "full", r["label"], budget_order(r["budget"])))
 
     def pareto(self, xkey: str, ykey: str = "quality") -> list[dict[str, Any]]:
@@ -174,18 +181,23 @@ class Result:
             notes.append(
                 f"Full attention itself scores below 50 %, so ratios say little: {cells_text(weak)}."
             )
-        return notes
+        return [*notes, *interval_notes([r for r in self.rows if ok(r)], self.summary())]
 
 
-def summarise(rows: list[Row], base: Mapping, expected: set) -> dict[str, Any]:
-    """The means of one method × budget over its cells."""
+def scored_by_full(row: Row, base: Mapping) -> bool:
+    """Whether full attention scores anything in the row's cell, so that a quality can be relative to its."""
+    return bool(base.get(cell(row)[:2], {}).get("quality"))
+
+
+def summarise(rows: list[Row], base: Mapping, full: Mapping, expected: set) -> dict[str, Any]:
+    """The means of one method × budget over its cells; `full` has full attention's row of each."""
     good = [row for row in rows if ok(row)]
-    scored = [row for row in good if cell(row)[:2] in base and number(row.get("quality")) is not None]
+    scored = [row for row in good if scored_by_full(row, base) and number(row.get("quality")) is not None]
     relative = {id(row): over(row["quality"], base[cell(row)[:2]]["quality"]) for row in scored}
     lacking = expected - {cell(row) for row in scored}
-    failed, full = len(rows) - len(good), rows[0]["method"] == "full"
+    failed, is_full = len(rows) - len(good), rows[0]["method"] == "full"
     quality = mean(relative.values())
-    low, high = interval(scored, base, quality)
+    low, high = interval([(row, full.get(cell(row)), base[cell(row)[:2]]["quality"]) for row in scored])
     return {
         **{key: rows[0].get(key) for key in ("method", "budget")},
         "label": str(rows[0].get("label") or rows[0]["method"]),
@@ -207,8 +219,8 @@ def summarise(rows: list[Row], base: Mapping, expected: set) -> dict[str, Any]:
         **{key: mean(row.get(key) for row in good) for key in ("agreement", "kl")},
         "cells": len(good),
         "failed": failed,
-        "missing": 0 if full else len(lacking - {cell(row) for row in rows if not ok(row)}),
-        "complete": quality is not None and (full or not lacking),
+        "missing": 0 if is_full else len(lacking - {cell(row) for row in rows if not ok(row)}),
+        "complete": quality is not None and (is_full or not lacking),
     }
 
 
@@ -225,34 +237,20 @@ def failed_groups(result: Result) -> list[dict[str, Any]]:
     return [dict(zip(keys, key, strict=True)) | {"tasks": sorted(group)} for key, group in tasks.items()]
 
 
-def interval(rows: list[Row], base: Mapping, quality: float | None) -> tuple[float | None, float | None]:
-    """The interval of the mean of independent cells: their half widths add in squares."""
-    ends = []
-    for sign, key in ((-1, "quality_low"), (1, "quality_high")):
-        halves = [over(number(row.get(key)), base[cell(row)[:2]]["quality"]) for row in rows]
-        if quality is None or None in halves:
-            return None, None
-        middles = [row["quality"] / base[cell(row)[:2]]["quality"] for row in rows]
-        width = math.sqrt(sum((h - m) ** 2 for h, m in zip(halves, middles, strict=True))) / len(rows)
-        ends.append(max(0.0, quality + sign * width))
-    return ends[0], ends[1]
-
-
 def held(row: Row, base: Mapping) -> float | None:
     return over(row.get("bytes_held"), row.get("bytes_full") or base.get(cell(row)[:2], {}).get("bytes_held"))
 
 
 def read(row: Row, base: Mapping) -> float | None:
-    return over(row.get("bytes_read"), base.get(cell(row)[:2], {}).get("bytes_read") or row.get("bytes_full"))
+    """What is read of what full attention reads, whether or not it answers anything right."""
+    return over(
+        row.get("bytes_read"), row.get("bytes_read_full") or base.get(cell(row)[:2], {}).get("bytes_read")
+    )
 
 
 def cost(*keys: str):
     """A sort key: these columns in turn, to a thousandth, so that rounded bytes tie; unknown is dear."""
     return lambda row: tuple(math.inf if row[key] is None else round(row[key], 3) for key in keys)
-
-
-def shortened(names: list[str], most: int = 4) -> str:
-    return listing(names if len(names) <= most else [*names[:most], f"{len(names) - most} more"])
 
 
 def cells_text(cells: list[tuple[Any, Any]]) -> str:

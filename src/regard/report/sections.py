@@ -133,7 +133,8 @@ def table_section(result: Result, marked: Marks) -> str:
     )
     lead = (
         "Quality, bytes and times are relative to full attention in the same cells: 100 % is as good, "
-        "0.50× takes half the time (geometric mean ± spread). Grey is below 95 %. Held: KV cache bytes kept. "
+        "0.50× takes half the time (geometric mean ± spread). Grey is below 95 %. Interval: of 95 % of draws "
+        "of the samples, in pairs with full attention. Held: KV cache bytes kept. "
         "Read: bytes read per decoded token. Same token: how often the next token is full attention's. "
         "KL: divergence from its distribution. Press a head to sort."
     )
@@ -190,14 +191,18 @@ def cut(text: object, most: int = 400) -> str:
     return lines if len(lines) <= most else f"{lines[:most]} … ({len(lines)} characters)"
 
 
+def wrong(row: Mapping, sample: Mapping) -> bool:
+    """Whether an answer is wrong; a text whose likelihood is compared is no answer."""
+    return row.get("metric") != "nll" and (number(sample.get("score")) or 0) < 1
+
+
 def examples(rows: list[dict[str, Any]], most: int = 6) -> list[tuple[dict[str, Any], Mapping]]:
-    """A few samples of a method: wrong ones first, then right ones, over its tasks and budgets."""
+    """A few samples of a method: wrong ones first, then others, over its tasks and budgets."""
     pairs = [(r, s) for r in rows if ok(r) for s in r.get("samples") or [] if "generated" in s]
-    wrong = [pair for pair in pairs if (number(pair[1].get("score")) or 0) < 1]
-    right = [pair for pair in pairs if (number(pair[1].get("score")) or 0) >= 1]
-    wrong, right = (round_robin(pairs) for pairs in (wrong, right))
-    take = max(most - 2, most - len(right))
-    return [*wrong[:take], *right[: most - len(wrong[:take])]]
+    bad = round_robin([pair for pair in pairs if wrong(*pair)])
+    rest = round_robin([pair for pair in pairs if not wrong(*pair)])
+    take = max(most - 2, most - len(rest))
+    return [*bad[:take], *rest[: most - len(bad[:take])]]
 
 
 def round_robin(pairs: list[tuple[dict[str, Any], Mapping]]) -> list[tuple[dict[str, Any], Mapping]]:
@@ -217,9 +222,12 @@ def example_section(result: Result, marked: Marks) -> str:
         rows = [r for r in result.rows if str(r.get("label") or r["method"]) == label]
         chosen = examples(rows)
         if chosen:
-            samples = [s for r in rows if ok(r) for s in r.get("samples") or []]
-            wrong = sum((number(s.get("score")) or 0) < 1 for s in samples)
-            count = f"<span>{wrong} of {plural(len(samples), 'answer')} wrong</span>"
+            pairs = [(r, s) for r in rows if ok(r) for s in r.get("samples") or []]
+            answers = [wrong(r, s) for r, s in pairs if r.get("metric") != "nll"]
+            texts = len(pairs) - len(answers)
+            counts = [f"{sum(answers)} of {plural(len(answers), 'answer')} wrong"] if answers else []
+            counts += [f"{plural(texts, 'text')} by perplexity"] if texts else []
+            count = f"<span>{', '.join(counts)}</span>"
             head = f"<summary>{glyph(*mark)} {escape(clean(label))} {count}</summary>"
             parts.append(f"<details{'' if parts else ' open'}>{head}{example_table(chosen)}</details>")
     if not parts:
@@ -233,8 +241,10 @@ def example_table(chosen: list[tuple[dict[str, Any], Mapping]]) -> str:
     heads = "".join(f'<th scope="col">{h}</th>' for h in columns)
     body = []
     for row, sample in chosen:
-        score = number(sample.get("score")) or 0.0
-        verdict = "✓ right" if score >= 1 else "✗ wrong" if score <= 0 else f"{score:.2f}"
+        score, bad = number(sample.get("score")) or 0.0, wrong(row, sample)
+        verdict = "✓ right" if not bad else "✗ wrong" if score <= 0 else f"{score:.2f}"
+        if row.get("metric") == "nll":
+            verdict = f"{score:.2f}, perplexity of full ÷ of method"
         cells = [
             clean(row["task"]),
             budget_text(row["budget"]),
@@ -245,7 +255,7 @@ def example_table(chosen: list[tuple[dict[str, Any], Mapping]]) -> str:
         body.append(
             f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in cells)}"
             f"{''.join(f'<td class=said>{escape(c)}</td>' for c in texts)}"
-            f'<td class="{"" if score >= 1 else "bad"}">{verdict}</td></tr>'
+            f'<td class="{"bad" if bad else ""}">{verdict}</td></tr>'
         )
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f'<div class="wide">{table}</div>'
@@ -255,7 +265,7 @@ def run_section(result: Result) -> str:
     """Where the numbers come from, field by field."""
     lines = []
     for key, value in result.run.items():
-        if key != "kind":
+        if key not in ("kind", "cells"):
             text = escape(cut(short(value), 2000))
             text = f"<code>{text}</code>" if key == "command" else text
             lines.append(f"<dt>{escape(clean(key))}</dt><dd>{text}</dd>")

@@ -105,6 +105,10 @@ def listing(items: Iterable[object]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
+def shortened(names: list[str], most: int = 4) -> str:
+    return listing(names if len(names) <= most else [*names[:most], f"{len(names) - most} more"])
+
+
 def plural(n: int, noun: str) -> str:
     """`1 cell`, `3 cells`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -4,6 +4,7 @@ The held-out text is documentation of Python and of scientific packages that the
 not been trained on (`scripts/lm_corpus.py` chooses it; `data/corpus.json` names the versions).
 """
 
+import hashlib
 import random
 import re
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class Source:
         require(size >= SHORTEST, f"at least {SHORTEST} characters of text", path=str(path), got=size)
         return cls(str(path), text)
 
+    @property
+    def revision(self) -> str:
+        """The text itself, in 12 characters."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+
     def ids(self, tokenizer) -> list[int]:
         return _ids(tokenizer, self.text)
 
@@ -60,9 +66,14 @@ def held_out() -> Source:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"a text file is UTF-8: {path} is not, at byte {error.start}") from None
+        raise ValueError(
+            f"a text file is UTF-8: {path} is not, at byte {error.start} ({error.object[error.start]:#04x}); where it "
+            f"is text in another encoding, write it anew, e.g. iconv -f LATIN1 -t UTF-8 {path} > text.txt"
+        ) from None
+    require("\0" not in text, "a text file holds text, no zero bytes", path=str(path), at=text.find("\0"))
+    return text
 
 
 _kept: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> text -> ids; a text is encoded once

@@ -77,8 +77,10 @@ class Plan:
             return RegardForCausalLM(config)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as they stand in the run's header; what the task's data is made of as well."""
-        return {**asdict(self), **TASKS[self.task].source()}
+        """The settings as they stand in the run's header; what the task's data and pages of one's own hold as well."""
+        known = {name: catalog.revision_of(name) for name in self.mechanisms}
+        pages = {name: held for name, held in known.items() if held is not None}
+        return {**asdict(self), **TASKS[self.task].source(), **({"pages": pages} if pages else {})}
 
     def told(self) -> dict[str, Any]:
         warn("Plan.told()", "Plan.to_dict()")

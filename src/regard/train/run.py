@@ -9,7 +9,6 @@ result.json, report.html   when all rates are done
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from transformers.utils import logging
 from regard.core import require
 from regard.nn.backbones import RegardForCausalLM
 from regard.ops.threads import threads as using_threads
-from regard.report.folder import Folder
+from regard.report.folder import Folder, fill
 from regard.report.training import training_page
 from regard.train.loop import cosine, fit
 from regard.train.plan import TASKS, Plan
@@ -164,16 +163,12 @@ def resume(path: Path, model: RegardForCausalLM, optimizer: Any, rate: float) ->
 
 
 def keep_best(plan: Plan, rows: list[dict], rate: float, model: RegardForCausalLM, path: Path) -> None:
-    """`best` becomes the model of this rate if no earlier rate scores better; moved into place whole."""
+    """`best` becomes the model of this rate if no earlier rate scores better; each file is moved into place whole."""
     scores = {r: final(rows, r, plan) for r in plan.rates if final(rows, r, plan) is not None}
     if TASKS[plan.task].better(scores.values()) != scores[rate]:
         return
-    beside = path.with_name(path.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
     with quiet():
-        model.save_pretrained(beside)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(beside, path)
+        fill(path, model.save_pretrained, last="model.safetensors", replace=True)
 
 
 @contextmanager
