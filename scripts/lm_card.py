@@ -100,9 +100,9 @@ def measure(model, tokenizer, show: Callable = print) -> dict:
         numbers[name] = text_loss(model, long, window_mask(2048, sinks), skip=WINDOW)
     numbers["sink_mass"] = sink_mass(model, windows(held, first, 512)[:16])
     show(numbers)
-    for name in ("needle", "recall"):
+    for name, settings in (("needle", {}), ("recall", {"values": "words"})):
         for length in LENGTHS:
-            numbers[f"{name}_{length}"] = generated(model, tokenizer, task(name), length)
+            numbers[f"{name}_{length}"] = generated(model, tokenizer, task(name, **settings), length)
             show(name, length, numbers[f"{name}_{length}"])
     numbers["recall_of_32"] = crowded(model, tokenizer)
     return numbers
@@ -110,7 +110,7 @@ def measure(model, tokenizer, show: Callable = print) -> dict:
 
 def crowded(model, tokenizer) -> float:
     """Recall at 2,048 tokens among more facts than the task has by default."""
-    return generated(model, tokenizer, task("recall", most_facts=32), 2048)
+    return generated(model, tokenizer, task("recall", most_facts=32, values="words"), 2048)
 
 
 CARD = """# A small language model that can retrieve

@@ -224,9 +224,9 @@ def report(training: Training, tokenizer, held: torch.Tensor, length: int, loss:
         "loss": round(loss, 4),
     }
     row["held_out"] = round(text_loss(training.model, held, tokenizer.bos_token_id), 4)
-    for name in ("needle", "recall"):
+    for name, settings in (("needle", {}), ("recall", {"values": "words"})):
         row |= {
-            f"{name}_{n}": round(exact(training.model, task(name), tokenizer, n, 32), 3)
+            f"{name}_{n}": round(exact(training.model, task(name, **settings), tokenizer, n, 32), 3)
             for n in (256, max(512, length))
         }
     training.model.train()

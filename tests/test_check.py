@@ -53,7 +53,12 @@ FAULTS = [
     ("state_leaks_between_rows", "causal_self", "batch", 1, {}),
     ("overflow", "causal_self", "extremes", 1, {"found": "nan"}),
     ("blind_rows_are_nan", "causal_self", "blind rows", 1, {"found": "nan"}),
-    ("low_precision_inside", "causal_self", "precision", 33, {"dtype": "bfloat16"}),
+    ("low_precision_inside", "causal_self", "precision", 8, {"dtype": "bfloat16"}),
+    ("float16_by_way_of_float8", "causal_self", "precision", 3, {"dtype": "float16"}),
+    ("scaled_after_the_product", "causal_self", "extremes", 4, {"found": "nan"}),
+    ("triangle_of_the_first_keys", "causal_self", "last queries", 2, {"at": [0, 0, 0, 0]}),
+    ("kv_heads_in_the_wrong_order", "causal_self", "groups", None, {}),
+    ("padding_shown_again", "causal_self", "padded state", None, {}),
     ("changes_its_input", "causal_self", "pure", 1, {"of": "q"}),
     ("needs_even_lengths", "causal_self", "lengths", 1, {}),
     ("chunk_forgets_the_last", "causal_self", "accumulates", 65, {"token": 63}),
@@ -77,7 +82,7 @@ def test_a_fault_is_found_with_its_smallest_counterexample(name, pattern, law, n
     report = check_file(f"{FAULTY / 'faults.py'}:{name}", pattern)
     assert law in report.violated
     counterexample = row_of(report, law)["counterexample"]
-    assert counterexample["n"] == n
+    assert counterexample.get("n") == n
     assert {key: counterexample[key] for key in facts} == facts
 
 
@@ -102,6 +107,26 @@ def test_a_function_in_float32_is_held_to_its_own_rounding():
     report = check_file(f"{FAULTY / 'correct.py'}:retention")
     assert 1e-7 < report.facts["tolerance"] < 1e-3
     assert check_file(f"{FAULTY / 'correct.py'}:softmax").facts["tolerance"] == 1e-9
+
+
+def test_each_of_these_faults_breaks_its_law_alone():
+    for fault in ("float16_by_way_of_float8", "scaled_after_the_product", "triangle_of_the_first_keys",
+                  "kv_heads_in_the_wrong_order", "padding_shown_again"):  # fmt: skip
+        law = next(law for name, _, law, *_ in FAULTS if name == fault)
+        assert check_file(f"{FAULTY / 'faults.py'}:{fault}").violated == [law]
+
+
+def test_float16_is_asked():
+    report = check_file(f"{FAULTY / 'correct.py'}:softmax")
+    assert report.facts["dtypes"] == ["float64", "float32", "bfloat16", "float16"]
+
+
+def test_fewer_queries_than_keys_are_no_question_for_a_recurrence():
+    row = row_of(check_file(f"{FAULTY / 'correct.py'}:retention"), "last queries")
+    assert row["verdict"] == "not applicable"
+    assert row["said"] == "its state has a fixed size: queries come with their keys"
+    refused = row_of(check_file(f"{FAULTY / 'correct.py'}:softmax"), "groups")
+    assert refused["said"].startswith("it refuses to be asked: RuntimeError")
 
 
 def test_what_does_not_apply_says_why():

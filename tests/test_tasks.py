@@ -88,11 +88,14 @@ def test_the_question_asks_for_the_fact_of_the_evidence(name):
         assert tokenizer.decode(sample.answer) == " " + value
 
 
-def test_recall_asks_among_keys_that_share_words():
+@pytest.mark.parametrize(("values", "form"), [("digits", r"[1-9]{3}"), ("words", r"[a-z]+ [a-z]+")])
+def test_recall_asks_among_keys_that_share_words(values, form):
     tokenizer = Words()
-    for sample in task("recall").samples(tokenizer, 512, 9, 3):
-        facts = re.findall(r"\nThe code of (\w+ \w+) is (\w+ \w+)\.", tokenizer.decode(sample.prompt))
+    for sample in task("recall", values=values).samples(tokenizer, 512, 9, 3):
+        facts = re.findall(rf"\nThe code of (\w+ \w+) is ({form})\.", tokenizer.decode(sample.prompt))
         keys = [key for key, _ in facts]
+        assert len({value for _, value in facts}) == 8
+        assert sample.chance == 1 / 8
         assert len(keys) == len(set(keys)) == 8
         for key in keys:
             assert sum(bool(set(key.split()) & set(other.split())) for other in keys) > 1

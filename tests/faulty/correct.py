@@ -3,6 +3,13 @@
 import torch
 from torch.nn import functional as F
 
+HALF = (torch.bfloat16, torch.float16)
+
+
+def lower_right(n, m):
+    """[n, m]: the last query is that of the last key."""
+    return torch.ones(n, m, dtype=torch.bool).tril(m - n)
+
 
 def softmax(q, k, v, mask=None, state=None, causal=True, scale=None):
     """Stored keys and values as the state; masks of keys or of pairs."""
@@ -11,15 +18,17 @@ def softmax(q, k, v, mask=None, state=None, causal=True, scale=None):
     n, m = q.shape[2], k.shape[2]
     sees = torch.ones(n, m, dtype=torch.bool).tril(m - n) if causal else torch.ones(n, m, dtype=torch.bool)
     sees = sees if mask is None else sees & mask
-    s = (q @ k.mT).float() if q.dtype == torch.bfloat16 else q @ k.mT
-    s = (s * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~sees, -torch.inf)
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = (q @ k.mT).float() if q.dtype in HALF else q @ k.mT
+    s = s.masked_fill(~sees, -torch.inf)
     dead = ~sees.any(-1, keepdim=True)
     w = s.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0)
     return w.to(v.dtype) @ v, (k, v)
 
 
 def sdpa(query, key, value, is_causal=True):
-    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    mask = lower_right(query.shape[2], key.shape[2]) if is_causal else None
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def windowed(q, k, v, window=4, attn_mask=None):
@@ -35,7 +44,7 @@ def windowed(q, k, v, window=4, attn_mask=None):
 def linear(q, k, v, initial_state=None, output_final_state=False):
     """Causal linear attention with features elu + 1 and a normaliser, sums in float32 at least."""
     dtype = v.dtype
-    q, k, v = (t.float() if t.dtype == torch.bfloat16 else t for t in (q, k, v))
+    q, k, v = (t.float() if t.dtype in HALF else t for t in (q, k, v))
     q, k = F.elu(q) + 1, F.elu(k) + 1
     kv = (k[..., :, None] * v[..., None, :]).cumsum(2)
     z = k.cumsum(2)
@@ -57,7 +66,7 @@ def retention(q, k, v, state=None):
 
 def padded(q, k, v, key_padding_mask=None):
     """Noncausal, with torch's polarity of the padding mask."""
-    s = q @ k.mT * q.shape[-1] ** -0.5
+    s = q * q.shape[-1] ** -0.5 @ k.mT
     if key_padding_mask is None:
         return s.softmax(-1) @ v
     hidden = key_padding_mask[:, None, None]
@@ -68,15 +77,11 @@ def padded(q, k, v, key_padding_mask=None):
 def by_length(q, k, v, lengths=None, pattern="self"):
     """Lengths instead of a mask; the patterns by name."""
     n, m = q.shape[2], k.shape[2]
-    sees = (
-        torch.ones(n, m, dtype=torch.bool).tril()
-        if pattern == "causal_self"
-        else torch.ones(n, m, dtype=torch.bool)
-    )
+    sees = lower_right(n, m) if pattern == "causal_self" else torch.ones(n, m, dtype=torch.bool)
     sees = sees.expand(q.shape[0], 1, n, m)
     if lengths is not None:
         sees = sees & (torch.arange(m) < lengths[:, None, None, None])
-    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~sees, -1e30)
+    s = (q * q.shape[-1] ** -0.5 @ k.mT).masked_fill(~sees, -torch.inf)
     return s.softmax(-1).masked_fill(~sees, 0) @ v
 
 
@@ -88,7 +93,9 @@ class Attention(torch.nn.Module):
         self.mix = torch.nn.Parameter(torch.tensor(0.7))
 
     def forward(self, q, k, v):
-        return F.scaled_dot_product_attention(q * self.mix, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(
+            q * self.mix, k, v, attn_mask=lower_right(q.shape[2], k.shape[2])
+        )
 
 
 attention = Attention()

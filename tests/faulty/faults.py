@@ -7,7 +7,7 @@ from torch.nn import functional as F
 def causal_softmax(q, k, v, sees=None):
     n, m = q.shape[2], k.shape[2]
     sees = torch.ones(n, m, dtype=torch.bool).tril(m - n) if sees is None else sees
-    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~sees, -torch.inf)
+    s = (q * q.shape[-1] ** -0.5 @ k.mT).masked_fill(~sees, -torch.inf)
     return s.softmax(-1) @ v
 
 
@@ -65,19 +65,20 @@ def gradient_cut(q, k, v):
 
 def padding_attended(q, k, v, mask=None):
     """Scores of hidden keys are zero, which is not nothing."""
-    s = q @ k.mT * q.shape[-1] ** -0.5
+    s = q * q.shape[-1] ** -0.5 @ k.mT
     s = s if mask is None else s.masked_fill(~mask, 0)
     return causal_from(s) @ v
 
 
 def causal_from(s):
-    return s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+    n, m = s.shape[-2:]
+    return s.masked_fill(~torch.ones(n, m, dtype=torch.bool).tril(m - n), -torch.inf).softmax(-1)
 
 
 def lengths_one_too_many(q, k, v, lengths=None):
     key_mask = torch.ones(1, k.shape[2], dtype=torch.bool)
     key_mask = key_mask if lengths is None else torch.arange(k.shape[2]) <= lengths[:, None]
-    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~key_mask[:, None, None], -torch.inf)
+    s = (q * q.shape[-1] ** -0.5 @ k.mT).masked_fill(~key_mask[:, None, None], -torch.inf)
     return s.softmax(-1) @ v
 
 
@@ -92,14 +93,51 @@ def state_leaks_between_rows(q, k, v):
 
 
 def overflow(q, k, v):
-    e = (q @ k.mT * q.shape[-1] ** -0.5).exp().tril()
+    e = (q @ k.mT * q.shape[-1] ** -0.5).exp().tril(k.shape[2] - q.shape[2])
     return e / e.sum(-1, keepdim=True) @ v
 
 
 def blind_rows_are_nan(q, k, v, mask=None):
-    s = q @ k.mT * q.shape[-1] ** -0.5
+    s = q * q.shape[-1] ** -0.5 @ k.mT
     s = s if mask is None else s.masked_fill(~mask, -torch.inf)
     return causal_from(s) @ v
+
+
+def triangle_of_the_first_keys(q, k, v):
+    """Right for a whole text; beside stored keys the queries are taken for the first ones."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def scaled_after_the_product(q, k, v):
+    """Products of 8e4 are infinite in float16, scores of 4e4 are not."""
+    n, m = q.shape[2], k.shape[2]
+    s = q @ k.mT * q.shape[-1] ** -0.5
+    return s.masked_fill(~torch.ones(n, m, dtype=torch.bool).tril(m - n), -torch.inf).softmax(-1) @ v
+
+
+def float16_by_way_of_float8(q, k, v):
+    q, k = (t.to(torch.float8_e4m3fn).to(t.dtype) if t.dtype == torch.float16 else t for t in (q, k))
+    return causal_softmax(q, k, v)
+
+
+def kv_heads_in_the_wrong_order(q, k, v):
+    """Query head h reads KV head h mod G, not h // (H / G)."""
+    k, v = (t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v))
+    return causal_softmax(q, k, v)
+
+
+def padding_shown_again(q, k, v, mask=None, state=None):
+    """The mask is obeyed, but not where it hides keys that are stored already."""
+    stored = 0 if state is None else state[0].shape[2]
+    if state is not None:
+        k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
+    n, m = q.shape[2], k.shape[2]
+    sees = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    if mask is not None:
+        sees = sees & (mask | (torch.arange(m) < stored))
+    dead = ~sees.any(-1, keepdim=True)
+    s = (q * q.shape[-1] ** -0.5 @ k.mT).masked_fill(~sees, -torch.inf)
+    return s.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0) @ v, (k, v)
 
 
 def low_precision_inside(q, k, v):

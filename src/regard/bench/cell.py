@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -226,7 +227,15 @@ def quality(cell: Cell, samples: list[Sample], runs: list[Pass], full: list[Pass
     return dict(
         quality=float(value(np.arange(len(samples)))), quality_low=float(np.quantile(spread, 0.025)),
         quality_high=float(np.quantile(spread, 0.975)), nll=float(nll.mean()), samples=shown,
+        chance=chance_of(catalog.task(cell.task).metric, samples, base, runs[0].logits.shape[-1]),
     )  # fmt: skip
+
+
+def chance_of(metric: str, samples: list[Sample], base: Tensor, vocabulary: int) -> float:
+    """The score of guessing: how often a guess is right, or full attention's perplexity over the vocabulary's size."""
+    if metric == "exact":
+        return float(np.mean([s.chance for s in samples]))
+    return min(1.0, math.exp(float(base.mean()) - math.log(vocabulary)))
 
 
 def nlls(runs: list[Pass], answer: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ def compare(
             {
                 "run": result.run,
                 "sentence": result.sentence(),
+                "at_floor": result.at_floor(),
                 "summary": result.summary(),
                 "rows": result.rows,
             }

@@ -21,6 +21,8 @@ class CachePage(Page):
     shift      (view, slots, cfg) -> how far stored keys are moved on before they are read; None: as in the text
     attention  (view, cfg) -> [B, H, N, E] or None: the page's own attention, as a last resort; the padding of each
                row stands before its tokens and queries
+    reference  (view, cfg) -> [1, H, n, E], beside `attention`: the same written out, for the view of one row's whole
+               text without padding, all n tokens its queries; or "module:function". The battery holds `attention` to it
     rotates    whether the page uses view.rotate where the model has rotary positions, and None elsewhere
     calibrate  what is measured on the model when the page is attached without it: "induction", or ""
     phase      when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")
@@ -34,6 +36,7 @@ class CachePage(Page):
     observe: Callable | None = None
     shift: Callable | None = None
     attention: Callable | None = None
+    reference: Callable | str | None = None
     rotates: bool = False
     calibrate: str = ""
     phase: str = "both"

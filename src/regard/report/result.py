@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regard.report.floor import at_floor, floor_notes, places
 from regard.report.intervals import interval, interval_notes
 from regard.report.words import (
     KEEPS,
@@ -95,13 +96,23 @@ class Result:
         return [row for row in self.rows if not ok(row)]
 
     def baseline(self) -> dict[tuple[Any, Any], dict[str, float | None]]:
-        """Full attention's quality and bytes read of each (task, length), the mean over its seeds."""
+        """Full attention's quality and bytes read of each (task, length), the mean over its seeds.
+
+        Near what guessing gives it is no measure of others: its quality is None.
+        """
         groups: dict[tuple[Any, Any], list[Row]] = {}
         for row in self.rows:
             if row["method"] == "full" and ok(row):
                 groups.setdefault(cell(row)[:2], []).append(row)
         keys = ("quality", "bytes_read", "bytes_held")
-        return {at: {key: mean(r.get(key) for r in rows) for key in keys} for at, rows in groups.items()}
+        means = {at: {key: mean(r.get(key) for r in rows) for key in keys} for at, rows in groups.items()}
+        for floor in self.at_floor():
+            means[floor["task"], floor["length"]]["quality"] = None
+        return means
+
+    def at_floor(self) -> list[dict[str, Any]]:
+        """The (task, length) at which full attention is near what guessing gives: left out of means and ranks."""
+        return at_floor(self.rows)
 
     def summary(self) -> list[dict[str, Any]]:
         """One row per method × budget: means over its cells, relative to full attention there."""
@@ -149,12 +160,13 @@ class Result:
         if not self.rows:
             return "No cell was measured."
         rows = [r for r in self.summary() if r["method"] != "full"]
-        where = scope_text(self.run, self.tasks(), self.lengths())
+        where = scope_text(self.run, *self.ranked())
         if not rows:
             return f"Only full attention was measured {where}: there is no method to compare it with."
         if not any(means["quality"] for means in self.baseline().values()):
             return (
-                f"Full attention failed or scored 0 everywhere {where}: nothing can be said relative to it."
+                f"Full attention failed or is near what guessing gives everywhere {where}: nothing can be said "
+                "relative to it."
             )
         kept = self.keepers()
         text = winner_text(kept, where) if kept else no_winner_text(rows, where)
@@ -162,7 +174,15 @@ class Result:
         if broken:
             names = shortened([clean(name(r)) for r in broken])
             text += f" Not considered, with cells failed or missing: {names}."
+        if floors := self.at_floor():
+            text += f" Left out, as full attention is near what guessing gives there: {shortened(places(floors))}."
         return text
+
+    def ranked(self) -> tuple[list[str], list[int]]:
+        """The tasks and lengths that rank methods; all, where none does."""
+        cells = [at for at, means in self.baseline().items() if means["quality"]]
+        tasks, lengths = sorted({str(task) for task, _ in cells}), sorted({length for _, length in cells})
+        return (tasks, lengths) if cells else (self.tasks(), self.lengths())
 
     def notes(self) -> list[str]:
         """What a reader must know before trusting the means."""
@@ -172,10 +192,12 @@ class Result:
             notes.append(
                 f"results.jsonl has {plural(len(self.unreadable), 'unreadable line')} ({lines}), left out."
             )
-        cells = sorted({cell(row)[:2] for row in self.rows}, key=str)
-        lost = [at for at in cells if not base.get(at, {}).get("quality")]
+        cells, floors = sorted({cell(row)[:2] for row in self.rows}, key=str), self.at_floor()
+        notes += floor_notes(floors)
+        near = {(floor["task"], floor["length"]) for floor in floors}
+        lost = [at for at in cells if not base.get(at, {}).get("quality") and at not in near]
         if lost:
-            notes.append(f"No ratio is possible where full attention failed or scored 0: {cells_text(lost)}.")
+            notes.append(f"No ratio is possible where full attention failed: {cells_text(lost)}.")
         weak = [at for at in cells if 0 < (base.get(at, {}).get("quality") or 0) < 0.5]
         if weak:
             notes.append(

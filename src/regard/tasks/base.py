@@ -20,12 +20,14 @@ class Sample:
     answer: ids that a right model generates next, or, for perplexity, the continuation that is scored
     evidence: first and past-the-last position of the needed fact in the prompt; (0, 0) if there is none
     depth: place of the evidence, 0 start .. 1 end
+    chance: how often a guess is right, such as any of the values that the page holds; below it a score says nothing
     """
 
     prompt: list[int]
     answer: list[int]
     evidence: tuple[int, int]
     depth: float = 0.0
+    chance: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ The depth of sample i is i / (count - 1): 0 puts the fact first, 1 right before 
 
 import random
 from dataclasses import dataclass
-from statistics import mode
 from typing import Any
 
 from regard.core import Card, require
 from regard.kinds.task import TaskPage
 from regard.tasks.base import Frame, Sample, even, fill
 from regard.tasks.corpus import Source, held_out
-from regard.tasks.recall import Fact, words
+from regard.tasks.recall import Fact, answer_size, passkey, words
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,6 @@ def samples(
         depth, rng = i / max(1, count - 1), random.Random(f"needle {seed} {i}")
         result.append(one(tokenizer, length, depth, rng, source, (size, cfg.digits), chat))
     return even(result)
-
-
-def passkey(rng: random.Random, digits: int) -> str:
-    return " " + "".join(str(rng.randint(1, 9)) for _ in range(digits))
-
-
-def answer_size(tokenizer: Any, digits: int) -> int:
-    """The commonest number of tokens of a passkey; it varies where a tokenizer merges digits."""
-    rng = random.Random("passkeys")
-    return mode(len(Fact("", passkey(rng, digits)).answer(tokenizer)) for _ in range(100))
 
 
 def one(

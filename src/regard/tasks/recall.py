@@ -1,19 +1,22 @@
 """Recall: a page of text in which facts are strewn, and a question about one of them.
 
-    ... text ... The code of quiet river is stone candle. ... The code of quiet garden is paper window. ...
-    ... Question: the code of quiet garden is            -> " paper window"
+    ... text ... The code of quiet river is 482. ... The code of quiet garden is 917. ...
+    ... Question: the code of quiet garden is            -> " 917"
 
 The keys are pairs of words drawn from a small grid, so that most keys share a word with others: who finds
-only half of the key answers with a distractor. There is one fact for 64 tokens, at least 4 and at most 24.
+only half of the key answers with a distractor. There is one fact for 64 tokens, at least 4 and at most 24; who
+answers with any of them is right once in so many times. Codes are digits, which models that were not trained on
+this page take for codes too; `values="words"` gives pairs of words, the form that the shipped model has learned.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from math import ceil, sqrt
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from regard.core import Card, require
@@ -22,6 +25,7 @@ from regard.tasks.base import Frame, Sample, continuation, encode, even, fill
 from regard.tasks.corpus import Source, held_out
 
 TOKENS_PER_FACT, MOST_FACTS = 64, 24
+DIGITS = 3
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,16 @@ def even_words(tokenizer) -> list[str]:
     return groups[min(rich)]
 
 
+def passkey(rng: random.Random, digits: int) -> str:
+    return " " + "".join(str(rng.randint(1, 9)) for _ in range(digits))
+
+
+def answer_size(tokenizer: Any, digits: int) -> int:
+    """The commonest number of tokens of a passkey; it varies where a tokenizer merges digits."""
+    rng = random.Random("passkeys")
+    return mode(len(Fact("", passkey(rng, digits)).answer(tokenizer)) for _ in range(100))
+
+
 def weave(rng: random.Random, filler: list[int], pieces: Iterable[list[int]]) -> tuple[list[int], list[int]]:
     """The pieces, in order, at random places of the filler -> the ids, and where each piece begins."""
     pieces = list(pieces)
@@ -85,10 +99,12 @@ def weave(rng: random.Random, filler: list[int], pieces: Iterable[list[int]]) ->
 class Config:
     tokens_per_fact: int = TOKENS_PER_FACT
     most_facts: int = MOST_FACTS
+    values: str = "digits"  # or "words"
 
     def __post_init__(self) -> None:
         require(self.tokens_per_fact >= 1, "tokens_per_fact >= 1", tokens_per_fact=self.tokens_per_fact)
-        require(self.most_facts >= 4, "most_facts >= 4", most_facts=self.most_facts)
+        require(4 <= self.most_facts <= 99, "4 <= most_facts <= 99", most_facts=self.most_facts)
+        require(self.values in VALUES, f"values is one of {', '.join(VALUES)}", values=self.values)
 
 
 def samples(
@@ -102,18 +118,46 @@ def samples(
     chat: bool = False,
 ) -> list[Sample]:
     """`count` prompts of exactly `length` tokens; the asked facts spread evenly over the order of facts."""
-    pool, source = even_words(tokenizer), source or held_out()
+    draw, source = VALUES[cfg.values](tokenizer), source or held_out()
     number, result = min(cfg.most_facts, max(4, length // cfg.tokens_per_fact)), []
     for i in range(count):
         rng, index = random.Random(f"recall {seed} {i}"), round(i / max(1, count - 1) * (number - 1))
-        result.append(one(tokenizer, length, index, rng, draw_facts(rng, pool, number), source, chat))
+        result.append(one(tokenizer, length, index, rng, draw_facts(rng, draw, number), source, chat))
     return even(result)
 
 
-def draw_facts(rng: random.Random, pool: list[str], number: int) -> list[Fact]:
-    drawn = rng.sample(pool, 2 * number)
-    values = [f" {a} {b}" for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
-    keys = near_keys(rng, number)
+Draw = Callable[[random.Random, int], list[str]]  # so many different values, all equally long in tokens
+
+
+def pairs_of_words(tokenizer: Any) -> Draw:
+    pool = even_words(tokenizer)
+
+    def draw(rng: random.Random, number: int) -> list[str]:
+        drawn = rng.sample(pool, 2 * number)
+        return [f" {a} {b}" for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
+
+    return draw
+
+
+def codes(tokenizer: Any) -> Draw:
+    size = answer_size(tokenizer, DIGITS)
+
+    def draw(rng: random.Random, number: int) -> list[str]:
+        values: dict[str, None] = {}
+        while len(values) < number:
+            value = passkey(rng, DIGITS)
+            if len(Fact("", value).answer(tokenizer)) == size:
+                values[value] = None
+        return list(values)
+
+    return draw
+
+
+VALUES: dict[str, Callable[[Any], Draw]] = {"digits": codes, "words": pairs_of_words}
+
+
+def draw_facts(rng: random.Random, draw: Draw, number: int) -> list[Fact]:
+    values, keys = draw(rng, number), near_keys(rng, number)
     # an answer must not stand anywhere else
     while any(" " + key in values for key in keys):
         keys = near_keys(rng, number)
@@ -129,7 +173,8 @@ def one(
     answer = facts[index].answer(tokenizer)
     body, starts = weave(rng, fill(tokenizer, source, rng, room, without=answer), statements)
     first = len(frame.head) + starts[index]
-    return Sample(frame.around(body), answer, (first, first + len(statements[index])), depth=first / length)
+    evidence = (first, first + len(statements[index]))
+    return Sample(frame.around(body), answer, evidence, depth=first / length, chance=1 / len(facts))
 
 
 METHOD = TaskPage(
@@ -137,6 +182,7 @@ METHOD = TaskPage(
     samples=samples,
     standard=True,
     patterns=("causal_self",),
+    test_settings=({"values": "words"},),
     card=Card(
         title="Recall among similar keys",
         paper="none: a task of this library, after the key-value retrieval of Lost in the Middle (2023)",
@@ -144,5 +190,6 @@ METHOD = TaskPage(
         idea="facts strewn through running text whose keys share words, and a question about one of them",
         cost="none",
         state="up to 24 facts to remember",
+        caveat="pairs of words are no codes to a model that was not trained on them; the shipped one answers both",
     ),
 )

@@ -118,7 +118,8 @@ def samples(
         room = length - len(head) - 2 * cfg.pairs - 1
         body = [filler[j] for j in torch.randint(len(filler), (room,), generator=g).tolist()]
         prompt = [*head, *drawn, *body, drawn[2 * index]]
-        result.append(Sample(prompt, [drawn[2 * index + 1]], (first, first + 2), depth=first / length))
+        answer, chance = [drawn[2 * index + 1]], 1 / cfg.pairs
+        result.append(Sample(prompt, answer, (first, first + 2), depth=first / length, chance=chance))
     return result
 
 

@@ -26,12 +26,15 @@ from regard.testing.case import B, Broken, Case, D, E, H, Inputs, NotApplicable,
 from regard.testing.function import LENGTHS, SMALL, Function, FunctionCase, load, probe
 
 CHECKS = (
-    laws.check_pure, laws.check_causality, laws.check_reach, laws.check_accumulates, laws.check_window,
-    laws.check_prefix, laws.check_segments, laws.check_decode, laws.check_padding_right, laws.check_padding_left,
-    laws.check_mask_obeyed, laws.check_blind_rows, laws.check_batch, laws.check_gradients, laws.check_extremes,
+    laws.check_pure, laws.check_causality, laws.check_reach, laws.check_accumulates, laws.check_last_queries,
+    laws.check_window, laws.check_prefix, laws.check_segments, laws.check_decode,
+    laws.check_padding_right, laws.check_padding_left, laws.check_padded_state, laws.check_mask_obeyed,
+    laws.check_blind_rows, laws.check_batch, laws.check_groups, laws.check_gradients, laws.check_extremes,
     laws.check_precision,
 )  # fmt: skip
 INEXACT = (laws.check_precision,)  # what holds at its own length may miss the bound at a length of one or two
+# what a function may refuse by an error: only a wrong answer breaks the law
+REFUSABLE = (laws.check_last_queries, laws.check_groups, laws.check_padded_state)
 SHORT = (laws.check_precision, laws.check_gradients)  # not asked at LONG
 LONG = 65
 
@@ -137,10 +140,19 @@ def search(check: Callable, case: FunctionCase, function: Function) -> dict[str,
         results.append(ask(check, case, function, n))
         if results[-1][0] == "violated":
             break
+    if results[-1][0] == "violated" and check in INEXACT:
+        results.append(shorter(check, case, function, results[-1]))
     law = check.__name__.removeprefix("check_").replace("_", " ")
     ranked = {"violated": 0, "held": 1, "not applicable": 2}
     means = present(check.__doc__, "a law says what it means", law=law).splitlines()[0]
     return row(law, means, *min(reversed(results), key=lambda f: ranked[f[0]]))
+
+
+def shorter(check: Callable, case: FunctionCase, function: Function, broken: tuple) -> tuple:
+    """The same fault, in the same dtype, at the shortest length that shows it."""
+    narrow = replace(case, dtypes=tuple(t for t in case.dtypes if laws.plain(t) == broken[2].get("dtype")))
+    found = (ask(check, narrow, function, n) for n in SMALL if n in case.lengths and narrow.dtypes)
+    return next((result for result in found if result[0] == "violated"), broken)
 
 
 def ask(
@@ -159,6 +171,8 @@ def ask(
         return "violated", f"{prefix}{error}", at
     except Exception as error:
         raised = function.locate(error)
+        if check in REFUSABLE:
+            return "not applicable", f"it refuses to be asked: {raised}", None
         if len(case.lengths) < len(LENGTHS):
             return "not applicable", f"it does not run at the lengths that this law asks: {raised}", None
         return "violated", f"{prefix}it raised {raised}", at | {"raised": raised}

@@ -24,7 +24,7 @@ from regard.core.call import Call
 from regard.core.shapes import PATTERNS
 from regard.core.trees import tree_leaves
 from regard.kinds.mechanism import Mechanism
-from regard.testing.case import DTYPES, EXACT, B, Case, D, E, H, Inputs
+from regard.testing.case import DTYPES, EXACT, B, Case, D, E, H, Inputs, NotApplicable, stores
 
 ARGUMENTS = {
     "q": "queries [B, H, N, D]; also query",
@@ -156,6 +156,13 @@ class FunctionCase(Case):
     def inputs(self, n: int, m: int | None = None, **options: Any) -> Inputs:
         return super().inputs(n, m, **{"width": self.width, **options})
 
+    def able(self, inputs: Inputs, mask: Any = None, state: Any = None, **settings: Any) -> None:
+        """A recurrence reads queries and keys together: fewer queries than keys is no question for it."""
+        few = self.pattern == "causal_self" and inputs.q.shape[2] < inputs.k.shape[2]
+        if few and self.page.state_size is not None and not stores(self):
+            raise NotApplicable("its state has a fixed size: queries come with their keys")
+        super().able(inputs, mask, state, **settings)
+
 
 def as_page(
     function: Function, patterns: tuple[str, ...], double: bool, settings: Mapping[str, Any]
@@ -239,8 +246,7 @@ def refined(function: Function, case: FunctionCase) -> tuple[FunctionCase, dict[
             failed[n] = function.locate(error)
     case = replace(case, lengths=tuple(n for n in LENGTHS if n not in failed))
     n = next(n for n in (7, *reversed(case.lengths)) if n in case.lengths)
-    # float16 is for pages: plain products of a user's own leave its range by themselves
-    known = [t for t in DTYPES if t != torch.float16 and works(case, case.inputs(n, n + 2).to(t))]
+    known = [t for t in DTYPES if works(case, case.inputs(n, n + 2).to(t))]
     others = [p for p in PATTERNS if p != case.pattern and able_to(function, p)]
     others = [p for p in others if works(replace(case, pattern=p), case.inputs(n))]
     page = replace(case.page, patterns=(case.pattern, *others), state_size=growth(case))

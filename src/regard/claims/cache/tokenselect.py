@@ -1,5 +1,7 @@
 """TokenSelect on the shipped model: exact at full budget, and the soft vote against raw sums."""
 
+import torch
+
 from regard import catalog
 from regard.claims.lab import difference, mean
 from regard.claims.shipped_lm import runs, samples, watch
@@ -19,8 +21,10 @@ def measure() -> Measured:
         init, local, k = split(int(BUDGET * n), Config())
         weights = view.weights()[:, :, 0]  # [B, H, n]
         ends = weights[..., :init].sum(-1) + weights[..., n - local :].sum(-1)
+        at = torch.arange(n)[None, None]
+        between = (at >= init) & (at < n - local)
         for vote in ("soft", "raw"):
-            voted = votes(view, Config(vote=vote))[..., init : n - local]
+            voted = votes(view, Config(vote=vote), between)[..., init : n - local]
             chosen = (top_slots(voted, k) + init).expand(-1, weights.shape[1], -1)
             recovered = ends + weights.gather(-1, chosen).sum(-1)
             mass.setdefault((view.layer, vote), []).append(float(recovered.mean()))

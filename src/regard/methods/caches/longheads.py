@@ -195,13 +195,13 @@ def gathered(view: View, part: Part) -> Tensor:
 
 def blend(view: View, s: Tensor, seen: Tensor, v: Tensor) -> Tensor:
     """[b, H, r, E] of products s [b, H, r, m]; every query sees at least its own token."""
-    s = capped(at_least_float32(s) * view.scale, view.softcap)
-    return mix(masked_softmax(s.masked_fill(~seen, -torch.inf), None, view.sinks), v)
+    return mix(masked_softmax(capped(at_least_float32(s) * view.scale, view.softcap), seen, view.sinks), v)
 
 
 METHOD = CachePage(
     config=Config,
     attention=read_chunks,
+    reference="regard.testing.cache.longheads:reference",
     budget=lambda cfg: cfg.chunk * cfg.chunks,
     patterns=("causal_self",),
     card=Card(

@@ -1,6 +1,6 @@
 """SnapKV: the last queries of the prompt vote which of its tokens are worth keeping.
 
-    s_j = pool( Σ_{t > N-w} softmax(q_t K)_j )      w observing queries, pooled over p neighbours
+    s_j = pool_{j <= N-w}( Σ_{t > N-w} softmax(q_t K)_j )      w observing queries, pooled over p neighbours before them
     keep the w observing tokens and, by head, the budget's best s
 
 where the pattern of attention that the end of a prompt shows goes on through the answer; pooling keeps whole
@@ -29,8 +29,9 @@ class Config:
 
 
 def score(view: View, cfg: Config) -> Tensor:
-    """[B, G, n]: attention received from the observing queries, pooled."""
-    votes = view.received(newest=cfg.window)
+    """[B, G, n]: attention received from the observing queries, pooled over the tokens before them."""
+    # the window stays in any case; what it gives to itself would lift the tokens next to it
+    votes = view.received(newest=cfg.window).masked_fill(view.age() < cfg.window, 0)
     # neighbours are those of the text, not of the cache
     length = int(view.length().max())
     place = view.rank().masked_fill(~view.hold(), length).expand_as(votes)
@@ -62,6 +63,8 @@ METHOD = CachePage(
         needs=("decoder-lm",),
         lineage=("h2o",),
         neutral={"budget": 1.0},
-        caveat="released code averages or takes the maximum over neighbours, by a switch; here it is the maximum",
+        caveat="released code averages or takes the maximum over neighbours, by a switch; here it is the maximum. "
+        "It copies a KV head for each query head of a group, and each keeps its own tokens; here the query heads that "
+        "share a KV head vote together: their weights are summed, and the group keeps one set",
     ),
 )

@@ -50,13 +50,16 @@ def split(budget: int, cfg: Config) -> tuple[int, int, int]:
     return init, local, max(0, budget - init - local)
 
 
-def votes(view: View, cfg: Config) -> Tensor:
-    """[B, 1, n] votes of all query heads for every stored token, from the mean query of the step."""
+def votes(view: View, cfg: Config, between: Tensor) -> Tensor:
+    """[B, 1, n] votes of all query heads, from the mean query of the step: each head has one for those in `between`.
+
+    What a head gives to the first and the last tokens, which are read in any case, takes nothing from its vote.
+    """
     if view.new > 1:
         view = replace(view, q=mean_query(view), visible=lambda rows: None, order=None)
-    s = view.scores()[:, :, 0]
-    s = s.masked_fill(~view.hold(), -torch.inf) if view.real is not None else s
-    return (s.softmax(-1) if cfg.vote == "soft" else s).sum(1, keepdim=True)
+    s = view.scores()[:, :, 0].masked_fill(~between, -torch.inf)
+    voted = (s.softmax(-1) if cfg.vote == "soft" else s).sum(1, keepdim=True)
+    return voted.masked_fill(~between, -torch.inf)
 
 
 def mean_query(view: View) -> Tensor:
@@ -108,8 +111,7 @@ def middle(view: View, cfg: Config, between: Tensor, k: Tensor, fits: Tensor) ->
     memory, reuse = view.memory, similar(view, cfg) & ~fits
     if bool(reuse.all()):
         return view.slots(memory["middle"])
-    chosen = top_slots(votes(view, cfg).masked_fill(~between, -torch.inf), k.expand(len(reuse), 1))
-    chosen = view.tokens(chosen)  # slots move in a sliding layer
+    chosen = view.tokens(top_slots(votes(view, cfg, between), k.expand(len(reuse), 1)))
     new = {"middle": chosen, "query": view.newest_query(), "at": newest_position(view), "chose": ~fits}
     old = {name: memory.get(name, new[name]) for name in new}
     wide = max(old["middle"].shape[-1], chosen.shape[-1])
@@ -137,6 +139,7 @@ METHOD = CachePage(
         neutral={"budget": 1.0},
         caveat="a prompt fed in one piece is attended in full; fed in chunks, each later chunk selects by its mean "
         "query. Positions stay those of the text; released kernels re-number the gathered set to extrapolate, rotate "
-        "only q when voting, without 1/sqrt(D), and ship with the reuse switched off",
+        "only q when voting, without 1/sqrt(D), and ship with the reuse switched off. Their voting "
+        "kernel pairs query head h with KV head h mod G, their attention with h // (H / G); here both are the latter",
     ),
 )

@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from regard.core import Method
+from regard.core.errors import present
+from regard.testing.cache.own import OwnAttention
 from regard.testing.cache.script import ReadRecord, real
 
 
@@ -38,6 +40,10 @@ def angles(model: Any, layer: int) -> Tensor | None:
     return torch.tensor([rope["rope_theta"] ** (-i / pairs) for i in range(pairs)], dtype=torch.float64)
 
 
+def present_angles(model: Any, layer: int) -> Tensor:
+    return present(angles(model, layer), "the model has plain rotary positions", layer=layer)
+
+
 def rotated(k: Tensor, by: Tensor, angle: Tensor) -> Tensor:
     """Keys [B, H, n, D] rotated by `by` [b, h, n] positions: pair i is the plane (x_i, x_{i + pairs})."""
     pairs = len(angle)
@@ -50,7 +56,9 @@ def rotated(k: Tensor, by: Tensor, angle: Tensor) -> Tensor:
 Change = Callable[[int, str, Tensor, Tensor], Tensor]
 
 
-def oracle_function(model: Any, now: dict[int, ReadRecord], change: Change | None = None) -> Callable:
+def oracle_function(
+    model: Any, now: dict[int, ReadRecord], change: Change | None = None, own: OwnAttention | None = None
+) -> Callable:
     change = change or (lambda layer, quantity, x, seen: x)
 
     def oracle(module, query, key, value, attention_mask=None, *args, scaling=None, **kwargs):
@@ -83,7 +91,10 @@ def oracle_function(model: Any, now: dict[int, ReadRecord], change: Change | Non
         if kwargs.get("s_aux") is not None:
             total = total + (sink - top).exp()
         w = change(layer, "weights", e / total.clamp(min=1e-30), seen)
-        z = change(layer, "z", torch.einsum("bhnm,bhme->bhne", w, v.float()), seen)
+        z = torch.einsum("bhnm,bhme->bhne", w, v.float())
+        if own is not None:
+            z = own(layer, query, key, value, seen, z, scaling=scaling, **kwargs)
+        z = change(layer, "z", z, seen)
         return z.to(query.dtype).transpose(1, 2).contiguous(), w
 
     return oracle
@@ -91,13 +102,13 @@ def oracle_function(model: Any, now: dict[int, ReadRecord], change: Change | Non
 
 @contextmanager
 def explicit_attention(
-    model: Any, now: dict[int, ReadRecord], change: Change | None = None
+    model: Any, now: dict[int, ReadRecord], change: Change | None = None, own: OwnAttention | None = None
 ) -> Iterator[None]:
     """The model computes attention by `oracle_function` and reads, in layer i, only what now[i] says."""
     config = model.config.get_text_config()
     name, old = f"oracle/{id(now)}", config._attn_implementation_internal
     whole = dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    AttentionInterface.register(name, oracle_function(model, now, change))
+    AttentionInterface.register(name, oracle_function(model, now, change, own))
     AttentionMaskInterface.register(name, lambda *a, **k: sdpa_mask(*a, **{**k, **whole}))
     config._attn_implementation_internal = name
     try:
@@ -114,15 +125,24 @@ def hide(
     reads: list[dict[int, ReadRecord]] | None = None,
     change: Change | None = None,
     cache: Cache | None = None,
+    method: Method | None = None,
 ) -> list[Tensor]:
     """Logits of the script on a full cache in which everything but `reads` is hidden; None: nothing is.
 
-    `change` is handed scores, weights and head outputs of every layer and gives what goes on.
+    `change` is handed scores, weights and head outputs of every layer and gives what goes on. `method`: a page with an
+    attention of its own, whose reference answers.
     """
     now: dict[int, ReadRecord] = {}
+    own = (
+        None
+        if method is None
+        else OwnAttention(method, lambda i, x, by: rotated(x, by, present_angles(model, i)))
+    )
     cache, outs = cache or Cache(layer_class_to_replicate=DynamicLayer), []
-    with explicit_attention(model, now, change), torch.no_grad():
+    with explicit_attention(model, now, change, own), torch.no_grad():
         for i, feed in enumerate(feeds):
+            if own is not None:
+                own.real = feed["attention_mask"].bool()
             now.clear()
             now.update(reads[i] if reads is not None else {})
             outs.append(model(**feed, past_key_values=cache).logits)
