@@ -38,13 +38,17 @@ def test_it_is_the_sum_over_distances(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_hidden_token_keeps_its_place(path):
-    inputs = CASE.inputs(7)
-    shown = torch.arange(7).view(1, 1, 1, 7) != 3
-    silent = inputs.v.clone()
-    silent[:, :, 3] = 0
-    hidden = CASE.run(path, inputs, shown)[0]
-    same("hidden = silent", hidden, CASE.run(path, replace(inputs, v=silent))[0])
+def test_a_hidden_token_in_the_middle_is_left_out(path):
+    """Distances count the tokens that are there, also past a hole, and by row where rows hide different ones."""
+    inputs, kept = CASE.inputs(7), [0, 1, 2, 4, 5, 6]
+    shown = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    shown[0, ..., 3] = False
+    both = replace(CASE, pattern="self")
+    for case in (CASE, both):
+        out, whole = case.run(path, inputs, shown)[0], case.run(path, inputs)[0]
+        left = replace(inputs, **{name: getattr(inputs, name)[:, :, kept] for name in "qkv"})
+        same("hidden = left out", out[0, :, kept], case.run(path, left)[0][0])
+        same("nothing hidden in row 1", out[1], whole[1])
 
 
 @pytest.mark.parametrize("path", PATHS)

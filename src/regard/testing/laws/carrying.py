@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from regard.core.trees import tree_leaves, tree_map
-from regard.testing.case import GARBAGE, B, Case, H, NotApplicable, same_states, stores
+from regard.testing.case import GARBAGE, B, Case, H, Inputs, NotApplicable, same_states, stores
 
 
 def check_segments(case: Case, n: int = 33) -> None:
@@ -41,30 +41,39 @@ def segments(case: Case, sizes: tuple[int, ...], law: str) -> None:
 
 
 def check_padded_state(case: Case) -> None:
-    """A text padded on the left and carried on through a state is the text that is not padded."""
+    """A prompt padded on the left or on the right, and carried on through a state, is the text that is not padded."""
     inputs = case.inputs(9)
     if case.pattern != "causal_self":
         raise NotApplicable("only causal_self carries a state")
     if case.run(case.page.reference, inputs)[1] is None:
         raise NotApplicable("it returns no state")
-    grows = stores(case)  # then the mask is of all keys so far
-    ahead = {
-        name: torch.nn.functional.pad(getattr(inputs, name), (0, 0, 3, 0), value=GARBAGE) for name in "qkv"
-    }
-    x = None if inputs.x is None else torch.nn.functional.pad(inputs.x, (0, 0, 3, 0), value=GARBAGE)
-    roles = None if inputs.roles is None else inputs.roles.gather((torch.arange(12) - 3).clamp(min=0))
-    wide = replace(inputs, **ahead, x=x, roles=roles)
-    hidden = (torch.arange(12) >= 3).expand(B, 1, 1, 12)
-    case.able(wide.span(slice(0, 8)), hidden[..., :8])
+    for left, right in ((3, 0), (0, 3), (2, 1)):
+        padded_prompt(case, inputs, left, right)
+
+
+def padded_prompt(case: Case, inputs: Inputs, left: int, right: int, prompt: int = 5) -> None:
+    """The first `prompt` tokens with padding around them, then the others, without any."""
+    total = inputs.q.shape[2]
+    token = torch.cat([torch.full((left,), -1), torch.arange(prompt), torch.full((right,), -1),
+                       torch.arange(prompt, total)])  # fmt: skip
+
+    def spread(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t[..., token, :].masked_fill((token < 0)[:, None], GARBAGE)
+
+    roles = None if inputs.roles is None else inputs.roles.gather(token.clamp(min=0))
+    wide = replace(inputs, **{name: spread(getattr(inputs, name)) for name in "qkvx"}, roles=roles)
+    real = (token >= 0).expand(B, 1, 1, -1)
+    first = left + prompt + right
+    case.able(wide.span(slice(0, first)), real[..., :first])
     for label, path in case.paths.items():
         wanted = case.run(path, inputs)[0]
-        _, state = case.run(path, wide.span(slice(0, 8)), hidden[..., :8])
-        for start, stop in ((8, 11), (11, 12)):
-            out, state = case.run(
-                path, wide.span(slice(start, stop)), hidden[..., :stop] if grows else None, state
-            )
-            law = f"{label}: padded by 3 and carried on at token {start - 3} = the text without padding"
-            case.same(law, out, wanted[:, :, start - 3 : stop - 3])
+        _, state = case.run(path, wide.span(slice(0, first)), real[..., :first])
+        for start, stop in ((first, len(token) - 1), (len(token) - 1, len(token))):
+            # where keys are stored the mask is of all so far
+            mask = real[..., :stop] if stores(case) else None
+            out, state = case.run(path, wide.span(slice(start, stop)), mask, state)
+            law = f"{label}: padded by {left} before and {right} after, carried on at token {token[start]}"
+            case.same(f"{law} = the text without padding", out, wanted[:, :, token[start:stop]])
 
 
 def check_state_size(case: Case) -> None:

@@ -10,7 +10,7 @@ which distances are counted. δ goes from log(100)/1.5 to log(100)/0.3 over the 
 floor keeps the filter from vanishing however far.
 
 self is two-sided: h at the distance |t - s|, each token once. A state holds every u so far, and a decode step is one
-product with the reversed filter.
+product with the reversed filter. Distances count the tokens that are there: a hidden one stands nowhere.
 
 Worked by hand: a last layer of 0 except its bias-free weight on a unit that is sin(π/2) = 1 makes h the window alone,
 e^{-δ l/L}: with δ = log(100)/1.5 and L = 1 h_0 = 1, h_1 = 100^(-2/3) = 0.0464. Values 1 and 1: outputs 1 and 1.0464.
@@ -76,15 +76,15 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | 
     state = k * v if call.initial_state is None else torch.cat([call.initial_state, k * v], dim=2)
     n, m, heads = q.shape[2], state.shape[2], q.shape[1]
     q_h, u = exact(q, heads_of(state, heads))
-    if call.key_mask is not None:
-        u = torch.where(call.key_mask[..., None], u, 0.0)
+    there = torch.ones(1, 1, m, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
+    u, place = torch.where(there[..., None], u, 0.0), (there.cumsum(-1) - 1).clamp(min=0)
     h = torch.stack([filter_at(distance, cfg, call) for distance in range(m)])
-    h = h.unflatten(1, (heads, -1))  # [M, H, D]
-    rows = []
+    h = h.unflatten(1, (heads, -1)).transpose(0, 1)  # [H, M, D]
+    head, rows = torch.arange(heads, device=q.device)[:, None], []
     for i, t in enumerate(range(m - n, m)):
-        s = torch.arange(m if call.pattern == "self" else t + 1, device=q.device)
-        mixed = torch.einsum("shd,bhsd->bhd", h[(t - s).abs()], u[:, :, s])
-        rows.append(q_h[:, :, i] * mixed)
+        s = slice(m if call.pattern == "self" else t + 1)
+        distance = (place[:, :, t, None] - place[:, :, s]).abs()  # [B|1, H|1, S], in tokens that are there
+        rows.append(q_h[:, :, i] * (h[head, distance] * u[:, :, s]).sum(2))
     return torch.stack(rows, dim=2).to(v.dtype), state if call.pattern == "causal_self" else None
 
 
@@ -109,14 +109,36 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]
         state = torch.cat([call.initial_state, state], dim=2)
     n, m, heads = q.shape[2], state.shape[2], q.shape[1]
     u = at_least_float32(per_query_head(state, heads)).expand(-1, heads, -1, -1)
-    q, u = at_least_float32(q), shown(u, call.key_mask)
+    q, u, place = at_least_float32(q), shown(u, call.key_mask), None
     h = filters(call.params, cfg, heads, u)
+    if call.key_mask is not None:
+        place = (call.key_mask.cumsum(-1) - 1).clamp(min=0)
+    if n == 1 and call.pattern != "self":
+        return (q * (latest(h, place) * u).sum(2, keepdim=True)).to(v.dtype), state
+    u = together(u, place)
+    mixed = convolved(u, h)
     if call.pattern == "self":
-        mixed = convolved(u, h) + convolved(u.flip(2), h).flip(2) - h[:, None, :, 0] * u
-        return (q * mixed).to(v.dtype), None
-    if n == 1:
-        return (q * (h.flip(-1).mT * u).sum(2, keepdim=True)).to(v.dtype), state
-    return (q * convolved(u, h)[:, :, m - n :]).to(v.dtype), state
+        mixed = mixed + convolved(u.flip(2), h).flip(2) - h[:, None, :, 0] * u
+    mixed = mixed if place is None else mixed.gather(2, wide(place, mixed))
+    return (q * mixed[:, :, m - n :]).to(v.dtype), state if call.pattern == "causal_self" else None
+
+
+def wide(place: Tensor, like: Tensor) -> Tensor:
+    return place[..., None].expand_as(like)
+
+
+def together(u: Tensor, place: Tensor | None) -> Tensor:
+    """u [B, H, M, D] with the tokens that are there at their places [B|1, H|1, M], and zeros behind the last."""
+    return u if place is None else torch.zeros_like(u).scatter_add(2, wide(place, u), u)
+
+
+def latest(h: Tensor, place: Tensor | None) -> Tensor:
+    """[.., M, D]: the filter h [H, D, M] at the distance of every token from the last that is there."""
+    if place is None:
+        return h.flip(-1).mT
+    distance = (place[..., -1:] - place)[:, :, None]  # [B|1, H|1, 1, M]
+    h = h.expand(len(place), *h.shape)
+    return h.gather(3, distance.expand(-1, h.shape[1], h.shape[2], -1)).mT
 
 
 def filters(params: Mapping[str, Tensor], cfg: Config, heads: int, u: Tensor) -> Tensor:
@@ -161,10 +183,10 @@ METHOD = Mechanism(
         caveat=(
             "the short convolutions on q, k and v belong to the layer; the released code takes frequencies from 1e-4 "
             "to bands - 1, so that its default single band is next to constant, where 1 .. bands stand here, and it "
-            "adds a learned weight at distance 0, which is left out; a hidden token gives nothing but keeps its "
-            "position, so padding on either side changes nothing while a hole between real tokens keeps them apart; "
-            "the two-sided form for self is not the paper's; fast and reference differ by the rounding of the Fourier "
-            "transform, through which in float32 a later token may move an earlier output by 1e-7 of the largest"
+            "adds a learned weight at distance 0, which is left out; its distance is l/(L - 1) in the first input of "
+            "the MLP and in the window, where here it is l/L everywhere, as in its waves; the two-sided form for self "
+            "is not the paper's; fast and reference differ by the rounding of the Fourier transform, through which in "
+            "float32 a later token may move an earlier output by 1e-7 of the largest"
         ),
     ),
 )

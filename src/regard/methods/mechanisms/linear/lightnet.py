@@ -107,8 +107,9 @@ METHOD = Mechanism(
         state="D·(E + 1) numbers per head, whatever the length",
         needs=("qkv",),
         lineage=("linear_attention",),
-        caveat="silu(q) is that of the layer in flash-linear-attention; the authors' own code was not at hand. Output "
-        "norm and gate belong to the block; the positions MD-TPE and MD-LRPE, without which the order of tokens is "
-        "unknown to it, are not on this page",
+        caveat="the first author's code is in the repository Doraemonzzz/xmixers: causal only, silu on q as here and "
+        "in flash-linear-attention, LRPE on q and k, and sums that begin with e^0, as if a key of 0 without a value "
+        "stood before the text, where they begin with nothing here. Output norm and gate belong to the block; the "
+        "positions MD-TPE and MD-LRPE, without which the order of tokens is unknown to it, are not on this page",
     ),
 )  # fmt: skip
