@@ -20,6 +20,7 @@ from regard.testing.laws.masking import (
     check_blind_rows,
     check_mask_obeyed,
     check_mask_object,
+    check_no_tokens,
     check_padding_left,
     check_padding_right,
 )
@@ -53,6 +54,7 @@ CHECKS = (
     check_padded_state,
     check_mask_obeyed,
     check_mask_object,
+    check_no_tokens,
     check_batch,
     check_neutral,
     check_blind_rows,
@@ -89,6 +91,7 @@ __all__ = [
     "check_padding_left",
     "check_mask_obeyed",
     "check_mask_object",
+    "check_no_tokens",
     "check_blind_rows",
     "check_batch",
     "check_neutral",
