@@ -20,7 +20,7 @@ from regard.core.deprecation import renamed, warn
 from regard.core.mask import Mask
 from regard.core.trees import tree_leaves, tree_map
 from regard.kinds.mechanism import Mechanism, implementation, run, stores_keys
-from regard.nn.layers import RMSNorm, ShortConvolution, rotate
+from regard.nn.layers import Learned, RMSNorm, ShortConvolution, rotate
 from regard.nn.masks import both, fixed_mask, position_page, split_given
 from regard.ops.packed import both_borders, run_texts
 
@@ -110,9 +110,7 @@ class Attention(nn.Module):
         self.conv = ShortConvolution(channels, conv, causal=pattern == "causal_self") if conv else None
         self.norm = RMSNorm(heads, 1, values) if page.needs_norm else None
         self.dims = {"heads": heads, "kv_heads": self.kv_heads, "key": width, "value": values, "width": dim}
-        self.params = nn.ParameterDict()
-        for name, value in (page.init(self.method.config, self.dims) if page.init else {}).items():
-            self.params[name] = nn.Parameter(value, requires_grad=value.is_floating_point())
+        self.params = Learned(self.method, self.dims)
         self.stores = pattern == "causal_self" and stores_keys(page, self.method.config)
         self.register_load_state_dict_pre_hook(rename_projections)
 
@@ -163,7 +161,7 @@ class Attention(nn.Module):
         out, inner, _ = run(
             self.method, q, k, v, impl=self.impl, pattern=self.pattern, mask=seen, x=inputs,
             initial_state=None if state is None else state.inner, roles=roles if self.page.roles else None,
-            params={name: self.params[name] for name in self.params},
+            params=self.params.tensors(),
         )  # fmt: skip
         out = out if self.norm is None else self.norm(out)
         out = self.dropout(self.o_proj(out.transpose(1, 2).flatten(2)))

@@ -32,11 +32,13 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     Seq2SeqLMOutput,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from regard.core import Unsupported, require
 from regard.nn.cache import StateCache
 from regard.nn.config import RegardConfig
+from regard.nn.initial import draw_parts, draw_projections
 from regard.nn.options import IGNORED, next_labels, packed_texts, read_options, token_loss
 from regard.nn.stack import Stack
 
@@ -65,13 +67,13 @@ class RegardModel(PreTrainedModel):
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # as from_pretrained makes it: what the checkpoint lacks has no values yet
+        self.made_empty = self.embed.weight.is_meta
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.data.normal_(0.0, self.config.initializer_range)
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                bias.data.zero_()
+        draw_projections(module, self.config.initializer_range)
+        if self.made_empty:
+            draw_parts(module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
@@ -115,7 +117,7 @@ def states_in(cache: Any) -> list[Any] | None:
 
 def carried_on(cache: StateCache | None, states: list[Any], new: int) -> StateCache:
     """The cache after `new` tokens."""
-    silent = [i for i, state in enumerate(states) if state is None]
+    silent = [i for i, state in enumerate(states) if state is None and new]
     require(
         not silent, "every layer gives a state; use_cache=False for mechanisms that have none", layers=silent
     )
@@ -283,3 +285,5 @@ def register() -> None:
     for auto, model in ((AutoModelForCausalLM, RegardForCausalLM), (AutoModelForMaskedLM, RegardForMaskedLM),
                         (AutoModelForSeq2SeqLM, RegardForSeq2SeqLM)):  # fmt: skip
         auto.register(RegardConfig, model, exist_ok=True)
+    # by these names Trainer's label smoothing knows that a decoder's labels are shifted
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RegardConfig.model_type] = RegardForCausalLM.__name__

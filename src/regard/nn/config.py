@@ -19,7 +19,6 @@ class RegardConfig(PretrainedConfig):
     """
 
     model_type = "regard"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     @renamed(rope="rope_theta")
     def __init__(

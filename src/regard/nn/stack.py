@@ -12,7 +12,7 @@ from regard.kinds.block import BlockPage
 from regard.kinds.mechanism import Mechanism
 from regard.nn.attention import Attention
 from regard.nn.config import RegardConfig
-from regard.nn.layers import RMSNorm, SwiGLU
+from regard.nn.layers import Learned, RMSNorm, SwiGLU
 from regard.ops.packed import run_texts
 
 
@@ -31,15 +31,14 @@ class BlockLayer(GradientCheckpointingLayer):
         super().__init__()
         self.method = method
         dims = {"width": config.hidden_size, "heads": config.num_attention_heads}
-        params = method.page.init(method.config, dims)
-        self.params = nn.ParameterDict({n: nn.Parameter(p, p.is_floating_point()) for n, p in params.items()})
+        self.params = Learned(method, dims)
 
     def forward(self, x: Tensor, mask: Tensor | None, state: Any, *_: None) -> tuple[Tensor, Any]:
+        if x.shape[1] == 0:
+            return x, state
         run = self.method.page.fast or self.method.page.reference
         key_mask = None if mask is None else mask[:, None]
-        call = Call(
-            key_mask=key_mask, initial_state=state, params={name: self.params[name] for name in self.params}
-        )
+        call = Call(key_mask=key_mask, initial_state=state, params=self.params.tensors())
         return run(x, self.method.config, call)[:2]
 
 
