@@ -13,7 +13,7 @@ from regard.kinds.mechanism import Mechanism
 from regard.testing.case import Case
 
 NAMES = [name for name, page in catalog.every() if isinstance(page, Mechanism)]
-SIZES, MEMORIES = (3, 1, 5, 3), (4, 2, 4, 4)
+SIZES, MEMORIES = (3, 1, 0, 5, 3, 0), (4, 2, 4, 4, 0, 0)
 
 
 def texts(name, pattern, total, memory, seed=0):
@@ -57,6 +57,8 @@ def test_each_text_is_by_itself(name, pattern):
         q, k, v = inputs.q[:, :, a[0] : a[1]], inputs.k[:, :, b[0] : b[1]], inputs.v[:, :, b[0] : b[1]]
         wanted, end, _ = regard.attend(q, k, v, name, pattern, **alone)
         torch.testing.assert_close(out[:, :, a[0] : a[1]], wanted)
+        if b[0] == b[1]:
+            assert not wanted.any() and end is None and (state is None or state[i] is None)
         if end is not None:
             mine = state[i] if isinstance(state, list) else tree_map(lambda t, i=i: t[i : i + 1], state)
             for actual, right in zip(tree_leaves(mine), tree_leaves(end), strict=True):
@@ -78,7 +80,7 @@ def test_states_carry_on(name):
     ("cuts", "message"),
     [
         ([0, 4], "ends at the number"),
-        ([0, 3, 3, 6], "every text has a token"),
+        ([0, 4, 3, 6], "never falls"),
         ([0.0, 6.0], "borders of S texts"),
     ],
 )

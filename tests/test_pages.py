@@ -1,16 +1,24 @@
 """Every page has a complete card, a neutral configuration that exists, and a file its name names."""
 
 import json
+import math
+import pickle
 import re
+from copy import deepcopy
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import regard
 from regard import catalog
 from regard.cli import app
+from regard.core.mask import causal, first, predicate, window
+from regard.core.roles import Roles
+from regard.testing.pages import check_settings, same_after_pickling
 
 NAMES = sorted(catalog.pages())
 
@@ -85,3 +93,54 @@ def test_documents_name_files_that_exist(document):
     }
     missing = sorted(name for name in named if not any(file.endswith(f"/{name}") for file in files))
     assert not missing, f"{document} names what is not there: {', '.join(missing)}"
+
+
+def test_settings_are_held_to_their_annotations():
+    """Values that a Config of their own would have stored: 2.5 sinks, a text that is read as no number."""
+    for name, settings, rule in (
+        ("streaming_llm", {"sinks": 2.5}, r"sinks is a whole number \(sinks=2\.5\)"),
+        ("streaming_llm", {"sinks": "x"}, r"sinks is a whole number \(sinks='x'\)"),
+        ("gla", {"rank": True}, r"rank is a whole number \(rank=True\)"),
+        ("softmax", {"sinks": 2}, r"sinks is True or False \(sinks=2\)"),
+        ("softmax", {"scale": math.nan}, r"scale is a number or None \(scale=nan\)"),
+        ("tokenselect", {"reuse": "none"}, r"reuse is a number or None \(reuse='none'\)"),
+        ("razor_attention", {"heads": 3}, r"heads is a tuple, .* \(heads=3\)"),
+        ("tokenselect", {"vote": "sof"}, "vote is 'soft' or 'raw', not 'sof'; near names: soft"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            catalog.method(name, **settings)
+    with pytest.raises(ValueError, match="sinks is a whole number"):
+        catalog.method("streaming_llm").with_settings(sinks="x")
+    # what JSON and numpy bring is taken over as the Config's own types
+    read = catalog.method("razor_attention", heads=[[0, 1]], sinks=np.int64(4))
+    assert read == catalog.method("razor_attention", heads=((0, 1),)) and type(read.config.sinks) is int
+    assert catalog.from_spec("gla:tau=inf").config.tau == math.inf
+
+
+def test_a_config_that_takes_anything_is_found(monkeypatch):
+    page = catalog.get("linear_attention")
+    check_settings("linear_attention", page)
+    monkeypatch.setattr("regard.core.pages.fitted", lambda title, config, settings: settings)
+    with pytest.raises(AssertionError, match="eps='no_such_value' is no "):
+        check_settings("linear_attention", page)
+
+
+def test_masks_and_roles_are_pickled_and_copied():
+    roles = Roles(document=[[0, 0, 1]], padding=[0, 0, 0])
+    for back in (pickle.loads(pickle.dumps(roles)), deepcopy(roles)):
+        assert back.names == roles.names and torch.equal(back["document"], roles["document"])
+    mask = causal() & (window(3) | ~first(1))
+    back = pickle.loads(pickle.dumps(mask))
+    assert back == mask and repr(back) == repr(mask) and torch.equal(back.dense(6), mask.dense(6))
+
+
+def test_a_mask_made_in_a_function_is_copied_and_says_why_it_cannot_be_pickled():
+    @predicate()
+    def odd(at):
+        return at.k % 2 == 1
+
+    assert deepcopy(odd() | causal()) == odd() | causal()
+    with pytest.raises(AttributeError, match="odd"):
+        pickle.dumps(odd())
+    with pytest.raises(AssertionError, match=r"odd\(\) & causal\(\): cannot be pickled"):
+        same_after_pickling("odd() & causal()", odd() & causal())

@@ -24,7 +24,7 @@ from regard.core.deprecation import renamed, warn
 from regard.core.mask import Mask
 from regard.core.roles import Roles
 from regard.kinds.mechanism import run
-from regard.ops.packed import borders, run_packed
+from regard.ops.packed import both_borders, run_packed
 
 
 class Attended(NamedTuple):
@@ -71,7 +71,7 @@ def attend(
 
     `cu_seqlens` [S + 1] says that S texts lie end to end in one row: q [1, H, T, D]; each is attended by itself.
     `cu_seqlens_k` are the borders of the keys in cross patterns. The state then has a batch of S, or is a list of S
-    states where texts of unequal length store their keys.
+    states where texts of unequal length store their keys. An empty text has no output, and the state that it came with.
 
     Raises ValueError, KeyError or Unsupported with the rule, the value, and the shapes of q, k and v.
     """
@@ -95,17 +95,9 @@ def packed(
     method: Method, q: Q, k: K, v: V, cu_seqlens: Any, cu_seqlens_k: Any, options: dict, masking: dict
 ) -> Attended:
     """Texts that lie end to end in one row."""
-    cross = "cross" in options["pattern"]
-    require(cu_seqlens is not None, "cu_seqlens are the borders of the queries' texts", cu_seqlens=cu_seqlens)
-    require(cross == (cu_seqlens_k is not None), "cu_seqlens_k are the borders of the keys' texts in cross patterns",
-            pattern=options["pattern"], cu_seqlens_k=cu_seqlens_k)  # fmt: skip
     if any(value is not None for value in masking.values()):
         raise Unsupported("a mask or roles beside cu_seqlens: the borders say which tokens belong together")
-    lengths = borders(cu_seqlens, q.shape[2], "cu_seqlens")
-    name, cuts = ("cu_seqlens_k", cu_seqlens_k) if cross else ("cu_seqlens", cu_seqlens)
-    memories = borders(cuts, k.shape[2], name)
-    require(len(lengths) == len(memories), "there are as many memories as texts", texts=len(lengths),
-            memories=len(memories))  # fmt: skip
+    lengths, memories = both_borders(options["pattern"], cu_seqlens, cu_seqlens_k, q.shape[2], k.shape[2])
 
     def one(q: Q, k: K, v: V, **changes: Any) -> tuple[Tensor, Any]:
         return run(method, q, k, v, **{**options, **changes})[:2]

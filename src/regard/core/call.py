@@ -109,7 +109,6 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, pattern: str) -> None:
     require(m == v.shape[2], "there are as many values as keys", keys=m, values=v.shape[2])
     require(width == k.shape[3], "queries and keys have the same width", q=width, k=k.shape[3])
     require(groups and heads % groups == 0, "query heads are a multiple of KV heads", H=heads, G=groups)
-    require(m >= 1, "there is at least one key", keys=m)
     require(pattern != "self" or n == m, "self has as many queries as keys", queries=n, keys=m)
     require(
         pattern != "causal_self" or n <= m, "causal_self has no more queries than keys", queries=n, keys=m

@@ -24,7 +24,7 @@ tensor([[[[1, 0, 1, 0]]]], dtype=torch.int32)
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -61,7 +61,15 @@ class Mask(Lowering):
         return _compose(_any, "|", self, other) if isinstance(other, Mask) else NotImplemented
 
     def __invert__(self) -> "Mask":
-        return _compose(torch.logical_not, "~", self)
+        return _compose(_not, "~", self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by the name of what made it: a predicate's name in its module holds the maker, not the rule."""
+        if type(self) is not Mask or not (self.parts or hasattr(self.rule, "maker")):
+            return super().__reduce_ex__(protocol)
+        if self.parts:
+            return _compose, (self.rule, self.name, *self.parts)
+        return partial(self.rule.maker, **dict(self.settings)), ()  # type: ignore[attr-defined]
 
     def __bool__(self) -> bool:
         raise TypeError(f"a mask has no truth value; write & | ~ instead of and, or, not: {self!r}")
@@ -105,6 +113,7 @@ def predicate(*needs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ma
 
         mask.__name__, mask.__qualname__, mask.__doc__ = rule.__name__, rule.__qualname__, rule.__doc__
         mask.__module__ = rule.__module__
+        rule.maker = mask  # type: ignore[attr-defined]
         return mask
 
     return make
@@ -143,6 +152,10 @@ def _compose(rule: Callable[..., Tensor], name: str, *masks: Mask) -> Mask:
     require(len(counts) <= 1, "masks that are composed have the same heads", heads=counts)
     needs = tuple(dict.fromkeys(role for part in parts for role in part.needs))
     return Mask(rule, name, (), needs, next(iter(counts), None), tuple(parts))
+
+
+def _not(seen: Tensor) -> Tensor:
+    return torch.logical_not(seen)
 
 
 def _all(*seen: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from regard.core.card import Card
 from regard.core.deprecation import moved, warn
-from regard.core.errors import near
+from regard.core.settings import fitted
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +26,8 @@ class Page:
     test_settings: tuple[Mapping[str, Any], ...] = ()
 
     def configure(self, **settings: Any) -> Any:
-        """The page's Config with these settings; a setting it does not have is an error with the near names."""
-        names = [f.name for f in fields(self.config)]
-        for name in settings:
-            if name not in names:
-                raise ValueError(f"{self.card.title} has no setting {name!r}; {near(name, names)}")
-        return self.config(**settings)
+        """The page's Config with these settings; a name or value that it does not take is an error."""
+        return self.config(**fitted(self.card.title, self.config, settings))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as what it is, the METHOD of its module, whatever functions it is made of."""

@@ -49,6 +49,10 @@ class Roles:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("Roles are immutable; use with_, grow, gather or reorder")
 
+    def __reduce__(self) -> tuple:
+        """A view of a dict cannot be pickled; the dict can."""
+        return _roles, (dict(self._labels),)
+
     @property
     def labels(self) -> Mapping[str, Tensor]:
         return self._labels
@@ -135,3 +139,7 @@ class Roles:
 
     def __repr__(self) -> str:
         return f"Roles({', '.join(f'{name}{list(x.shape)}' for name, x in self._labels.items())})"
+
+
+def _roles(labels: dict[str, Tensor]) -> Roles:
+    return Roles(**labels)

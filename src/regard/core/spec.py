@@ -1,11 +1,12 @@
 """Methods as they are typed: "streaming_llm:sinks=8,window=64", several of them with commas between."""
 
 import ast
+import math
 from typing import Any
 
 from regard.core.errors import require
 
-WORDS = {"true": True, "false": False, "none": None}
+WORDS = {"true": True, "false": False, "none": None, "inf": math.inf}
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
@@ -25,10 +26,10 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse_value(text: str) -> Any:
-    """A value as Python writes it, true, false or none in any case; any other text as it is.
+    """A value as Python writes it, true, false, none or inf in any case; any other text as it is.
 
-    >>> [parse_value(text) for text in ("8", "0.5", "True", "none", "(1, 2)", "64MB")]
-    [8, 0.5, True, None, (1, 2), '64MB']
+    >>> [parse_value(text) for text in ("8", "0.5", "True", "none", "inf", "(1, 2)", "64MB")]
+    [8, 0.5, True, None, inf, (1, 2), '64MB']
     """
     if text.lower() in WORDS:
         return WORDS[text.lower()]

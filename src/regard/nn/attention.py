@@ -3,7 +3,7 @@
     q, k, v = short convolution of x W_q, x W_k, x W_v       (conv tokens; 0: none)
     q, k    = rotary positions                                (rope_theta; none in cross patterns)
     o       = mechanism(q, k, v; its parameters, x)           norm per head where it has no scale of its own
-    out     = o W_o
+    out     = o W_o                                           dropout of it while training
 
 Everything that a mechanism learns comes from its page's `init` and lives here as `params`.
 """
@@ -20,7 +20,9 @@ from regard.core.deprecation import renamed, warn
 from regard.core.mask import Mask
 from regard.core.trees import tree_leaves, tree_map
 from regard.kinds.mechanism import Mechanism, implementation, run, stores_keys
-from regard.nn.layers import RMSNorm, ShortConvolution, rotate
+from regard.nn.layers import Learned, RMSNorm, ShortConvolution, rotate
+from regard.nn.masks import both, fixed_mask, position_page, split_given
+from regard.ops.packed import both_borders, run_texts
 
 RENAMED = {"q.": "q_proj.", "k.": "k_proj.", "v.": "v_proj.", "out.": "o_proj."}
 
@@ -66,6 +68,8 @@ class Attention(nn.Module):
     mask        who may see whom, beside the pattern, in every call: a mask page by name or with its settings, or a
                 core Mask; it counts tokens as they stand in the text, padding included
     positions   a position page: where tokens stand for the rotary positions, read off `roles`, and its mask
+    v_head_dim  E, the width of a head's values; None: head_dim, the width of its queries and keys
+    dropout     share of the output's numbers that are dropped while training
 
     >>> Attention(64, 4, mechanism="softmax", pattern="cross", softcap=30.0).method.label
     'softmax(softcap=30.0)'
@@ -76,7 +80,7 @@ class Attention(nn.Module):
         self, dim: int, heads: int, mechanism: str | Method = "softmax", pattern: str = "causal_self", *,
         kv_heads: int | None = None, head_dim: int | None = None, rope_theta: float | None = None, conv: int = 0,
         bias: bool = False, impl: str = "auto", mask: str | Method | Mask | None = None,
-        positions: str | Method | None = None, **config: Any,
+        positions: str | Method | None = None, v_head_dim: int | None = None, dropout: float = 0.0, **config: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         self.method = configured(mechanism, config)
@@ -89,7 +93,9 @@ class Attention(nn.Module):
         require(head_dim or dim % heads == 0, "heads divide dim, or head_dim is given", dim=dim, heads=heads)
         require(conv >= 0 and (conv == 0 or "cross" not in pattern), "a short convolution is for self patterns",
                 conv=conv, pattern=pattern)  # fmt: skip
+        require(0 <= dropout < 1, "0 <= dropout < 1", dropout=dropout)
         self.head_dim = width = head_dim or dim // heads
+        self.v_head_dim = values = v_head_dim or width
         self.positions = position_page(positions, pattern)
         self.mask = both(fixed_mask(mask, pattern), fixed_mask(self.positions, pattern))
         self.rope_theta = self.default_theta() if rope_theta is None else rope_theta
@@ -97,15 +103,14 @@ class Attention(nn.Module):
                 rope_theta=self.rope_theta)  # fmt: skip
         self.q_proj = nn.Linear(dim, heads * width, bias=bias)
         self.k_proj = nn.Linear(dim, self.kv_heads * width, bias=bias)
-        self.v_proj = nn.Linear(dim, self.kv_heads * width, bias=bias)
-        self.o_proj = nn.Linear(heads * width, dim, bias=bias)
-        channels = (heads + 2 * self.kv_heads) * width
+        self.v_proj = nn.Linear(dim, self.kv_heads * values, bias=bias)
+        self.o_proj = nn.Linear(heads * values, dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        channels = (heads + self.kv_heads) * width + self.kv_heads * values
         self.conv = ShortConvolution(channels, conv, causal=pattern == "causal_self") if conv else None
-        self.norm = RMSNorm(heads, 1, width) if page.needs_norm else None
-        self.dims = {"heads": heads, "kv_heads": self.kv_heads, "key": width, "value": width, "width": dim}
-        self.params = nn.ParameterDict()
-        for name, value in (page.init(self.method.config, self.dims) if page.init else {}).items():
-            self.params[name] = nn.Parameter(value, requires_grad=value.is_floating_point())
+        self.norm = RMSNorm(heads, 1, values) if page.needs_norm else None
+        self.dims = {"heads": heads, "kv_heads": self.kv_heads, "key": width, "value": values, "width": dim}
+        self.params = Learned(self.method, self.dims)
         self.stores = pattern == "causal_self" and stores_keys(page, self.method.config)
         self.register_load_state_dict_pre_hook(rename_projections)
 
@@ -123,37 +128,63 @@ class Attention(nn.Module):
 
     @renamed(state="initial_state")
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, *, mask: Tensor | None = None,
-        initial_state: LayerState | None = None, roles: Any = None,
-    ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
-        """out [B, N, C] and, for causal_self, the state that carries on.
+        self, x: Tensor, memory: Tensor | None = None, *, mask: Tensor | Mask | Method | str | None = None,
+        initial_state: Any = None, roles: Any = None, cu_seqlens: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """out [B, N, C] and, for causal_self, the LayerState that carries on, None before the first token.
 
-        mask [B, M] bool, True = a token (of x, or of memory in cross patterns), or [B, 1|H, N, M] for pairs.
+        mask [B, M], True = a token (of x, or of memory in cross patterns); or [B, 1|H, N, M] for pairs, M counting the
+        keys of the state; or a core Mask, or a mask page.
         roles label the keys, those of the state first; they are read by the mechanism, the mask and the positions.
+        cu_seqlens [S + 1]: S texts lie end to end in x [1, T, C], as in `attend`; cu_seqlens_k are those of memory.
         """
         cross, state = "cross" in self.pattern, initial_state
         require(cross == (memory is not None), "memory [B, M, C] is for cross patterns, and only those",
                 pattern=self.pattern, memory=memory)  # fmt: skip
         require(state is None or self.pattern == "causal_self", "only causal_self carries a state",
                 pattern=self.pattern)  # fmt: skip
-        token_mask = mask if mask is not None and mask.dim() == 2 else None
-        q, k, v, tail = self.project(x, x if memory is None else memory, token_mask, state)
+        if cu_seqlens is not None or cu_seqlens_k is not None:
+            return self.packed(x, memory, mask, state, roles, cu_seqlens, cu_seqlens_k)
+        source = x if memory is None else memory
+        token_mask, pairs, also = split_given(mask, self.pattern, *source.shape[:2])
+        if x.shape[1] == 0:
+            return x, state
+        q, k, v, tail = self.project(x, source, token_mask, state)
         if self.rope_theta:
-            at = self.where(x, token_mask, state, roles)
-            q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
-        seen, history = self.visible(mask, token_mask, state, k.shape[2])
-        seen = self.with_own_mask(seen, q, k, state, roles)
+            at_k = self.where(source, token_mask, state, roles)
+            at_q = self.where(x, None, None, roles) if cross else at_k
+            q, k = rotate(q, at_q, self.rope_theta), rotate(k, at_k, self.rope_theta)
+        seen, history = self.visible(pairs, token_mask, state, k.shape[2])
+        seen = self.with_own_mask(both(self.mask, also), seen, q, k, state, roles)
         inputs = ((x, memory) if cross else x) if self.page.reads_x(self.method.config) else None
         out, inner, _ = run(
             self.method, q, k, v, impl=self.impl, pattern=self.pattern, mask=seen, x=inputs,
             initial_state=None if state is None else state.inner, roles=roles if self.page.roles else None,
-            params=dict(self.params),
+            params=self.params.tensors(),
         )  # fmt: skip
         out = out if self.norm is None else self.norm(out)
-        out = self.o_proj(out.transpose(1, 2).flatten(2))
+        out = self.dropout(self.o_proj(out.transpose(1, 2).flatten(2)))
         if self.pattern != "causal_self" or inner is None:
             return out, None
         return out, LayerState(inner, self.count(x, token_mask, state), tail, history)
+
+    def packed(
+        self, x: Tensor, memory: Tensor | None, mask: Any, state: Any, roles: Any, cu_seqlens: Any, cu_seqlens_k: Any
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """Texts that lie end to end in one row, each by itself."""
+        if mask is not None or roles is not None:
+            raise Unsupported(
+                "a mask or roles beside cu_seqlens: the borders say which tokens belong together"
+            )
+        source = x if memory is None else memory
+        require(
+            x.shape[0] == source.shape[0] == 1, "packed texts are one row: x [1, T, C]", x=x, memory=memory
+        )
+        cuts = both_borders(self.pattern, cu_seqlens, cu_seqlens_k, x.shape[1], source.shape[1])
+        memories = [None] * len(cuts[0]) if memory is None else memory.split(cuts[1], 1)
+        texts = list(zip(x.split(cuts[0], 1), memories, strict=True))
+        return run_texts(lambda text, state: self(*text, initial_state=state), texts, state, axis=1)
 
     def project(self, x: Tensor, source: Tensor, token_mask: Tensor | None, state: LayerState | None):
         """q, k, v [B, heads, tokens, width], and the inputs of the convolution that the next call needs."""
@@ -164,7 +195,8 @@ class Attention(nn.Module):
                 torch.cat([q, k, v], -1), token_mask, None if state is None else state.tail
             )
             q, k, v = mixed.split(sizes, dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        widths = (self.head_dim, self.head_dim, self.v_head_dim)
+        q, k, v = (t.unflatten(-1, (-1, width)).transpose(1, 2) for t, width in zip((q, k, v), widths))
         return q, k, v, tail
 
     def where(self, x: Tensor, token_mask: Tensor | None, state: LayerState | None, roles: Any) -> Tensor:
@@ -191,35 +223,34 @@ class Attention(nn.Module):
             new = x.new_full((x.shape[0],), x.shape[1], dtype=torch.long)
         return new if state is None else state.seen + new
 
-    def visible(self, mask: Tensor | None, token_mask: Tensor | None, state: LayerState | None, new: int):
+    def visible(self, pairs: Tensor | None, token_mask: Tensor | None, state: LayerState | None, new: int):
         """(the mask that the mechanism gets, the history of padding that a layer which stores keys keeps)."""
-        if mask is not None and token_mask is None:
-            return mask, None
         before = None if state is None else state.token_mask
-        if token_mask is not None:
-            token_mask = token_mask.bool()
-        elif before is not None:
+        if token_mask is None and before is not None:
             token_mask = before.new_ones(before.shape[0], new)
-        else:
-            return None, None
+        if token_mask is None:
+            return pairs, None
         if not self.stores:
             return token_mask[:, None, None], None
         if before is None and state is not None:
             # what is stored was all text
             before = token_mask.new_ones(token_mask.shape[0], stored(state.inner))
         history = token_mask if before is None else torch.cat([before, token_mask], 1)
-        return history[:, None, None], history
+        there = history[:, None, None]
+        return there if pairs is None else pairs & there, history
 
-    def with_own_mask(self, seen: Tensor | None, q: Tensor, k: Tensor, state: LayerState | None, roles: Any):
-        """The layer's own mask over all keys and what `seen` hides: a tensor, or the Mask where nothing is hidden."""
-        if self.mask is None:
+    def with_own_mask(
+        self, mask: Mask | None, seen: Tensor | None, q: Tensor, k: Tensor, state: LayerState | None, roles: Any
+    ) -> Tensor | None:  # fmt: skip
+        """What this Mask shows of all keys, and `seen` too."""
+        if mask is None:
             return seen
         if state is not None and not self.stores:
             raise Unsupported(
                 "a mask of the layer's own after a state of fixed size: what it hides is summed up there"
             )
         keys = k.shape[2] + (0 if state is None else stored(state.inner))
-        fixed = self.mask.dense(q.shape[2], keys, heads=self.heads, roles=roles, device=q.device)
+        fixed = mask.dense(q.shape[2], keys, heads=self.heads, roles=roles, device=q.device)
         return fixed if seen is None else fixed & seen
 
 
@@ -235,36 +266,6 @@ def configured(mechanism: str | Method, config: dict) -> Method:
         known = ", ".join(catalog.list_methods(kind="mechanism"))
         raise Unsupported(f"{method.name} is a {method.page.kind} page, a layer takes mechanisms: {known}")
     return method.with_settings(**config) if config else method
-
-
-def position_page(positions: str | Method | None, pattern: str) -> Method | None:
-    method = catalog.method(positions) if isinstance(positions, str) else positions
-    if method is not None:
-        require(
-            method.page.kind == "position",
-            "positions is a position page",
-            page=method.name,
-            kind=method.page.kind,
-        )
-        # in self, what is causal is said by the page's own mask
-        fits = pattern in method.page.patterns or (pattern == "self" and method.page.build is not None)
-        require(fits, f"{method.name} is for {method.page.patterns}", pattern=pattern)
-    return method
-
-
-def fixed_mask(mask: Any, pattern: str) -> Mask | None:
-    """The Mask of a mask page or a position page; a core Mask as it is."""
-    if isinstance(mask, Method) and getattr(mask.page, "build", None) is None:
-        return None
-    mask = catalog.as_mask(mask, pattern)
-    require(
-        mask is None or isinstance(mask, Mask), "a layer's own mask is a mask page or a core Mask", mask=mask
-    )
-    return mask
-
-
-def both(a: Mask | None, b: Mask | None) -> Mask | None:
-    return b if a is None else a if b is None else a & b
 
 
 def rename_projections(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:

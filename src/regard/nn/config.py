@@ -14,7 +14,8 @@ class RegardConfig(PretrainedConfig):
     """What a backbone is made of. `mechanisms` is a name or a list of one name per layer; `settings` {name: {...}}.
 
     conv: tokens of the short convolution on q, k and v; rope_theta: base of the rotary positions, 0 for none, None:
-    as the mechanism needs; encoder_mechanisms and cross_mechanisms are those of an encoder-decoder.
+    as the mechanism needs; encoder_mechanisms and cross_mechanisms are those of an encoder-decoder; v_head_dim: width
+    of a head's values, None: head_dim; dropout: share of what attention and channel mixer add, dropped in training.
     """
 
     model_type = "regard"
@@ -26,7 +27,8 @@ class RegardConfig(PretrainedConfig):
         mechanisms: str | list[str] = "softmax", settings: dict[str, dict] | None = None,
         encoder_mechanisms: str | list[str] | None = None, cross_mechanisms: str | list[str] | None = None,
         conv: int = 0, rope_theta: float | None = None, tie_word_embeddings: bool = True,
-        initializer_range: float = 0.02, use_cache: bool = True, **kwargs: Any,
+        initializer_range: float = 0.02, use_cache: bool = True, v_head_dim: int | None = None, dropout: float = 0.0,
+        **kwargs: Any,
     ) -> None:  # fmt: skip
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
@@ -37,6 +39,7 @@ class RegardConfig(PretrainedConfig):
         self.encoder_mechanisms = encoder_mechanisms or mechanisms
         self.cross_mechanisms = cross_mechanisms or "softmax"
         self.conv, self.rope_theta = conv, rope_theta
+        self.v_head_dim, self.dropout = v_head_dim or self.head_dim, dropout
         self.initializer_range, self.use_cache = initializer_range, use_cache
         super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
 

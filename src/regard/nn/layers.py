@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.core import Method
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last axis, in float32 at least."""
@@ -15,6 +17,25 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide * (wide.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype) * self.weight
+
+
+class Learned(nn.ParameterDict):
+    """What a page learns, as its init gives it."""
+
+    def __init__(self, method: Method, dims: dict[str, int]) -> None:
+        super().__init__()
+        # with underscores: a parameter is an attribute here, and may have any name
+        self._method, self._dims = method, dims
+        for name, value in self.drawn().items():
+            self[name] = nn.Parameter(value, requires_grad=value.is_floating_point())
+
+    def drawn(self) -> dict[str, Tensor]:
+        """Initial values, drawn anew."""
+        init = self._method.page.init
+        return {} if init is None else init(self._method.config, self._dims)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: self[name] for name in self}
 
 
 class SwiGLU(nn.Module):

@@ -1,8 +1,9 @@
 """The layers of a backbone: a mechanism or a block in each, one above the other."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from regard import catalog
 from regard.core import Method, Unsupported
@@ -11,33 +12,44 @@ from regard.kinds.block import BlockPage
 from regard.kinds.mechanism import Mechanism
 from regard.nn.attention import Attention
 from regard.nn.config import RegardConfig
-from regard.nn.layers import RMSNorm, SwiGLU
+from regard.nn.layers import Learned, RMSNorm, SwiGLU
+from regard.ops.packed import run_texts
 
 
-class BlockLayer(nn.Module):
+class Stacked(NamedTuple):
+    """hidden [B, N, C], the states of the layers, and, if asked for, [B, N, C] before each layer and at the end."""
+
+    hidden: Tensor
+    states: list[Any]
+    between: tuple[Tensor, ...] | None
+
+
+class BlockLayer(GradientCheckpointingLayer):
     """A block page as a layer: the page's own norms and residuals."""
 
     def __init__(self, config: RegardConfig, method: Method) -> None:
         super().__init__()
         self.method = method
         dims = {"width": config.hidden_size, "heads": config.num_attention_heads}
-        params = method.page.init(method.config, dims)
-        self.params = nn.ParameterDict({n: nn.Parameter(p, p.is_floating_point()) for n, p in params.items()})
+        self.params = Learned(method, dims)
 
-    def forward(self, x: Tensor, mask: Tensor | None, state: Any, **_: Any) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, mask: Tensor | None, state: Any, *_: None) -> tuple[Tensor, Any]:
+        if x.shape[1] == 0:
+            return x, state
         run = self.method.page.fast or self.method.page.reference
         key_mask = None if mask is None else mask[:, None]
-        call = Call(key_mask=key_mask, initial_state=state, params=dict(self.params))
+        call = Call(key_mask=key_mask, initial_state=state, params=self.params.tensors())
         return run(x, self.method.config, call)[:2]
 
 
-class Layer(nn.Module):
+class Layer(GradientCheckpointingLayer):
     """x + attention(norm x); in a decoder that asks an encoder x + cross(norm x, memory); x + SwiGLU(norm x)."""
 
     def __init__(self, config: RegardConfig, layer: int, pattern: str, which: str, cross: bool) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        shared = dict(kv_heads=config.num_key_value_heads, head_dim=config.head_dim)
+        shared = dict(kv_heads=config.num_key_value_heads, head_dim=config.head_dim, v_head_dim=config.v_head_dim,
+                      dropout=config.dropout)  # fmt: skip
         method = config.method(config.layer_names(which)[layer], layer)
         self.norm = RMSNorm(width)
         self.attention = Attention(
@@ -50,6 +62,7 @@ class Layer(nn.Module):
             self.cross_norm = RMSNorm(width)
             self.cross = Attention(width, config.num_attention_heads, cross_method, "causal_cross", **shared)
         self.mlp_norm, self.mlp = (RMSNorm(width), SwiGLU(width, inner)) if inner else (None, None)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, mask: Tensor | None, state: Any, memory: Tensor | None = None,
@@ -59,11 +72,11 @@ class Layer(nn.Module):
         x = x + mixed
         if self.cross is not None:
             x = x + self.cross(self.cross_norm(x), memory, mask=memory_mask)[0]
-        return (x if self.mlp is None else x + self.mlp(self.mlp_norm(x))), state
+        return (x if self.mlp is None else x + self.dropout(self.mlp(self.mlp_norm(x)))), state
 
 
 class Stack(nn.Module):
-    """Layers and a last norm: [B, N, C] -> ([B, N, C], states)."""
+    """Layers and a last norm: [B, N, C] -> Stacked."""
 
     def __init__(
         self, config: RegardConfig, pattern: str, which: str = "mechanisms", cross: bool = False
@@ -77,6 +90,8 @@ class Stack(nn.Module):
                     raise Unsupported(
                         f"{name} is a block for {', '.join(page.patterns)}, not for {pattern} here"
                     )
+                if config.dropout:
+                    raise Unsupported(f"dropout={config.dropout}: {name} is a whole layer, and has none")
                 layers.append(BlockLayer(config, config.method(name, i)))
             elif isinstance(page, Mechanism):
                 layers.append(Layer(config, i, pattern, which, cross))
@@ -84,9 +99,29 @@ class Stack(nn.Module):
                 raise Unsupported(f"{name} is a {page.kind} page; a layer takes mechanisms and blocks")
         self.layers, self.norm = nn.ModuleList(layers), RMSNorm(config.hidden_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None, states: list | None = None, **memory: Any):
-        states, ends = states or [None] * len(self.layers), []
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, states: list | None = None, memory: Tensor | None = None,
+        memory_mask: Tensor | None = None, *, texts: list[int] | None = None, between: bool = False,
+    ) -> Stacked:  # fmt: skip
+        """texts: the lengths of the texts that the rows of x hold end to end, None where a row is one text."""
+        if texts is not None:
+            return self.packed(x, texts, between)
+        states, ends, kept = states or [None] * len(self.layers), [], []
         for layer, state in zip(self.layers, states, strict=True):
-            x, end = layer(x, mask, state, **memory)
+            kept += [x] if between else []
+            # positional: what is checkpointed gets its gradients that way
+            x, end = layer(x, mask, state, memory, memory_mask)
             ends.append(end)
-        return self.norm(x), ends
+        x = self.norm(x)
+        return Stacked(x, ends, (*kept, x) if between else None)
+
+    def packed(self, x: Tensor, texts: list[int], between: bool) -> Stacked:
+        """Every text by itself, texts of one length together; a state of all is not one of a row."""
+
+        def run(text: Tensor, _: Any) -> tuple[tuple[Tensor, ...], None]:
+            out = self(text, between=between)
+            return (out.hidden, *(out.between or ())), None
+
+        rows = x.flatten(0, 1)[None].split(texts, 1)
+        hidden, *kept = (t.view_as(x) for t in run_texts(run, rows, axis=1)[0])
+        return Stacked(hidden, [None] * len(self.layers), tuple(kept) if between else None)

@@ -1,6 +1,7 @@
 """Texts of unequal length packed into one row: cu_seqlens [S + 1] are the places where they begin, and the end.
 
-Texts of one length run together as a batch, so nothing is padded, no text sees another, and every mechanism can.
+Texts of one length run together as a batch, so nothing is padded, no text sees another, and every mechanism can. A text
+may be empty: it gives no output, and its state is the one that it came with, None where it came with none.
 """
 
 from collections.abc import Callable
@@ -17,14 +18,30 @@ from regard.core.trees import tree_leaves, tree_map
 def borders(cu_seqlens: Tensor | list[int], tokens: int, name: str) -> list[int]:
     """The lengths of the texts."""
     cuts = torch.as_tensor(cu_seqlens)
-    require(cuts.dim() == 1 and len(cuts) >= 2 and not cuts.is_floating_point(),
+    require(cuts.dim() == 1 and len(cuts) >= 2 and not cuts.is_floating_point() and cuts.dtype != torch.bool,
             f"{name} holds the S + 1 borders of S texts", **{name: cuts})  # fmt: skip
     cuts = cuts.tolist()
     require(cuts[0] == 0 and cuts[-1] == tokens, f"{name} begins at 0 and ends at the number of tokens",
             first=cuts[0], last=cuts[-1], tokens=tokens)  # fmt: skip
     lengths = [b - a for a, b in pairwise(cuts)]
-    require(min(lengths) >= 1, f"{name} rises: every text has a token", lengths=lengths)
+    require(min(lengths) >= 0, f"{name} never falls", lengths=lengths)
     return lengths
+
+
+def both_borders(
+    pattern: str, cu_seqlens: Any, cu_seqlens_k: Any, queries: int, keys: int
+) -> tuple[list[int], list[int]]:
+    """The lengths of the texts of the queries, and of those of the keys: the same ones, or memories in cross."""
+    cross = "cross" in pattern
+    require(cu_seqlens is not None, "cu_seqlens are the borders of the queries' texts", cu_seqlens=cu_seqlens)
+    require(cross == (cu_seqlens_k is not None), "cu_seqlens_k are the borders of the keys' texts in cross patterns",
+            pattern=pattern, cu_seqlens_k=cu_seqlens_k)  # fmt: skip
+    lengths = borders(cu_seqlens, queries, "cu_seqlens")
+    name, cuts = ("cu_seqlens_k", cu_seqlens_k) if cross else ("cu_seqlens", cu_seqlens)
+    memories = borders(cuts, keys, name)
+    require(len(lengths) == len(memories), "there are as many memories as texts", texts=len(lengths),
+            memories=len(memories))  # fmt: skip
+    return lengths, memories
 
 
 def run_packed(
@@ -37,28 +54,29 @@ def run_packed(
     with a batch of S texts where all have one size, or as a list of S states.
     """
     require(q.shape[0] == k.shape[0] == 1, "packed texts are one row: q [1, H, T, D]", q=q, k=k)
-    count = len(lengths)
-    texts = list(zip(*(t.split(size, 2) for t, size in ((q, lengths), (k, memories), (v, memories)))))
-    inputs = [None] * count if x is None else split_inputs(x, lengths, memories)
-    before = states_of(initial_state, count)
-    outs: list[Any] = [None] * count
-    ends: list[Any] = [None] * count
-    for shape in dict.fromkeys(zip(lengths, memories, strict=True)):
-        for members in groups([i for i in range(count) if (lengths[i], memories[i]) == shape], before):
-            batch = [torch.cat(parts) for parts in zip(*(texts[i] for i in members))]
-            state = joined([before[i] for i in members])
-            out, end = run(*batch, initial_state=state, x=joined([inputs[i] for i in members]))
-            for row, i in enumerate(members):
-                outs[i], ends[i] = out[row : row + 1], picked(end, row)
-    return torch.cat(outs, dim=2), merged(ends)
+    inputs = [None] * len(lengths) if x is None else split_inputs(x, lengths, memories)
+    texts = list(zip(q.split(lengths, 2), k.split(memories, 2), v.split(memories, 2), inputs, strict=True))
+
+    def one(text: tuple, state: Any) -> tuple[Tensor, Any]:
+        return run(*text[:3], initial_state=state, x=text[3])
+
+    return run_texts(one, texts, initial_state, axis=2)
 
 
-def groups(members: list[int], before: list[Any]) -> list[list[int]]:
-    """Texts whose states have one size may run together."""
+def run_texts(run: Callable, texts: list[Any], initial_state: Any = None, *, axis: int) -> tuple[Any, Any]:
+    """(out, states) of run(text, state) -> (out, state): a text is a tree of tensors with a batch of one, out a tree
+    of tensors whose tokens lie along `axis`. Texts of one size run together."""
+    before = states_of(initial_state, len(texts))
+    outs: list[Any] = [None] * len(texts)
+    ends: list[Any] = [None] * len(texts)
     by_size: dict[Any, list[int]] = {}
-    for i in members:
-        by_size.setdefault(sizes_of(before[i]), []).append(i)
-    return list(by_size.values())
+    for i, text in enumerate(texts):
+        by_size.setdefault((sizes_of(text), sizes_of(before[i])), []).append(i)
+    for members in by_size.values():
+        out, end = run(joined([texts[i] for i in members]), joined([before[i] for i in members]))
+        for row, i in enumerate(members):
+            outs[i], ends[i] = picked(out, row), picked(end, row)
+    return tree_map(lambda *parts: torch.cat(parts, dim=axis), *outs), merged(ends)
 
 
 def split_inputs(x: Any, lengths: list[int], memories: list[int]) -> list[Any]:

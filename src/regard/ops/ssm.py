@@ -45,7 +45,10 @@ def step_sizes(call: Call) -> Tensor:
     tensor([[[1., 1.]]])
     """
     x = at_least_float32(call.x_of_keys)
-    return F.softplus(x @ call.params["w_dt"].to(x.dtype) + call.params["dt_bias"].to(x.dtype)).mT
+    # laid out before the softplus, whose gradient torch.compile and torch lay out differently after a transposition
+    return F.softplus(
+        (x @ call.params["w_dt"].to(x.dtype) + call.params["dt_bias"].to(x.dtype)).mT.contiguous()
+    )
 
 
 def check_ranges(dt_min: float, dt_max: float, a_min: float, a_max: float) -> None:

@@ -19,6 +19,7 @@ from regard.core.mask import Coordinates, Mask, causal
 from regard.core.roles import Roles
 from regard.kinds.mask import MaskPage
 from regard.kinds.position import PositionPage
+from regard.testing.pages import same_after_pickling
 
 LENGTHS = (1, 7, 40)
 Settings = Mapping[str, Any]
@@ -79,6 +80,8 @@ def check_mask(page: MaskPage | PositionPage, *, settings: Iterable[Settings] = 
             for check in LAWS:
                 check(mask, n, roles)
         blind[repr(mask)] = len(mask.blind(LENGTHS[-1], roles=example_roles(mask.needs, LENGTHS[-1], cfg)))
+        for composed in (mask, mask & ~causal(), ~mask | causal()):
+            same_after_pickling(repr(composed), composed)
         check_window_width(page, cfg)
         check_looks_ahead(page, cfg)
     check_neutral(page)

@@ -1,9 +1,12 @@
 """`check_page(name)`: what every page must pass, whatever its kind, and then the checks that its kind names."""
 
 import pickle
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from importlib import import_module
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from regard import catalog
 from regard.core import PATTERNS, Method, Page
@@ -15,6 +18,7 @@ def check_page(name: str) -> Any:
     page = catalog.get(name)
     check_card(name, page)
     check_config(name, page)
+    check_settings(name, page)
     check_pickles(name, page)
     where, _, check = kind(page.kind).checks.partition(":")
     return getattr(import_module(where), check)(name)
@@ -55,11 +59,47 @@ def check_config(name: str, page: Page) -> None:
     assert all(f.name.isidentifier() for f in fields(page.config()))
 
 
+def check_settings(name: str, page: Page) -> None:
+    """The defaults fit their annotations; a value of another type is an error with setting and value."""
+    hints, default = get_type_hints(page.config), page.config()
+    assert page.configure(**vars(default)) == default, f"{name}: its own defaults are accepted"
+    for setting, annotation in hints.items():
+        for value in wrong_values(annotation):
+            message = ""
+            try:
+                page.configure(**{setting: value})
+            except (ValueError, TypeError) as error:
+                message = str(error)
+            says = setting in message and (str(value) in message or isinstance(value, list))
+            assert says, f"{name}: {setting}={value!r} is no {annotation}, and the error is {message!r}"
+
+
+def wrong_values(annotation: Any) -> Iterator[Any]:
+    """Values that this annotation does not allow; a misspelled word where there is a choice of words."""
+    kinds = (
+        set(get_args(annotation) or (annotation,)) if get_origin(annotation) is not tuple else {annotation}
+    )
+    kinds |= {int} if float in kinds else set()
+    words = [word for word in get_args(annotation) if isinstance(word, str)]
+    if get_origin(annotation) is Literal:
+        kinds, misspelled = {type(word) for word in words}, [word[:-1] + "~" for word in words]
+        yield from misspelled
+    for value in ("no_such_value", 2.5, 3, True, None, ["x"], object):
+        if type(value) not in kinds | ({NoneType} if None in kinds else set()):
+            yield value
+
+
 def check_pickles(name: str, page: Page) -> None:
     """A method goes to another process and to disk, and comes back as the same page with the same settings."""
-    method = Method(name, page, page.config())
+    for settings in ({}, *page.test_settings):
+        same_after_pickling(name, Method(name, page, page.configure(**settings)))
+
+
+def same_after_pickling(name: str, thing: Any) -> None:
+    """Equal after pickle, and after deepcopy."""
     try:
-        back = pickle.loads(pickle.dumps(method))
-    except (pickle.PicklingError, AttributeError) as error:
+        back = pickle.loads(pickle.dumps(thing))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise AssertionError(f"{name}: cannot be pickled: {error}") from error
-    assert back == method, f"{name}: pickled and read back it is another"
+    assert back == thing, f"{name}: pickled and read back it is another"
+    assert deepcopy(thing) == thing, f"{name}: its copy is another"

@@ -19,6 +19,7 @@ Worked by hand: C = H = 1 and all weights 1. SRMSNorm(±2) = ±1, so GLA(x) = 1 
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from regard.ops.lightning import DECAYS, layer_decay, waves_moved, with_waves
 
 @dataclass(frozen=True)
 class Config:
-    decay: str = "paper"  # or "slopes", that of the released models
+    decay: Literal["paper", "slopes"] = "paper"  # or "slopes", that of the released models
     layer: int = 0
     layers: int = 1
     # of the SGLU; None: 7/3 of the width, 12·C² weights a layer as in a usual transformer

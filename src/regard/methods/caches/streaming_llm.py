@@ -14,6 +14,7 @@ keys are rotated, from their first rotation every time. Four sinks suffice (Xiao
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Config:
     sinks: int = 4
     window: int = 512
     budget: Budget | int | float | str | None = None  # all tokens, sinks included; None: sinks + window
-    positions: str = "slot"  # or "text": leave positions as they are in the text
+    positions: Literal["slot", "text"] = "slot"  # or "text": leave positions as they are in the text
 
     def __post_init__(self) -> None:
         require(self.sinks >= 0, "sinks >= 0", sinks=self.sinks)

@@ -14,6 +14,7 @@ since its rotation alone is no change of the query. A chunk of a prompt selects 
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Config:
     local: int = 512
     k: int = 2048
     reuse: float | None = 0.9  # None: select at every step
-    vote: str = "soft"  # or "raw": sum the scores of the heads as they are
+    vote: Literal["soft", "raw"] = "soft"  # or "raw": sum the scores of the heads as they are
 
     def __post_init__(self) -> None:
         require(

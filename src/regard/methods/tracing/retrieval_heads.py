@@ -17,6 +17,7 @@ without them the needle is lost, while random others can go (figures 3 and 7).
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +31,9 @@ HOW = ("uniform", "zero")
 @dataclass(frozen=True)
 class Config:
     threshold: float = 0.1  # score from which a head is a retrieval head
-    how: str = "uniform"  # a head that is switched off attends to all positions alike; "zero": adds nothing
+    how: Literal["uniform", "zero"] = (
+        "uniform"  # a head that is switched off attends to all positions alike; "zero": adds nothing
+    )
 
     def __post_init__(self) -> None:
         require(self.how in HOW, f"how is one of {HOW}", how=self.how)

@@ -1,14 +1,27 @@
 """Masks and padding: what is hidden is as if it were not there."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from regard.core import Method
 from regard.core.mask import causal, window
 from regard.core.roles import Roles
 from regard.core.trees import tree_leaves
-from regard.testing.case import GARBAGE, B, Case, NotApplicable, gradients, hold, same
+from regard.kinds.mechanism import run
+from regard.testing.case import (
+    GARBAGE,
+    B,
+    Case,
+    NotApplicable,
+    gradients,
+    hold,
+    refusals,
+    same,
+    same_states,
+)
 
 
 def check_padding_right(case: Case, n: int = 7) -> None:
@@ -95,6 +108,33 @@ def check_mask_object(case: Case) -> None:
             case.run(path, inputs, mask)[0],
             case.run(path, inputs, dense)[0],
         )
+
+
+def check_no_tokens(case: Case) -> None:
+    """No tokens give no output and leave the state as it was; where there are no keys a query gives zeros."""
+    method = Method(case.page.card.title, case.page, case.cfg)
+    for label in case.paths:
+
+        def ask(n: int, m: int, state: Any = None, impl: str = label) -> tuple[Tensor, Any]:
+            inputs = case.inputs(n, m)
+            x = inputs.x if inputs.y is None else (inputs.x, inputs.y)
+            options = dict(
+                pattern=case.pattern, initial_state=state, params=inputs.params, x=x, roles=inputs.roles
+            )
+            return run(method, inputs.q, inputs.k, inputs.v, impl=impl, **options)[:2]
+
+        out, end = ask(0, 3)
+        hold(out.shape[2] == 0 and end is None, f"{label}: no tokens give {list(out.shape)} and {end}")
+        if "cross" in case.pattern:
+            out = ask(3, 0)[0]
+            hold(
+                out.shape[2] == 3 and not out.any(),
+                f"{label}: 3 queries and no key give {list(out.shape)}, not zeros",
+            )
+        elif case.pattern == "causal_self":
+            with refusals():
+                state = ask(4, 4)[1]
+                same_states(f"{label}: no tokens leave the state", ask(0, 0, state)[1], state, tol=0)
 
 
 def check_blind_rows(case: Case, n: int = 5) -> None:

@@ -182,13 +182,13 @@ def check_groups(case: Case) -> None:
 
 
 def check_compiles(case: Case) -> None:
-    """torch.compile traces the path that attend runs, in one graph."""
+    """torch.compile traces the path that attend runs, in one graph, at a length and again at another one."""
     name, path = list(case.paths.items())[-1]
-    inputs = case.inputs(9, 11)
+    asked = case.inputs(9, 11), case.inputs(14, 17)
     torch._dynamo.reset()
     traced = torch.compile(lambda inputs: case.run(path, inputs)[0], backend="eager", fullgraph=True)
     try:
-        out = traced(inputs)
+        outs = [traced(inputs) for inputs in asked]
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise AssertionError(
@@ -196,7 +196,8 @@ def check_compiles(case: Case) -> None:
         ) from error
     finally:
         torch._dynamo.reset()
-    case.same(f"{name}: compiled = eager", out, case.run(path, inputs)[0])
+    for inputs, out in zip(asked, outs, strict=True):
+        case.same(f"{name}: compiled = eager", out, case.run(path, inputs)[0])
 
 
 def check_pure(case: Case, n: int = 7) -> None:

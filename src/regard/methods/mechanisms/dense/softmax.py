@@ -72,9 +72,11 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     n, m = q.shape[2], k.shape[2]
     square = call.pattern == "causal_self" and call.key_mask is None and call.pair_mask is None and n == m
     mask = None if square else visible(call, n, m, q.device)
+    # n == m is a symbol under torch.compile with lengths that differ, and SDPA wants a bool
+    causal = call.pattern == "causal_self" if square else False
     scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
     sinks = call.params["sinks"] if cfg.sinks else None
-    out = softmax_attention(q, k, v, scale=scale, mask=mask, causal=square, softcap=cfg.softcap, sinks=sinks)
+    out = softmax_attention(q, k, v, scale=scale, mask=mask, causal=causal, softcap=cfg.softcap, sinks=sinks)
     return out.to(v.dtype), state
 
 

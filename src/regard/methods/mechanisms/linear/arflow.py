@@ -105,7 +105,7 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor]:
     g, key_mask = gates(cfg, call)
     k, v = (shown(per_query_head(t, heads).expand(-1, heads, -1, -1), call.key_mask) for t in (k, v))
     # the last query is that of the last key
-    q = F.pad(q, (0, 0, m - n, 0))
+    q = F.pad(q, (0, 0, m - n, 0)) if m > n else q
     q, k, v = (images(t, size) for t in (q, k, v))  # [B, images, H, T, D | E]
     g, key_mask = (images(t[..., None], size)[..., 0] for t in (g, key_mask))
     seen = None if call.key_mask is None and m % size == 0 else key_mask.flatten(0, 1)[:, :, None]
@@ -126,7 +126,8 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor]:
 def gates(cfg: Config, call: Call) -> tuple[Tensor, Tensor]:
     """(log gates g [B, H, M], which tokens are there [B, 1|H, M]); a hidden token does not decay."""
     x = at_least_float32(call.x)
-    g = F.logsigmoid(x @ call.params["w_gate"].to(x.dtype)).mT / cfg.normalizer
+    # laid out before the sigmoid, whose gradient torch.compile and torch lay out differently after a transposition
+    g = F.logsigmoid((x @ call.params["w_gate"].to(x.dtype)).mT.contiguous()) / cfg.normalizer
     if call.key_mask is None:
         return g, torch.ones_like(g[:, :1], dtype=torch.bool)
     return g.masked_fill(~call.key_mask, 0), call.key_mask.expand(len(g), -1, -1)
@@ -134,7 +135,10 @@ def gates(cfg: Config, call: Call) -> tuple[Tensor, Tensor]:
 
 def images(t: Tensor, size: int) -> Tensor:
     """[B, H, M, D] -> [B, images, H, T, D], zeros behind the last token."""
-    return F.pad(t, (0, 0, 0, -t.shape[2] % size)).unflatten(2, (-1, size)).transpose(1, 2)
+    missing = -t.shape[2] % size
+    # torch.compile takes padding by nothing for a dense copy, and torch keeps the strides
+    t = F.pad(t, (0, 0, 0, missing)) if missing else t
+    return t.unflatten(2, (-1, size)).transpose(1, 2)
 
 
 def one_image(q: Q, k: K, v: V, call: Call) -> Out:

@@ -19,6 +19,7 @@ query log 2 has (4, 1)/5, keys 0 and log 2 have (1/2, 1/2) and (4, 1)/5, product
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +44,9 @@ FEATURES = ("softmax", "exp")
 
 @dataclass(frozen=True)
 class Config:
-    feature: str = "softmax"  # over the features, as the paper computes it; "exp": without their sum
+    feature: Literal["softmax", "exp"] = (
+        "softmax"  # over the features, as the paper computes it; "exp": without their sum
+    )
     width: int | None = None  # F; None: as wide as the keys
     limit: float = 20.0  # with "exp", |xW| of a key counts as at most this, so that sums stay finite
     eps: float = 1e-12

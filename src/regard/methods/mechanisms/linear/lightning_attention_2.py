@@ -23,6 +23,7 @@ that hardly decays: 2⁻⁸ · (1 - 1/1 + 10⁻⁵).
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from regard.ops.lightning import DECAYS, layer_decay
 @dataclass(frozen=True)
 class Config:
     # or "slopes", that of the released models, or "none", the kernel without decay
-    decay: str = "paper"
+    decay: Literal["paper", "slopes", "none"] = "paper"
     layer: int = 0
     layers: int = 1
     chunk: int = 64  # changes the speed, never the result

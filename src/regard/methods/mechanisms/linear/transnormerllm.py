@@ -23,6 +23,7 @@ tensor([0.7071, 4.2426])
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from regard.ops.lightning import DECAYS, layer_decay, waves_moved, with_waves
 
 @dataclass(frozen=True)
 class Config:
-    decay: str = "paper"  # or "slopes", that of the released models
+    decay: Literal["paper", "slopes"] = "paper"  # or "slopes", that of the released models
     layer: int = 0
     layers: int = 1
     eps: float = 1e-6  # of the norm, beside the mean square
