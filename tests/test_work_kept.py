@@ -356,6 +356,14 @@ def test_a_script_of_three_lines_works_and_is_not_run_by_the_workers(tmp_path):
     assert done.stdout.splitlines() == ["begins", "2 0"]
 
 
+def test_a_script_from_the_standard_input_works(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-"], input=SCRIPT, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["begins", "2 0"]
+
+
 def test_a_guarded_script_is_imported_by_the_workers_as_python_does(tmp_path):
     done = script(tmp_path, GUARDED)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from regard import catalog
 from regard.attaching.converted import earlier, read_report
 from regard.attaching.replacement import state_bytes
 from regard.bench.cell import Bench, Cell, batches
-from regard.core import require
+from regard.core import Method, require
 from regard.models.revision import revision
 from regard.models.shipped import SHIPPED, load, load_shipped
 from regard.report.folder import differences, vacant
@@ -68,10 +68,9 @@ def convert_folder(
     check(method, finetune, None)
     source = Source("help pages", "\n\n".join(help_pages())) if text is None else Source.from_path(text)
     settings = {
-        "model": str(model), "content": None if model in SHIPPED else revision(model), "mechanism": method.label,
-        "page": catalog.revision_of(method.name), "text": source.revision, "length": length, "steps": steps,
-        "finetune": finetune, "finetune_steps": finetune_steps, "finetune_rate": finetune_rate, "soft": soft,
-        "batch": batch, "lengths": list(lengths), "samples": samples, "seed": seed,
+        **learned_from(model, method, source), "length": length, "steps": steps, "finetune": finetune,
+        "finetune_steps": finetune_steps, "finetune_rate": finetune_rate, "soft": soft, "batch": batch,
+        "lengths": list(lengths), "samples": samples, "seed": seed,
     }  # fmt: skip
     if out is not None and (made := made_before(Path(out), settings)) is not None:
         show(f"made before, in {out}")
@@ -111,6 +110,14 @@ def convert_folder(
         saved.save(out, loaded, tokenizer)
         show(f"written to {out}")
     return report
+
+
+def learned_from(model: str, method: Method, source: Source) -> dict[str, str | None]:
+    """Model, mechanism and text of a conversion, by name and by content."""
+    return {
+        "model": str(model), "content": None if model in SHIPPED else revision(model), "mechanism": method.label,
+        "page": catalog.revision_of(method.name), "text": source.revision,
+    }  # fmt: skip
 
 
 def made_before(folder: Path, settings: dict) -> dict | None:

@@ -95,13 +95,13 @@ def guarded(source: str) -> bool:
 
 
 def runs_again(main: Any) -> bool:
-    """Whether a process that imports the script `main`, as a spawned one does, would do again what the script does."""
+    """Whether a process that imports the script `main`, as a spawned one does, would do its work again, or cannot."""
     path = getattr(main, "__file__", None)
-    if path is None or not Path(path).is_file():
+    if path is None:
         return False
     try:
         return not guarded(Path(path).read_text(encoding="utf8"))
-    except (SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError):  # such as <stdin>
         return True
 
 
