@@ -1,7 +1,7 @@
 """`check_page(name)`: what every page must pass, whatever its kind, and then the checks that its kind names."""
 
 import pickle
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from importlib import import_module
 from typing import Any
 
@@ -52,7 +52,6 @@ def check_config(name: str, page: Page) -> None:
     except ValueError as error:
         message = str(error)
     assert "has no setting 'no_such_setting'" in message, f"{name}: a setting that does not exist is accepted"
-    assert all(f.name.isidentifier() for f in fields(page.config()))
 
 
 def check_pickles(name: str, page: Page) -> None:
