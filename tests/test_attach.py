@@ -373,8 +373,8 @@ def test_two_caches_alternate():
             for t, i in order:
                 piece = texts[i][:, :-3] if t == 0 else texts[i][:, t - 4 : t - 3 or None]
                 outs[together][i].append(run(model, dict(input_ids=piece), past_key_values=caches[i])[:, -1])
-    for a, b in zip(outs[False], outs[True]):
-        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    for a, b in zip(outs[False], outs[True], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_roles_belong_to_their_cache():
@@ -395,8 +395,8 @@ def test_roles_belong_to_their_cache():
                 piece = texts[i][:, :5] if t == 0 else texts[i][:, 5:]
                 seen[i].append(run(model, dict(input_ids=piece), past_key_values=caches[i]))
         results[together] = seen
-    for a, b in zip(results[False], results[True]):
-        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    for a, b in zip(results[False], results[True], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_reset_begins_again():

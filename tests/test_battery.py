@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from regard import catalog
-from regard.core import Unsupported, call
+from regard.core import Unsupported, call, require
 from regard.core.mask import Mask
 from regard.kinds.mechanism import Mechanism
 from regard.testing import mechanism
@@ -294,6 +294,19 @@ def state_declared_too_small(q, k, v, cfg, call):
 @planted("speed_settings", both=False, config=Windowed, speed_settings=("window",))
 def speed_setting_that_matters(q, k, v, cfg, call):
     return attention(q, k, v, cfg, call) if cfg.window == 4 else windowed(0)(q, k, v, cfg, call)
+
+
+@dataclass(frozen=True)
+class TiledByTen:
+    tile: int = 10
+
+    def __post_init__(self):
+        require(self.tile % 10 == 0, "tile is a multiple of ten", tile=self.tile)
+
+
+@planted("speed_settings", config=TiledByTen, speed_settings=("tile",))
+def speed_setting_that_is_never_tried(q, k, v, cfg, call):
+    return attention(q, k, v, cfg, call)
 
 
 @planted("card")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard.bench import mechanisms
+from regard.bench import mechanisms, timing
 
 SMALL = mechanisms.Sizes(64, 128, 256, 64, 64, (10, 100), 2, 16, 1)
 KEYS = {"case", "ratio", "spread", "ms", "baseline_ms", "of_bound", "target", "holds", "note"}
@@ -25,10 +25,19 @@ def rows_of(part) -> list[dict]:
 )
 def test_rows(name):
     rows = rows_of(getattr(mechanisms, name))
-    assert len(rows) == 2  # one for each dtype
-    for row in rows:
+    for dtype, row in zip(mechanisms.DTYPES, rows, strict=True):
         assert set(row) == KEYS
-        assert row["holds"] in (True, False)
+        assert dtype in row["case"]
+        assert row["ratio"] > 0 or "not measured" in row["note"]
+        assert row["holds"] is (row["ratio"] >= row["target"])
+
+
+def test_a_row_holds_where_its_ratio_reaches_the_target_and_half_of_the_bound():
+    def holds(ratio: float, bound: float | None = None) -> bool:
+        return timing.row("a case", {"ratio": ratio, "ms": 10.0}, bound, target=2.0)["holds"]
+
+    assert (holds(1.9), holds(2.0)) == (False, True)
+    assert (holds(2.0, bound=0.004), holds(2.0, bound=0.005)) == (False, True)
 
 
 def test_share_is_the_bound_over_the_time():

@@ -12,7 +12,7 @@ from regard.kinds.cache import CachePage
 from regard.methods.caches import longheads
 from regard.ops import View, masked_softmax, mix
 from regard.testing import cache
-from regard.testing.cache.checks import check_bfloat16, check_oracle
+from regard.testing.cache.checks import check_attention_budget, check_bfloat16, check_oracle
 from regard.testing.cache.script import FAMILIES
 from regard.testing.zoo import build
 
@@ -90,6 +90,21 @@ def test_a_fault_in_low_precision_is_found():
     check_oracle(page(coarse), "llama")
     with pytest.raises(AssertionError, match="in bfloat16"):
         check_bfloat16(page(coarse), "llama")
+
+
+def test_what_an_attention_reads_is_held_to_the_budget():
+    """The sink and a window of budget - 1 are the budget; of budget they are one too many."""
+
+    def within(view: View, cfg: Config, more: int = 0) -> torch.Tensor:
+        return sink_and_window(view, replace(cfg, window=int(view.budget.min()) - 1 + more))
+
+    for budget in (8, 0.4):
+        check_attention_budget(page(within), "llama", budget)
+        with pytest.raises(AssertionError, match=r"reads .* the budget is"):
+            check_attention_budget(page(lambda view, cfg: within(view, cfg, more=1)), "llama", budget)
+    with pytest.raises(AssertionError, match="never acts"):
+        check_attention_budget(page(lambda view, cfg: None), "llama", 8)
+    check_attention_budget(catalog.method("longheads", **cache.small(catalog.get("longheads"))), "llama", 8)
 
 
 def test_an_attention_of_its_own_brings_a_reference():

@@ -280,6 +280,7 @@ def test_notes_travel_with_their_slots():
         cache = Cache(layer_class_to_replicate=DynamicLayer)
         for feed in script():
             model(**feed, past_key_values=cache)
+        assert len(ledgers(attached)) == 3
         for layer in ledgers(attached).values():
             for group in layer.groups:
                 table = group.table().expand(3, 2, -1)
@@ -353,6 +354,7 @@ def test_streaming_llm_holds_sinks_and_window():
         for row, mask in enumerate(feed["attention_mask"].bool()):
             real = mask.nonzero()[:, 0].tolist()
             wanted = sorted({*real[:2], *real[-5:]}) if len(real) > 7 else real
+            assert len(layers) == 3
             for layer in layers.values():
                 assert all((one & mask).nonzero()[:, 0].tolist() == wanted for one in layer[row])
 
@@ -390,7 +392,7 @@ def test_streaming_llm_keys_are_raw_keys_at_their_slots():
     for hook in hooks:
         hook.remove()
     frequency = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    for keys, layer in zip(raw, layers):
+    for keys, layer in zip(raw, layers, strict=True):
         index = layer.groups[0].table()[0, 0]
         order = index.argsort()
         k = torch.cat(keys, 1).view(-1, 2, 8).transpose(0, 1)[:, index[order]].double()

@@ -121,6 +121,12 @@ def test_float16_is_asked():
     assert report.facts["dtypes"] == ["float64", "float32", "bfloat16", "float16"]
 
 
+def test_a_function_of_float64_alone_is_not_asked_in_low_precision():
+    report = check_file(f"{FAULTY / 'correct.py'}:float64_alone")
+    assert report.facts["dtypes"] == ["float64"]
+    assert row_of(report, "extremes")["said"] == "it runs in float64 only"
+
+
 def test_fewer_queries_than_keys_are_no_question_for_a_recurrence():
     row = row_of(check_file(f"{FAULTY / 'correct.py'}:retention"), "last queries")
     assert row["verdict"] == "not applicable"

@@ -237,6 +237,7 @@ def test_observers_and_attentions_show_what_the_mask_left():
     with attach(model, [MASKS["window"], Observer("received")]) as attached, torch.no_grad():
         out = model(**inputs, output_attentions=True)
     hidden = ~by_loop(RULES["window"], 12, 12)
+    assert len(out.attentions) == model.config.num_hidden_layers
     for weights, (_, _, received) in zip(out.attentions, attached.records["received"], strict=True):
         assert not weights[hidden.expand_as(weights)].any()
         torch.testing.assert_close(weights.sum(2), received)
@@ -365,7 +366,10 @@ def test_a_mask_on_an_encoder():
     age = torch.arange(n)[:, None] - torch.arange(n)
     hidden = (age < -2) | (age >= 3)
     asked = inputs["attention_mask"].bool()[:, None, :, None]
-    assert not any((w * asked)[hidden.expand_as(w)].any() for w in out.attentions)
+    assert len(out.attentions) == model.config.num_hidden_layers
+    for w in out.attentions:
+        assert not (w * asked)[hidden.expand_as(w)].any()
+        assert float((w * asked).sum()) > 0
 
 
 def test_a_mask_that_is_never_asked():

@@ -441,6 +441,8 @@ def test_observers_under_a_policy_number_the_tokens_of_the_text():
         cache = DynamicCache()
         for feed in feeds:
             model(**feed, past_key_values=cache)
+    # three layers, two steps of decoding
+    assert [len(records) for records in attached.records.values()] == [6, 6]
     for _, step, top in attached.records["top1"]:
         for row, pad in enumerate((0, 6)):
             held = {*range(4), *range(20 + step - 5 - pad, 20 + step - pad)}

@@ -3,18 +3,20 @@
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from regard.catalog import standard_tasks, task
+from regard.catalog import get, method, standard_tasks, task
 from regard.core import Card, Method, Unsupported
 from regard.kinds.task import TaskPage, ask
 from regard.tasks import Source, mqar
 from regard.tasks.base import contains, continuation, even
 from regard.tasks.recall import Config, near_keys, weave, words
 from regard.testing.task import WordTokenizer as Words
+from regard.testing.task import check_task
 
 FACTS = ("needle", "recall")
 LENGTHS = (256, 300, 1024)
@@ -243,3 +245,22 @@ def test_mqar_gaps_follow_the_power_law():
 def test_mqar_refuses_what_has_no_room(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         mqar(**({"vocab": 16, "length": 28, "pairs": 7, "count": 1, "seed": 0} | wrong))
+
+
+def test_a_sample_without_evidence_among_others_is_found():
+    """A task that has none says so of every sample; the law is then not asked."""
+    assert check_task(method("perplexity"))["evidence"].startswith("not applicable")
+    assert check_task(method("recall"))["evidence"] == "held"
+
+    def forgetful(cfg, tokenizer, length, count, seed, source=None, *, chat=False):
+        drawn = get("recall").samples(Config(), tokenizer, length, count, seed, source, chat=chat)
+        return [replace(drawn[0], evidence=(0, 0)), *drawn[1:]]
+
+    def sure(cfg, tokenizer, length, count, seed, source=None, *, chat=False):
+        drawn = get("recall").samples(Config(), tokenizer, length, count, seed, source, chat=chat)
+        return [replace(sample, chance=1.0) for sample in drawn]
+
+    card = Card("Mine", "none", 2026, "mine")
+    for fault, said in ((forgetful, "1 of 9 samples have no evidence"), (sure, r"lies in \[0, 1\)")):
+        with pytest.raises(AssertionError, match=said):
+            check_task(Method("mine", TaskPage(Config, card, samples=fault), Config()))

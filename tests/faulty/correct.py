@@ -64,6 +64,12 @@ def retention(q, k, v, state=None):
     return torch.cat(rows, 2), state
 
 
+def float64_alone(q, k, v):
+    if q.dtype != torch.float64:
+        raise TypeError("float64")
+    return sdpa(q, k, v)
+
+
 def padded(q, k, v, key_padding_mask=None):
     """Noncausal, with torch's polarity of the padding mask."""
     s = q * q.shape[-1] ** -0.5 @ k.mT

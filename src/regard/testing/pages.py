@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from importlib import import_module
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -56,7 +56,6 @@ def check_config(name: str, page: Page) -> None:
     except ValueError as error:
         message = str(error)
     assert "has no setting 'no_such_setting'" in message, f"{name}: a setting that does not exist is accepted"
-    assert all(f.name.isidentifier() for f in fields(page.config()))
 
 
 def check_settings(name: str, page: Page) -> None:

@@ -14,6 +14,7 @@ from regard import catalog
 from regard.core import Method, Unsupported
 from regard.kinds.cache import CachePage
 from regard.testing.cache.checks import (
+    check_attention_budget,
     check_bfloat16,
     check_budget,
     check_bytes,
@@ -84,9 +85,9 @@ def check_cache(
     if any(f.name == "budget" for f in fields(method.config)):
         for budget in budgets:
             some = full_bytes(build(first)[0], script()[:1], len(PADS)) // 2
-            check_budget(
-                method, first, f"{some}B" if budget == "bytes" else budget, method.page.reads_generated
-            )
+            budget = f"{some}B" if budget == "bytes" else budget
+            check_budget(method, first, budget, method.page.reads_generated)
+            check_attention_budget(method, first, budget)
     check_window(method)
     for check in (check_bytes, check_two_calls, check_generation, check_goes_on, check_draft, check_bfloat16):
         check(method, first)

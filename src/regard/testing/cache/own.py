@@ -5,7 +5,8 @@ queries at once, on the keys of transformers' own full cache; the rows of this f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -69,6 +70,30 @@ def reference_of(method: Method) -> Callable:
         module, name = reference.split(":")
         reference = getattr(import_module(module), name)
     return reference
+
+
+def probed(method: Method, now: dict[int, Tensor]) -> Method:
+    """The method, asked again at each step of decoding with one value changed at a time.
+
+    `now` gets, by layer, which stored tokens [B, H, n] move the output of each head: those that it reads.
+    """
+    page = method.page
+
+    def attention(view: View, cfg: Any) -> Tensor | None:
+        before = deepcopy(view.memory)
+        out = page.attention(view, cfg)
+        if out is None or view.new > 1:
+            return out
+        read = []
+        for j in range(view.stored):
+            v = view.v.clone()
+            v[:, :, j] += 1
+            other = replace(view, v=v, memory=deepcopy(before), report_bytes=lambda n: None)
+            read.append((page.attention(other, cfg) != out)[:, :, 0].any(-1))
+        now[view.layer] = torch.stack(read, -1)
+        return out
+
+    return replace(method, page=replace(page, attention=attention))
 
 
 def in_tokens(method: Method) -> Method:
