@@ -14,6 +14,7 @@ from transformers import (
 
 from regard import catalog
 from regard.attaching.attachment import attach
+from regard.attaching.lazy_mask import Standins
 from regard.attaching.ledger import LedgerLayer
 from regard.attaching.slots import SLACK
 from regard.core import Edit, NeverFired, Observer, Site, Unreachable, Unsupported
@@ -284,6 +285,36 @@ def test_compiled_is_the_models_own(name):
         result = run(compiled, inputs, use_cache=False)
     torch._dynamo.reset()
     assert float((result - expected).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "method",
+    [None, STREAM, catalog.method("h2o", budget=8), catalog.method("retention"),
+     Edit(Site("scores", layers=1), "scale", 0.5), Observer("top1")],
+    ids=["bare", "streaming_llm", "h2o", "retention", "edit", "observer"],
+)  # fmt: skip
+def test_compiled_under_a_method(method):
+    """A compiled model has breaks where the attachment acts, and answers as it does uncompiled, in generate too."""
+    model, _ = build("llama")
+    first, *rest = script((20, 1, 3), pads=(0, 6))
+    outs = []
+    with attach(model, method):
+        torch._dynamo.reset()
+        for called in (model, torch.compile(model, backend="eager")):
+            cache = DynamicCache(config=model.config)
+            logits = [run(called, feed, past_key_values=cache)[real([feed], 0)] for feed in (first, *rest)]
+            outs.append([*logits, greedy(called, first)])
+    torch._dynamo.reset()
+    for own, compiled in zip(*outs, strict=True):
+        assert torch.equal(own, compiled)
+
+
+def test_a_model_that_computes_on_its_mask_is_refused_compiled():
+    standins = Standins()
+    mask = standins.plain(1, 4, 4)
+    assert standins.lazy(mask).rule.queries == 4
+    with pytest.raises(Unsupported, match="computes on its attention mask"):
+        standins.lazy(~mask)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gptoss", "bert", "vit", "gpt2", "neox", "deepseek3"])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -17,7 +18,6 @@ from regard.attaching.caches import Caches
 from regard.attaching.converted import swap_weights
 from regard.attaching.edits import Edits
 from regard.attaching.function import Context, make_function
-from regard.attaching.lazy_mask import lazy_mask
 from regard.attaching.masking import AttachedMask
 from regard.attaching.observers import Observers, Record
 from regard.attaching.policy import CachePolicy
@@ -126,8 +126,8 @@ class attach:
 
     def _switch(self, reachable: list[tuple[str, PreTrainedModel]]) -> None:
         name = f"regard/{next(NUMBERS)}"  # never contains sdpa, flash, flex_attention or "paged|"
-        AttentionInterface.register(name, make_function(self.context))
-        AttentionMaskInterface.register(name, lazy_mask)
+        AttentionInterface.register(name, uncompiled(make_function(self.context)))
+        AttentionMaskInterface.register(name, self.context.standins.mask)
         self._undo.append(lambda: AttentionInterface._global_mapping.pop(name, None))
         self._undo.append(lambda: AttentionMaskInterface._global_mapping.pop(name, None))
         for _, module in reachable:
@@ -141,10 +141,12 @@ class attach:
             config._attn_implementation_internal = name
 
     def _hook(self) -> None:
-        hooks = [self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        hooks = [self.model.register_forward_pre_hook(uncompiled(self._before_forward), with_kwargs=True)]
         for module in self.model.modules():
             if ATTENTION.search(type(module).__name__):
-                hooks.append(module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+                hooks.append(
+                    module.register_forward_pre_hook(uncompiled(self._before_attention), with_kwargs=True)
+                )
         self._undo.extend(h.remove for h in hooks)
         if any(actor.needs_rotary for actor in self.actors):
             self.context.rotary = Rotary(self.model)
@@ -165,6 +167,7 @@ class attach:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         context = self.context
         context.caches.pending.clear()
+        context.standins.rules.clear()
         context.step = context.step.next(named(args, kwargs), context.roles)
         for actor in self.actors:
             actor.begin(context.step)
@@ -210,6 +213,11 @@ class attach:
     def stored(self) -> list[list[int]]:
         """Slots held: a list by layer of a list by head."""
         return [layer.stored() for layer in self.context.caches.layers]
+
+
+def uncompiled(function: Callable) -> Callable:
+    """A function that torch.compile leaves as it is: the compiled model has a break there."""
+    return torch._dynamo.disable(function)
 
 
 def named(args: tuple, kwargs: dict) -> dict:

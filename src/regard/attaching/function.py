@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.caches import Caches
-from regard.attaching.lazy_mask import LazyMask
+from regard.attaching.lazy_mask import LazyMask, Standins
 from regard.attaching.rotary import Rotary
 from regard.attaching.sites import ModuleSite, Sites
 from regard.attaching.step import RoleRule, Step, text_labels
@@ -34,6 +34,7 @@ class Context:
     actors: Sequence[Actor]
     roles: Mapping[str, RoleRule]
     rotary: Rotary | None = None
+    standins: Standins = field(default_factory=Standins)
     step: Step = field(default_factory=Step)
     inputs: dict[int, Tensor] = field(default_factory=dict)  # of attention modules, from the hook to the call
 
@@ -56,7 +57,8 @@ def make_function(context: Context) -> Callable[..., AttentionOutput]:
         # else it is of another model that shares the configuration
         is_attached = module in context.sites
         site = context.sites.of(module) if is_attached else ModuleSite(type(module).__name__, "text", 0)
-        call = AttentionCall(module, site, query, key, value, attention_mask, options, context.step)
+        mask = context.standins.lazy(attention_mask)
+        call = AttentionCall(module, site, query, key, value, mask, options, context.step)
         if not is_attached:
             return native(call)
         if context.rotary is not None and context.rotary.probe is not None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from regard.core import Unsupported
+
 # (seen [b, g, rows, n] by the rules before, query index [1, 1, rows, 1], key index [b, g, n]) -> what is left of it
 Narrowing = Callable[[Tensor, Tensor, Tensor], Tensor]
 KEEP = {torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.detach, torch.Tensor.clone}
@@ -120,6 +122,37 @@ class LazyMask(Tensor):
                 return func(*args, **kwargs)
         dense = lambda x: x.rule.dense() if isinstance(x, LazyMask) else x  # noqa: E731
         return func(*[dense(a) for a in args], **{k: dense(v) for k, v in kwargs.items()})
+
+
+class Standins:
+    """Masks for a compiled model. torch.compile takes no tensor of our own kind: a plain one is known by its byte."""
+
+    def __init__(self) -> None:
+        # where the byte lies -> the byte itself, so that nothing else comes to lie there, and what it stands for
+        self.rules: dict[int, tuple[Tensor, MaskRule]] = {}
+
+    def mask(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The mask function that an attachment registers with transformers."""
+        return self.plain(*args, **kwargs) if torch.compiler.is_compiling() else lazy_mask(*args, **kwargs)
+
+    @torch._dynamo.disable
+    def plain(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, 1, N, M] of one byte."""
+        rule = lazy_mask(*args, **kwargs).rule
+        one = torch.zeros((), dtype=torch.bool, device=rule.device)
+        self.rules[one.data_ptr()] = (one, rule)
+        return one.expand(rule.batch, 1, rule.queries, rule.keys)
+
+    def lazy(self, mask: Tensor | None) -> Tensor | None:
+        """The mask that a stand-in stands for."""
+        if not self.rules or mask is None or isinstance(mask, LazyMask):
+            return mask
+        _, rule = self.rules.get(mask.data_ptr(), (None, None))
+        if rule is None:
+            raise Unsupported(
+                "a model that computes on its attention mask, under torch.compile; call it uncompiled"
+            )
+        return LazyMask.of(rule)
 
 
 def lazy_mask(

@@ -93,6 +93,7 @@ class LedgerLayer(DynamicLayer):
         """The first true index that the query after `seen` tokens sees."""
         return 0 if self.window is None else max(0, seen - self.window + 1)
 
+    @torch._dynamo.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         self.make_writable()
         if self.pending is None and self.compressed:
