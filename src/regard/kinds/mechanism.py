@@ -96,8 +96,8 @@ def run(
     """(out, state, aux) of a mechanism, asked once and in full: see make_call for what may be asked."""
     path = implementation(method.page, impl)
     call = make_call(method, q, k, v, backend=impl if impl in ("torch", "triton") else "auto", **options)
-    if k.shape[2] == 0 or (call.cross and q.shape[2] == 0):
-        # no key, no output but zeros: a row that sees nothing; the sums are what they were
+    if k.shape[0] == 0 or k.shape[2] == 0 or (call.cross and q.shape[2] == 0):
+        # no row, no query or no key, no output but zeros: a row that sees nothing; the sums are what they were
         return v.new_zeros(*q.shape[:3], v.shape[3]), call.initial_state, {}
     out, state, *aux = path(q, k, v, method.config, call)
     return out, state, aux[0] if aux else {}

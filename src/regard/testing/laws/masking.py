@@ -111,12 +111,12 @@ def check_mask_object(case: Case) -> None:
 
 
 def check_no_tokens(case: Case) -> None:
-    """No tokens give no output and leave the state as it was; where there are no keys a query gives zeros."""
+    """No tokens and no rows give no output and leave the state as it was; a query gives zeros where no keys are."""
     method = Method(case.page.card.title, case.page, case.cfg)
     for label in case.paths:
 
-        def ask(n: int, m: int, state: Any = None, impl: str = label) -> tuple[Tensor, Any]:
-            inputs = case.inputs(n, m)
+        def ask(n: int, m: int, state: Any = None, batch: int = B, impl: str = label) -> tuple[Tensor, Any]:
+            inputs = case.inputs(n, m, batch=batch)
             x = inputs.x if inputs.y is None else (inputs.x, inputs.y)
             options = dict(
                 pattern=case.pattern, initial_state=state, params=inputs.params, x=x, roles=inputs.roles
@@ -125,6 +125,11 @@ def check_no_tokens(case: Case) -> None:
 
         out, end = ask(0, 3)
         hold(out.shape[2] == 0 and end is None, f"{label}: no tokens give {list(out.shape)} and {end}")
+        out, end = ask(3, 4, batch=0)
+        hold(
+            len(out) == 0 and out.shape[2] == 3 and end is None,
+            f"{label}: no rows give {list(out.shape)} and {end}",
+        )
         if "cross" in case.pattern:
             out = ask(3, 0)[0]
             hold(
