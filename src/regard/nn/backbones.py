@@ -115,14 +115,14 @@ def states_in(cache: Any) -> list[Any] | None:
     return None if cache is None else cache.states
 
 
-def carried_on(cache: StateCache | None, states: list[Any], new: int) -> StateCache:
-    """The cache after `new` tokens."""
-    silent = [i for i, state in enumerate(states) if state is None and new]
+def carried_on(cache: StateCache | None, states: list[Any], x: Tensor) -> StateCache:
+    """The cache after the tokens x [B, N, C]."""
+    silent = [i for i, state in enumerate(states) if state is None and x.numel()]
     require(
         not silent, "every layer gives a state; use_cache=False for mechanisms that have none", layers=silent
     )
     cache = StateCache() if cache is None else cache
-    cache.states, cache.seen = states, cache.seen + new
+    cache.states, cache.seen = states, cache.seen + x.shape[1]
     return cache
 
 
@@ -162,7 +162,7 @@ class RegardForCausalLM(RegardModel, GenerationMixin):
         logits, loss = self.lm_head(tail(out.hidden, logits_to_keep)), None
         if labels is not None:
             loss = token_loss(logits, next_labels(labels, texts), options)
-        cache = carried_on(cache, out.states, n) if use_cache else None
+        cache = carried_on(cache, out.states, x) if use_cache else None
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache, hidden_states=out.between
         )
@@ -272,7 +272,7 @@ class RegardForSeq2SeqLM(RegardModel, GenerationMixin):
         return Seq2SeqLMOutput(
             loss=None if labels is None else token_loss(logits, labels, options),
             logits=logits,
-            past_key_values=carried_on(cache, out.states, x.shape[1]) if use_cache else None,
+            past_key_values=carried_on(cache, out.states, x) if use_cache else None,
             decoder_hidden_states=out.between,
             encoder_last_hidden_state=memory,
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),

@@ -1,4 +1,4 @@
-"""Feature maps of linear attention that two or more pages share: positive, so that weights are."""
+"""Feature maps of linear attention that two or more pages share: positive, so that weights are; and tokens added."""
 
 import math
 
@@ -24,3 +24,11 @@ def taylor(x: Tensor, degree: int = 2) -> Tensor:
         power = (power[..., :, None] * x[..., None, :]).flatten(-2)
         parts.append(power / math.sqrt(math.factorial(p)))
     return torch.cat(parts, dim=-1)
+
+
+def pad_tokens(t: Tensor, before: int = 0, after: int = 0) -> Tensor:
+    """t [..., n, D] with zeros for tokens before and after; t itself where there are none to add.
+
+    torch.compile takes padding by nothing for a dense copy, and torch keeps the strides: what then views it fails.
+    """
+    return F.pad(t, (0, 0, before, after)) if before or after else t

@@ -39,6 +39,7 @@ from regard.ops import (
     shown,
     softmax_attention,
 )
+from regard.ops.features import pad_tokens
 
 NO_ORDER = "images are ordered from noisy to clean: without that order the state has nothing to decay along"
 NO_IMAGE = "half of the output is the attention of a token to its own image: a query outside has no image"
@@ -105,7 +106,7 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor]:
     g, key_mask = gates(cfg, call)
     k, v = (shown(per_query_head(t, heads).expand(-1, heads, -1, -1), call.key_mask) for t in (k, v))
     # the last query is that of the last key
-    q = F.pad(q, (0, 0, m - n, 0)) if m > n else q
+    q = pad_tokens(q, before=m - n)
     q, k, v = (images(t, size) for t in (q, k, v))  # [B, images, H, T, D | E]
     g, key_mask = (images(t[..., None], size)[..., 0] for t in (g, key_mask))
     seen = None if call.key_mask is None and m % size == 0 else key_mask.flatten(0, 1)[:, :, None]
@@ -135,10 +136,7 @@ def gates(cfg: Config, call: Call) -> tuple[Tensor, Tensor]:
 
 def images(t: Tensor, size: int) -> Tensor:
     """[B, H, M, D] -> [B, images, H, T, D], zeros behind the last token."""
-    missing = -t.shape[2] % size
-    # torch.compile takes padding by nothing for a dense copy, and torch keeps the strides
-    t = F.pad(t, (0, 0, 0, missing)) if missing else t
-    return t.unflatten(2, (-1, size)).transpose(1, 2)
+    return pad_tokens(t, after=-t.shape[2] % size).unflatten(2, (-1, size)).transpose(1, 2)
 
 
 def one_image(q: Q, k: K, v: V, call: Call) -> Out:

@@ -27,12 +27,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from regard.core import PATTERNS, Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
 from regard.ops import at_least_float32, exact, heads_of, initial, per_query_head, recurrence, rounded, shown
+from regard.ops.features import pad_tokens
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, Tensor | None]
             state = state + k_c[:, :, c].mT @ (known[:, :, c] - pull[:, :, c] @ state)
         return (q @ state).to(dtype), None
     # the last query is that of the last key
-    (q_c,) = chunks(F.pad(q, (0, 0, m - n, 0)), size=k_c.shape[3])
+    (q_c,) = chunks(pad_tokens(q, before=m - n), size=k_c.shape[3])
     inside, rows = (q_c @ k_c.mT).tril(), []
     for c in range(k_c.shape[2]):
         write = known[:, :, c] - pull[:, :, c] @ state  # [B, H, C, E]
@@ -102,7 +102,7 @@ def tensors(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Tensor, ...]:
 
 def chunks(*tensors: Tensor, size: int) -> tuple[Tensor, ...]:
     """Each [B, H, M, ...] as [B, H, chunks, C, ...], zeros behind the last token."""
-    return tuple(F.pad(t, (0, 0, 0, -t.shape[2] % size)).unflatten(2, (-1, size)) for t in tensors)
+    return tuple(pad_tokens(t, after=-t.shape[2] % size).unflatten(2, (-1, size)) for t in tensors)
 
 
 def corrections(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
