@@ -314,7 +314,7 @@ def test_a_save_replaces_nothing_and_a_stopped_one_leaves_nothing(tmp_path, monk
 
 def test_the_folder_of_a_conversion_is_judged_before_any_work(tmp_path, monkeypatch):
     """Foreign files, another conversion: refused at once, and kept. The same conversion: its report, without work."""
-    options = dict(length=96, steps=1, finetune=None, lengths=(96,), samples=1, show=lambda _: None)
+    options = dict(length=128, steps=1, finetune=None, lengths=(128,), samples=1, show=lambda _: None)
     report = convert_folder("lm", "hedgehog", tmp_path / "made", **options)
     (tmp_path / "made" / "note.txt").write_text("mine")
     (tmp_path / "mine").mkdir()

@@ -1,6 +1,7 @@
 """Tensor attention's features: one for each monomial, the Taylor coefficient in one factor only."""
 
 import math
+from inspect import unwrap
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from regard import catalog
 from regard.core.call import Call
 
 PAGE = catalog.get("tensor_attention")
-MONOMIALS, FEATURES = (PAGE.fast.__globals__[name] for name in ("monomials", "features"))
+MONOMIALS, FEATURES = (unwrap(PAGE.fast).__globals__[name] for name in ("monomials", "features"))
 
 
 @pytest.mark.parametrize(("width", "degree"), [(1, 4), (3, 4), (8, 2)])
