@@ -41,14 +41,16 @@ class OwnAttention:
             new = text[text >= start] - start
             if len(new) == 0 or not bool(seen[b, 0, new[-1], text].all()):
                 continue
-            view = self.text(layer, *(x[b : b + 1, :, text] for x in (self.queries[layer], k, v)), options)
+            alone = [x[b : b + 1, :, text] for x in (self.queries[layer], k, v)]
+            view = self.text(layer, alone, options)
             answered = reference_of(self.method)(view, self.method.config)
             out[b, :, new] = answered[0, :, len(text) - len(new) :].to(out.dtype)
         return out
 
-    def text(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: dict) -> View:
-        """One row's whole text as a view: every token is a query, nothing is padding."""
-        n, cfg = k.shape[2], self.method.config
+    def text(self, layer: int, alone: list[Tensor], options: dict) -> View:
+        """One row's whole text, its q, k and v, as a view: every token is a query, nothing is padding."""
+        (q, k, v), cfg = alone, self.method.config
+        n = k.shape[2]
         budget = parse_budget(self.method.page.budget(cfg) if cfg.budget is None else cfg.budget)
         sees = lower_right(n, n)
         return View(
