@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.attaching.actors import Actor, AttentionCall
-from regard.attaching.slots import Group
+from regard.attaching.slots import Group, slack
 from regard.attaching.views import make_view, visibility
 from regard.core import Method, NeverFired, Unsupported, require
 from regard.core.errors import present
 from regard.kinds.cache import CachePage
-from regard.ops import Kept, View, gather_rows, keep_best, parse_budget, per_query_head
+from regard.ops import Budget, Kept, View, gather_rows, keep_best, parse_budget, per_query_head, tokens_within
 
 # what a page may want measured on the model: name -> the function that gives the setting `heads`
 CALIBRATORS: dict[str, Callable[[PreTrainedModel], Any]] = {}
@@ -99,10 +99,30 @@ class CachePolicy(Actor):
             of_queries = page.shift is None
             view.rotate = lambda x, by: rotary.rotate(module, x, by, of_queries)
 
+    def _asked(self) -> Budget:
+        setting = getattr(self.method.config, "budget", None)
+        return parse_budget(self.page.budget(self.method.config) if setting is None else setting)
+
+    def _held(self, call: AttentionCall, whole: View) -> Tensor:
+        """[B] tokens that may stay: a budget in bytes counts all that is held, with tables, first keys and room."""
+        size, group, budgets = self._asked().bytes, call.slots, call.step.budgets
+        if size is None:
+            return whole.budget
+        kind = ~whole.seen  # beside the budget of what is read
+        if kind not in budgets:
+            tables = 4 * (1 + len(group.notes) + (group.count is not None))
+            slot = (group.keys.shape[-1] + group.values.shape[-1]) * group.keys.element_size() + tables
+            slot *= whole.q.shape[0] * whole.total_heads // whole.layers
+            size -= whole.layers * (0 if group.origin is None else group.origin.nbytes)
+            within = tokens_within(size, slot, [layer.window for layer in call.layers], slack)
+            budgets[kind] = torch.full_like(whole.budget, within)
+        if self.page.phase == "both":
+            group.limit = int(budgets[kind][0]) + 1
+        return torch.minimum(whole.budget, budgets[kind])
+
     def budget(self, view: View, group: Group) -> Tensor:
         """[B] tokens that may stay or be read in each row of this step."""
-        setting = getattr(self.method.config, "budget", None)
-        budget = parse_budget(self.page.budget(self.method.config) if setting is None else setting)
+        budget = self._asked()
         real = view.length().expand(view.q.shape[0])
         per_slot = (group.keys.shape[-1] + group.values.shape[-1]) * group.keys.element_size()
         return budget.resolve(real, per_slot * view.total_heads * view.q.shape[0])
@@ -125,6 +145,8 @@ class CachePolicy(Actor):
         page, cfg, whole = self.page, self.method.config, in_reach(call)
         if page.phase == "prefill" and whole.phase != "prefill":
             return
+        if page.keep is not None or page.score is not None:
+            whole.budget = self._held(call, whole)
         kept: Kept | None = None
         if page.keep is not None:
             kept = page.keep(whole, cfg)

@@ -16,9 +16,16 @@ from regard.ops import Kept, gather_rows, slots_of
 SLACK = 16  # room for at least so many tokens whenever a buffer grows; beyond, an eighth of its length
 
 
-def grown(x: Tensor, n: int, extra: int, dim: int) -> Tensor:
-    """A copy of x's first n entries along dim with room for `extra` more and some slack."""
-    room = n + extra + max(SLACK, (n + extra) // 8)
+def slack(n: int) -> int:
+    """Room beyond n slots."""
+    return max(SLACK, n // 8)
+
+
+def grown(x: Tensor, n: int, extra: int, dim: int, limit: int | None = None) -> Tensor:
+    """A copy of x's first n entries along dim with room for `extra` more and some slack, which ends at `limit`."""
+    room = n + extra + slack(n + extra)
+    if limit is not None and n + extra <= limit:
+        room = min(room, limit)
     shape = list(x.shape)
     shape[dim] = room
     wide = x.new_empty(shape)
@@ -37,6 +44,7 @@ class Group:
     index: Tensor | None = None  # [1|B, 1|g, room] int32; None: slot i holds token start + i
     count: Tensor | None = None  # [B, g, room] float32; None: every slot is one token
     notes: dict[str, Tensor] = field(default_factory=dict)  # [B, g, room] float32
+    limit: int | None = None  # the most slots that a policy with a budget in bytes lets it have room for
     start: int = 0  # true index of slot 0 where `index` is None: what lay before is out of the layer's window
     # [B, g, s, D] keys of the first s slots before they were moved to other positions
     origin: Tensor | None = None
@@ -78,7 +86,8 @@ class Group:
             self.keys, self.values = torch.cat([self.k(), k], 2), torch.cat([self.v(), v], 2)
         else:
             if end > self.keys.shape[2]:
-                self.keys, self.values = grown(self.keys, self.n, new, 2), grown(self.values, self.n, new, 2)
+                wide = [grown(x, self.n, new, 2, self.limit) for x in (self.keys, self.values)]
+                self.keys, self.values = wide
             self.keys[:, :, self.n : end] = k
             self.values[:, :, self.n : end] = v
         self._append_tables(new, end, start)
@@ -87,14 +96,16 @@ class Group:
     def _append_tables(self, new: int, end: int, start: int) -> None:
         if self.index is not None:
             if end > self.index.shape[-1]:
-                self.index = grown(self.index, self.n, new, 2)
+                self.index = grown(self.index, self.n, new, 2, self.limit)
             fresh = torch.arange(start, start + new, device=self.index.device, dtype=torch.int32)
             self.index[..., self.n : end] = fresh
         if self.count is not None:
-            self.count = self.count if end <= self.count.shape[-1] else grown(self.count, self.n, new, 2)
+            self.count = (
+                self.count if end <= self.count.shape[-1] else grown(self.count, self.n, new, 2, self.limit)
+            )
             self.count[..., self.n : end] = 1
         for name, note in self.notes.items():
-            wide = note if end <= note.shape[-1] else grown(note, self.n, new, 2)
+            wide = note if end <= note.shape[-1] else grown(note, self.n, new, 2, self.limit)
             wide[..., self.n : end] = 0
             self.notes[name] = wide
 
@@ -151,7 +162,7 @@ class Group:
         index = None if self.index is None else self.index[..., last]
         count = None if self.count is None else self.count[..., last]
         keys, values = self.keys[:, :, last], self.values[:, :, last]
-        return Group(self.heads, keys, values, n, index, count, notes, self.start + first)
+        return Group(self.heads, keys, values, n, index, count, notes, self.limit, self.start + first)
 
     def take_back(self, seen: int) -> None:
         """Drop the tokens from true index `seen` on."""
@@ -213,7 +224,8 @@ class Group:
         for length in sorted(set(lengths)):
             chosen = [i for i, n in enumerate(lengths) if n == length]
             heads = tuple(self.heads[i] for i in chosen)
-            part = Group(heads, self.keys[:, chosen], self.values[:, chosen], self.n, start=self.start)
+            part = Group(heads, self.keys[:, chosen], self.values[:, chosen], self.n)
+            part.start, part.limit = self.start, self.limit
             part.index = None if self.index is None else self.index.expand(-1, len(lengths), -1)[:, chosen]
             part.count = None if self.count is None else self.count[:, chosen]
             part.notes = {name: t[:, chosen] for name, t in self.notes.items()}

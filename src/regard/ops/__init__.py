@@ -1,7 +1,7 @@
 """Mathematics that two or more pages share."""
 
 from regard.core.deprecation import moved
-from regard.ops.budget import Budget, parse_budget
+from regard.ops.budget import Budget, parse_budget, tokens_within
 from regard.ops.features import elu_plus_one, taylor
 from regard.ops.linear import Form, dense_linear, linear, run_form, shown, undecayed
 from regard.ops.pattern import carried, visible
@@ -66,6 +66,7 @@ __all__ = [
     "slots_of",
     "softmax_attention",
     "taylor",
+    "tokens_within",
     "top_slots",
     "undecayed",
     "visible",

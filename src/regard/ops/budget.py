@@ -1,6 +1,8 @@
 """How many tokens a cache may keep or read: asked for in tokens, as a fraction, or in bytes."""
 
 import re
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +49,28 @@ class Budget:
         rule = "the byte budget holds at least one token"
         require(size >= bytes_per_token, rule, budget=size, one_token=bytes_per_token)
         return real.clamp(max=size // bytes_per_token)
+
+
+def tokens_within(size: int, slot: int, layers: list[int | None], room: Callable[[int], int]) -> int:
+    """The most tokens t with which a cache holds at most `size` bytes: `slot` for each slot of each layer.
+
+    A layer without a window has t slots and one for the token to come; one with a window that t covers has the
+    window and room(window) to grow.
+
+    >>> tokens_within(1000, 10, [None, None], room=lambda n: 16)  # 2 layers of 49 + 1 slots of 10 bytes
+    49
+    >>> tokens_within(1000, 10, [None, 6], room=lambda n: 16)  # 77 + 1 slots, and 6 + 16
+    77
+    """
+
+    def held(t: int) -> int:
+        covered = [w for w in layers if w is not None and t >= w - 1]
+        return slot * (sum(w + room(w) for w in covered) + (len(layers) - len(covered)) * (t + 1))
+
+    most = range(size // slot + 1)
+    tokens = bisect_right(most, size, key=held) - 1
+    require(tokens >= 1, "the byte budget holds at least one token", budget=size, one_token=held(1))
+    return tokens
 
 
 def parse_budget(budget: "int | float | str | Budget") -> Budget:

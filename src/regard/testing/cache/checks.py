@@ -121,6 +121,13 @@ def check_budget(method: Method, family: str, budget: int | float | str, since: 
         said = f"{method.label} on {family}, forward {step}"
         if evicts and (method.page.phase == "both" or n > 1):
             check_held(tape.held[step], tape.stored[step], mask, limit, said)
+            whole, ragged = (
+                parse_budget(budget).bytes,
+                any(len(set(heads)) > 1 for heads in tape.stored[step]),
+            )
+            assert whole is None or ragged or tape.bytes[step] <= whole, (
+                f"{said}: {tape.bytes[step]} bytes are held, tables and room to grow included, of {whole}"
+            )
         for i, read in tape.reads[step].items():
             if read.chosen and n == 1 and read.alive is not None:
                 count, room = (read.alive & mask[:, None]).sum(-1), limit + (run if since else 0)
