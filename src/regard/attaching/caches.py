@@ -4,14 +4,34 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
 
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from regard.attaching.actors import Actor
+from regard.attaching.hybrid_layer import beside_states, holds_no_keys
 from regard.attaching.ledger import LedgerLayer, as_ledger
+from regard.attaching.sharing import ALONE, Lent, Turn, readers_of
 from regard.attaching.state_layer import StateLayer
 from regard.attaching.step import Step
 from regard.core import Unsupported
+from regard.core.errors import present
+
+# the kinds of layers that a ledger layer can stand for: all that they hold is keys, values and states
+KINDS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 
 class Caches:
@@ -25,6 +45,8 @@ class Caches:
         self.cache: Cache | None = None
         self.layers: list[LedgerLayer] = []
         self.pending: list[LedgerLayer] = []
+        self.readers = readers_of(model.config.get_text_config(decoder=True))
+        self.lent = Lent()
         self._adopted: WeakSet[LedgerLayer] = WeakSet()
 
     def written(self) -> LedgerLayer | None:
@@ -32,6 +54,20 @@ class Caches:
         layer = self.pending[-1] if self.pending else None
         self.pending.clear()
         return layer
+
+    def layer_of(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[LedgerLayer | None, Turn]:
+        """The ledger layer whose keys these are, and who else reads them in this step."""
+        written = self.written()
+        if not self.readers:
+            return written, ALONE if written is None else Turn(number=self.layers.index(written))
+        loan = self.lent.read(k, v) if written is None else self.lent.add(q, k, v, written)
+        if loan is None or self.cache is None:
+            return written, ALONE
+        number, nth = self.layers.index(loan.layer), loan.reads
+        readers = self.readers.get(self.cache.layers.index(loan.layer), ())
+        if 0 < nth <= len(readers):
+            number = len(self.layers) + sorted(sum(self.readers.values(), ())).index(readers[nth - 1])
+        return loan.layer, Turn(nth, 1 + len(readers), number, loan.fed)
 
     def adopt(self, cache: Any, step: Step) -> None:
         """Replace dynamic layers by ledger layers; refuse the kinds an actor cannot work on."""
@@ -43,10 +79,9 @@ class Caches:
         if any(getattr(layer, "pending", None) not in (None, self.pending) for layer in cache.layers):
             raise Unsupported("this cache is in use by another attachment")
         if cache.layer_class_to_replicate is not None and not cache.layers:
-            count = getattr(self.model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
-            cache.layers.extend(cache.layer_class_to_replicate() for _ in range(count))
+            fill(cache, DynamicCache(config=self.model.config).layers)
         for i, layer in enumerate(cache.layers):
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            if type(layer) in KINDS:
                 cache.layers[i] = self._as_ledger(layer)
             else:
                 self._check(layer)
@@ -59,8 +94,8 @@ class Caches:
         for actor in self.actors:
             layer = actor.cache_layer(old)
             if layer is not None:
-                return layer
-        return as_ledger(old)
+                return beside_states(layer, old)
+        return beside_states(as_ledger(old), old)
 
     def _check(self, layer: Any) -> None:
         keeps_state = any(actor.keeps_state for actor in self.actors)
@@ -70,13 +105,29 @@ class Caches:
                 "state of a mechanism under that mechanism"
             )
         names = [actor.name for actor in self.actors if actor.needs_cache]
-        if names and not isinstance(layer, LedgerLayer) and "Linear" not in type(layer).__name__:
-            raise Unsupported(f"{names[0]} cannot act on a {type(layer).__name__}; use a dynamic cache")
+        if names and not isinstance(layer, LedgerLayer) and not holds_no_keys(layer):
+            own = isinstance(layer, DynamicLayer) or layer.__module__ != Cache.__module__
+            why = "which holds more than keys and values" if own else "use a dynamic cache"
+            raise Unsupported(f"{names[0]} cannot act on a {type(layer).__name__}; {why}")
 
     def release(self) -> None:
         """Leave nothing behind in caches that outlive the attachment."""
         for layer in self._adopted:
             layer.pending = None
+
+
+def fill(cache: Cache, kinds: Sequence[Any]) -> None:
+    """Make the layers that would come into being one by one, so that all are counted from the first step on.
+
+    `kinds` are the layers that the model's configuration asks for; where they hold no keys, nothing is ever stored.
+    """
+    make = present(cache.layer_class_to_replicate, "the cache makes its layers one by one")
+    cache.layers.extend(DummyLayer() if holds_no_keys(kind) else make() for kind in kinds)
+    if hasattr(cache, "set_linear_cache"):
+        # MiniMax keeps states in a list beside the layers, and asks for those of every layer that is there
+        for i, kind in enumerate(kinds):
+            if holds_no_keys(kind):
+                cache.set_linear_cache(i, None)
 
 
 def ledgers(cache: Cache) -> list[LedgerLayer]:

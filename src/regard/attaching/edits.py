@@ -64,7 +64,8 @@ class Edits(Actor):
     def edit(self, call: AttentionCall, view: View, out: Tensor) -> Tensor:
         """out [B, H, N, E] with the edits of this site."""
         targets = [
-            (r, heads_of(r.edit.site, out.shape[1]), rows_of(r.edit.site, view.new)) for r in self._of(call)
+            (r, heads_of(r.edit.site, out.shape[1]), rows_of(r.edit.site, view.new, view.fed))
+            for r in self._of(call)
         ]
         targets = [(r, heads, rows) for r, heads, rows in targets if heads and rows]
         if not targets:
@@ -75,7 +76,7 @@ class Edits(Actor):
             edit = receipt.edit
             if edit.site.quantity == "z":
                 at = (slice(None), torch.tensor(heads)[:, None], torch.tensor(rows)[None])
-                out[at] = changed(out[at], edit, value_at(edit, out, heads, rows))
+                out[at] = changed(out[at], edit, value_at(edit, out, heads, rows, view))
                 self._met[id(edit)] = set(heads)
             if self._met.get(id(edit)):
                 receipt.note(call.site.layer, self._met[id(edit)])
@@ -111,7 +112,7 @@ class Edits(Actor):
         x = x.clone() if edits else x
         for edit in edits:
             edit_heads = [h for h in heads_of(edit.site, view.q.shape[1]) if h in heads]
-            edit_rows = [r for r in rows_of(edit.site, view.new) if r in span]
+            edit_rows = [r for r in rows_of(edit.site, view.new, view.fed) if r in span]
             if not edit_heads or not edit_rows:
                 continue
             at = (
@@ -132,17 +133,15 @@ class Edits(Actor):
         return x
 
 
-def value_at(
-    edit: Edit, like: Tensor, heads: list[int], rows: list[int], view: View | None = None
-) -> Tensor | None:
+def value_at(edit: Edit, like: Tensor, heads: list[int], rows: list[int], view: View) -> Tensor | None:
     """The edit's value for these heads and rows: a number, or [B, heads, rows, width] of its tensor."""
     if edit.value is None:
         return None
     value = torch.as_tensor(edit.value, dtype=like.dtype, device=like.device)
     if value.dim() == 0:
         return value
-    edit_heads = heads_of(edit.site, like.shape[1] if view is None else view.q.shape[1])
-    edit_rows = rows_of(edit.site, like.shape[2] if view is None else view.new)
+    edit_heads = heads_of(edit.site, view.q.shape[1])
+    edit_rows = rows_of(edit.site, view.new, view.fed)
     value = value.expand(like.shape[0], len(edit_heads), len(edit_rows), like.shape[-1])
     number = {r: i for i, r in enumerate(edit_rows)}
     return value[:, [edit_heads.index(h) for h in heads]][:, :, [number[r] for r in rows]]

@@ -69,7 +69,8 @@ def complete(context: Context, call: AttentionCall) -> None:
     """Fill in what the attachment knows of the call's module."""
     module = call.module
     context.sites.count(call.site)
-    call.layer, call.layers = context.caches.written(), context.caches.layers
+    call.layer, call.turn = context.caches.layer_of(call.q, call.k, call.v)
+    call.layers = context.caches.layers
     if call.options.get("indices") is not None:
         raise Unsupported(
             f"{type(module).__name__} hands over its own sparse indices, which is not supported"

@@ -34,7 +34,7 @@ class Observers(Actor):
 
     def observe(self, call: AttentionCall, view: View, out: Tensor) -> None:
         for observer, records in self._of(call):
-            heads, rows = heads_of(observer.site, view.q.shape[1]), rows_of(observer.site, view.new)
+            heads, rows = heads_of(observer.site, view.q.shape[1]), rows_of(observer.site, view.new, view.fed)
             if heads and (rows or observer.statistic == "last_row"):
                 observed = observation(call, view, out, observer, heads, rows)
                 records.append((call.site.layer, call.step.number, observed))

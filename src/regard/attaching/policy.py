@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.lazy_mask import MaskRule
 from regard.attaching.slots import Group
-from regard.attaching.views import visibility
+from regard.attaching.views import at_slots, visibility
 from regard.core import Method, NeverFired, Unsupported
 from regard.core.errors import present
 from regard.kinds.cache import CachePage
@@ -58,6 +58,11 @@ class CachePolicy(Actor):
             raise Unsupported(
                 "a 4-D mask of your own beside a cache method: slots and columns would not agree"
             )
+        if call.turn.nth >= call.turn.of:
+            raise Unsupported(
+                f"{self.name} at {call.where}: it reads the keys that another layer stored, and the model's "
+                "configuration does not say so (kv_sharing_modes), so they may be gone"
+            )
 
     def _decodes(self, call: AttentionCall) -> bool:
         """Whether this is self-attention of a decoder."""
@@ -72,9 +77,9 @@ class CachePolicy(Actor):
         self.acted += 1
         page, cfg = self.page, self.method.config
         self._prepare(call, view)
-        if page.observe is not None:
+        if page.observe is not None and call.turn.of == 1:
             page.observe(view, cfg)
-        slots = page.select(view, cfg) if page.select is not None else None
+        slots = page.select(asking(call, view), cfg) if page.select is not None else None
         if slots is not None:
             shift = None if page.shift is None else page.shift(view, slots, cfg)
             return view_of_slots(call, view, slots, shift)
@@ -113,6 +118,11 @@ class CachePolicy(Actor):
     def attend(self, call: AttentionCall, view: View) -> Tensor | None:
         if self.page.attention is None:
             return None
+        if call.fed != call.q.shape[2]:
+            raise Unsupported(
+                f"{self.name} has an attention of its own, and {call.where}, which reads the keys of another layer, "
+                "computes the last queries of a prompt alone; call the model with logits_to_keep=0"
+            )
         if call.rule is not None and call.rule.narrowings:
             raise Unsupported(
                 f"{self.name} has an attention of its own, which would leave an attached mask out"
@@ -122,6 +132,13 @@ class CachePolicy(Actor):
     def evict(self, call: AttentionCall, view: View) -> None:
         self._count_bytes(call, view)
         page, cfg, whole = self.page, self.method.config, call.stored
+        if call.turn.of > 1:
+            asked = call.step.asked(call.slots, call.turn, whole)
+            if not asked:
+                return
+            whole = replace(asked[0], readers=tuple(asked[1:]))
+            if page.observe is not None:
+                page.observe(whole, cfg)
         if page.phase == "prefill" and whole.phase != "prefill":
             return
         kept: Kept | None = None
@@ -130,6 +147,11 @@ class CachePolicy(Actor):
         elif page.score is not None and whole.over():
             kept = keep_best(whole, page.score(whole, cfg))
         if kept is not None:
+            if kept.merged is not None and kept.merged[0].shape[1] != call.slots.keys.shape[1]:
+                raise Unsupported(
+                    f"{self.name} at {call.where}: it merges keys, and this layer stores latents that are expanded "
+                    "when they are read"
+                )
             call.ledger.keep(call.slots, kept)
 
     def _count_bytes(self, call: AttentionCall, read: View) -> None:
@@ -142,15 +164,25 @@ class CachePolicy(Actor):
         step.bytes_read[whole.layer] = before + step.reported.get(whole.layer, size)
 
 
+def asking(call: AttentionCall, view: View) -> View:
+    """What a page selects by: a layer that reads the keys of another asks with its last query, as it votes."""
+    if call.turn.nth == 0 or view.new == 1:
+        return view
+    last = slice(view.new - 1, view.new)
+    return replace(view, q=view.q[:, :, last], visible=lambda rows: view.visible(last))
+
+
 def memory_of(call: AttentionCall, view: View) -> dict:
     """What the page remembers of this layer, or of this group of its heads where they hold different lengths."""
     layer = call.ledger
     if "first" not in layer.memory:
         pad = None if call.rule is None else call.rule.pad()
         layer.memory["first"] = view.index.new_zeros(1) if pad is None else pad.int().argmax(-1)
-    if len(layer.groups) == 1:
-        return layer.memory
-    return layer.memory.setdefault(call.slots.heads, {"first": layer.memory.get("first")})
+    memory, first = layer.memory, {"first": layer.memory["first"]}
+    if len(layer.groups) > 1:
+        memory = memory.setdefault(call.slots.heads, {**first})
+    # a layer that reads the keys of another remembers its own queries
+    return memory if call.turn.nth == 0 else memory.setdefault(f"reader {call.turn.nth}", {**first})
 
 
 def view_of_slots(call: AttentionCall, view: View, slots: Tensor, shift: Tensor | None) -> View:
@@ -166,10 +198,11 @@ def view_of_slots(call: AttentionCall, view: View, slots: Tensor, shift: Tensor 
     real = None if view.real is None and bool((slots >= 0).all()) else index >= 0
     if view.real is not None:
         real = present(call.rule, "only a mask rule knows of padding").real(index)
-    if view.bias is not None:
-        raise Unsupported("selecting tokens in a model with a position bias or under merged slots")
+    if view.count is not None:
+        raise Unsupported(f"{call.where}: selecting tokens under merged slots")
+    bias = None if view.bias is None else at_slots(view.bias, slots, view.q.shape[1])
     visible = visibility(call.mask, view.q, index, real)
-    return replace(view, cached_scores=None, k=k, v=v, index=index, real=real, visible=visible)
+    return replace(view, cached_scores=None, k=k, v=v, index=index, real=real, visible=visible, bias=bias)
 
 
 def rotate_first(view: View, by: Tensor | None, group: Group) -> None:

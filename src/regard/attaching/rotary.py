@@ -5,6 +5,7 @@ for d come from replaying the model's own rotary module (linear, llama3 and YaRN
 own apply function does the rest; the attention factor that YaRN puts into cos and sin is taken out. In float32.
 """
 
+import inspect
 import sys
 from typing import Any
 
@@ -33,7 +34,7 @@ class Rotary:
         if isinstance(out, tuple) and torch.is_tensor(out[0]):
             kinds = [a for a in (*args, *kwargs.values()) if isinstance(a, str)]
             self.calls = {k: c for k, c in self.calls.items() if c[0] is not module or c[3] != kinds}
-            self.calls[out[0].data_ptr()] = (module, list(args), dict(kwargs), kinds)
+            self.calls[made_of(out[0])] = (module, list(args), dict(kwargs), kinds)
 
     def remove(self) -> None:
         for hook in self.hooks:
@@ -41,16 +42,16 @@ class Rotary:
 
     def can_rotate(self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None) -> bool:
         """Whether `rotate` is possible for this attention module."""
-        if cos_sin is None or "kv_b_proj" in attention._modules or cos_sin[0].data_ptr() not in self.calls:
+        if cos_sin is None or "kv_b_proj" in attention._modules or made_of(cos_sin[0]) not in self.calls:
             return False
-        kind = getattr(self.calls[cos_sin[0].data_ptr()][0], "rope_type", "default")
+        kind = getattr(self.calls[made_of(cos_sin[0])][0], "rope_type", "default")
         return not any(k in CHANGING for k in (kind.values() if isinstance(kind, dict) else [kind]))
 
     def rotate(
         self, attention: nn.Module, cos_sin: tuple[Tensor, Tensor] | None, x: Tensor, by: Tensor
     ) -> Tensor:
         """x [B, h, m, D] rotated by `by` [.., .., m] positions further, in x's dtype."""
-        if cos_sin is None or cos_sin[0].data_ptr() not in self.calls:
+        if cos_sin is None or made_of(cos_sin[0]) not in self.calls:
             raise Unsupported(
                 f"{type(attention).__name__} shows no rotary table, so its keys cannot be moved to other positions; "
                 'a method that re-positions keys needs rotary positions (or its setting positions="text")'
@@ -64,11 +65,14 @@ class Rotary:
         cos, sin = self._tables(cos_sin, x, flat)
         length = (cos.square() + sin.square()).sqrt()
         wide = x.float().reshape(batch * heads, 1, m, width)
-        rotated = self._apply(attention)(wide, wide, cos / length, sin / length)[1]
+        apply, table = self._apply(attention), (cos / length, sin / length)
+        # some rotate queries and keys in one call, some a tensor by itself
+        single = "cos" in list(inspect.signature(apply).parameters)[:2]
+        rotated = apply(wide, *table) if single else apply(wide, wide, *table)[1]
         return rotated.view(batch, heads, m, width).to(x.dtype)
 
     def _tables(self, cos_sin: tuple[Tensor, Tensor], x: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
-        module, args, kwargs, _ = self.calls[cos_sin[0].data_ptr()]
+        module, args, kwargs, _ = self.calls[made_of(cos_sin[0])]
         kind = getattr(module, "rope_type", "default")
         if any(k in CHANGING for k in (kind.values() if isinstance(kind, dict) else [kind])):
             raise Unsupported(
@@ -93,3 +97,8 @@ class Rotary:
         raise Unsupported(
             f"{type(attention).__module__} has no apply_rotary_pos_emb: its keys cannot be moved"
         )
+
+
+def made_of(table: Tensor) -> int:
+    """What a table and its last rows have in common: their memory."""
+    return table.untyped_storage().data_ptr()

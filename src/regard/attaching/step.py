@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from regard.attaching.ledger import LedgerLayer
+from regard.attaching.sharing import Turn
+from regard.attaching.slots import Group
 from regard.core import require
+from regard.ops import View
 
 RoleRule = Callable[[Tensor], Tensor]  # input ids [B, N] -> bool or int labels [B, N]
 Labels = dict[str, Tensor]  # role -> labels of tokens
@@ -23,6 +26,7 @@ class Step:
     shared      what the layers of a page hand on to those above, by a name of the page
     reported    layer -> bytes that a page with an attention of its own says it read
     bytes_read  layer -> bytes of keys and values that were read
+    views       slots that several layers read -> what those that have read them so far saw
     """
 
     number: int = -1
@@ -34,6 +38,15 @@ class Step:
     shared: dict[str, Tensor] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
     bytes_read: dict[int, int] = field(default_factory=dict)
+    views: dict[int, list[View]] = field(default_factory=dict)
+
+    def asked(self, slots: Group, turn: Turn, view: View) -> list[View]:
+        """The views of all layers that read these slots, once the last of them has asked; before that none."""
+        before = [] if turn.nth == 0 else self.views.pop(id(slots))
+        if turn.last:
+            return [*before, view]
+        self.views[id(slots)] = [*before, view]
+        return []
 
     def restart(self) -> None:
         """The first layer begins. A base model that is called by itself begins no new step: nothing old may stay."""

@@ -13,12 +13,19 @@ from regard.core.edit import int_tuple
 from regard.ops import View, per_query_head
 
 
-def rows_of(site: Site, new: int) -> list[int]:
-    """Query rows of this forward that a site names; those it does not have are left out."""
+def rows_of(site: Site, new: int, fed: int | None = None) -> list[int]:
+    """Query rows of this forward that a site names; those it does not have are left out.
+
+    `fed` tokens came in this forward; where there are fewer queries they are those of the last tokens.
+
+    >>> rows_of(Site(rows=(0, 3, -1)), 4), rows_of(Site(rows=(0, 3, -1)), 2, fed=4)
+    ([0, 3], [1])
+    """
     rows = int_tuple(site.rows)
     if rows is None:
         return list(range(new))
-    return sorted({r % new for r in rows if -new <= r < new})
+    fed = new if fed is None else fed
+    return sorted({r % fed - (fed - new) for r in rows if -fed <= r < fed and r % fed >= fed - new})
 
 
 def heads_of(site: Site, heads: int) -> list[int]:

@@ -40,6 +40,10 @@ class View:
     visible: Callable[[slice], Tensor | None] = lambda rows: None
     count: Tensor | None = None  # [B, G, n] tokens that a merged slot stands for; None: one each
     total_heads: int = 1  # cache heads of the whole model, over all layers
+    # tokens that this step brought, of which it may ask with the last queries alone; None: as many as queries
+    fed: int | None = None
+    # of the layers that read these slots after the one that stored them, once all have read (for keep and score)
+    readers: "tuple[View, ...]" = ()
     causal_order: bool = False  # slot i is token i and no query sees a later one
     cached_scores: Tensor | None = None  # of a single-query step, once they were computed
     heads: tuple[int, ...] = ()  # the cache heads of this view, where a layer keeps different lengths by head
@@ -60,6 +64,11 @@ class View:
     @property
     def new(self) -> int:
         return self.q.shape[2]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that this step brought; the queries are those of the last of them, mostly of all."""
+        return self.new if self.fed is None else self.fed
 
     def over(self) -> bool:
         """Whether any row holds more real tokens than its budget."""
@@ -109,7 +118,10 @@ class View:
         return masked_softmax(s, seen, sinks)
 
     def received(self, rows: slice = slice(None)) -> Tensor:
-        """[B, G, n] attention that each stored token receives from these queries, summed; never holds N x n."""
+        """[B, G, n] attention that each stored token receives from these queries, summed; never holds N x n.
+
+        Layers that read these slots too vote with their last query: of a prompt, it may be all that is computed.
+        """
         start, stop, _ = rows.indices(self.new)
         total = 0
         for block in row_blocks(stop - start, self.q.shape[0] * self.q.shape[1] * self.stored):
@@ -117,6 +129,8 @@ class View:
             last = self.stored - self.new + cut.stop if self.causal_order else self.stored
             received = self.upto(last).weights(cut).sum(2)
             total = F.pad(received, (0, self.stored - last)) + total
+        for other in self.readers if stop == self.new else ():
+            total = other.weights(slice(other.new - 1, other.new)).sum(2) + total
         return self.by_cache_head(total)
 
     def upto(self, last: int) -> "View":

@@ -72,7 +72,7 @@ def similar(view: View, cfg: Config) -> Tensor:
 
 
 def select(view: View, cfg: Config) -> Tensor | None:
-    new, held = view.new, view.hold()
+    new, held = view.tokens, view.hold()
     if view.fits(new - 1) or (view.phase == "prefill" and new == view.seen):
         return None
     rows = view.budget if view.real is not None else view.budget[:1]
@@ -88,7 +88,7 @@ def middle(view: View, cfg: Config, between: Tensor, k: Tensor) -> Tensor:
     """[B, 1, k] slots of those in `between` by vote; a row whose query hardly changed reads its last choice again."""
     memory = view.memory
     # [B] rows in which there is nothing to choose
-    fits = view.budget + view.new - 1 >= view.hold().sum(-1).amax(-1)
+    fits = view.budget + view.tokens - 1 >= view.hold().sum(-1).amax(-1)
     reuse = similar(view, cfg) & ~fits
     if bool(reuse.all()):
         return memory["middle"]
