@@ -58,10 +58,10 @@ class Caches:
     def layer_of(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[LedgerLayer | None, Turn]:
         """The ledger layer whose keys these are, and who else reads them in this step."""
         written = self.written()
-        if not self.readers:
+        if not self.readers or self.cache is None:
             return written, ALONE if written is None else Turn(number=self.layers.index(written))
         loan = self.lent.read(k, v) if written is None else self.lent.add(q, k, v, written)
-        if loan is None or self.cache is None:
+        if loan is None:
             return written, ALONE
         number, nth = self.layers.index(loan.layer), loan.reads
         readers = self.readers.get(self.cache.layers.index(loan.layer), ())
@@ -107,8 +107,17 @@ class Caches:
         names = [actor.name for actor in self.actors if actor.needs_cache]
         if names and not isinstance(layer, LedgerLayer) and not holds_no_keys(layer):
             own = isinstance(layer, DynamicLayer) or layer.__module__ != Cache.__module__
-            why = "which holds more than keys and values" if own else "use a dynamic cache"
-            raise Unsupported(f"{names[0]} cannot act on a {type(layer).__name__}; {why}")
+            why = ", which holds more than keys and values" if own else "; use a dynamic cache"
+            raise Unsupported(f"{names[0]} cannot act on a {type(layer).__name__}{why}")
+
+    def bytes_read(self) -> int:
+        """Bytes of keys and values that a step reads where every layer reads all: once for each that reads them."""
+        layers = [] if self.cache is None else self.cache.layers
+        return sum(
+            layer.bytes_stored() * (1 + len(self.readers.get(i, ())))
+            for i, layer in enumerate(layers)
+            if isinstance(layer, LedgerLayer)
+        )
 
     def release(self) -> None:
         """Leave nothing behind in caches that outlive the attachment."""

@@ -61,16 +61,20 @@ HYBRID: dict[type, type[LedgerLayer]] = {LedgerLayer: HybridLedgerLayer, StateLa
 
 def beside_states(layer: LedgerLayer, old: Any) -> LedgerLayer:
     """The layer that takes the place of `old`, with the states that old holds, if it is of a kind that holds any."""
-    if not isinstance(old, LinearAttentionCacheLayerMixin):
+    if not has_states(old):
         return layer
     hybrid = HYBRID[type(layer)]()
     vars(hybrid).update(vars(layer))
     vars(hybrid).update({name: getattr(old, name) for name in STATES if hasattr(old, name)})
-    hybrid.device, hybrid.dtype = getattr(old, "device", None), getattr(old, "dtype", None)
+    hybrid.device, hybrid.dtype = old.device, old.dtype
     return hybrid
+
+
+def has_states(layer: Any) -> bool:
+    """Whether a layer holds the states of a recurrence or a convolution, alone or beside keys."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
 def holds_no_keys(layer: Any) -> bool:
     """A layer of states alone, or one that stands for a module without a cache or with the keys of another."""
-    states = isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
-    return states or isinstance(layer, DummyLayer)
+    return (has_states(layer) and not isinstance(layer, CacheLayerMixin)) or isinstance(layer, DummyLayer)

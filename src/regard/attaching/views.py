@@ -61,13 +61,13 @@ def real_slots(call: AttentionCall, index: Tensor) -> Tensor | None:
 def slot_bias(call: AttentionCall) -> Tensor | None:
     """What is added to the scores: the model's position bias, or the weight of merged slots."""
     bias, group = call.options.get("position_bias"), call.group
-    merged = group is not None and group.count is not None
-    if bias is not None and merged:
+    count = None if group is None else group.count
+    if bias is not None and count is not None:
         raise Unsupported(
             f"{call.where}: merged slots in a layer with a learned position bias, since they stand nowhere"
         )
-    if merged:
-        return per_query_head(group.count[..., : call.k.shape[2]].log()[:, :, None], call.q.shape[1])
+    if count is not None:
+        return per_query_head(count[..., : call.k.shape[2]].log()[:, :, None], call.q.shape[1])
     if bias is None or group is None or call.layer is None or call.layer.plain:
         return bias
     # the model's bias is that of every token seen

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regard.attaching.attachment import attach
-from regard.attaching.sites import ATTENTION, site_of, towers
+from regard.attaching.sites import ATTENTION, recurrent_layers, site_of, towers
 from regard.core.deprecation import moved
 
-RECURRENT = ("linear_attention", "conv", "recurrent")
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")
 
 __getattr__ = moved(__name__, {"Report": "regard.models.doctor:ModelReport"})
@@ -75,12 +74,6 @@ def doctor(model: PreTrainedModel, **inputs: Any) -> ModelReport:
     beside = tuple(f"layer {i} ({kind})" for i, kind in kinds.items())
     drift = float((plain - through).abs().max())
     return ModelReport(type(model).__name__, reached, missed, drift, refused, beside)
-
-
-def recurrent_layers(model: PreTrainedModel) -> dict[int, str]:
-    """Layers of the text that hold a state and no keys, by the kind that their configuration gives them."""
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
-    return {i: kind for i, kind in enumerate(kinds) if kind in RECURRENT}
 
 
 def watched(model: nn.Module, inputs: dict) -> tuple[Tensor, list[str]]:

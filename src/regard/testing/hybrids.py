@@ -128,7 +128,7 @@ def zamba():
         **text(num_hidden_layers=4, num_key_value_heads=4), **MAMBA, n_mamba_heads=2,
         layers_block_type=[LINEAR, "hybrid", LINEAR, "hybrid"],
     )  # fmt: skip
-    return of(tf.ZambaForCausalLM, config, v_proj=12, o_proj=12, feed_forward=12, linear=12)
+    return of(tf.ZambaForCausalLM, config, v_proj=12, o_proj=12, feed_forward=30, linear=30)
 
 
 @family

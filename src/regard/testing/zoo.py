@@ -12,7 +12,7 @@ import transformers as tf
 from torch import Tensor
 
 from regard.core import unknown
-from regard.testing import hybrids  # noqa: F401  (its families are entered by being imported)
+from regard.testing import hybrids
 from regard.testing.tiny import SLIDING, TEXT, ZOO, family, ids
 
 VISION: dict[str, Any] = dict(
@@ -236,6 +236,8 @@ def gptj():
     return tf.GPTJForCausalLM(config), dict(input_ids=ids())
 
 
+# by where they lie: layers that are not all attention over keys of their own
+HYBRIDS = tuple(name for name, make in ZOO.items() if make.__module__ == hybrids.__name__)
 UNREACHED = ("falcon", "bloom", "gptj")
 DECODERS = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "neox", "gptoss")
 

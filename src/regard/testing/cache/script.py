@@ -10,13 +10,12 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
-    LinearAttentionCacheLayerMixin,
 )
 
 from regard.attaching.attachment import attach
+from regard.attaching.hybrid_layer import has_states, holds_no_keys
 from regard.attaching.ledger import LedgerLayer
 from regard.attaching.sharing import readers_of
 from regard.attaching.slots import Group
@@ -98,13 +97,9 @@ def full_cache(model: Any) -> Cache:
     return Cache(layers=[unbounded(kind) for kind in kinds])
 
 
-def has_states(layer: Any) -> bool:
-    return isinstance(layer, LinearAttentionCacheLayerMixin)
-
-
 def unbounded(kind: Any) -> Any:
     """A layer like this one that keeps every token."""
-    if not isinstance(kind, CacheLayerMixin):
+    if holds_no_keys(kind):
         return kind
     if has_states(kind):
         return LinearAttentionAndFullAttentionLayer(number_of_states=kind.number_of_states)
