@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from regard.attaching.lazy_mask import LazyMask, MaskRule
 from regard.attaching.ledger import LedgerLayer
 from regard.attaching.rotary import Rotary
+from regard.attaching.sharing import ALONE, Turn
 from regard.attaching.sites import ModuleSite
 from regard.attaching.slots import Group
 from regard.attaching.step import Labels, Step
@@ -38,6 +39,7 @@ class AttentionCall:
     options  everything else that the model hands over: scaling, dropout, softcap, s_aux, output_attentions, ...
     layer    the ledger layer that this module has just written, if any; `group` the slots that are attended to
     layers   all ledger layers of the cache
+    turn     who reads the keys of this layer in one step, and the number of this layer among them
     heads    the query heads of this group; None: all
     x        the layer's input, where an actor needs it
     view     all that is stored, once the call has a view
@@ -54,6 +56,7 @@ class AttentionCall:
     layer: LedgerLayer | None = None
     group: Group | None = None
     layers: Sequence[LedgerLayer] = ()
+    turn: Turn = ALONE
     heads: tuple[int, ...] | None = None
     labels: Labels = field(default_factory=dict)
     x: Tensor | None = None
@@ -79,9 +82,14 @@ class AttentionCall:
         return self.mask is not None and self.rule is None
 
     @property
+    def fed(self) -> int:
+        """Tokens that this step brought, of which a reader of another layer's keys may have the last queries alone."""
+        return self.turn.fed or self.q.shape[2]
+
+    @property
     def phase(self) -> str:
         """ "decode" for one new token on a cache that already holds some, else "prefill"."""
-        decode = self.q.shape[2] == 1 and self.layer is not None and self.layer.seen > 1
+        decode = self.fed == 1 and self.layer is not None and self.layer.seen > 1
         return "decode" if decode else "prefill"
 
     @property
@@ -105,11 +113,6 @@ class AttentionCall:
         order = None if self.rule is None else self.rule.order()
         seen = self.k.shape[2] if self.layer is None else self.layer.seen
         return None if order is None else order[:, :seen]
-
-    @property
-    def number(self) -> int:
-        """The number of the layer among those that have a cache."""
-        return self.layers.index(self.ledger)
 
     def weights(self, view: View, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
         """[B, heads, rows, n] attention weights as the model uses them, after what acts here."""

@@ -206,9 +206,9 @@ class attach:
         return sum(layer.bytes_stored() for layer in self.context.caches.layers)
 
     def bytes_read(self) -> int:
-        """Bytes of keys and values that the latest step read, over all layers."""
+        """Bytes of keys and values that the latest step read, by all layers, shared ones by each."""
         selects = any(isinstance(actor, CachePolicy) for actor in self.actors)
-        return sum(self.context.step.bytes_read.values()) if selects else self.bytes_stored()
+        return sum(self.context.step.bytes_read.values()) if selects else self.context.caches.bytes_read()
 
     def stored(self) -> list[list[int]]:
         """Slots held: a list by layer of a list by head."""

@@ -5,20 +5,34 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
-    DynamicCache,
+    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
 from regard.attaching.actors import Actor
+from regard.attaching.hybrid_layer import beside_states, holds_no_keys
 from regard.attaching.ledger import NO_TARGET, LedgerLayer, as_ledger
+from regard.attaching.sharing import ALONE, Lent, Turn, readers_of
 from regard.attaching.state_layer import StateLayer
 from regard.attaching.step import Step
 from regard.core import Unsupported
+from regard.core.errors import present
+
+# the kinds of layers that a ledger layer can stand for: all that they hold is keys, values and states
+KINDS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 # settings of generate() under which tokens are proposed that may have to be taken back
 PROPOSES = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -36,6 +50,8 @@ class Caches:
         self.layers: list[LedgerLayer] = []
         self.pending: list[LedgerLayer] = []
         self.drafting = False  # whether the model is generating candidates for another, which verifies them
+        self.readers = readers_of(model.config.get_text_config(decoder=True))
+        self.lent = Lent()
         self._adopted: WeakSet[LedgerLayer] = WeakSet()
 
     def written(self) -> LedgerLayer | None:
@@ -43,6 +59,20 @@ class Caches:
         layer = self.pending[-1] if self.pending else None
         self.pending.clear()
         return layer
+
+    def layer_of(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[LedgerLayer | None, Turn]:
+        """The ledger layer whose keys these are, and who else reads them in this step."""
+        written = self.written()
+        if not self.readers or self.cache is None:
+            return written, ALONE if written is None else Turn(number=self.layers.index(written))
+        loan = self.lent.read(k, v) if written is None else self.lent.add(q, k, v, written)
+        if loan is None:
+            return written, ALONE
+        number, nth = self.layers.index(loan.layer), loan.reads
+        readers = self.readers.get(self.cache.layers.index(loan.layer), ())
+        if 0 < nth <= len(readers):
+            number = len(self.layers) + sorted(sum(self.readers.values(), ())).index(readers[nth - 1])
+        return loan.layer, Turn(nth, 1 + len(readers), number, loan.fed)
 
     def adopt(self, cache: Any, step: Step) -> None:
         """Replace dynamic layers by ledger layers; refuse the kinds an actor cannot work on."""
@@ -56,11 +86,10 @@ class Caches:
         if any(user is not None and user is not self.pending for user in users):
             raise Unsupported("this cache is in use by another attachment")
         if cache.layer_class_to_replicate is not None and not cache.layers:
-            count = getattr(self.model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
-            cache.layers.extend(cache.layer_class_to_replicate() for _ in range(count))
+            fill(cache, DynamicCache(config=self.model.config).layers)
         windows = self._windows(len(cache.layers))
         for i, (layer, window) in enumerate(zip(cache.layers, windows, strict=True)):
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            if type(layer) in KINDS:
                 cache.layers[i] = self._as_ledger(layer, window)
             else:
                 self._check(layer, window)
@@ -98,8 +127,8 @@ class Caches:
         for actor in self.actors:
             layer = actor.cache_layer(old)
             if layer is not None:
-                return layer
-        return as_ledger(old, getattr(old, "sliding_window", window))
+                return beside_states(layer, old)
+        return beside_states(as_ledger(old, getattr(old, "sliding_window", window)), old)
 
     def _check(self, layer: Any, window: int | None) -> None:
         keeps_state = any(actor.keeps_state for actor in self.actors)
@@ -111,13 +140,38 @@ class Caches:
         if isinstance(layer, LedgerLayer) and layer.window is None and window is not None:
             layer.slide(window)
         names = [actor.name for actor in self.actors if actor.needs_cache]
-        if names and not isinstance(layer, LedgerLayer) and "Linear" not in type(layer).__name__:
-            raise Unsupported(f"{names[0]} cannot act on a {type(layer).__name__}; use a dynamic cache")
+        if names and not isinstance(layer, LedgerLayer) and not holds_no_keys(layer):
+            own = isinstance(layer, DynamicLayer) or layer.__module__ != Cache.__module__
+            why = ", which holds more than keys and values" if own else "; use a dynamic cache"
+            raise Unsupported(f"{names[0]} cannot act on a {type(layer).__name__}{why}")
+
+    def bytes_read(self) -> int:
+        """Bytes of keys and values that a step reads where every layer reads all: once for each that reads them."""
+        layers = [] if self.cache is None else self.cache.layers
+        return sum(
+            layer.bytes_stored() * (1 + len(self.readers.get(i, ())))
+            for i, layer in enumerate(layers)
+            if isinstance(layer, LedgerLayer)
+        )
 
     def release(self) -> None:
         """Leave nothing behind in caches that outlive the attachment."""
         for layer in self._adopted:
             layer.pending = None
+
+
+def fill(cache: Cache, kinds: Sequence[Any]) -> None:
+    """Make the layers that would come into being one by one, so that all are counted from the first step on.
+
+    `kinds` are the layers that the model's configuration asks for; where they hold no keys, nothing is ever stored.
+    """
+    make = present(cache.layer_class_to_replicate, "the cache makes its layers one by one")
+    cache.layers.extend(DummyLayer() if holds_no_keys(kind) else make() for kind in kinds)
+    if hasattr(cache, "set_linear_cache"):
+        # MiniMax keeps states in a list beside the layers, and asks for those of every layer that is there
+        for i, kind in enumerate(kinds):
+            if holds_no_keys(kind):
+                cache.set_linear_cache(i, None)
 
 
 def ledgers(cache: Cache) -> list[LedgerLayer]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from regard.attaching.attachment import attach
 from regard.attaching.policy import CALIBRATORS
+from regard.attaching.sharing import readers_of
 from regard.core import Observer, Site, Unsupported, require
 
 LENGTH, REPEATS = 512, 4
@@ -113,6 +114,12 @@ def by_kv_head(model: PreTrainedModel, scores: Tensor) -> tuple[tuple[int, int],
     if scores.shape[1] % groups:
         raise Unsupported(f"{scores.shape[1]} query heads over {groups} KV heads")
     best = scores.unflatten(1, (groups, -1)).amax(-1)  # [layers, G]
+    readers = readers_of(config)
+    for layer, others in readers.items():
+        # those who read the keys of this layer speak for its heads
+        best[layer] = best[[layer, *others]].amax(0)
+    reading = {i for others in readers.values() for i in others}
+    best = best[[i for i in range(len(best)) if i not in reading]]
     order = best.flatten().argsort(descending=True, stable=True).tolist()
     return tuple((i // groups, i % groups) for i in order)
 

@@ -65,7 +65,7 @@ def make_function(context: Context) -> Callable[..., AttentionOutput]:
             return context.rotary.answer(query, key, value), None
         complete(context, call)
         out = dispatch(context, call)
-        if call.layer is not None:
+        if call.layer is not None and call.turn.last:
             call.layer.attended()
         return out
 
@@ -76,7 +76,8 @@ def complete(context: Context, call: AttentionCall) -> None:
     """Fill in what the attachment knows of the call's module."""
     module = call.module
     context.sites.count(call.site)
-    call.layer, call.layers = context.caches.written(), context.caches.layers
+    call.layer, call.turn = context.caches.layer_of(call.q, call.k, call.v)
+    call.layers = context.caches.layers
     if call.options.get("indices") is not None:
         raise Unsupported(
             f"{type(module).__name__} hands over its own sparse indices, which is not supported"
@@ -85,7 +86,8 @@ def complete(context: Context, call: AttentionCall) -> None:
     if context.step.output_attentions:
         call.options["output_attentions"] = True
     call.x, call.rotary = context.inputs.pop(id(module), None), context.rotary
-    if call.layer is not None and call.rotary is not None:
+    if call.layer is not None and call.rotary is not None and call.turn.nth == 0:
+        call.rotary.owners[call.layer] = module
         call.layer.note_positions(call.rotary.positions(module), call.order)
     if any(actor.reads_roles for actor in context.actors):
         call.labels = text_labels(call.layer, context.step, context.roles, call.q.shape[2])
@@ -130,7 +132,7 @@ def by_groups(call: AttentionCall) -> AttentionOutput:
     """The stages of every actor, one group of heads at a time."""
     if call.options["dropout"] and call.module.training:
         raise Unsupported("attention dropout under a cache method or an edit; call model.eval()")
-    groups = [] if call.layer is None else call.layer.shown(call.q.shape[2])
+    groups = [] if call.layer is None else call.layer.shown(call.fed)
     if len(groups) < 2:
         out, weights = run_stages(replace(call, group=groups[0] if groups else None))
         return out.transpose(1, 2).contiguous(), weights

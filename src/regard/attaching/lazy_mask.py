@@ -6,7 +6,7 @@ one byte that remembers how the mask would be built: `native()` is what the mode
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,14 @@ class MaskRule:
             self.cached["native"] = sdpa_mask(**self.arguments)
         return self.cached["native"]
 
+    def last_rows(self, start: int) -> "MaskRule":
+        """The rule for the queries from this row on, which are then those of the last tokens."""
+        moved = {"q_length": self.queries - start, "q_offset": self.q_offset + start}
+        return replace(
+            self, queries=moved["q_length"], q_offset=moved["q_offset"],
+            arguments={**self.arguments, **moved}, cached={},
+        )  # fmt: skip
+
     def dense(self) -> Tensor:
         whole = {**self.arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(**whole)  # type: ignore[return-value]
@@ -99,6 +107,17 @@ class MaskRule:
         return real & (index >= 0) & (index < pad.shape[1])
 
 
+def first_row(mask: Tensor, index: Any) -> int | None:
+    """Where mask[:, :, start:] and mask[:, :, start:, :] begin; None for any other index."""
+    cut = index if isinstance(index, tuple) and len(index) in (3, 4) else (None,)
+    if not all(isinstance(i, slice) for i in cut):
+        return None
+    batch, heads, rows, *keys = cut
+    start, stop, step = rows.indices(mask.shape[2])
+    whole = all(i == slice(None) for i in (batch, heads, *keys)) and stop == mask.shape[2] and step == 1
+    return start if whole and start < stop else None
+
+
 class LazyMask(Tensor):
     """The 4-D stand-in that travels through the model. `rule` is what it means."""
 
@@ -120,6 +139,10 @@ class LazyMask(Tensor):
         if func.__name__ == "__get__":
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func.__name__ == "__getitem__":
+            start = first_row(*args)
+            if start is not None:
+                return LazyMask.of(args[0].rule.last_rows(start))
         dense = lambda x: x.rule.dense() if isinstance(x, LazyMask) else x  # noqa: E731
         return func(*[dense(a) for a in args], **{k: dense(v) for k, v in kwargs.items()})
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.slots import Group, slack
-from regard.attaching.views import make_view, visibility
+from regard.attaching.views import at_slots, make_view, visibility
 from regard.core import Method, NeverFired, Unsupported, require
 from regard.core.errors import present
 from regard.kinds.cache import CachePage
@@ -58,6 +58,11 @@ class CachePolicy(Actor):
             raise Unsupported(
                 "a 4-D mask of your own beside a cache method: slots and columns would not agree"
             )
+        if call.turn.nth >= call.turn.of:
+            raise Unsupported(
+                f"{self.name} at {call.where}: it reads the keys that another layer stored, and the model's "
+                "configuration does not say so (kv_sharing_modes), so they may be gone"
+            )
 
     def _decodes(self, call: AttentionCall) -> bool:
         """Whether this is self-attention of a decoder."""
@@ -72,9 +77,9 @@ class CachePolicy(Actor):
         self.acted += 1
         page, cfg = self.page, self.method.config
         self._prepare(call, view)
-        if page.observe is not None:
+        if page.observe is not None and call.turn.of == 1:
             page.observe(view, cfg)
-        slots = page.select(view, cfg) if page.select is not None else None
+        slots = page.select(asking(call, view), cfg) if page.select is not None else None
         if slots is not None:
             shift = None if page.shift is None else page.shift(view, slots, cfg)
             return view_of_slots(call, view, slots, shift)
@@ -94,7 +99,9 @@ class CachePolicy(Actor):
         view.budget, view.window = step.budgets[view.seen], call.ledger.window
         if view.window is not None:
             view.budget = view.budget.clamp(max=view.window)
-        rotary, module, page = call.rotary, call.module, self.page
+        rotary, page = call.rotary, self.page
+        # a layer that reads the keys of another has none that could be asked how they turn
+        module = call.module if rotary is None else rotary.owners.get(call.ledger, call.module)
         if rotary is not None and (page.shift or page.attention or rotary.can_rotate(module)):
             of_queries = page.shift is None
             view.rotate = lambda x, by: rotary.rotate(module, x, by, of_queries)
@@ -105,20 +112,19 @@ class CachePolicy(Actor):
 
     def _held(self, call: AttentionCall, whole: View) -> Tensor:
         """[B] tokens that may stay: a budget in bytes counts all that is held, with tables, first keys and room."""
-        size, group, budgets = self._asked().bytes, call.slots, call.step.budgets
+        size, group, limits = self._asked().bytes, call.slots, call.step.limits
         if size is None:
             return whole.budget
-        kind = ~whole.seen  # beside the budget of what is read
-        if kind not in budgets:
+        if whole.seen not in limits:
             tables = 4 * (1 + len(group.notes) + (group.count is not None))
             slot = (group.keys.shape[-1] + group.values.shape[-1]) * group.keys.element_size() + tables
             slot *= whole.q.shape[0] * whole.total_heads // whole.layers
             size -= whole.layers * (0 if group.origin is None else group.origin.nbytes)
             within = tokens_within(size, slot, [layer.window for layer in call.layers], slack)
-            budgets[kind] = torch.full_like(whole.budget, within)
+            limits[whole.seen] = torch.full_like(whole.budget, within)
         if self.page.phase == "both":
-            group.limit = int(budgets[kind][0]) + 1
-        return torch.minimum(whole.budget, budgets[kind])
+            group.limit = int(limits[whole.seen][0]) + 1
+        return torch.minimum(whole.budget, limits[whole.seen])
 
     def budget(self, view: View, group: Group) -> Tensor:
         """[B] tokens that may stay or be read in each row of this step."""
@@ -130,6 +136,11 @@ class CachePolicy(Actor):
     def attend(self, call: AttentionCall, view: View) -> Tensor | None:
         if self.page.attention is None:
             return None
+        if call.fed != call.q.shape[2]:
+            raise Unsupported(
+                f"{self.name} has an attention of its own, and {call.where}, which reads the keys of another layer, "
+                "computes the last queries of a prompt alone; call the model with logits_to_keep=0"
+            )
         if call.rule is not None and call.rule.narrowings:
             raise Unsupported(
                 f"{self.name} has an attention of its own, which would leave an attached mask out"
@@ -142,7 +153,13 @@ class CachePolicy(Actor):
 
     def evict(self, call: AttentionCall, view: View) -> None:
         self._count_bytes(call, view)
-        page, cfg, whole = self.page, self.method.config, in_reach(call)
+        calls = call.step.asked(call)
+        if not calls:
+            return
+        whole, *readers = (in_reach(c) for c in calls)
+        page, cfg, whole.readers = self.page, self.method.config, tuple(readers)
+        if page.observe is not None and readers:
+            page.observe(whole, cfg)
         if page.phase == "prefill" and whole.phase != "prefill":
             return
         if page.keep is not None or page.score is not None:
@@ -153,6 +170,11 @@ class CachePolicy(Actor):
         elif page.score is not None and whole.over():
             kept = keep_best(whole, page.score(whole, cfg))
         if kept is not None:
+            if kept.merged is not None and kept.merged[0].shape[1] != call.slots.keys.shape[1]:
+                raise Unsupported(
+                    f"{self.name} at {call.where}: it merges keys, and this layer stores latents that are expanded "
+                    "when they are read"
+                )
             call.ledger.keep(call.slots, kept)
 
     def _count_bytes(self, call: AttentionCall, read: View) -> None:
@@ -165,18 +187,28 @@ class CachePolicy(Actor):
         step.bytes_read[whole.layer] = before + step.reported.get(whole.layer, size)
 
 
+def asking(call: AttentionCall, view: View) -> View:
+    """What a page selects by: a layer that reads the keys of another asks with its last query, as it votes."""
+    if call.turn.nth == 0 or view.new == 1:
+        return view
+    last = slice(view.new - 1, view.new)
+    return replace(view, q=view.q[:, :, last], visible=lambda rows: view.visible(last))
+
+
 def memory_of(call: AttentionCall, view: View) -> dict:
     """What the page remembers of this layer, or of this group of its heads where they hold different lengths."""
     layer = call.ledger
-    if len(layer.groups) == 1:
-        return layer.memory
-    return layer.memory.setdefault(call.slots.heads, {})
+    memory = layer.memory if len(layer.groups) == 1 else layer.memory.setdefault(call.slots.heads, {})
+    # a layer that reads the keys of another remembers its own queries
+    return memory if call.turn.nth == 0 else memory.setdefault(f"reader {call.turn.nth}", {})
 
 
 def in_reach(call: AttentionCall) -> View:
     """What is stored and a query to come will see. The rest is dropped first: nothing is kept in its place."""
     group, ledger, whole = call.slots, call.ledger, call.stored
-    if ledger.window is None or not group.forget(ledger.reach(ledger.seen)):
+    if ledger.window is not None:
+        group.forget(ledger.reach(ledger.seen))
+    if whole.stored == group.n:
         return whole
     k, v = group.k(), group.v()
     if k.shape[1] != call.k.shape[1] or k.shape[-1] != call.k.shape[-1]:  # latents, expanded for the call
@@ -204,10 +236,11 @@ def view_of_slots(call: AttentionCall, view: View, slots: Tensor, shift: Tensor 
     real = None if view.real is None and bool((slots >= 0).all()) else index >= 0
     if view.real is not None:
         real = present(call.rule, "only a mask rule knows of padding").real(index)
-    if view.bias is not None:
-        raise Unsupported("selecting tokens in a model with a position bias or under merged slots")
+    if view.count is not None:
+        raise Unsupported(f"{call.where}: selecting tokens under merged slots")
+    bias = None if view.bias is None else at_slots(view.bias, slots, view.q.shape[1])
     visible = visibility(call.mask, view.q, index, real)
-    return replace(view, cached_scores=None, k=k, v=v, index=index, real=real, visible=visible)
+    return replace(view, cached_scores=None, k=k, v=v, index=index, real=real, visible=visible, bias=bias)
 
 
 def rotate_first(view: View, by: Tensor | None, group: Group) -> None:

@@ -89,7 +89,8 @@ def refuse(what: str, call: AttentionCall) -> None:
         raise Unsupported(f"{where}: output_attentions, as no weights are built")
     if options.get("dropout") and call.module.training:
         raise Unsupported(f"{where}: attention dropout; call model.eval()")
-    if call.layer is None and call.step.caching:
+    reads_state = call.turn.nth > 0 and isinstance(call.layer, StateLayer)
+    if reads_state or (call.layer is None and call.step.caching):
         raise Unsupported(f"{where}: it reads the keys that another layer stored")
 
 
@@ -153,7 +154,7 @@ class MechanismOnKeys(MechanismReplacement):
         return None
 
     def acts_on(self, call: AttentionCall) -> bool:
-        return call.q.shape[2] > 1 or not self.prefill
+        return call.phase == "prefill" or not self.prefill
 
     def check_call(self, call: AttentionCall) -> None:
         refuse(self.name, call)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,9 @@ class Rotary:
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[RotaryCall] = []
         self.tables: dict[nn.Module, Tables] = {}  # cos and sin by attention module, as it was handed them
+        self.owners: WeakKeyDictionary[Any, nn.Module] = (
+            WeakKeyDictionary()
+        )  # cache layer -> who stores keys in it
         self.questions: dict[
             nn.Module, Question | None
         ] = {}  # how each attention module is asked for its keys
@@ -98,7 +102,7 @@ class Rotary:
         tables = self.tables.get(attention)
         if tables is None:
             return None
-        return next((c for c in self.calls if c.tables[0].data_ptr() == tables[0].data_ptr()), None)
+        return next((c for c in self.calls if memory_of(c.tables[0]) == memory_of(tables[0])), None)
 
     def positions(self, attention: nn.Module) -> tuple[Tensor, bool] | None:
         """[1|B, N] where the layer's rotation puts the tokens of this forward, and whether a token has several.
@@ -190,6 +194,11 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
     finally:
         for m, after, before in kept:
             m._forward_hooks, m._forward_pre_hooks = after, before
+
+
+def memory_of(table: Tensor) -> int:
+    """What a table and its last rows have in common."""
+    return table.untyped_storage().data_ptr()
 
 
 def unscaled(tables: Tables) -> Tables:

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from regard.core import Unreachable
 
 ATTENTION = re.compile(r"Attention|Attn(?!.*Norm)")
+# kinds of layers, as configurations name them, that hold a state and no keys
+RECURRENT = ("linear_attention", "conv", "recurrent")
 VISION = re.compile(r"(^|\.)(vision\w*|visual|image_\w+|vit|vpm)(\.|$)")
 
 
@@ -73,8 +75,19 @@ def towers(model: PreTrainedModel, where: str | None) -> list[tuple[str, PreTrai
     return result
 
 
+def recurrent_layers(model: PreTrainedModel) -> dict[int, str]:
+    """Layers of the text that hold a state and no keys, by the kind that their configuration gives them."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    return {i: kind for i, kind in enumerate(kinds) if kind in RECURRENT}
+
+
 def refuse_unreachable(model: PreTrainedModel, reachable: list[tuple[str, PreTrainedModel]]) -> None:
     """Raise for towers whose code never calls the attention interface (Falcon, Bloom, GPT-J, ...)."""
+    kinds = recurrent_layers(model)
+    if kinds and len(kinds) == len(model.config.get_text_config(decoder=True).layer_types):
+        raise Unreachable(
+            f"{type(model).__name__}: no layer has attention, all are {', '.join(sorted(set(kinds.values())))}"
+        )
     bad = [
         f"{name or 'the model'} ({type(m).__name__})"
         for name, m in reachable

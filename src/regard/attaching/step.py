@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ class Step:
     labels      of the tokens that this forward adds to the text
     ids_labels  of the latest input ids, which an encoder and attention without a cache read
     budgets     tokens seen -> [B] tokens that may stay or be read; the same in all layers, so computed once
+    limits      tokens seen -> [B] tokens that may stay by a budget in bytes, all that is held counted
     shared      what the layers of a page hand on to those above, by a name of the page
     reported    layer -> bytes that a page with an attention of its own says it read
     bytes_read  layer -> bytes of keys and values that were read
+    calls       slots that several layers read -> the calls of those that have read them so far
     """
 
     number: int = -1
@@ -31,13 +34,25 @@ class Step:
     labels: Labels = field(default_factory=dict)
     ids_labels: Labels = field(default_factory=dict)
     budgets: dict[int, Tensor] = field(default_factory=dict)
+    limits: dict[int, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
     bytes_read: dict[int, int] = field(default_factory=dict)
+    calls: dict[tuple, list[Any]] = field(default_factory=dict)
+
+    def asked(self, call: Any) -> list[Any]:
+        """The calls of all layers that read the slots of this one, once the last of them has; before that none."""
+        key = id(call.layer), call.slots.heads
+        calls = [*(self.calls.pop(key) if call.turn.nth else ()), call]
+        if call.turn.last:
+            return calls
+        self.calls[key] = calls
+        return []
 
     def restart(self) -> None:
         """The first layer begins. A base model that is called by itself begins no new step: nothing old may stay."""
         self.budgets.clear()
+        self.limits.clear()
         self.shared.clear()
         self.reported.clear()
 

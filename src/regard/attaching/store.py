@@ -1,4 +1,4 @@
-"""A compressed cache on disk: keys, values and their ledger in one safetensors file."""
+"""A compressed cache on disk: keys, values, their ledger and a hybrid's states in one safetensors file."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DummyLayer, LinearAttentionLayer
 
+from regard.attaching.hybrid_layer import beside_states, has_states, holds_no_keys
 from regard.attaching.ledger import LedgerLayer
 from regard.attaching.slots import Group
 from regard.core import Unsupported, require
@@ -22,29 +23,57 @@ def save_cache(cache: Cache, path: str | Path) -> None:
     """Write a cache of ledger layers; `load_cache` brings it back to go on with, in another process too."""
     tensors: dict[str, Tensor] = {}
     layers = []
+    refuse_what_stays_behind(cache)
+    layer: Any
     for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, LedgerLayer):
+        facts = keys_of(layer, i, tensors) if isinstance(layer, LedgerLayer) else {}
+        if has_states(layer):
+            facts["states"] = [
+                states_of(layer, n, f"{i}.state.{n}", tensors) for n in range(layer.number_of_states)
+            ]
+        layers.append(facts)
+    save_file(tensors, str(path), metadata={"format": FORMAT, "layers": json.dumps(layers)})
+
+
+def refuse_what_stays_behind(cache: Cache) -> None:
+    """Raise for a cache that is not one of an attachment, and for states that are kept in another place."""
+    layer: Any
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, LedgerLayer) and not holds_no_keys(layer):
             raise Unsupported(
                 f"layer {i} is a {type(layer).__name__}; only caches of an attachment can be saved"
             )
-        facts: dict[str, Any] = {
-            "seen": layer.seen,
-            "compressed": layer.compressed,
-            "window": layer.window,
-            "memory": {},
-            "groups": [],
-        }
-        for g, group in enumerate(layer.groups):
-            facts["groups"].append({"heads": group.heads, "n": group.n, "start": group.start})
-            for name, t in group.tensors().items():
-                cut = t if name == "origin" else t[:, :, : group.n]
-                tensors[f"{i}.{g}.{name}"] = cut.contiguous().clone()
-        write_memory(layer.memory, f"{i}.memory", facts["memory"], tensors)
-        tensors.update({f"{i}.label.{name}": t.contiguous().clone() for name, t in layer.labels.items()})
-        if layer.positions is not None:
-            tensors[f"{i}.positions"] = layer.positions.contiguous().clone()
-        layers.append(facts)
-    save_file(tensors, str(path), metadata={"format": FORMAT, "layers": json.dumps(layers)})
+        if has_states(layer) and cache.get_seq_length() and not any(layer.has_previous_state.values()):
+            raise Unsupported(
+                f"layer {i} is a {type(layer).__name__} without a state: the model keeps it in its modules, where a "
+                "cache file would leave it behind"
+            )
+    if hasattr(cache, "linear_cache"):
+        raise Unsupported(f"a {type(cache).__name__} keeps states beside its layers, which cannot be saved")
+
+
+def keys_of(layer: LedgerLayer, i: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What a ledger layer holds: facts, and its tensors under its number."""
+    facts: dict[str, Any] = {name: getattr(layer, name) for name in ("seen", "compressed", "window")}
+    facts |= {"memory": {}, "groups": []}
+    for g, group in enumerate(layer.groups):
+        facts["groups"].append({"heads": group.heads, "n": group.n, "start": group.start})
+        for name, t in group.tensors().items():
+            cut = t if name == "origin" else t[:, :, : group.n]
+            tensors[f"{i}.{g}.{name}"] = cut.contiguous().clone()
+    write_memory(layer.memory, f"{i}.memory", facts["memory"], tensors)
+    tensors.update({f"{i}.label.{name}": t.contiguous().clone() for name, t in layer.labels.items()})
+    if layer.positions is not None:
+        tensors[f"{i}.positions"] = layer.positions.contiguous().clone()
+    return facts
+
+
+def states_of(layer: Any, n: int, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The nth state of a recurrence or a convolution."""
+    for name, state in (("conv", layer.conv_states[n]), ("recurrent", layer.recurrent_states[n])):
+        if state is not None:
+            tensors[f"{prefix}.{name}"] = state.contiguous().clone()
+    return {"began": layer.has_previous_state[n], "kernel": layer.conv_kernel_size[n]}
 
 
 def write_memory(memory: dict, prefix: str, facts: dict, tensors: dict[str, Tensor]) -> None:
@@ -74,8 +103,26 @@ def load_cache(path: str | Path, device: str | torch.device = "cpu") -> Cache:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (a safetensors handle)
     cache = Cache(layers=[])
     for i, facts in enumerate(json.loads(meta["layers"])):
-        cache.layers.append(restored(i, facts, tensors))
+        states = None if "states" not in facts else restored_states(i, facts["states"], tensors)
+        if "groups" not in facts:
+            cache.layers.append(DummyLayer() if states is None else states)
+        else:
+            cache.layers.append(beside_states(restored(i, facts, tensors), states))
     return cache
+
+
+def restored_states(i: int, facts: list[dict], tensors: dict[str, Tensor]) -> LinearAttentionLayer:
+    layer = LinearAttentionLayer(number_of_states=len(facts))
+    for n, state in enumerate(facts):
+        conv, recurrent = (tensors.get(f"{i}.state.{n}.{name}") for name in ("conv", "recurrent"))
+        layer.conv_states[n], layer.recurrent_states[n] = conv, recurrent
+        layer.is_conv_states_initialized[n] = conv is not None
+        layer.is_recurrent_states_initialized[n] = recurrent is not None
+        layer.has_previous_state[n], layer.conv_kernel_size[n] = state["began"], state["kernel"]
+        for t in (recurrent, conv):
+            if t is not None:
+                layer.device, layer.dtype = t.device, t.dtype
+    return layer
 
 
 def restored(i: int, facts: dict, tensors: dict[str, Tensor]) -> LedgerLayer:

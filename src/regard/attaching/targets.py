@@ -49,19 +49,27 @@ class Rows:
 
 
 def rows_of(site: Site, view: View) -> Rows:
-    """Query rows of this forward that a site names; those it does not have are left out."""
-    rows, new, asking = int_tuple(site.rows), view.new, view.asking()
+    """Query rows of this forward that a site names; those it does not have are left out.
+
+    Of the tokens that were fed a layer may compute the last queries alone: rows count the tokens all the same.
+    """
+    rows, new, fed, asking = int_tuple(site.rows), view.new, view.tokens_fed, view.among_fed()
     if rows is None:
         return Rows(list(range(new)))
     if asking is None:
-        return Rows(sorted({r % new for r in rows if -new <= r < new}))
-    fresh, place = view.fresh().tolist(), (asking.cumsum(-1) - 1).masked_fill(~asking, -1)
+        named = {r % fed - (fed - new) for r in rows if -fed <= r < fed}
+        return Rows(sorted(r for r in named if r >= 0))
+    fresh, place = asking.sum(-1).tolist(), (asking.cumsum(-1) - 1).masked_fill(~asking, -1)
     number = torch.full_like(place, -1)
     for b, n in enumerate(fresh):
         for i, row in enumerate(sorted({r % n for r in rows if -n <= r < n})):
             number[b, place[b] == row] = i
+    number = number[:, fed - new :]
     columns = (number >= 0).any(0).nonzero().flatten().tolist()
-    return Rows(columns, number[:, columns])
+    # counted anew where no text has a row
+    there = number[number >= 0].unique()
+    counted = torch.searchsorted(there, number.clamp(min=0)).masked_fill(number < 0, -1)
+    return Rows(columns, counted[:, columns])
 
 
 def heads_of(site: Site, heads: int) -> list[int]:

@@ -20,7 +20,7 @@ def make_view(call: AttentionCall) -> View:
         bias, visible = mask if bias is None else bias + mask, lambda rows: None
     else:
         visible = visibility(mask, q, index, real, causal=is_causal(call))
-    first = call.layer is None or call.layer.seen == q.shape[2]
+    first = call.layer is None or call.layer.seen == call.fed
     group, rule = call.group, call.rule
     view = View(
         q=q, k=call.k, v=call.v, index=index, real=real, visible=visible, bias=bias,
@@ -28,14 +28,14 @@ def make_view(call: AttentionCall) -> View:
         seen=call.k.shape[2] if call.layer is None else call.layer.seen,
         budget=index.new_full((q.shape[0],), call.k.shape[2]),
         groups=call.k.shape[1] if group is None else group.keys.shape[1],
-        phase="prefill" if first or q.shape[2] > 1 else "decode",
+        phase="prefill" if first or call.fed > 1 else "decode", fed=call.fed,
         order=call.order, positions=None if call.layer is None else call.layer.positions,
         causal_order=rule is not None and rule.causal and (group is None or group.index is None),
         softcap=call.options.get("softcap"), sinks=call.options.get("s_aux"),
         count=None if group is None or group.count is None else group.count[..., : call.k.shape[2]],
     )  # fmt: skip
     if call.layer is not None and group is not None:
-        view.layer, view.layers = call.number, len(call.layers)
+        view.layer, view.layers = call.turn.number, len(call.layers)
         view.heads, view.notes = group.heads, group.note
         view.total_heads = sum(len(g.heads) for g in call.layer.groups) * len(call.layers)
     return view
@@ -62,11 +62,26 @@ def real_slots(call: AttentionCall, index: Tensor) -> Tensor | None:
 def slot_bias(call: AttentionCall) -> Tensor | None:
     """What is added to the scores: the model's position bias, or the weight of merged slots."""
     bias, group = call.options.get("position_bias"), call.group
-    if bias is not None and call.layer is not None and not call.layer.plain:
-        raise Unsupported("evicting from a model with a learned position bias")
-    if group is not None and group.count is not None:
-        return per_query_head(group.count[..., : call.k.shape[2]].log()[:, :, None], call.q.shape[1])
-    return bias
+    count = None if group is None else group.count
+    if bias is not None and count is not None:
+        raise Unsupported(
+            f"{call.where}: merged slots in a layer with a learned position bias, since they stand nowhere"
+        )
+    if count is not None:
+        return per_query_head(count[..., : call.k.shape[2]].log()[:, :, None], call.q.shape[1])
+    if bias is None or group is None or call.layer is None or call.layer.plain:
+        return bias
+    # the model's bias is that of every token seen
+    bias = bias if call.heads is None or bias.shape[1] == 1 else bias[:, list(call.heads)]
+    return at_slots(bias, group.table(), call.q.shape[1])
+
+
+def at_slots(x: Tensor, slots: Tensor, heads: int) -> Tensor:
+    """x [.., .., N, m] in the columns [b, h, n] -> [.., .., N, n]; where a column is -1 any is taken."""
+    slots = per_query_head(slots.clamp(min=0), heads)[:, :, None]
+    lead = [max(x.shape[i], slots.shape[i]) for i in (0, 1)]
+    rows, columns = x.shape[2], slots.shape[-1]
+    return x.expand(*lead, -1, -1).gather(-1, slots.expand(*lead, rows, columns))
 
 
 def is_causal(call: AttentionCall, unless_said: bool = False) -> bool:

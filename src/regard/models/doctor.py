@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regard.attaching.attachment import attach
-from regard.attaching.sites import ATTENTION, towers
+from regard.attaching.sites import ATTENTION, recurrent_layers, site_of, towers
 from regard.core.deprecation import moved
 
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")
@@ -19,13 +19,17 @@ __getattr__ = moved(__name__, {"Report": "regard.models.doctor:ModelReport"})
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What the doctor found. `drift` is the largest difference of the outputs, attached against not."""
+    """What the doctor found. `drift` is the largest difference of the outputs, attached against not.
+
+    `recurrent` are layers that hold a state and no keys: nothing attached acts there, and nothing is amiss.
+    """
 
     model: str
     reached: tuple[str, ...]
     missed: tuple[str, ...]
     drift: float | None
     refused: str = ""
+    recurrent: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -38,7 +42,8 @@ class ModelReport:
         if self.refused:
             return f"{self.model}: cannot be attached to. {self.refused}"
         missed = f"; missed: {', '.join(self.missed)}" if self.missed else ""
-        return f"{self.model}: {len(self.reached)} attention sites reached{missed}; drift {self.drift:.1e}"
+        beside = f"; without attention: {', '.join(self.recurrent)}" if self.recurrent else ""
+        return f"{self.model}: {len(self.reached)} attention sites reached{missed}{beside}; drift {self.drift:.1e}"
 
 
 def doctor(model: PreTrainedModel, **inputs: Any) -> ModelReport:
@@ -57,12 +62,18 @@ def doctor(model: PreTrainedModel, **inputs: Any) -> ModelReport:
     finally:
         model.train(training)
     reached = tuple(attached.reached())
+    kinds = recurrent_layers(model)
     missed = tuple(
-        n for n in ran if not any(n == r or r.startswith(n + ".") or n.startswith(r + ".") for r in reached)
+        n
+        for n in ran
+        if not any(n == r or r.startswith(n + ".") or n.startswith(r + ".") for r in reached)
+        and not (site_of(n).tower == "text" and site_of(n).layer in kinds)
     )
     names = ", ".join(unreachable)
     refused = f"Its code never calls the attention interface ({names})." if names else ""
-    return ModelReport(type(model).__name__, reached, missed, float((plain - through).abs().max()), refused)
+    beside = tuple(f"layer {i} ({kind})" for i, kind in kinds.items())
+    drift = float((plain - through).abs().max())
+    return ModelReport(type(model).__name__, reached, missed, drift, refused, beside)
 
 
 def watched(model: nn.Module, inputs: dict) -> tuple[Tensor, list[str]]:

@@ -41,6 +41,10 @@ class View:
     visible: Callable[[slice], Tensor | None] = lambda rows: None
     count: Tensor | None = None  # [B, G, n] tokens that a merged slot stands for; None: one each
     total_heads: int = 1  # cache heads of the whole model, over all layers
+    # tokens that this step brought, of which it may ask with the last queries alone; None: as many as queries
+    fed: int | None = None
+    # of the layers that read these slots after the one that stored them, once all have read (for keep and score)
+    readers: "tuple[View, ...]" = ()
     causal_order: bool = False  # slot i is token i and no query sees a later one
     cached_scores: Tensor | None = None  # of a single-query step, once they were computed
     # [B, seen] place of each token among the row's real ones, of padding that of the last before it; None: no padding
@@ -68,6 +72,11 @@ class View:
     @property
     def new(self) -> int:
         return self.q.shape[2]
+
+    @property
+    def tokens_fed(self) -> int:
+        """Tokens that this step brought; the queries are those of the last of them, mostly of all."""
+        return self.new if self.fed is None else self.fed
 
     def over(self) -> bool:
         """Whether any row holds more real tokens than its budget."""
@@ -116,18 +125,24 @@ class View:
             sinks = None if sinks is None else sinks[heads]
         return masked_softmax(s, seen, sinks)
 
-    def asking(self) -> Tensor | None:
-        """[B, N] bool: which queries of this step are of real tokens; None: all."""
+    def among_fed(self) -> Tensor | None:
+        """[B, tokens fed] bool: which tokens of this step are real; None: all."""
         if self.order is None:
             return None
-        before = self.order[:, -self.new - 1] if self.seen > self.new else self.order.new_full((), -1)
-        steps = self.order[:, -self.new :]
+        fed = self.tokens_fed
+        before = self.order[:, -fed - 1] if self.seen > fed else self.order.new_full((), -1)
+        steps = self.order[:, -fed:]
         return steps > torch.cat([before.expand(len(steps))[:, None], steps[:, :-1]], 1)
+
+    def asking(self) -> Tensor | None:
+        """[B, N] bool: which queries of this step are of real tokens; None: all."""
+        fed = self.among_fed()
+        return None if fed is None else fed[:, -self.new :]
 
     def fresh(self) -> Tensor:
         """[1|B] real tokens that this step added."""
-        asking = self.asking()
-        return self.budget.new_tensor([self.new]) if asking is None else asking.sum(-1)
+        fed = self.among_fed()
+        return self.budget.new_tensor([self.tokens_fed]) if fed is None else fed.sum(-1)
 
     def newest_query(self) -> Tensor:
         """[B, H, 1, D] the query of each row's newest token: padding may follow it."""
@@ -186,7 +201,8 @@ class View:
     def received(self, newest: int | None = None) -> Tensor:
         """[B, G, n] attention that each stored token receives from this step's queries, summed; never holds N x n.
 
-        `newest`: from those of the row's last so many tokens only. Padding asks nothing.
+        `newest`: from those of the row's last so many tokens only. Padding asks nothing. Layers that read these slots
+        too vote with their last query: of a prompt, it may be all that is computed.
         """
         rows, asks = self._asking_rows(newest)
         start, stop, _ = rows.indices(self.new)
@@ -198,7 +214,7 @@ class View:
             if asks is not None:
                 weights = weights * asks[:, None, cut, None]
             total = F.pad(weights.sum(2), (0, self.stored - last)) + total
-        return self.by_cache_head(total)
+        return self.by_cache_head(total) + sum(other.received(newest=1) for other in self.readers)
 
     def _asking_rows(self, newest: int | None) -> tuple[slice, Tensor | None]:
         """The queries of the newest tokens: a slice that holds them, and which of all [B, N] they are (None: all)."""

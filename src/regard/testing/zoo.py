@@ -5,7 +5,6 @@ and a wrong mask or a dropped token shows.
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +12,9 @@ import transformers as tf
 from torch import Tensor
 
 from regard.core import unknown
+from regard.testing import hybrids
+from regard.testing.tiny import SLIDING, TEXT, ZOO, family, ids
 
-TEXT: dict[str, Any] = dict(
-    vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
 VISION: dict[str, Any] = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -31,22 +28,11 @@ QWEN_VISION: dict[str, Any] = dict(
     spatial_merge_size=2, temporal_patch_size=2, in_channels=3,
 )  # fmt: skip
 QWEN_TOKENS = dict(image_token_id=120, video_token_id=121, vision_start_token_id=122, vision_end_token_id=123)
-SLIDING = dict(sliding_window=6)
 SLIDING_LAYERS = dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"])
 SHARP = re.compile(
     r"(q_proj|k_proj|c_attn|\.query\.|\.key\.|qkv|query_key_value|\.q\.|\.k\.|q_a_proj|q_b_proj|kv_a_proj|kv_b_proj)"
     r".*weight"
 )
-ZOO: dict[str, Callable[[], tuple[Any, dict]]] = {}
-
-
-def ids(batch: int = 1, length: int = 12) -> Tensor:
-    return torch.randint(3, 118, (batch, length))
-
-
-def family(make: Callable) -> Callable:
-    ZOO[make.__name__] = make
-    return make
 
 
 def build(name: str, seed: int = 1) -> tuple[Any, dict]:
@@ -272,6 +258,8 @@ def gptj():
     return tf.GPTJForCausalLM(config), dict(input_ids=ids())
 
 
+# by where they lie: layers that are not all attention over keys of their own
+HYBRIDS = tuple(name for name, make in ZOO.items() if make.__module__ == hybrids.__name__)
 UNREACHED = ("falcon", "bloom", "gptj")
 DECODERS = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "neox", "gptoss")
 

@@ -59,7 +59,9 @@ def cuts(view: View, cfg: Config) -> tuple[Tensor, Tensor]:
     real = real if view.window is None else real.clamp(max=view.window)
     shares = [share(cfg, b, r, view.total_heads) for b, r in zip(view.budget.tolist(), real.tolist())]
     full, tokens = view.budget.new_tensor(shares).unbind(-1)
-    ranks = {head: i for i, head in enumerate(cfg.heads)}
+    # heads that this model does not have take no rank
+    there = (h for h in cfg.heads or () if h[0] < view.layers and h[1] < view.total_heads // view.layers)
+    ranks = {head: i for i, head in enumerate(there)}
     rank = view.budget.new_tensor([ranks.get((view.layer, h), view.total_heads) for h in view.heads])
     return ((rank >= full[:, None]) & (tokens < real)[:, None])[..., None], tokens
 

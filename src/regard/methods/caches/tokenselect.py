@@ -90,7 +90,7 @@ def similar(view: View, cfg: Config) -> Tensor:
 
 def select(view: View, cfg: Config) -> Tensor | None:
     held, fits = view.hold(), fitting(view)
-    if bool(fits.all()) or (view.phase == "prefill" and view.new == view.seen):
+    if bool(fits.all()) or (view.phase == "prefill" and view.tokens_fed == view.seen):
         return None
     rows = view.budget if view.real is not None else view.budget[:1]
     shares = view.budget.new_tensor([split(b, cfg) for b in rows.tolist()])

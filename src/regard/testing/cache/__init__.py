@@ -30,6 +30,9 @@ from regard.testing.cache.oracle import movable
 from regard.testing.cache.script import FAMILIES, PADS, play, script
 from regard.testing.zoo import DECODERS, build
 
+# states beside keys in every layer, and layers that read the keys of another
+MIXED = ("falconh1", "gemma3n")
+
 
 def small(page: CachePage, **settings: Any) -> Mapping[str, Any]:
     """Settings under which a page acts on twenty tokens: its own, or a budget of 8 and small numbers."""
@@ -76,6 +79,10 @@ def check_cache(
             continue
         effect[family] = check_oracle(method, family)
         check_rows(method, family)
+    for family in MIXED:
+        if movable(method, build(family)[0]):
+            check_oracle(method, family)
+            check_neutral(method, family)
     assert max(effect.values()) > 1e-3, (
         f"{method.label} changed nothing on {families}: settings too large to test it"
     )

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
 from regard.attaching.attachment import attach
 from regard.core import Method
 from regard.ops import parse_budget
 from regard.testing.cache.oracle import gap, hide
 from regard.testing.cache.own import in_tokens, probed
-from regard.testing.cache.script import GAPS, NEAR, PADS, Tape, alone, play, real, script
+from regard.testing.cache.script import GAPS, NEAR, PADS, Tape, alone, full_cache, play, real, script
 from regard.testing.zoo import build
 
 
@@ -46,7 +45,7 @@ def check_neutral(method: Method, family: str) -> None:
     model, _ = build(family)
     feeds = script(gaps={} if windowed(model) else GAPS)
     names = [f.name for f in fields(method.config)]
-    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    cache = full_cache(model)
     with torch.no_grad():
         plain = [model(**feed, past_key_values=cache).logits for feed in feeds]
     settings = [dict(method.page.card.neutral)] + [{"budget": 1.0}] * ("budget" in names)
@@ -175,11 +174,12 @@ def check_held(
 
 def full_bytes(model: Any, feeds: list[dict], batch: int) -> int:
     """Bytes of a full cache after the script, counted from the shapes that transformers' own cache holds."""
-    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    cache = full_cache(model)
     with torch.no_grad():
         for feed in feeds:
             model(**feed, past_key_values=cache)
-    tensors = [getattr(layer, name) for layer in cache.layers for name in ("keys", "values")]
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    tensors = [getattr(layer, name) for layer in layers for name in ("keys", "values")]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -228,7 +228,7 @@ def grown_mask(feed: dict, n: int) -> Tensor:
 def check_two_calls(method: Method, family: str) -> None:
     """Two generate() calls on one cache give the logits of the same tokens fed by hand."""
     model, _ = build(family)
-    feed, cache = script(steps=(20,))[0], Cache(layer_class_to_replicate=DynamicLayer)
+    feed, cache = script(steps=(20,))[0], full_cache(model)
     with attach(model, method):
         first = generate(model, feed, past_key_values=cache)
         question = torch.randint(3, 118, (len(PADS), 4), generator=torch.Generator().manual_seed(5))

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 
+from regard.attaching.sites import site_of
 from regard.core import Method
 from regard.core.errors import present
 from regard.testing.cache.own import OwnAttention
-from regard.testing.cache.script import ReadRecord, real
+from regard.testing.cache.script import ReadRecord, full_cache, real
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
@@ -25,19 +26,20 @@ def by_head(x: Tensor, heads: int) -> Tensor:
 def angles(model: Any, layer: int) -> Tensor | None:
     """Angles per position of the rotated pairs, from the configuration alone; None: no plain rotary positions."""
     config = model.config.get_text_config()
+    config = getattr(config, "per_layer_config", {layer: config})[layer]
     rope = getattr(config, "rope_parameters", None)
     if rope and "rope_theta" not in rope:
-        rope = rope[config.layer_types[layer]]
-    if (
-        not rope
-        or rope["rope_type"] != "default"
-        or "mrope_section" in rope
-        or hasattr(config, "kv_lora_rank")
-    ):
+        rope = rope.get(config.layer_types[layer])
+    if not rope or "mrope_section" in rope or hasattr(config, "kv_lora_rank"):
         return None
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pairs = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
-    return torch.tensor([rope["rope_theta"] ** (-i / pairs) for i in range(pairs)], dtype=torch.float64)
+    # proportional: all pairs of the head are there, those beyond the rotated ones stand still
+    whole = {"default": pairs, "proportional": width // 2}.get(rope["rope_type"])
+    if whole is None:
+        return None
+    turned = [rope["rope_theta"] ** (-i / whole) if i < pairs else 0.0 for i in range(whole)]
+    return torch.tensor(turned, dtype=torch.float64)
 
 
 def present_angles(model: Any, layer: int) -> Tensor:
@@ -60,9 +62,10 @@ def oracle_function(
     model: Any, now: dict[int, ReadRecord], change: Change | None = None, own: OwnAttention | None = None
 ) -> Callable:
     change = change or (lambda layer, quantity, x, seen: x)
+    layers = {id(module): site_of(name).layer for name, module in model.named_modules()}
 
     def oracle(module, query, key, value, attention_mask=None, *args, scaling=None, **kwargs):
-        heads, layer = query.shape[1], module.layer_idx
+        heads, layer = query.shape[1], layers[id(module)]
         read = now.get(layer)
         k, v = by_head(key, heads), by_head(value, heads)
         seen = attention_mask.expand(-1, heads, -1, -1)
@@ -73,6 +76,8 @@ def oracle_function(
         s = torch.einsum("bhnd,bhmd->bhnm", query.float(), k.float()) * scaling
         if kwargs.get("softcap") is not None:
             s = kwargs["softcap"] * torch.tanh(s / kwargs["softcap"])
+        if kwargs.get("position_bias") is not None:
+            s = s + kwargs["position_bias"]
         s = change(layer, "scores", s, seen).masked_fill(~seen, -math.inf)
         if read is not None and read.merged is not None:
             mk, mv, count, index = (by_head(x, heads) for x in read.merged)
@@ -138,7 +143,7 @@ def hide(
         if method is None
         else OwnAttention(method, lambda i, x, by: rotated(x, by, present_angles(model, i)))
     )
-    cache, outs = cache or Cache(layer_class_to_replicate=DynamicLayer), []
+    cache, outs = cache or full_cache(model), []
     with explicit_attention(model, now, change, own), torch.no_grad():
         for i, feed in enumerate(feeds):
             if own is not None:
@@ -159,4 +164,6 @@ def gap(feeds: list[dict], logits: list[Tensor], expected: list[Tensor]) -> floa
 
 def movable(method: Method, model: Any) -> bool:
     """Whether this policy's positions can be computed by hand on this model."""
-    return (method.page.shift or method.page.attention) is None or angles(model, 0) is not None
+    moves = (method.page.shift or method.page.attention) is not None
+    layers = range(model.config.get_text_config().num_hidden_layers)
+    return not moves or all(angles(model, layer) is not None for layer in layers)

@@ -1,15 +1,23 @@
 """Scripts of forwards on one cache, run under a policy: what went in, what each layer read and held."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 from regard.attaching.attachment import attach
+from regard.attaching.hybrid_layer import has_states, holds_no_keys
 from regard.attaching.ledger import LedgerLayer
+from regard.attaching.sharing import readers_of
 from regard.attaching.slots import Group
 from regard.core import Method
 from regard.core.deprecation import moved
@@ -88,6 +96,31 @@ def alone(feeds: list[dict], row: int) -> list[dict]:
 def real(feeds: list[dict], step: int) -> Tensor:
     """[B, n] bool: the tokens of this forward that are not padding."""
     return feeds[step]["attention_mask"][:, -feeds[step]["input_ids"].shape[1] :].bool()
+
+
+def full_cache(model: Any) -> Cache:
+    """A cache of transformers' own that keeps every token, also under a sliding window, and the model's states."""
+    names = vars(sys.modules[type(model).__module__])
+    own = [
+        c
+        for n, c in names.items()
+        if n.endswith("Cache") and getattr(c, "__module__", "") == type(model).__module__
+    ]
+    if own:  # a model whose file brings a cache of its own takes no other
+        return own[0]()
+    kinds = DynamicCache(config=model.config).layers
+    if all(isinstance(kind, DynamicLayer) and not has_states(kind) for kind in kinds):
+        return Cache(layer_class_to_replicate=DynamicLayer)
+    return Cache(layers=[unbounded(kind) for kind in kinds])
+
+
+def unbounded(kind: Any) -> Any:
+    """A layer like this one that keeps every token."""
+    if holds_no_keys(kind):
+        return kind
+    if has_states(kind):
+        return LinearAttentionAndFullAttentionLayer(number_of_states=kind.number_of_states)
+    return DynamicLayer()
 
 
 # -- the run under the policy, watched
@@ -184,7 +217,8 @@ def play(
 ) -> Tape:
     """Run the script under the method, with others beside it, and record what every layer reads and holds."""
     tape, now = Tape(feeds), {}
-    cache = cache or Cache(layer_class_to_replicate=DynamicLayer)
+    cache = cache or full_cache(model)
+    readers = readers_of(model.config.get_text_config(decoder=True))
     methods = [*([] if method is None else [watched(method, now)]), *others]
     with attach(model, methods, **settings) as attached, torch.no_grad():
         for feed in feeds:
@@ -192,7 +226,7 @@ def play(
             batch, n = feed["input_ids"].shape
             before = {i: (held(x, batch), merged(x, batch)) for i, x in ledgers(attached).items() if x.groups}
             tape.outs.append(model(**feed, past_key_values=cache).logits)
-            tape.reads.append(settle(before, now, ledgers(attached), n))
+            tape.reads.append(settle(before, now, ledgers(attached), n, readers))
             tape.held.append({i: held(x, batch) for i, x in ledgers(attached).items()})
             tape.stored.append(attached.stored())
             tape.bytes.append(attached.bytes_held())
@@ -200,12 +234,18 @@ def play(
 
 
 def settle(
-    before: dict, now: dict[int, ReadRecord], layers: dict[int, LedgerLayer], n: int
+    before: dict,
+    now: dict[int, ReadRecord],
+    layers: dict[int, LedgerLayer],
+    n: int,
+    readers: Mapping[int, tuple[int, ...]],
 ) -> dict[int, ReadRecord]:
     """By layer index of the model: what was stored before and came in, less what the policy did not select."""
+    owner = {i: i for i in layers}
+    owner |= dict(sorted((reader, i) for i in readers for reader in readers[i]))
     reads = {}
-    for number, i in enumerate(layers):
-        old, extra = before.get(i, (None, None))
+    for number, i in enumerate(owner):
+        old, extra = before.get(owner[i], (None, None))
         new = torch.ones(1, 1, n, dtype=torch.bool)
         stored = new if old is None else torch.cat([old, new.expand(*old.shape[:2], n)], -1)
         record = now.get(number, ReadRecord())
