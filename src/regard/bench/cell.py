@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from regard import catalog
 from regard.attaching.attachment import attach
@@ -112,7 +113,9 @@ class Bench:
         return self.memo[key]
 
     def run(self, batch: list[Sample], method: Any) -> Pass:
-        """Prefill all but the last token of the prompts, then feed it and the answers one token at a time.
+        """A pass under a method; None: the model as it is, with its own attention and its own cache, windows included.
+
+        Prefill all but the last token of the prompts, then feed it and the answers one token at a time.
 
         The logits that predict answer[t] come from a decode step in every case, so that a method which acts on
         decoding alone is seen in each of them. Feeding the right answer gives the same exact-match score as free
@@ -123,7 +126,10 @@ class Bench:
         answer = torch.tensor([s.answer for s in batch], device=device)
         tokens = torch.cat([prompt[:, -1:], answer[:, :-1]], dim=1)
         logits, steps, reads = [], [], []
-        with torch.inference_mode(), attach(self.model, method) as attached:
+        with (
+            torch.inference_mode(),
+            nullcontext() if method is None else attach(self.model, method) as attached,
+        ):
             start = now(device)
             cache = self.model(prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
             prefill = now(device) - start
@@ -132,8 +138,10 @@ class Bench:
                 out = self.model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
                 steps.append(now(device) - start)
                 logits.append(out.logits[:, -1].float())
-                reads.append(attached.bytes_read())
-            held, kept = attached.bytes_held(), attached.bytes_stored()
+                reads.append(own_bytes(cache) if attached is None else attached.bytes_read())
+            held = kept = own_bytes(cache)
+            if attached is not None:
+                held, kept = attached.bytes_held(), attached.bytes_stored()
         return Pass(torch.stack(logits, 1), prefill, steps, held, kept, float(np.mean(reads)))
 
 
@@ -146,6 +154,12 @@ def text_of(cell: Cell) -> Source:
         text=cell.text,
     )
     return source
+
+
+def own_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values in a cache of the model's own; a sliding layer's are those of its window."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def now(device: torch.device) -> float:

@@ -5,11 +5,14 @@ import pickle
 from contextlib import suppress
 from dataclasses import fields
 from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from regard.attaching.attachment import attach
+from regard.attaching.store import load_cache, save_cache
 from regard.core import Method, Unsupported
 from regard.testing.cache.checks import generate
 from regard.testing.cache.oracle import gap, hide
@@ -42,13 +45,14 @@ def check_window(method: Method, family: str = "mistral") -> None:
 
 
 def check_goes_on(method: Method, family: str) -> None:
-    """A cache that was copied, pickled, offloaded, or begun in inference mode goes on as if it had not been."""
+    """A cache that was copied, pickled, saved, offloaded, or begun in inference mode goes on as if it had not been."""
     model, _ = build(family)
-    feeds = script()
+    feeds = script((20, 1, 1, 3, 1))
     expected = play(model, method, feeds).outs
     for what, change in {
         "a copy": copy.deepcopy,
         "pickled": lambda cache: pickle.loads(pickle.dumps(cache)),
+        "saved": saved,
         "offloaded": offloaded,
         "inference mode": lambda cache: cache,
     }.items():
@@ -60,6 +64,12 @@ def check_goes_on(method: Method, family: str) -> None:
                 cache = change(cache)
         wrong = gap(feeds, outs, expected)
         assert wrong <= NEAR, f"{method.label} on {family}, {what} after every step: {wrong:.1e} away"
+
+
+def saved(cache: Cache) -> Cache:
+    with TemporaryDirectory() as folder:
+        save_cache(cache, Path(folder, "cache.safetensors"))
+        return load_cache(Path(folder, "cache.safetensors"))
 
 
 def offloaded(cache: Cache) -> Cache:
