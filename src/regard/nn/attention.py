@@ -143,13 +143,16 @@ class Attention(nn.Module):
             q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
         seen, history = self.visible(mask, token_mask, state, k.shape[2])
         seen = self.with_own_mask(seen, q, k, state, roles)
+        if self.norm is not None and q.dtype == torch.float16:
+            # sums without a denominator leave float16 before the norm that follows
+            q, k, v = q.float(), k.float(), v.float()
         inputs = ((x, memory) if cross else x) if self.page.reads_x(self.method.config) else None
         out, inner, _ = run(
             self.method, q, k, v, impl=self.impl, pattern=self.pattern, mask=seen, x=inputs,
             initial_state=None if state is None else state.inner, roles=roles if self.page.roles else None,
             params=dict(self.params),
         )  # fmt: skip
-        out = out if self.norm is None else self.norm(out)
+        out = out if self.norm is None else self.norm(out).to(x.dtype)
         out = self.o_proj(out.transpose(1, 2).flatten(2))
         if self.pattern != "causal_self" or inner is None:
             return out, None

@@ -1,6 +1,7 @@
 """Texts of unequal length packed into one row: cu_seqlens [S + 1] are the places where they begin, and the end.
 
-Texts of one length run together as a batch, so nothing is padded, no text sees another, and every mechanism can.
+Texts of one length run together as a batch, so nothing is padded, no text sees another, and every mechanism can. An
+empty text has no rows, and leaves the state that it was given; None where that is the start of a text.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def borders(cu_seqlens: Tensor | list[int], tokens: int, name: str) -> list[int]
     require(cuts[0] == 0 and cuts[-1] == tokens, f"{name} begins at 0 and ends at the number of tokens",
             first=cuts[0], last=cuts[-1], tokens=tokens)  # fmt: skip
     lengths = [b - a for a, b in pairwise(cuts)]
-    require(min(lengths) >= 1, f"{name} rises: every text has a token", lengths=lengths)
+    require(min(lengths) >= 0, f"{name} does not fall: no text has fewer tokens than none", lengths=lengths)
     return lengths
 
 
@@ -34,7 +35,7 @@ def run_packed(
     """(out [1, H, T, E], states) of run(q, k, v, initial_state=..., x=...) -> (out, state) on every text by itself.
 
     q [1, H, T, D] and k, v [1, G, T', ...] hold the texts end to end. States come, and are given back, as one state
-    with a batch of S texts where all have one size, or as a list of S states.
+    with a batch of S texts where all have one size, or as a list of S states, one of which may be None.
     """
     require(q.shape[0] == k.shape[0] == 1, "packed texts are one row: q [1, H, T, D]", q=q, k=k)
     count = len(lengths)
@@ -44,6 +45,11 @@ def run_packed(
     outs: list[Any] = [None] * count
     ends: list[Any] = [None] * count
     for shape in dict.fromkeys(zip(lengths, memories, strict=True)):
+        if 0 in shape:
+            for i in (i for i in range(count) if (lengths[i], memories[i]) == shape):
+                # what sees nothing is zero
+                outs[i], ends[i] = v.new_zeros(1, q.shape[1], shape[0], v.shape[3]), before[i]
+            continue
         for members in groups([i for i in range(count) if (lengths[i], memories[i]) == shape], before):
             batch = [torch.cat(parts) for parts in zip(*(texts[i] for i in members))]
             state = joined([before[i] for i in members])
