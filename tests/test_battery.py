@@ -309,6 +309,22 @@ def speed_setting_that_is_never_tried(q, k, v, cfg, call):
     return attention(q, k, v, cfg, call)
 
 
+@planted("speed_settings", both=False, config=Windowed, speed_settings=("window",))
+def speed_setting_that_cuts_a_gradient(q, k, v, cfg, call):
+    return attention(q, k if cfg.window == 4 else k.detach(), v, cfg, call)
+
+
+@planted("widths", both=False)
+def channels_beyond_64_left_out(q, k, v, cfg, call):
+    return attention(q, k.index_fill(3, torch.arange(64, max(64, k.shape[3])), 0), v, cfg, call)
+
+
+@planted("packed", "batch")
+def texts_speak(q, k, v, cfg, call):
+    out, state = attention(q, k, v, cfg, call)
+    return out + 0.1 * out.mean(0), state
+
+
 @planted("card")
 def pattern_declared_and_refused(q, k, v, cfg, call):
     if call.pattern == "cross":

@@ -23,8 +23,6 @@ CAUSAL = [name for name, page in EVERY.items() if "causal_self" in page.patterns
 BLOCKS = [name for name, page in catalog.every() if isinstance(page, BlockPage)]
 # by their mathematics a step is not the row of the whole: the first tokens see each other
 WHOLE_ONLY = {name for name, page in EVERY.items() if "decode" in page.exempt}
-# padding between real tokens keeps them apart: its filter counts places
-KEEPS_PLACES = {"gated_convolution"}
 STEPPED = [name for name in CAUSAL if name not in WHOLE_ONLY]
 
 
@@ -58,8 +56,6 @@ def test_padding_before_and_after_changes_nothing(name):
     joined = torch.cat([out, more, last], 1)
     torch.testing.assert_close(joined[0, 3:], attention(text[:1, 3:])[0][0])
     torch.testing.assert_close(joined[1], attention(text[1:])[0][0])
-    if name in KEEPS_PLACES:
-        return
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, 6:] = False
     _, state = attention(text, mask=mask)

@@ -66,6 +66,23 @@ def test_each_text_is_by_itself(name, pattern):
 
 
 @pytest.mark.parametrize("name", ["softmax", "linear_attention"])
+def test_an_empty_text_changes_nothing(name):
+    """It has no rows and leaves the state that it was given; that of the others is as without it."""
+    inputs = texts(name, "causal_self", 7, None)[0]
+    with_none, without = [0, 3, 3, 7, 7], [0, 3, 7]
+    out, states, _ = regard.attend(inputs.q, inputs.k, inputs.v, name, cu_seqlens=with_none)
+    wanted, ends, _ = regard.attend(inputs.q, inputs.k, inputs.v, name, cu_seqlens=without)
+    torch.testing.assert_close(out, wanted)
+    assert states[1] is states[3] is None
+    again, kept, _ = regard.attend(
+        inputs.q, inputs.k, inputs.v, name, cu_seqlens=[0, 3, 3, 7, 7], initial_state=states
+    )
+    assert kept[1] is kept[3] is None
+    following = regard.attend(inputs.q, inputs.k, inputs.v, name, cu_seqlens=without, initial_state=ends)
+    torch.testing.assert_close(again, following.out)
+
+
+@pytest.mark.parametrize("name", ["softmax", "linear_attention"])
 def test_states_carry_on(name):
     _, cuts = spans(SIZES)
     first, second = (texts(name, "causal_self", sum(SIZES), None, seed)[0] for seed in (0, 1))

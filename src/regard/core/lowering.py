@@ -93,15 +93,20 @@ class Lowering(ABC):
     ) -> Tensor:  # fmt: skip
         """Booleans [B or 1, H or 1, n, m]. `offset` is the true index of query 0.
 
-        By default that is m - n, so that the last query sees the end of the keys, and 0 where `roles` is a pair, one
-        Roles for the queries and one for the keys: two texts, each counted from its own start.
+        By default that is m - n, so that the last query is that of the last key, and 0 where `roles` is a pair, one
+        Roles for the queries and one for the keys: two texts, each counted from its own start. Where there are more
+        queries than keys the first stand before the text, at indices below 0, and have no labels.
 
         >>> from regard.core.mask import causal
         >>> causal().dense(2, 4).int()[0, 0]
         tensor([[1, 1, 1, 0],
                 [1, 1, 1, 1]], dtype=torch.int32)
+        >>> causal().dense(3, 2).int()[0, 0]
+        tensor([[0, 0],
+                [1, 0],
+                [1, 1]], dtype=torch.int32)
         """
-        q, k = _indices(n, m, offset, roles, device)
+        q, k = self._indices(n, m, offset, roles, device)
         return self._evaluate(q, k, roles, batch, heads)
 
     def at(
@@ -117,7 +122,9 @@ class Lowering(ABC):
         """
         q, k = _per_head(q_index).unsqueeze(-1), _per_head(k_index).unsqueeze(-2)
         wide = self._check_heads(heads) or heads or max(q.shape[1], k.shape[1])
-        return self._evaluate(_spread(q, wide), _spread(k, wide), roles, None, heads)
+        q, k = _spread(q, wide), _spread(k, wide)
+        seen = self._evaluate(q.clamp(min=0), k.clamp(min=0), roles, None, heads)
+        return seen & (q >= 0) & (k >= 0)
 
     def row(self, t: int, m: int | None = None, *, roles: Roles | Sides | None = None) -> Tensor:
         """The keys, in order, that the query of true index t reads of m (t + 1): [B or 1, H or 1, r], -1 where fewer.
@@ -196,7 +203,7 @@ class Lowering(ABC):
     ) -> BlockMask:  # fmt: skip
         """FlexAttention's BlockMask of this mask."""
         m = n if m is None else m
-        predicate = self.flex(roles=roles, offset=_offset(n, m, offset, roles), heads=heads)
+        predicate = self.flex(roles=roles, offset=self._start(n, m, offset, roles), heads=heads)
         batch = self._batch(self._sides(roles), None) if self.needs else None
         return create_block_mask(predicate, batch, self.heads, n, m, device=device, BLOCK_SIZE=block)
 
@@ -204,13 +211,36 @@ class Lowering(ABC):
         sides = self._sides(roles, q, k)
         b = torch.arange(self._batch(sides, batch), device=q.device).view(-1, 1, 1, 1)
         h = torch.arange(self._check_heads(heads) or 1, device=q.device).view(1, -1, 1, 1)
-        seen = self(Coordinates(b, h, q.clamp(min=0), k.clamp(min=0), sides))
-        return seen & (q >= 0) & (k >= 0)
+        # a rule of queries alone, or of keys alone, says it for all pairs
+        every = torch.ones_like(q, dtype=torch.bool) & torch.ones_like(k, dtype=torch.bool)
+        return self(Coordinates(b, h, q, k, sides)) & every
 
     def _strips(self, n: int, m: int, block: int, roles: Any, offset: int | None) -> Iterator[Tensor]:
-        q, k = _indices(n, m, offset, roles, None)
+        q, k = self._indices(n, m, offset, roles, None)
         for strip in q.split(block, dim=2):
             yield self._evaluate(strip, k, roles, None, None)
+
+    def _indices(
+        self, n: int, m: int | None, offset: int | None, roles: Any, device: Any
+    ) -> tuple[Tensor, Tensor]:
+        """True indices of n queries [1, 1, n, 1] and m keys [1, 1, 1, m]."""
+        m = n if m is None else m
+        start = self._start(n, m, offset, roles)
+        if device is None:
+            side = roles[1] if isinstance(roles, tuple) else roles
+            device = side[side.names[0]].device if side is not None and side.names else None
+        q = torch.arange(start, start + n, device=device).view(1, 1, -1, 1)
+        return q, torch.arange(m, device=device).view(1, 1, 1, -1)
+
+    def _start(self, n: int, m: int, offset: int | None, roles: Any) -> int:
+        """The true index of query 0."""
+        require(offset is None or offset >= 0, "offset >= 0, the true index of query 0", offset=offset)
+        if offset is not None:
+            return offset
+        start = 0 if isinstance(roles, tuple) else m - n
+        rule = "every query has its labels: no more queries than keys, or an offset"
+        require(not self.needs or start >= 0, rule, queries=n, keys=m)
+        return start
 
     def _sides(self, roles: Roles | Sides | None, q: Tensor | None = None, k: Tensor | None = None) -> Sides:
         sides = roles if isinstance(roles, tuple) else (roles, roles)
@@ -256,23 +286,6 @@ def _spread(index: Tensor, heads: int) -> Tensor:
         return index
     require(heads % kv_heads == 0, "query heads are a multiple of KV heads", heads=heads, kv_heads=kv_heads)
     return index.repeat_interleave(heads // kv_heads, dim=1)
-
-
-def _offset(n: int, m: int, offset: int | None, roles: Any) -> int:
-    if offset is None:
-        return 0 if isinstance(roles, tuple) else max(m - n, 0)
-    return offset
-
-
-def _indices(n: int, m: int | None, offset: int | None, roles: Any, device: Any) -> tuple[Tensor, Tensor]:
-    m = n if m is None else m
-    offset = _offset(n, m, offset, roles)
-    require(offset >= 0, "offset >= 0, the true index of query 0", offset=offset)
-    if device is None:
-        side = roles[1] if isinstance(roles, tuple) else roles
-        device = side[side.names[0]].device if side is not None and side.names else None
-    q = torch.arange(offset, offset + n, device=device).view(1, 1, -1, 1)
-    return q, torch.arange(m, device=device).view(1, 1, 1, -1)
 
 
 __getattr__ = moved(__name__, {"Place": "regard.core.lowering:Coordinates"})

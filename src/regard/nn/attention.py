@@ -157,13 +157,16 @@ class Attention(nn.Module):
             q, k = rotate(q, at_q, self.rope_theta), rotate(k, at_k, self.rope_theta)
         seen, history = self.visible(pairs, token_mask, state, k.shape[2])
         seen = self.with_own_mask(both(self.mask, also), seen, q, k, state, roles)
+        if self.norm is not None and q.dtype == torch.float16:
+            # sums without a denominator leave float16 before the norm that follows
+            q, k, v = q.float(), k.float(), v.float()
         inputs = ((x, memory) if cross else x) if self.page.reads_x(self.method.config) else None
         out, inner, _ = run(
             self.method, q, k, v, impl=self.impl, pattern=self.pattern, mask=seen, x=inputs,
             initial_state=None if state is None else state.inner, roles=roles if self.page.roles else None,
             params=self.params.tensors(),
         )  # fmt: skip
-        out = out if self.norm is None else self.norm(out)
+        out = out if self.norm is None else self.norm(out).to(x.dtype)
         out = self.dropout(self.o_proj(out.transpose(1, 2).flatten(2)))
         if self.pattern != "causal_self" or inner is None:
             return out, None

@@ -44,12 +44,14 @@ def with_waves(q: Tensor, k: Tensor, theta: Tensor, call: Call) -> tuple[Tensor,
 
 def waves(t: Tensor, position: Tensor, theta: Tensor) -> Tensor:
     """[B, H, n, 2D]: t [B, H, n, D] times the cosine, and times the sine, of position [B|1, H|1, n] times θ [H, D]."""
-    angle = position[..., None] * theta[:, None]  # [B|1, H, n, D]
-    return torch.cat([t * angle.cos(), t * angle.sin()], dim=-1)
+    # in float32 an angle of 100,000 is off by 0.004
+    angle = position[..., None].double() * theta[:, None].double()  # [B|1, H, n, D]
+    return torch.cat([t * angle.cos().to(t.dtype), t * angle.sin().to(t.dtype)], dim=-1)
 
 
 def waves_moved(state: Tensor, steps: Tensor, theta: Tensor) -> Tensor:
     """The state [B, H, 2D, E] of keys as waves, seen from a token `steps` [B|1, H|1, 1] further on."""
-    angle = (steps * theta)[..., None]  # [B|1, H, D, 1]
+    angle = (steps.double() * theta.double())[..., None]  # [B|1, H, D, 1]
+    turn, shift = angle.cos().to(state.dtype), angle.sin().to(state.dtype)
     cos, sin = state.chunk(2, dim=2)
-    return torch.cat([cos * angle.cos() + sin * angle.sin(), sin * angle.cos() - cos * angle.sin()], dim=2)
+    return torch.cat([cos * turn + sin * shift, sin * turn - cos * shift], dim=2)

@@ -51,7 +51,7 @@ def run_packed(
     """(out [1, H, T, E], states) of run(q, k, v, initial_state=..., x=...) -> (out, state) on every text by itself.
 
     q [1, H, T, D] and k, v [1, G, T', ...] hold the texts end to end. States come, and are given back, as one state
-    with a batch of S texts where all have one size, or as a list of S states.
+    with a batch of S texts where all have one size, or as a list of S states, one of which may be None.
     """
     require(q.shape[0] == k.shape[0] == 1, "packed texts are one row: q [1, H, T, D]", q=q, k=k)
     inputs = [None] * len(lengths) if x is None else split_inputs(x, lengths, memories)

@@ -42,7 +42,7 @@ class BlockCase(Case):
     def labels(self, m: int) -> None:
         """A block reads no roles."""
 
-    def params(self, heads: int, groups: int, width: int) -> dict[str, Tensor]:
+    def params(self, heads: int, groups: int, width: int, key: int = 0) -> dict[str, Tensor]:
         return self.off_special_values({"width": width, "heads": heads})
 
     def run(

@@ -93,15 +93,23 @@ class Case:
         return {name: path for name, path in both.items() if path is not None}
 
     def inputs(
-        self, n: int, m: int | None = None, *, seed: int = 0, batch: int = B, groups: int = H, width: int = 0
+        self,
+        n: int,
+        m: int | None = None,
+        *,
+        seed: int = 0,
+        batch: int = B,
+        groups: int = H,
+        width: int = 0,
+        key: int = D,
     ) -> Inputs:
         """Random float64 inputs of n queries and m keys; m is n where a text asks itself."""
         m = n if m is None or "cross" not in self.pattern else m
         g = torch.Generator().manual_seed(1000 * seed + n)
         heads, width = max(H, groups), width or value_width(self)
         draw = [
-            (batch, heads, n, D),
-            (batch, groups, m, D),
+            (batch, heads, n, key),
+            (batch, groups, m, key),
             (batch, groups, m, width),
             (batch, n, C),
             (batch, m, C),
@@ -109,11 +117,11 @@ class Case:
         q, k, v, x, y = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in draw)
         x = x if self.page.reads_x(self.cfg) else None
         y = y if x is not None and "cross" in self.pattern else None
-        return Inputs(q, k, v, self.params(heads, groups, width), x, self.labels(m), y)
+        return Inputs(q, k, v, self.params(heads, groups, width, key), x, self.labels(m), y)
 
-    def params(self, heads: int, groups: int, width: int) -> dict[str, Tensor]:
+    def params(self, heads: int, groups: int, width: int, key: int = D) -> dict[str, Tensor]:
         """What init gives for these sizes."""
-        return self.off_special_values(sizes(heads, groups, width))
+        return self.off_special_values(sizes(heads, groups, width, key))
 
     def off_special_values(self, dims: dict[str, int]) -> dict[str, Tensor]:
         """What init gives, moved a little (zeros hide faults), in float64."""
@@ -129,7 +137,7 @@ class Case:
 
     def dims(self, inputs: Inputs) -> dict[str, int]:
         """The sizes of these inputs, as init and state_size take them."""
-        return sizes(inputs.q.shape[1], inputs.k.shape[1], inputs.v.shape[-1])
+        return sizes(inputs.q.shape[1], inputs.k.shape[1], inputs.v.shape[-1], inputs.k.shape[-1])
 
     def labels(self, m: int) -> Roles | None:
         """A grid as square as m allows, and documents of five tokens, for the pages that read them."""
@@ -178,8 +186,8 @@ def refusals() -> Iterator[None]:
         raise NotApplicable(str(refusal)) from refusal
 
 
-def sizes(heads: int, groups: int, width: int) -> dict[str, int]:
-    return {"heads": heads, "kv_heads": groups, "key": D, "value": width, "width": C}
+def sizes(heads: int, groups: int, width: int, key: int = D) -> dict[str, int]:
+    return {"heads": heads, "kv_heads": groups, "key": key, "value": width, "width": C}
 
 
 def value_width(case: Case) -> int:

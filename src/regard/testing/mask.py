@@ -192,6 +192,9 @@ def check_offset(mask: Mask, n: int, roles: Roles | None) -> None:
         mask.dense(last, n, roles=roles),
         dense[:, :, -last:],
     )
+    if not mask.needs:
+        more = mask.dense(n + 3, n)
+        same("more queries than keys: the last query is that of the last key", mask, more[:, :, 3:], dense)
     one = mask.dense(1, n, offset=n // 2, roles=roles)
     same("offset is the true index of query 0", mask, one, dense[:, :, n // 2 : n // 2 + 1])
 

@@ -16,10 +16,10 @@ from regard.core.shapes import PATTERNS
 from regard.kinds.mechanism import Mechanism
 from regard.testing import case, laws
 from regard.testing.case import EXACT, Case, Inputs, NotApplicable
-from regard.testing.laws import CHECKS, check_compiles, check_neutral
+from regard.testing.laws import CHECKS, check_compiles, check_neutral, check_widths
 
 DESIGNED = "leaks by design"
-ONCE = (check_compiles, check_neutral)  # on the default configuration only
+ONCE = (check_compiles, check_neutral, check_widths)  # on the default configuration only
 
 
 def __getattr__(name: str) -> Any:

@@ -41,10 +41,9 @@ class Channels:
                 break
             first, second = total.view(n, -1, 2, c, d).unbind(2)
             border = first[:, :, -1:]
-            decays = (
-                x.to(self.work.sums).exp_().to(self.work.dtype) for x in (second - border, border - first)
-            )
-            levels.append((c, *decays))
+            queries, keys = second - border, border - first
+            queries, keys = (x.to(self.work.sums).exp_().to(self.work.dtype) for x in (queries, keys))
+            levels.append((c, queries, keys))
         return levels
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:

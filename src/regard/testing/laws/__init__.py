@@ -10,6 +10,7 @@ from regard.testing.laws.equality import (
     check_fast_equals_reference,
     check_gradients,
     check_speed_settings,
+    check_widths,
 )
 from regard.testing.laws.influence import (
     check_accumulates,
@@ -44,10 +45,13 @@ from regard.testing.laws.numbers import (
     plain,
     softmax,
 )
+from regard.testing.laws.packing import check_packed
 
 CHECKS = (
     check_fast_equals_reference,
     check_speed_settings,
+    check_widths,
+    check_packed,
     check_gradients,
     check_derivatives,
     check_influence,
@@ -85,6 +89,8 @@ __all__ = [
     "softmax",
     "check_fast_equals_reference",
     "check_speed_settings",
+    "check_widths",
+    "check_packed",
     "check_gradients",
     "check_derivatives",
     "check_influence",

@@ -24,6 +24,7 @@ from regard.testing.case import (
 
 LENGTHS = (1, 7, 64, 65)
 ODD = (1, 3, 5, 64)  # values of settings that change the speed only
+WIDTHS = (60, 100, 257, 512)
 
 
 def check_fast_equals_reference(case: Case) -> None:
@@ -69,18 +70,43 @@ def equal_paths(case: Case, inputs: Inputs, label: str, mask: Any = None, state:
 
 
 def check_speed_settings(case: Case) -> None:
-    """Settings that the page says change the speed change nothing else, at odd values too."""
+    """Settings that the page says change the speed change nothing else, gradients included, at odd values too."""
     if case.page.fast is None or not case.page.speed_settings:
         raise NotApplicable("no setting is for speed only")
     inputs = case.inputs(65, 67)
-    wanted, end = case.run(case.page.fast, inputs)
+    wanted = gradients(case, case.page.fast, inputs)
     for name in case.page.speed_settings:
         taken = list(accepted(case, name))
         hold(taken, f"{name} is for speed only, and takes none of {ODD}")
         for value in taken:
-            out, state = case.run(case.page.fast, inputs, **{name: value})
-            case.same(f"{name}={value} changes the speed only", out, wanted)
-            case.same_states(f"{name}={value} changes the speed only", state, end)
+            at, law = (
+                replace(case, cfg=replace(case.cfg, **{name: value})),
+                f"{name}={value} changes the speed only",
+            )
+            actual = gradients(at, case.page.fast, inputs)
+            case.same(law, actual[0], wanted[0])
+            case.same_states(law, actual[1], wanted[1])
+            for of, g in wanted[2].items():
+                case.same(f"{law}: the gradient of {of}", actual[2][of], g)
+
+
+def check_widths(case: Case, n: int = 5) -> None:
+    """Heads of 60, 100, 257 and 512 channels: fast = reference, or a refusal that both give."""
+    if case.page.fast is None:
+        raise NotApplicable("no fast path")
+    for width in WIDTHS:
+        inputs = case.inputs(n, n + 2, batch=1, groups=1, width=width, key=width)
+        outs = []
+        for path in (case.page.fast, case.page.reference):
+            try:
+                outs.append(case.run(path, inputs)[0])
+            except ValueError as refusal:
+                outs.append(str(refusal))
+        if isinstance(outs[1], str):
+            hold(outs[0] == outs[1], f"width {width}: {outs[1]!r} of the reference, not of the fast path")
+        else:
+            hold(not isinstance(outs[0], str), f"width {width}: the fast path refuses: {outs[0]}")
+            case.same(f"fast = reference, heads of {width} channels", *outs)
 
 
 def accepted(case: Case, name: str) -> Iterator[int]:

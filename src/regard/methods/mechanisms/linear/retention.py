@@ -95,10 +95,12 @@ def later(
 def rotated(t: Tensor, position: Tensor, cfg: Config) -> Tensor:
     """Channels 2c and 2c + 1 of t [B, H, n, D] rotated by position [B|1, H|1, n] times the angle θ_c."""
     pairs = t.shape[-1] // 2
-    c = torch.arange(pairs, device=t.device).to(t.dtype) / max(pairs - 1, 1)
-    angle = position[..., None] * cfg.slowest**-c  # [B|1, H|1, n, D/2]
+    c = torch.arange(pairs, device=t.device).double() / max(pairs - 1, 1)
+    # in float32 an angle of 100,000 is off by 0.004
+    angle = position[..., None].double() * cfg.slowest**-c  # [B|1, H|1, n, D/2]
+    cos, sin = angle.cos().to(t.dtype), angle.sin().to(t.dtype)
     even, odd = t[..., 0::2], t[..., 1::2]
-    both = (even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos())
+    both = (even * cos - odd * sin, even * sin + odd * cos)
     return torch.stack(both, dim=-1).flatten(-2)
 
 
