@@ -193,7 +193,9 @@ class RegardForMaskedLM(RegardModel):
         options = read_options(self.config, kwargs, packs=True)
         x = self.embedded(input_ids, inputs_embeds)
         token_mask = padding(attention_mask, x.shape[1])
-        texts = packed_texts(*x.shape[:2], position_ids, seq_idx, options, token_mask, attention_mask, 0)
+        texts = packed_texts(
+            x.shape[0], x.shape[1], position_ids, seq_idx, options, token_mask, attention_mask, 0
+        )
         out = self.model(x, token_mask, texts=texts, between=options.hidden)
         logits = self.lm_head(out.hidden)
         loss = None if labels is None else token_loss(logits, labels, options)
@@ -205,11 +207,11 @@ class Encoder(nn.Module):
 
     main_input_name = "input_ids"
 
-    def __init__(self, config: RegardConfig, embed: nn.Embedding) -> None:
+    def __init__(self, config: RegardConfig, embed: nn.Module) -> None:
         super().__init__()
         self.config, self.stack = config, Stack(config, "self", "encoder_mechanisms")
         # in a list, so that it is not a module of the encoder's own
-        self.embedding = [embed]
+        self.embedding: list[nn.Module] = [embed]
 
     @can_return_tuple
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
