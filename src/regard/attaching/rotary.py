@@ -7,6 +7,8 @@ own apply function does the rest; the attention factor that YaRN puts into cos a
 
 import inspect
 import sys
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,9 +68,7 @@ class Rotary:
         length = (cos.square() + sin.square()).sqrt()
         wide = x.float().reshape(batch * heads, 1, m, width)
         apply, table = self._apply(attention), (cos / length, sin / length)
-        # some rotate queries and keys in one call, some a tensor by itself
-        single = "cos" in list(inspect.signature(apply).parameters)[:2]
-        rotated = apply(wide, *table) if single else apply(wide, wide, *table)[1]
+        rotated = apply(wide, *table) if takes_one(apply) else apply(wide, wide, *table)[1]
         return rotated.view(batch, heads, m, width).to(x.dtype)
 
     def _tables(self, cos_sin: tuple[Tensor, Tensor], x: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +97,12 @@ class Rotary:
         raise Unsupported(
             f"{type(attention).__module__} has no apply_rotary_pos_emb: its keys cannot be moved"
         )
+
+
+@cache
+def takes_one(apply: Callable) -> bool:
+    """Whether an apply function rotates a tensor by itself, and not queries and keys in one call."""
+    return "cos" in list(inspect.signature(apply).parameters)[:2]
 
 
 def made_of(table: Tensor) -> int:
