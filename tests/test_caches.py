@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from regard import catalog
-from regard.attaching import policy, slots, views
+from regard.attaching import slots, views
 from regard.attaching.attachment import attach
 from regard.attaching.lazy_mask import MaskRule
 from regard.attaching.ledger import LedgerLayer
@@ -204,8 +204,8 @@ def late_keys(self, k, v, start, append=Group.append):
     append(self, k.roll(1, 1), v, start)
 
 
-def all_stored(call):
-    return call.stored
+def once_evicted_nothing_leaves(self, before, forget=Group.forget):
+    return forget(self, before) if self.index is None else False
 
 
 STREAM = catalog.method("streaming_llm", budget=8)
@@ -233,7 +233,13 @@ MACHINE_FAULTS = {
     "nothing is freed": (slots, "gather_rows", hoard, page(keep=window), "llama"),
     "positions off by one": (Rotary, "rotate", one_further, STREAM, "llama"),
     "new keys under other heads": (Group, "append", late_keys, page(keep=window), "llama"),
-    "what left the window is weighed": (policy, "in_reach", all_stored, page(keep=important), "gemma3"),
+    "what left the window is weighed": (
+        Group,
+        "forget",
+        once_evicted_nothing_leaves,
+        page(keep=important),
+        "gemma3",
+    ),
 }
 
 
@@ -266,6 +272,27 @@ def test_tokens_that_are_read_again_are_the_same_while_slots_move():
             assert torch.equal(now, again)
             # of the four that were chosen one may have left the window
             assert step > 3 or bool((before.sum(-1) >= 4).all())
+
+
+def test_votes_in_a_sliding_layer_are_the_models_own_weights():
+    """What has left the window by the end of a prompt had its share of what the queries gave."""
+    model, _ = build("mistral")
+    feeds, weights, found = script((20,), pads=(0,)), {}, {}
+
+    def note(layer, quantity, x, seen):
+        if quantity == "weights":
+            weights[layer] = x
+        return x
+
+    def noting(view, cfg):
+        found[view.layer] = view.received(newest=7), view.index[0, 0]
+
+    hide(model, feeds, change=note)
+    play(model, page(keep=noting), feeds)
+    for layer, (received, index) in found.items():
+        wanted = weights[layer][:, :, -7:].sum(2).unflatten(1, (2, 2)).sum(2)
+        assert index.tolist() == [15, 16, 17, 18, 19]
+        assert float((received - wanted[..., index]).abs().max()) <= NEAR
 
 
 def test_notes_travel_with_their_slots():

@@ -139,6 +139,7 @@ class Caches:
             )
         if isinstance(layer, LedgerLayer) and layer.window is None and window is not None:
             layer.slide(window)
+            layer.forget()
         names = [actor.name for actor in self.actors if actor.needs_cache]
         if names and not isinstance(layer, LedgerLayer) and not holds_no_keys(layer):
             own = isinstance(layer, DynamicLayer) or layer.__module__ != Cache.__module__

@@ -303,4 +303,5 @@ def as_ledger(layer: DynamicLayer, window: int | None = None) -> LedgerLayer:
         new._start(layer.keys, layer.values)
         new.seen = layer.get_seq_length()
         new.groups[0].start = new.seen - new.groups[0].n
+        new.forget()
     return new

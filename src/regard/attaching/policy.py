@@ -156,10 +156,12 @@ class CachePolicy(Actor):
         calls = call.step.asked(call)
         if not calls:
             return
-        whole, *readers = (in_reach(c) for c in calls)
-        page, cfg, whole.readers = self.page, self.method.config, tuple(readers)
-        if page.observe is not None and readers:
-            page.observe(whole, cfg)
+        page, cfg = self.page, self.method.config
+        if page.observe is not None and len(calls) > 1:
+            page.observe(voted([c.stored for c in calls]), cfg)
+        ledger = call.ledger
+        left = ledger.window is not None and call.slots.forget(ledger.reach(ledger.seen))
+        whole = voted([without_what_left(c) if left else c.stored for c in calls])
         if page.phase == "prefill" and whole.phase != "prefill":
             return
         if page.keep is not None or page.score is not None:
@@ -203,23 +205,22 @@ def memory_of(call: AttentionCall, view: View) -> dict:
     return memory if call.turn.nth == 0 else memory.setdefault(f"reader {call.turn.nth}", {})
 
 
-def in_reach(call: AttentionCall) -> View:
-    """What is stored and a query to come will see. The rest is dropped first: nothing is kept in its place."""
-    group, ledger, whole = call.slots, call.ledger, call.stored
-    if ledger.window is not None:
-        group.forget(ledger.reach(ledger.seen))
-    if whole.stored == group.n:
-        return whole
+def voted(views: list[View]) -> View:
+    """The view of the layer that stores the slots, with those of the layers that read them after it."""
+    return replace(views[0], readers=tuple(views[1:])) if len(views) > 1 else views[0]
+
+
+def without_what_left(call: AttentionCall) -> View:
+    """What is stored once the window has left its oldest slots behind: nothing is kept in their place."""
+    group, whole = call.slots, call.stored
     k, v = group.k(), group.v()
     if k.shape[1] != call.k.shape[1] or k.shape[-1] != call.k.shape[-1]:  # latents, expanded for the call
-        require(
-            group.index is None, "a sliding layer of latents keeps its whole window", window=ledger.window
-        )
+        require(group.index is None, "a sliding layer of latents keeps its whole window", window=whole.window)
         k, v = (x[:, :, x.shape[2] - group.n :] for x in (call.k, call.v))
     new = make_view(replace(call, k=k, v=v))
     return replace(
         whole, k=k, v=v, index=new.index, real=new.real, bias=new.bias, visible=new.visible, count=new.count,
-        cached_scores=None,
+        cached_scores=None, asked=(whole, whole.slots(new.index)),
     )  # fmt: skip
 
 

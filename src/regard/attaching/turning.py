@@ -8,7 +8,7 @@ is refused by name. Nothing is assumed of names and settings.
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class Question:
     def filled(self, x: Tensor, at: Tensor, tables: Tables) -> tuple[list, dict]:
         cos, sin = (t.to(self.tables) for t in tables)
         values = {"x": x, "tables": (cos, sin), "place": at[0], "places": at}
-        fill = lambda v: values[v.what] if isinstance(v, Hole) else v  # noqa: E731
+        fill = lambda v: values[v.what] if isinstance(v, Hole) else {} if v == {} else v  # noqa: E731
         return [fill(v) for v in self.args], {name: fill(v) for name, v in self.kwargs.items()}
 
 
@@ -78,8 +78,13 @@ class Hole:
 
 
 def as_hole(value: Any) -> Any:
-    """An argument without its tensors: a hole for what is filled in, settings as they are, None for the rest."""
+    """An argument without its tensors: a hole for what is filled in, settings as they are, None for the rest.
+
+    What layers hand on to each other in a mapping is an empty dict.
+    """
     what = holds(value)
+    if isinstance(value, MutableMapping):
+        return {}
     return Hole(what) if what else value if isinstance(value, bool | int | float | str) else None
 
 

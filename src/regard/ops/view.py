@@ -45,6 +45,8 @@ class View:
     fed: int | None = None
     # of the layers that read these slots after the one that stored them, once all have read (for keep and score)
     readers: "tuple[View, ...]" = ()
+    # for keep and score in a sliding layer: what this step's queries attended to, and where in it these slots stood
+    asked: "tuple[View, Tensor] | None" = None
     causal_order: bool = False  # slot i is token i and no query sees a later one
     cached_scores: Tensor | None = None  # of a single-query step, once they were computed
     # [B, seen] place of each token among the row's real ones, of padding that of the last before it; None: no padding
@@ -204,6 +206,11 @@ class View:
         `newest`: from those of the row's last so many tokens only. Padding asks nothing. Layers that read these slots
         too vote with their last query: of a prompt, it may be all that is computed.
         """
+        votes = sum(other.received(newest=1) for other in self.readers)
+        if self.asked is not None:  # what has left the window since had its share of the attention
+            before, at = self.asked
+            received = before.received(newest)
+            return votes + received.gather(-1, at.clamp(min=0).expand(*received.shape[:2], -1)) * (at >= 0)
         rows, asks = self._asking_rows(newest)
         start, stop, _ = rows.indices(self.new)
         total = 0
@@ -214,7 +221,7 @@ class View:
             if asks is not None:
                 weights = weights * asks[:, None, cut, None]
             total = F.pad(weights.sum(2), (0, self.stored - last)) + total
-        return self.by_cache_head(total) + sum(other.received(newest=1) for other in self.readers)
+        return self.by_cache_head(total) + votes
 
     def _asking_rows(self, newest: int | None) -> tuple[slice, Tensor | None]:
         """The queries of the newest tokens: a slice that holds them, and which of all [B, N] they are (None: all)."""

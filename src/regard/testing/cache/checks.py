@@ -142,7 +142,7 @@ def check_attention_budget(method: Method, family: str, budget: int | float | st
     model, _ = build(family)
     feeds, now = script(pads=(0, 6, 3)), {}
     one_token = full_bytes(model, feeds[:1], len(PADS)) // feeds[0]["input_ids"].shape[1]
-    cache, acted = Cache(layer_class_to_replicate=DynamicLayer), 0
+    cache, acted = full_cache(model), 0
     with attach(model, probed(method.with_settings(budget=budget), now)), torch.no_grad():
         for step, feed in enumerate(feeds):
             now.clear()
