@@ -3,6 +3,7 @@
 from regard.core.deprecation import moved
 from regard.ops.budget import Budget, parse_budget, tokens_within
 from regard.ops.features import elu_plus_one, taylor
+from regard.ops.kept import Kept, keep_best
 from regard.ops.linear import Form, dense_linear, linear, run_form, shown, undecayed
 from regard.ops.pattern import carried, visible
 from regard.ops.recurrence import exact, heads_of, initial, quotient, recurrence, rounded
@@ -24,7 +25,7 @@ from regard.ops.softmax import (
     softmax_attention,
 )
 from regard.ops.topk import best, by_row, gather_rows, slots_of, top_slots
-from regard.ops.view import Kept, View, at_index, keep_best
+from regard.ops.view import View, at_index
 
 __all__ = [
     "Budget",

@@ -1,4 +1,4 @@
-"""What a KV-cache policy sees of one layer at one step, and what it may answer.
+"""What a KV-cache policy sees of one layer at one step; what it may answer is in kept.py.
 
 Letters: B rows of the batch, H query heads, G heads of the cache, N queries of this step, n stored tokens.
 Tables of the ledger (`index`, `real`) may have size 1 in place of B and G where all rows or heads agree.
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core.deprecation import renamed_fields
+from regard.core.deprecation import moved, renamed_fields
 from regard.core.errors import present, require
-from regard.ops.softmax import at_least_float32, masked_softmax, row_blocks, scores
-from regard.ops.topk import best, slots_of
+from regard.ops.softmax import masked_softmax, row_blocks, scores
+
+
+__getattr__ = moved(__name__, {name: f"regard.ops.kept:{name}" for name in ("Kept", "keep_best")})
 
 
 @renamed_fields(turn="rotate", ordered="causal_order", known="cached_scores")
@@ -310,37 +312,3 @@ def at_index(table: Tensor, index: Tensor) -> Tensor:
     batch = max(len(table), len(index))
     index = index.clamp(0, table.shape[1] - 1).expand(batch, -1, -1)
     return table.expand(batch, -1).gather(1, index.flatten(1)).view(index.shape)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The answer of `keep`: slots [1|B, 1|G, m] ascending, -1 = empty, and tokens merged from dropped ones.
-
-    merged = (k [B, G, e, D], v [B, G, e, E], count [B, G, e]): each stands for `count` tokens and enters the
-    softmax with that weight.
-    """
-
-    slots: Tensor
-    merged: tuple[Tensor, Tensor, Tensor] | None = None
-
-
-def keep_best(view: View, score: Tensor, always: Tensor | None = None) -> Kept | None:
-    """Keep the best-scored real tokens within each row's budget; those marked in `always` go first. None: all stay."""
-    if not view.over():
-        return None
-    score = at_least_float32(score)
-    if always is not None:
-        score = torch.where(always, torch.finfo(score.dtype).max, score)
-    score = torch.where(view.hold(), score, -torch.inf)
-    budget = view.budget if score.shape[0] > 1 else view.budget[:1]
-    return Kept(slots_of(best_by_age(view, score, budget[:, None])))
-
-
-def best_by_age(view: View, score: Tensor, count: Tensor) -> Tensor:
-    """[b, g, n] bool the `count` best slots; of equals the one whose token came first, wherever it is stored."""
-    index = view.index.masked_fill(view.index < 0, view.seen)
-    if not bool((index.diff(dim=-1) < 0).any()):
-        return best(score, count)
-    order = index.argsort(dim=-1, stable=True).expand_as(score)
-    chosen = best(score.gather(-1, order), count)
-    return torch.zeros_like(chosen).scatter(-1, order, chosen)
