@@ -15,7 +15,6 @@ from regard.core.deprecation import moved, renamed_fields
 from regard.core.errors import present, require
 from regard.ops.softmax import masked_softmax, row_blocks, scores
 
-
 __getattr__ = moved(__name__, {name: f"regard.ops.kept:{name}" for name in ("Kept", "keep_best")})
 
 
