@@ -171,7 +171,7 @@ class View:
         """Whether the model puts each token one position after the one before it."""
         if self.positions is None:
             return True
-        order = self.positions.new_tensor(range(self.seen))[None] if self.order is None else self.order
+        order = torch.arange(self.seen, device=self.q.device)[None] if self.order is None else self.order
         real = self.order is None or torch.cat([order[:, :1] + 1, order.diff(dim=-1)], 1) > 0
         start = self.position_at(torch.zeros_like(self.length()[:, None]))
         return not bool(((self.positions - order != start) & real).any())
@@ -207,6 +207,8 @@ class View:
         `newest`: from those of the row's last so many tokens only. Padding asks nothing. Layers that read these slots
         too vote with their last query: of a prompt, it may be all that is computed.
         """
+        counted = newest is None or isinstance(newest, int)
+        require(counted, "newest is a number of queries (it was a slice of rows once)", newest=newest)
         votes = sum(other.received(newest=1) for other in self.readers)
         if self.asked is not None:  # what has left the window since had its share of the attention
             before, at = self.asked
