@@ -13,6 +13,7 @@ import transformers as tf
 from transformers import DynamicCache
 
 from regard import catalog
+from regard.attaching import rotary
 from regard.attaching.attachment import attach
 from regard.attaching.store import load_cache, save_cache
 from regard.core import Edit, NeverFired, Observer, Site, Unsupported
@@ -100,6 +101,21 @@ def test_a_norm_after_the_rotation_is_refused_by_name():
         model.generate(**inputs, max_new_tokens=3)
 
 
+def test_a_layer_that_is_refused_is_asked_once(monkeypatch):
+    """TokenSelect goes on without rotation where keys cannot be turned: that is found out once, not at every step."""
+    model, inputs = build("hunyuan")
+    asked, prove = [], rotary.prove
+
+    def counted(attention, *rest):
+        asked.append(attention)
+        return prove(attention, *rest)
+
+    monkeypatch.setattr(rotary, "prove", counted)
+    with attach(model, "tokenselect", budget=4):
+        model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert len(asked) == len(set(asked)) == 3
+
+
 def test_asking_a_layer_for_its_keys_calls_no_hook_of_the_users():
     model, inputs = build("llama")
     calls = []
@@ -117,9 +133,9 @@ def test_tables_live_as_long_as_they_are_known():
     model, inputs = build("llama")
     with attach(model, "streaming_llm", sinks=2, window=3) as attached, torch.no_grad():
         model(**inputs)
-        rotary = attached.context.rotary
-        known = [weakref.ref(call.tables[0]) for call in rotary.calls]
-        rotary.tables.clear()
+        watched = attached.context.rotary
+        known = [weakref.ref(call.tables[0]) for call in watched.calls]
+        watched.tables.clear()
         gc.collect()
         assert known and all(ref() is not None for ref in known)
 

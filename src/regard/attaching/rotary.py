@@ -65,16 +65,13 @@ class Rotary:
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[RotaryCall] = []
         self.tables: dict[nn.Module, Tables] = {}  # cos and sin by attention module, as it was handed them
-        self.owners: WeakKeyDictionary[Any, nn.Module] = (
-            WeakKeyDictionary()
-        )  # cache layer -> who stores keys in it
-        self.questions: dict[
-            nn.Module, Question | None
-        ] = {}  # how each attention module is asked for its keys
-        self.turnings: dict[nn.Module, Turning] = {}
-        self.probe: list[tuple[Tensor, Tensor]] | None = (
-            None  # queries and keys, while a layer is being asked
-        )
+        # cache layer -> the attention module that stores keys in it
+        self.owners: WeakKeyDictionary[Any, nn.Module] = WeakKeyDictionary()
+        # how each attention module is asked for its keys, and what came of it
+        self.questions: dict[nn.Module, Question | None] = {}
+        self.turnings: dict[nn.Module, Turning | Unsupported] = {}
+        # queries and keys, while a layer is being asked
+        self.probe: list[tuple[Tensor, Tensor]] | None = None
         self.hooks = [
             m.register_forward_hook(self._record, with_kwargs=True)
             for m in model.modules()
@@ -153,15 +150,23 @@ class Rotary:
         return call
 
     def _turning(self, attention: nn.Module) -> Turning:
-        """How this layer's keys are turned, proven on its own keys."""
+        """How this layer's keys are turned, proven on its own keys; a layer is asked once, whatever comes of it."""
         call = self._call(attention)
         if attention not in self.turnings:
-            ask = lambda at, x: self._ask(attention, call.at(at), at, x)  # noqa: E731
-            question = present(
-                self.questions[attention], f"{type(attention).__name__} takes inputs [B, N, width]"
-            )
-            self.turnings[attention] = prove(attention, question, ask, lambda by: unscaled(call.at(by)))
-        return self.turnings[attention]
+            self.turnings[attention] = self._proven(attention, call)
+        turning = self.turnings[attention]
+        if isinstance(turning, Unsupported):
+            raise turning
+        return turning
+
+    def _proven(self, attention: nn.Module, call: RotaryCall) -> Turning | Unsupported:
+        rule = f"{type(attention).__name__} takes inputs [B, N, width]"
+        question = present(self.questions[attention], rule)
+        ask = lambda at, x: self._ask(attention, call.at(at), at, x)  # noqa: E731
+        try:
+            return prove(attention, question, ask, lambda by: unscaled(call.at(by)))
+        except Unsupported as refusal:
+            return refusal
 
     def _ask(self, attention: nn.Module, tables: Tables, at: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The queries and keys [1, H, n, D] that the layer makes of inputs x [1, n, width] at positions [1, n]."""
