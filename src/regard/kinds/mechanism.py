@@ -11,6 +11,7 @@ from torch import Tensor
 from regard.core import Kind, Method, Page, Unsupported, near, require
 from regard.core.call import Call, check_finite, check_mask, check_pattern, check_shapes, split_mask
 from regard.core.trees import tree_leaves
+from regard.ops.blocks import run_blocks
 from regard.ops.linear import run_form
 from regard.ops.precision import as_written
 
@@ -27,6 +28,7 @@ class Mechanism(Page):
 
     reference   the equation; float64 stays float64.   fast   the same function and numbers, written independently
     form        for a linear page, form(q, k, v, cfg, call) -> ops.Form: features, decays, normaliser; `fast` follows
+    choose      for a page that chooses blocks of keys, choose(at, cfg, call) -> which (ops.blocks.run); `fast` follows
     q           [B, H, N, D]; k [B, G, M, D] and v [B, G, M, E], H a multiple of G; out [B, H, N, E] in v's dtype
     call        a core Call: pattern, masks, initial state, params, the layer's input, roles; validated before
     state       what causal_self returns and `call.initial_state` brings back: segments, and single tokens, give the
@@ -43,6 +45,8 @@ class Mechanism(Page):
     order_aware     whether it knows the order of tokens by itself (a decay, a filter), so layers add no positions
     roles           roles that it reads
     speed_settings  settings that change the speed, never the result
+    together        together(cfg) -> how many queries, from multiples of it on, choose their keys together; None: each by
+                    itself. No output depends on tokens after the last of those that chose with it
     neutral_base    what the card's neutral settings give: neutral_base(q, k, v, call) -> out; None: softmax attention
     state_size      state_size(cfg, dims, n) -> numbers held for one row of the batch after n tokens
     transfer        what a conversion matches of softmax attention: "output", or its "weights" where they sum to one
@@ -52,6 +56,7 @@ class Mechanism(Page):
     reference: Callable = None  # type: ignore[assignment]
     fast: Callable | None = None
     form: Callable | None = None
+    choose: Callable | None = None
     init: Callable | None = None
     unsupported: Mapping[str, str] = field(default_factory=dict)
     pair_masks: bool = False
@@ -60,6 +65,7 @@ class Mechanism(Page):
     order_aware: bool = False
     roles: tuple[str, ...] = ()
     speed_settings: tuple[str, ...] = ()
+    together: Callable[[Any], int] | None = None
     neutral_base: Callable | None = None
     state_size: Callable | None = None
     transfer: str = "output"
@@ -70,6 +76,11 @@ class Mechanism(Page):
         require(self.transfer in TRANSFERS, f"transfer is one of {TRANSFERS}", transfer=self.transfer)
         if self.form is not None and self.fast is None:
             object.__setattr__(self, "fast", partial(run_form, self.form))
+        if self.choose is not None:
+            if self.fast is None:
+                object.__setattr__(self, "fast", partial(run_blocks, self.choose))
+            if self.together is None:
+                object.__setattr__(self, "together", lambda cfg: cfg.block_q)
         for path in ("reference", "fast"):
             if (function := getattr(self, path)) is not None:
                 object.__setattr__(self, path, as_written(function))

@@ -92,6 +92,11 @@ class Case:
         both = {"reference": self.page.reference, "fast": self.page.fast}
         return {name: path for name, path in both.items() if path is not None}
 
+    @property
+    def together(self) -> int:
+        """How many queries choose their keys together, from multiples of it on."""
+        return 1 if self.page.together is None else self.page.together(self.cfg)
+
     def inputs(
         self,
         n: int,

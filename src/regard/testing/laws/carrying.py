@@ -10,12 +10,19 @@ from regard.testing.case import GARBAGE, B, Case, H, Inputs, NotApplicable, same
 
 def check_segments(case: Case, n: int = 33) -> None:
     """State carried over ragged segments gives the whole; the state handed in is left as it was."""
-    sizes = (13, 1, 19) if n == 33 else tuple(size for size in (n - 1 - n // 2, 1, n // 2) if size)
+    if (block := case.together) > 1:
+        sizes: tuple[int, ...] = (2 * block, block, block + 1)
+    else:
+        sizes = (13, 1, 19) if n == 33 else tuple(size for size in (n - 1 - n // 2, 1, n // 2) if size)
     segments(case, sizes, f"segments of {', '.join(map(str, sizes))} tokens = the whole")
 
 
 def check_decode(case: Case, n: int = 7) -> None:
     """Token by token gives what all at once gives."""
+    if case.together > 1:
+        raise NotApplicable(
+            f"{case.together} queries choose their keys together: one alone chooses otherwise"
+        )
     segments(case, (1,) * n, "token by token = all at once")
     if n > 2:
         segments(case, (n - 2, 1, 1), f"two tokens after a prompt of {n - 2} = all at once")
@@ -42,16 +49,17 @@ def segments(case: Case, sizes: tuple[int, ...], law: str) -> None:
 
 def check_padded_state(case: Case) -> None:
     """A prompt padded on the left or on the right, and carried on through a state, is the text that is not padded."""
-    inputs = case.inputs(9)
+    prompt = 5 if case.together == 1 else 2 * case.together
+    inputs = case.inputs(prompt + 4 if case.together == 1 else prompt + case.together + 1)
     if case.pattern != "causal_self":
         raise NotApplicable("only causal_self carries a state")
     if case.run(case.page.reference, inputs)[1] is None:
         raise NotApplicable("it returns no state")
     for left, right in ((3, 0), (0, 3), (2, 1)):
-        padded_prompt(case, inputs, left, right)
+        padded_prompt(case, inputs, left, right, prompt)
 
 
-def padded_prompt(case: Case, inputs: Inputs, left: int, right: int, prompt: int = 5) -> None:
+def padded_prompt(case: Case, inputs: Inputs, left: int, right: int, prompt: int) -> None:
     """The first `prompt` tokens with padding around them, then the others, without any."""
     total = inputs.q.shape[2]
     token = torch.cat([torch.full((left,), -1), torch.arange(prompt), torch.full((right,), -1),

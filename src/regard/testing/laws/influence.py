@@ -21,12 +21,13 @@ def influence(case: Case, label: str, path: Callable, inputs: Inputs) -> None:
 
 def causality(case: Case, label: str, path: Callable, inputs: Inputs) -> None:
     names, what = ("qx", "query") if "cross" in case.pattern else ("qkvx", "token")
+    block = case.together
     for j in range(inputs.q.shape[2]):
         shifts = moves(case, path, inputs, names, j)
         early = min(shifts, default=j)
         by = shifts.get(early, 0.0)
         message = f"{label} looks ahead: {what} {j} moves the output of query {early} before it by {by:.3g}"
-        hold(early >= j, message, token=j, moved=shifts)
+        hold(early // block >= j // block, message, token=j, moved=shifts)
 
 
 def reach(case: Case, label: str, path: Callable, inputs: Inputs) -> None:
@@ -73,7 +74,7 @@ def check_queries(case: Case, n: int = 6) -> None:
     for label, path in case.paths.items():
         for j in range(n):
             shifts = moves(case, path, inputs, "q", j)
-            later = [i for i in shifts if i != j]
+            later = [i for i in shifts if i // case.together != j // case.together]
             alone = j == 0 and case.pattern == "causal_self"  # one key: whatever is asked, it is the answer
             hold(
                 alone or j in shifts,
@@ -95,7 +96,8 @@ def check_last_queries(case: Case, n: int = 7) -> None:
         raise NotApplicable("it is a law of causal_self")
     if "queries" in case.page.exempt:
         raise NotApplicable(f"earlier queries are read: {case.page.exempt['queries']}")
-    inputs, last = case.inputs(n), min(3, n - 1)
+    n = max(n, case.together + 3)
+    inputs, last = case.inputs(n), n - max(case.together, n - min(3, n - 1)) // case.together * case.together
     if last == 0:
         raise NotApplicable("of one key there are no fewer queries")
     few = replace(inputs, q=inputs.q[:, :, n - last :])

@@ -1,0 +1,33 @@
+"""Attention over lists of blocks: one primitive for every mask and every mechanism that reads a few keys of many."""
+
+from regard.ops.blocks.attention import block_attention
+from regard.ops.blocks.choose import causal_softmax, diagonal, top_blocks, top_mass
+from regard.ops.blocks.layout import Blocks
+from regard.ops.blocks.placed import Placed, placed
+from regard.ops.blocks.pool import block_max, block_mean, block_min, block_sizes, block_sum, in_blocks
+from regard.ops.blocks.run import clocked, part, run_blocks
+from regard.ops.blocks.settings import BlockSettings
+from regard.ops.blocks.slow import by_text, slow_attention
+
+__all__ = [
+    "BlockSettings",
+    "Blocks",
+    "Placed",
+    "block_attention",
+    "block_max",
+    "block_mean",
+    "block_min",
+    "block_sizes",
+    "block_sum",
+    "by_text",
+    "causal_softmax",
+    "clocked",
+    "diagonal",
+    "in_blocks",
+    "part",
+    "placed",
+    "run_blocks",
+    "slow_attention",
+    "top_blocks",
+    "top_mass",
+]

@@ -1,0 +1,189 @@
+"""Softmax attention over blocks that are gathered: each block of queries reads the key blocks of its list, no others.
+
+    o_i = Σ_j w_ij v_j,  w_ij = e^{s_ij - lse_i},  s_ij = scale · q_i·k_j  over the keys j of the blocks that i reads
+
+Forward and backward run torch's fused kernel on rows of work that are alike (schedule.py); memory beyond the inputs is
+a few megabytes of gathered keys, whatever the length. The sums lse come out too and are differentiable, so that what a
+list leaves out can be added: partial results are merged by them.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.ops.blocks.layout import Blocks
+from regard.ops.blocks.schedule import Plan, Work, pieces, schedule
+from regard.ops.precision import as_written
+from regard.ops.softmax import at_least_float32
+from regard.ops.transforms import transformed
+
+GATHERED = 1 << 20  # numbers of keys gathered at a time; changes the speed, never the result
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, scale: float, causal: bool = False,
+    start: Tensor | int = 0, length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out [B, H, N, E] in v's dtype, lse [B, H, N] in float32 at least) of q [B, H, N, D], k [B, G, M, D], v [B, G, M, E].
+
+    causal   query i, at place start + i, sees keys up to that place      start   [B] or a number
+    length   [B] keys that are there, the first ones; None: all           a query that sees nothing: 0 and -inf
+    """
+    if transformed(q, k, v):
+        raise NotImplementedError(
+            "block attention under torch.func, or a forward-mode derivative of it: ask for gradients"
+        )
+    batch, width = len(q), max(q.shape[-1], v.shape[-1])
+    start = torch.as_tensor(start, device=q.device).long().expand(batch)
+    length = start.new_full((batch,), k.shape[2]) if length is None else length.long().expand(batch)
+    wide = [F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v)]
+    out, lse = gathered(*wide, blocks.index, blocks.tile, blocks.tiles, start, length, blocks.block_q, blocks.block_k,
+                        causal, scale)  # fmt: skip
+    return out[..., : v.shape[-1]], lse
+
+
+class Layout:
+    """The tensors of a call, cut into blocks, as the kernel and its gradient read them."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, blocks: Blocks, start: Tensor, length: Tensor, causal: bool
+    ) -> None:
+        self.blocks, self.shape, self.keys = blocks, q.shape, k.shape
+        self.rows, self.columns = blocks.index.shape[2], -(-k.shape[2] // blocks.block_k)
+        plan = Plan(len(q), q.shape[1], k.shape[1], self.columns, start, length, causal)
+        self.works = schedule(blocks, plan)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[B·H·I, block_q, D] of [B, H, N, D]."""
+        room = self.rows * self.blocks.block_q
+        return F.pad(x, (0, 0, 0, room - x.shape[2])).reshape(-1, self.blocks.block_q, x.shape[-1])
+
+    def stored(self, x: Tensor) -> Tensor:
+        """[B·G·J, block_k·D] of [B, G, M, D]."""
+        room = self.columns * self.blocks.block_k
+        return F.pad(x, (0, 0, 0, room - x.shape[2])).reshape(-1, self.blocks.block_k * x.shape[-1])
+
+    def text(self, x: Tensor) -> Tensor:
+        """[B, H, N, ...] of [B·H·I, block_q, ...]."""
+        whole = x.view(*self.shape[:2], -1, *x.shape[2:])
+        return whole[:, :, : self.shape[2]]
+
+    def pieces(self, width: int) -> list[tuple[Work, Tensor | None]]:
+        """Pieces of the work, each with its mask, whose queries that see nothing are given all."""
+        found = []
+        for work in self.works:
+            numbers = work.blocks.shape[1] * self.blocks.block_k * width
+            blind = None if work.mask is None else ~work.mask.any(-1)
+            found += [(piece, blind) for piece in pieces(work, numbers, GATHERED)]
+        return found
+
+
+def gather(x: Tensor, work: Work, width: int) -> Tensor:
+    """[1, n, r·block_k, D] of stored x."""
+    return x.index_select(0, work.blocks.reshape(-1)).view(1, len(work.rows), -1, width)
+
+
+def bias_of(work: Work, like: Tensor) -> Tensor | None:
+    """[1, n, block_q, r·block_k] 0 or -inf, one mask for all rows."""
+    if work.mask is None:
+        return None
+    zero = torch.zeros(work.mask.shape, dtype=like.dtype, device=like.device)
+    return zero.masked_fill(~work.mask, -torch.inf).expand(1, len(work.rows), -1, -1)
+
+
+@torch.library.custom_op("regard::gathered", mutates_args=())
+@as_written
+def gathered(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, tile: Tensor | None, tiles: Tensor | None, start: Tensor,
+    length: Tensor, block_q: int, block_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Block attention of tensors of one width."""
+    lay = Layout(q, k, Blocks(index, block_q, block_k, tile, tiles), start, length, causal)
+    width, qs, ks, vs = q.shape[-1], lay.queries(q), lay.stored(k), lay.stored(v)
+    out, lse = torch.zeros_like(qs), at_least_float32(qs).new_full(qs.shape[:2], -torch.inf)
+    for work, blind in lay.pieces(width):
+        o, l = attend(
+            qs[work.rows][None], gather(ks, work, width), gather(vs, work, width), bias_of(work, q), scale
+        )
+        out[work.rows], lse[work.rows] = o[0], l[0] if blind is None else l[0].masked_fill(blind, -torch.inf)
+    return lay.text(out).clone(), lay.text(lse).clone()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) of dense attention [1, n, rows, D], a query that sees nothing giving 0."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias, scale=scale
+        )
+    s = at_least_float32(q @ k.mT) * scale
+    s = s if bias is None else s + bias
+    lse = s.logsumexp(-1)
+    weights = (s - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+    return weights.to(v.dtype) @ v, lse
+
+
+@gathered.register_fake
+def _(q, k, v, index, tile, tiles, start, length, block_q, block_k, causal, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), at_least_float32(q).new_empty(
+        q.shape[:3]
+    )
+
+
+@torch.library.custom_op("regard::gathered_back", mutates_args=())
+@as_written
+def gathered_back(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, tile: Tensor | None, tiles: Tensor | None, start: Tensor,
+    length: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, block_q: int, block_k: int, causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v."""
+    lay = Layout(q, k, Blocks(index, block_q, block_k, tile, tiles), start, length, causal)
+    width, qs, ks, vs = q.shape[-1], lay.queries(q), lay.stored(k), lay.stored(v)
+    outs, douts = lay.queries(out), lay.queries(dout)
+    sums, dsums = (lay.queries(t.unsqueeze(-1)).squeeze(-1) for t in (lse, dlse))
+    dq = at_least_float32(torch.zeros_like(qs))
+    dk, dv = (at_least_float32(torch.zeros_like(t)) for t in (ks, vs))
+    for work, blind in lay.pieces(width):
+        rows, at = work.rows, work.blocks.reshape(-1)
+        parts = (t[rows][None] for t in (qs, outs, douts, sums, dsums))
+        one = attend_back(*parts, gather(ks, work, width), gather(vs, work, width), work.mask, blind, scale)
+        dq[rows] = one[0].to(dq.dtype)
+        dk.index_add_(0, at, one[1].reshape(len(at), -1).to(dk.dtype))
+        dv.index_add_(0, at, one[2].reshape(len(at), -1).to(dv.dtype))
+    b, g, m, _ = k.shape
+    back = (t.view(b, g, -1, width)[:, :, :m].to(k.dtype) for t in (dk, dv))
+    return lay.text(dq).to(q.dtype), *(t.clone() for t in back)
+
+
+def attend_back(
+    q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    blind: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v [1, n, ...]: with p = e^{s - lse}, ds = p (dout·v - dout·out + dlse)."""
+    q, k, v, dout, out = (at_least_float32(t) for t in (q, k, v, dout, out))
+    s = (q @ k.mT) * scale
+    if mask is not None:
+        s = s.masked_fill(~mask, -torch.inf)
+    p = (s - lse.nan_to_num(neginf=0.0)[..., None]).exp()  # a blind row is e^{-inf} = 0
+    inner = dlse - (dout * out).sum(-1)
+    ds = p * (dout @ v.mT + inner[..., None]) * scale
+    return ds @ k, ds.mT @ q, p.mT @ dout
+
+
+@gathered_back.register_fake
+def _(q, k, v, index, tile, tiles, start, length, out, lse, dout, dlse, block_q, block_k, causal, scale):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.block_q, ctx.block_k, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def backward(ctx, dout, dlse):
+    """Gradients of the arguments of `gathered`, in their order."""
+    grads = gathered_back(*ctx.saved_tensors, dout, dlse, ctx.block_q, ctx.block_k, ctx.causal, ctx.scale)
+    return *grads, *(None,) * 9
+
+
+gathered.register_autograd(backward, setup_context=setup_context)

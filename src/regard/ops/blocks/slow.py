@@ -1,0 +1,63 @@
+"""For references of pages that choose blocks: each text by itself, in float64, dense, sharing nothing with the fast path."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.core import Unsupported
+from regard.core.call import Call
+from regard.ops.pattern import carried
+from regard.ops.recurrence import exact, heads_of
+
+# one text: q [H, N, D], k [H, M, D], the place of query 0, settings -> [H, N, M] bool, what is read
+Sees = Callable[[Tensor, Tensor, int, Any], Tensor]
+# the same with v [H, M, E], and what is there to see -> out [H, N, E]
+One = Callable[[Tensor, Tensor, Tensor, int, Any], Tensor]
+
+
+def by_text(one: One, q: Tensor, k: Tensor, v: Tensor, cfg: Any, call: Call) -> tuple[Tensor, Any]:
+    """(out, state): `one` asked for each row of the batch, of its real tokens alone; what is hidden gives zeros."""
+    if call.key_mask is not None and call.key_mask.shape[1] != 1:
+        raise Unsupported("keys hidden by head: all heads choose blocks of one text")
+    k, v, state = carried(k, v, call)
+    q_h, k_h, v_h = exact(q, heads_of(k, q.shape[1]), heads_of(v, q.shape[1]))
+    n, m = q.shape[2], k.shape[2]
+    rows = []
+    for b in range(len(q)):
+        real = (
+            torch.ones(m, dtype=torch.bool)
+            if call.key_mask is None
+            else call.key_mask[b % len(call.key_mask), 0]
+        )
+        there = real[m - n :] if call.pattern == "causal_self" else torch.ones(n, dtype=torch.bool)
+        out = torch.zeros(*q_h.shape[1:3], v_h.shape[3], dtype=v_h.dtype)
+        if bool(real.any()) and bool(there.any()):
+            start = int(real[: m - n].sum()) if call.pattern == "causal_self" else 0
+            found = one(q_h[b][:, there], k_h[b][:, real], v_h[b][:, real], start, cfg)
+            out = out.index_copy(1, there.nonzero()[:, 0], found)
+        rows.append(out)
+    return torch.stack(rows).to(v.dtype), state
+
+
+def slow_attention(sees: Sees, q: Tensor, k: Tensor, v: Tensor, cfg: Any, call: Call) -> tuple[Tensor, Any]:
+    """(out, state): softmax over the keys that `sees` names; causality, and what the settings leave dense, beside it."""
+
+    def one(q: Tensor, k: Tensor, v: Tensor, start: int, cfg: Any) -> Tensor:
+        n, m = q.shape[1], k.shape[1]
+        seen = sees(q.detach(), k.detach(), start, cfg)
+        place = torch.arange(n) + start
+        if m <= cfg.dense_below:
+            seen = torch.ones_like(seen)
+        if cfg.dense_last:
+            block = place // cfg.block_q
+            seen = seen | ((block + 1) * cfg.block_q > start + n - cfg.dense_last)[:, None]
+        if call.pattern == "causal_self":
+            seen = seen & (torch.arange(m) <= place[:, None])
+        s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+        top = s.amax(-1, keepdim=True).detach().nan_to_num(neginf=0.0)
+        e = (s - top).exp()
+        return e @ v / e.sum(-1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)
+
+    return by_text(one, q, k, v, cfg, call)
