@@ -13,6 +13,7 @@ from regard.attaching.masking import AttachedMask
 from regard.attaching.observers import Observers
 from regard.attaching.policy import CachePolicy
 from regard.attaching.replacement import MechanismOnKeys, MechanismReplacement, Replacement, acts_on_keys
+from regard.attaching.sparse import SparsePrefill, is_sparse
 from regard.core import Edit, Method, Observer, Unsupported, show
 from regard.core.mask import Mask
 from regard.kinds.mask import build_mask
@@ -75,6 +76,8 @@ def replacement(
 ) -> Replacement:
     """The mechanism, which acts on the keys of the ledger where anything is attached beside it."""
     item = Converted(items[0]) if isinstance(items[0], Method) else items[0]
+    if len(items) == 1 and isinstance(item, Converted) and is_sparse(item.method):
+        return SparsePrefill(item)
     if not beside:
         return item if isinstance(item, Replacement) else MechanismReplacement(item)
     name = item.name if isinstance(item, Replacement) else item.method.name

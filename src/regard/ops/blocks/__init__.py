@@ -3,6 +3,7 @@
 from regard.ops.blocks.attention import block_attention
 from regard.ops.blocks.choose import causal_softmax, diagonal, top_blocks, top_mass
 from regard.ops.blocks.layout import Blocks
+from regard.ops.blocks.measure import captured_mass, full_lse, kept_share
 from regard.ops.blocks.placed import Placed, placed
 from regard.ops.blocks.pool import block_max, block_mean, block_min, block_sizes, block_sum, in_blocks
 from regard.ops.blocks.run import clocked, part, run_blocks
@@ -20,10 +21,13 @@ __all__ = [
     "block_sizes",
     "block_sum",
     "by_text",
+    "captured_mass",
     "causal_softmax",
     "clocked",
     "diagonal",
+    "full_lse",
     "in_blocks",
+    "kept_share",
     "part",
     "placed",
     "run_blocks",

@@ -1,0 +1,122 @@
+"""Sparse prefill: a mechanism that chooses blocks of keys, on a model's prompts; decoding stays the model's, or a policy's.
+
+It acts on calls of more than one token, in full-attention layers from `dense_layers` on. Layers with a window of their
+own keep it, and their attention: they are sparse already. What it left alone, and why, stands in `selection()`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regard.attaching.actors import AttentionCall
+from regard.attaching.converted import Converted
+from regard.attaching.replacement import MechanismOnKeys, refuse
+from regard.core import Method, Unsupported
+from regard.kinds.mechanism import run
+from regard.ops import View
+from regard.ops.blocks import Blocks, BlockSettings, captured_mass, kept_share
+from regard.ops.softmax import at_least_float32
+
+LEFT = {"mask": "its own window", "layer": "a dense layer by `dense_layers`"}
+
+
+def is_sparse(method: Method) -> bool:
+    """Whether it is a mechanism that chooses blocks of keys."""
+    return method.page.kind == "mechanism" and isinstance(method.config, BlockSettings)
+
+
+class SparsePrefill(MechanismOnKeys):
+    """A mechanism that chooses blocks, on prompts."""
+
+    needs_cache = False
+
+    def __init__(self, converted: Converted) -> None:
+        super().__init__(converted, prefill=True)
+        self.weighs = False  # whether the share of attention mass that it captures is measured too
+        self.found: dict[int, dict[str, Any]] = {}
+
+    def check(self, model: PreTrainedModel) -> None:
+        super().check(model)
+        self.needs_input = self.method.page.reads_x(self.method.config)
+
+    def reason(self, call: AttentionCall) -> str | None:
+        """Why it leaves this call to the model; None: it acts."""
+        if call.site.layer < self.method.config.dense_layers:
+            return LEFT["layer"]
+        if call.options.get("sliding_window") is not None or (call.rule is not None and not call.rule.model_causal):
+            return LEFT["mask"]
+        return None
+
+    def acts_on(self, call: AttentionCall) -> bool:
+        if call.fed == 1:
+            return False
+        reason = self.reason(call)
+        if reason is not None:
+            self.found[call.site.layer] = {"layer": call.site.layer, "site": call.name, "dense": reason}
+        return reason is None
+
+    def check_call(self, call: AttentionCall) -> None:
+        if call.fed == 1 or self.reason(call) is not None:
+            return
+        sinks = call.options.get("s_aux")
+        refuse(self.name, call if sinks is None else without(call, "s_aux"))
+        if call.layer is not None and len(call.layer.groups) > 1:
+            raise Unsupported(f"{self.name} at {call.where}: a cache whose heads hold different lengths")
+
+    def attend(self, call: AttentionCall, view: View) -> Tensor | None:
+        if view.bias is not None or view.count is not None:
+            raise Unsupported(f"{self.name} at {call.where}: merged slots, whose weights would be left out")
+        if call.rule is not None and call.rule.narrowings:
+            raise Unsupported(f"{self.name} at {call.where}: an attached mask beside blocks that the data chooses")
+        self.acted += 1
+        q, mask = call.scaled(), token_mask(self.name, call, view)
+        x = call.x if self.method.page.reads_x(self.method.config) else None
+        out, _, aux = run(self.method, q, view.k, view.v, mask=mask, params=self.params_of(call), x=x)
+        sinks = call.options.get("s_aux")
+        if sinks is not None:
+            out = with_sinks(self.name, call, out, aux, sinks)
+        self.note(call, q, view.k, mask, aux)
+        return out
+
+    def note(self, call: AttentionCall, q: Tensor, k: Tensor, mask: Tensor | None, aux: Mapping[str, Any]) -> None:
+        """Write down, by head, the share of the keys that was read, and of the attention mass if that is asked for."""
+        row: dict[str, Any] = {"layer": call.site.layer, "site": call.name}
+        blocks = aux.get("blocks")
+        if isinstance(blocks, Blocks):
+            row["kept"] = kept_share(blocks, q.shape[2], k.shape[2], mask).expand(-1, q.shape[1]).mean(0).tolist()
+        if self.weighs and "lse" in aux:
+            row["mass"] = captured_mass(q, k, aux["lse"], mask).mean(0).tolist()
+        self.found[call.site.layer] = row
+
+
+def without(call: AttentionCall, name: str) -> AttentionCall:
+    return replace(call, options={**call.options, name: None})
+
+
+def token_mask(name: str, call: AttentionCall, view: View) -> Tensor | None:
+    """[B, 1, 1, n] bool: stored tokens that are there, in the order of the text, this call's last; None: all are."""
+    if view.k.shape[2] < view.new:
+        raise Unsupported(f"{name} at {call.where}: {view.new} queries on {view.k.shape[2]} keys")
+    index = view.index
+    real = view.real
+    there = index >= 0 if real is None else real & (index >= 0)
+    place = torch.where(there, index, -1).cummax(-1).values
+    if not bool(((place == index) | ~there).all()):
+        raise Unsupported(f"{name} at {call.where}: stored keys that are not in the order of their tokens")
+    if bool(there.all()):
+        return None
+    if there.shape[1] > 1 and not bool((there == there[:, :1]).all()):
+        raise Unsupported(f"{name} at {call.where}: a cache whose heads hold different tokens of a padded batch")
+    return there[:, :1, None]
+
+
+def with_sinks(name: str, call: AttentionCall, out: Tensor, aux: Mapping[str, Any], sinks: Tensor) -> Tensor:
+    """The output when the model's learned sinks join the sum: e^lse of e^lse + e^sink is left."""
+    if "lse" not in aux:
+        raise Unsupported(f"{name} at {call.where}: this model's attention has attention sinks, which would be left out")
+    share = (aux["lse"] - at_least_float32(sinks).view(1, -1, 1)).sigmoid()
+    return (out * share[..., None].to(out.dtype)).nan_to_num(0.0)
