@@ -1,6 +1,8 @@
 """A mask beside the model's own: a query sees what both show, at the true indices of the tokens, evicted or not."""
 
 from dataclasses import replace
+from functools import reduce
+from operator import and_
 
 import torch
 from torch import Tensor
@@ -8,13 +10,15 @@ from transformers import PreTrainedModel
 
 from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
 from regard.attaching.lazy_mask import LazyMask, Narrowing
+from regard.attaching.step import Step
 from regard.attaching.views import is_causal
 from regard.core import Method, NeverFired, Unsupported, require
 from regard.core.errors import present
-from regard.core.mask import Coordinates, Mask
+from regard.core.mask import Coordinates, Mask, causal
 from regard.core.roles import Roles
 from regard.kinds.mask import refuse_ahead
-from regard.ops import at_index, per_query_head
+from regard.ops import View, at_index, per_query_head, softmax_attention
+from regard.ops.blocks import SHORT, Blocks, block_attention, blocks_of
 
 
 class AttachedMask(Actor):
@@ -26,6 +30,8 @@ class AttachedMask(Actor):
         self.mask, self.method = mask, method
         self.name = repr(mask) if method is None else method.label
         self.acted = 0
+        # (queries, keys) of this step -> the blocks that are read, None where that is most of them
+        self.lists: dict[tuple[int, int], Blocks | None] = {}
 
     def check(self, model: PreTrainedModel) -> None:
         refuse_encoder_decoder(f"the mask {self.name}", model)
@@ -55,6 +61,36 @@ class AttachedMask(Actor):
 
     def acts_on(self, call: AttentionCall) -> bool:
         return True
+
+    def begin(self, step: Step) -> None:
+        self.lists = {}
+
+    def attend(self, call: AttentionCall, view: View) -> Tensor | None:
+        """Over the blocks that all attached masks and causality leave, where that says the whole of what is seen."""
+        masks = [actor for actor in call.acting if isinstance(actor, AttachedMask)]
+        if masks[0] is not self or not says_all(call, view):
+            return None
+        size = call.q.shape[2], view.k.shape[2]
+        if size not in self.lists:
+            self.lists[size] = self.blocks(call, [m.mask for m in masks], *size)
+        blocks = self.lists[size]
+        if blocks is None:
+            return None
+        if size[0] == size[1] and blocks.same(blocks_of(causal(), *size, device=call.q.device)):
+            # nothing is hidden beside what causality hides
+            return softmax_attention(call.q, view.k, view.v, scale=view.scale, causal=True, sinks=view.sinks)
+        out, lse = block_attention(call.q, view.k, view.v, blocks, scale=view.scale)
+        if view.sinks is None:
+            return out
+        share = (lse - view.sinks.to(lse.dtype).view(1, -1, 1)).sigmoid()
+        return out * share[..., None].to(out.dtype)
+
+    def blocks(self, call: AttentionCall, masks: list[Mask], n: int, m: int) -> Blocks | None:
+        if m < SHORT:
+            return None
+        whole = reduce(and_, masks, causal())
+        roles = Roles(**{name: call.labels[name][:, :m] for name in whole.needs}) if whole.needs else None
+        return blocks_of(whole, n, m, roles=roles, device=call.q.device, heads=call.q.shape[1])
 
     def narrow(self, call: AttentionCall) -> AttentionCall:
         self.acted += 1
@@ -87,6 +123,14 @@ class AttachedMask(Actor):
             return seen & self.mask(Coordinates(b, h, q, key.clamp(min=0), (known, known)))
 
         return narrow
+
+
+def says_all(call: AttentionCall, view: View) -> bool:
+    """Whether causality and the attached masks say all that these queries see: no padding, window, eviction or bias."""
+    plain = view is call.view and call.heads is None and call.order is None and call.rule is not None
+    plain = plain and call.rule.model_causal and not call.own_mask  # type: ignore[union-attr]
+    stored = call.group is None or (call.group.index is None and call.group.start == 0)
+    return plain and stored and view.bias is None and view.softcap is None and view.k.shape[2] == view.seen
 
 
 def in_order(label: Tensor, order: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ class SparsePrefill(MechanismOnKeys):
         """Why it leaves this call to the model; None: it acts."""
         if call.site.layer < self.method.config.dense_layers:
             return LEFT["layer"]
-        if call.options.get("sliding_window") is not None or (call.rule is not None and not call.rule.model_causal):
+        if call.options.get("sliding_window") is not None or (
+            call.rule is not None and not call.rule.model_causal
+        ):
             return LEFT["mask"]
         return None
 
@@ -71,7 +73,9 @@ class SparsePrefill(MechanismOnKeys):
         if view.bias is not None or view.count is not None:
             raise Unsupported(f"{self.name} at {call.where}: merged slots, whose weights would be left out")
         if call.rule is not None and call.rule.narrowings:
-            raise Unsupported(f"{self.name} at {call.where}: an attached mask beside blocks that the data chooses")
+            raise Unsupported(
+                f"{self.name} at {call.where}: an attached mask beside blocks that the data chooses"
+            )
         self.acted += 1
         q, mask = call.scaled(), token_mask(self.name, call, view)
         x = call.x if self.method.page.reads_x(self.method.config) else None
@@ -82,12 +86,16 @@ class SparsePrefill(MechanismOnKeys):
         self.note(call, q, view.k, mask, aux)
         return out
 
-    def note(self, call: AttentionCall, q: Tensor, k: Tensor, mask: Tensor | None, aux: Mapping[str, Any]) -> None:
+    def note(
+        self, call: AttentionCall, q: Tensor, k: Tensor, mask: Tensor | None, aux: Mapping[str, Any]
+    ) -> None:
         """Write down, by head, the share of the keys that was read, and of the attention mass if that is asked for."""
         row: dict[str, Any] = {"layer": call.site.layer, "site": call.name}
         blocks = aux.get("blocks")
         if isinstance(blocks, Blocks):
-            row["kept"] = kept_share(blocks, q.shape[2], k.shape[2], mask).expand(-1, q.shape[1]).mean(0).tolist()
+            row["kept"] = (
+                kept_share(blocks, q.shape[2], k.shape[2], mask).expand(-1, q.shape[1]).mean(0).tolist()
+            )
         if self.weighs and "lse" in aux:
             row["mass"] = captured_mass(q, k, aux["lse"], mask).mean(0).tolist()
         self.found[call.site.layer] = row
@@ -110,13 +118,17 @@ def token_mask(name: str, call: AttentionCall, view: View) -> Tensor | None:
     if bool(there.all()):
         return None
     if there.shape[1] > 1 and not bool((there == there[:, :1]).all()):
-        raise Unsupported(f"{name} at {call.where}: a cache whose heads hold different tokens of a padded batch")
+        raise Unsupported(
+            f"{name} at {call.where}: a cache whose heads hold different tokens of a padded batch"
+        )
     return there[:, :1, None]
 
 
 def with_sinks(name: str, call: AttentionCall, out: Tensor, aux: Mapping[str, Any], sinks: Tensor) -> Tensor:
     """The output when the model's learned sinks join the sum: e^lse of e^lse + e^sink is left."""
     if "lse" not in aux:
-        raise Unsupported(f"{name} at {call.where}: this model's attention has attention sinks, which would be left out")
+        raise Unsupported(
+            f"{name} at {call.where}: this model's attention has attention sinks, which would be left out"
+        )
     share = (aux["lse"] - at_least_float32(sinks).view(1, -1, 1)).sigmoid()
     return (out * share[..., None].to(out.dtype)).nan_to_num(0.0)

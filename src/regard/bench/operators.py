@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from regard import catalog
 from regard.attaching.attachment import attach
 from regard.attaching.ledger import LedgerLayer
-from regard.bench import mechanisms
+from regard.bench import mechanisms, sparse
 from regard.bench.timing import paired, row, seconds
 from regard.core import unknown
 from regard.core.deprecation import renamed
@@ -68,12 +68,14 @@ QUICK = Shape(context=4_096, layers=4, prompt=512)
 
 @renamed(told="progress")
 def bench(name: str, quick: bool = False, progress: Callable[[str], None] | None = None) -> list[dict]:
-    """Rows of one benchmark: "decode", "attach" or "mechanisms"."""
+    """Rows of one benchmark: "decode", "attach", "mechanisms" or "sparse"."""
     known = {"decode": decode, "attach": attached}
     if name == "mechanisms":
         return mechanisms.rows(quick, progress or (lambda text: None))
+    if name == "sparse":
+        return sparse.rows(quick, progress or (lambda text: None))
     if name not in known:
-        raise unknown("benchmark", name, [*known, "mechanisms", "efficiency"])
+        raise unknown("benchmark", name, [*known, "mechanisms", "sparse", "efficiency"])
     with torch.inference_mode():
         return known[name](QUICK if quick else Shape(), progress or (lambda text: None))
 

@@ -123,7 +123,7 @@ def claims(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="decode, attach, mechanisms or efficiency")],
+    name: Annotated[str, typer.Argument(help="decode, attach, mechanisms, sparse or efficiency")],
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes, for a look.")] = False,
     pattern: Annotated[str, typer.Option(help="Of the mechanisms, for efficiency.")] = "causal_self",
     names: Annotated[str | None, typer.Option("--methods", help="Which mechanisms, for efficiency.")] = None,

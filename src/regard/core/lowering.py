@@ -19,29 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from regard.core.coordinates import Coordinates, Sides, Tiles
 from regard.core.deprecation import moved
-from regard.core.errors import present, require
+from regard.core.errors import require
 from regard.core.roles import Roles
-
-Sides = tuple[Roles | None, Roles | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Coordinates:
-    """Where a predicate is asked: row, head, true query and key index, integer tensors that broadcast."""
-
-    b: Tensor
-    h: Tensor
-    q: Tensor
-    k: Tensor
-    sides: Sides = (None, None)
-
-    def q_role(self, name: str) -> Tensor:
-        """The query's label. A cross mask is given one Roles for the queries and one for the keys."""
-        return present(self.sides[0], "roles label the queries").label(name, self.b, self.q)
-
-    def k_role(self, name: str) -> Tensor:
-        return present(self.sides[1], "roles label the keys").label(name, self.b, self.k)
+from regard.core.tiling import Question, Tiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +68,10 @@ class Lowering(ABC):
     @abstractmethod
     def __call__(self, at: Coordinates) -> Tensor:
         """Booleans: whether the query may attend to the key."""
+
+    def cover(self, at: Tiles) -> tuple[Tensor, Tensor] | None:
+        """(some, all): whether any pair of a tile may be seen, whether every pair surely is; None: nobody knows."""
+        return None
 
     def dense(
         self, n: int, m: int | None = None, *, batch: int | None = None, heads: int | None = None,
@@ -150,16 +136,20 @@ class Lowering(ABC):
                 [2, 1]], dtype=torch.int8)
         """
         require(block >= 1, "block >= 1", block=block)
-        kinds, m = [], n if m is None else m
-        for seen in self._strips(n, m, block, roles, offset):
-            b, h, rows, _ = seen.shape
-            padded = torch.nn.functional.pad(seen, (0, -m % block)).view(b, h, rows, -1, block)
-            count = padded.sum((2, 4))  # [B, H, J]
-            starts = torch.arange(0, m, block, device=seen.device)
-            size = rows * (m - starts).clamp(max=block)
-            kinds.append((count > 0).to(torch.int8) + (count == size).to(torch.int8))
-        require(kinds, "n >= 1", n=n)
-        return Blocks(torch.stack(kinds, dim=2), n, m, block)
+        require(n >= 1, "n >= 1", n=n)
+        m = n if m is None else m
+        asked = Question(self, n, m, block, block, self._start(n, m, offset, roles), self._sides(roles))
+        return Blocks(asked.kinds(), n, m, block)
+
+    def tiled(
+        self, n: int, m: int, block_q: int, block_k: int, *, roles: Roles | Sides | None = None,
+        offset: int | None = None, most: float = 1.0, device: Any = None,
+    ) -> Tiled | None:  # fmt: skip
+        """The tiles that are read and the masks inside the partial ones; None where more than `most` of all are read."""
+        asked = Question(
+            self, n, m, block_q, block_k, self._start(n, m, offset, roles), self._sides(roles), device
+        )
+        return asked.tiled(most)
 
     def blind(
         self, n: int, m: int | None = None, *, roles: Roles | Sides | None = None, offset: int | None = None

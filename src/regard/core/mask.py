@@ -30,12 +30,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.core.coordinates import Coordinates, Sides, Tiles
 from regard.core.deprecation import moved
 from regard.core.errors import require
-from regard.core.lowering import Blocks, Coordinates, Lowering, Sides
+from regard.core.lowering import Blocks, Lowering
 from regard.core.roles import Roles
 
-__all__ = ["Blocks", "Coordinates", "Mask", "Roles", "Sides", "causal", "first", "predicate", "window"]
+__all__ = [
+    "Blocks",
+    "Coordinates",
+    "Mask",
+    "Roles",
+    "Sides",
+    "Tiles",
+    "causal",
+    "first",
+    "predicate",
+    "window",
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,24 @@ class Mask(Lowering):
     needs: tuple[str, ...] = ()
     heads: int | None = None
     parts: tuple["Mask", ...] = ()
+
+    def cover(self, at: Tiles) -> tuple[Tensor, Tensor] | None:
+        """(some, all) of tiles; None: no rule of tiles says it."""
+        if not self.parts:
+            tiles = getattr(self.rule, "tiles", None)
+            return None if tiles is None else tiles(at, **dict(self.settings))
+        parts = [part.cover(at) for part in self.parts]
+        known = [part for part in parts if part is not None]
+        if self.name == "~":
+            return (~known[0][1], ~known[0][0]) if known else None
+        if not known:
+            return None
+        some, every = (self.rule(*sides) for sides in zip(*known, strict=True))
+        # a part that nobody knows leaves open what the others do not settle
+        unknown = len(known) < len(parts)
+        return (some | (self.name == "|")) if unknown else some, (
+            every & (self.name == "|")
+        ) if unknown else every
 
     def __call__(self, at: Coordinates) -> Tensor:
         if self.parts:
@@ -87,11 +117,14 @@ class Mask(Lowering):
         return f"{self.name}({', '.join(arguments)})"
 
 
-def predicate(*needs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Mask]]:
+def predicate(
+    *needs: str, tiles: Callable[..., tuple[Tensor, Tensor]] | None = None
+) -> Callable[[Callable[..., Tensor]], Callable[..., Mask]]:
     """Turn `rule(at: Coordinates, **settings) -> Tensor` into a maker of masks; `needs` names the roles that it reads.
 
     The rule uses elementwise tensor operations only, so that one text serves matrices, single steps and FlexAttention.
-    A rule with a setting called `heads` gives each query head its own mask, and holds for that number of heads.
+    A rule with a setting called `heads` gives each query head its own mask, and holds for that number of heads. `tiles`
+    says for whole tiles what it can (core/tiling.py), so that a long mask is cut into blocks without asking all pairs.
 
     >>> @predicate("document")
     ... def same_document(at):
@@ -114,25 +147,39 @@ def predicate(*needs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ma
         mask.__name__, mask.__qualname__, mask.__doc__ = rule.__name__, rule.__qualname__, rule.__doc__
         mask.__module__ = rule.__module__
         rule.maker = mask  # type: ignore[attr-defined]
+        rule.tiles = tiles  # type: ignore[attr-defined]
         return mask
 
     return make
 
 
-@predicate()
+def _causal_tiles(at: Tiles) -> tuple[Tensor, Tensor]:
+    return at.k0 <= at.q1, at.k1 <= at.q0
+
+
+@predicate(tiles=_causal_tiles)
 def causal(at: Coordinates) -> Tensor:
     """Itself and everything before."""
     return at.k <= at.q
 
 
-@predicate()
+def _window_tiles(at: Tiles, window: int, ahead: int) -> tuple[Tensor, Tensor]:
+    least, most = at.q0 - at.k1, at.q1 - at.k0
+    return (most >= -ahead) & (least < window - ahead), (least >= -ahead) & (most < window - ahead)
+
+
+@predicate(tiles=_window_tiles)
 def window(at: Coordinates, window: int, ahead: int = 0) -> Tensor:
     """`window` keys, the token itself included, `ahead` of them after it."""
     age = at.q - at.k
     return (-ahead <= age) & (age < window - ahead)
 
 
-@predicate()
+def _first_tiles(at: Tiles, n: int) -> tuple[Tensor, Tensor]:
+    return at.k0 < n, at.k1 < n
+
+
+@predicate(tiles=_first_tiles)
 def first(at: Coordinates, n: int) -> Tensor:
     """The first n keys of the text."""
     return at.k < n

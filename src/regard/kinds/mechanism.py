@@ -10,10 +10,12 @@ from torch import Tensor
 
 from regard.core import Kind, Method, Page, Unsupported, near, require
 from regard.core.call import Call, check_finite, check_mask, check_pattern, check_shapes, split_mask
+from regard.core.mask import Mask, causal
 from regard.core.trees import tree_leaves
-from regard.ops.blocks import run_blocks
+from regard.ops.blocks import SHORT, Blocks, blocks_of, run_blocks
 from regard.ops.linear import run_form
 from regard.ops.precision import as_written
+from regard.ops.transforms import asks_values
 
 TRANSFERS = ("weights", "output")
 IMPLS = ("auto", "reference", "fast", "torch", "triton")
@@ -45,8 +47,10 @@ class Mechanism(Page):
     order_aware     whether it knows the order of tokens by itself (a decay, a filter), so layers add no positions
     roles           roles that it reads
     speed_settings  settings that change the speed, never the result
-    together        together(cfg) -> how many queries, from multiples of it on, choose their keys together; None: each by
-                    itself. No output depends on tokens after the last of those that chose with it
+    block_masks     whether `fast` reads a mask as call.blocks: a bool, or a function of cfg. A Mask that leaves most blocks
+                    empty is then never made a matrix
+    together        together(cfg) -> how many queries, from multiples of it on, choose their keys together; None: each
+                    by itself. No output depends on tokens after the last of those that chose with it
     neutral_base    what the card's neutral settings give: neutral_base(q, k, v, call) -> out; None: softmax attention
     state_size      state_size(cfg, dims, n) -> numbers held for one row of the batch after n tokens
     transfer        what a conversion matches of softmax attention: "output", or its "weights" where they sum to one
@@ -65,6 +69,7 @@ class Mechanism(Page):
     order_aware: bool = False
     roles: tuple[str, ...] = ()
     speed_settings: tuple[str, ...] = ()
+    block_masks: bool | Callable[[Any], bool] = False
     together: Callable[[Any], int] | None = None
     neutral_base: Callable | None = None
     state_size: Callable | None = None
@@ -106,7 +111,10 @@ def run(
 ) -> tuple[Tensor, Any, dict[str, Any]]:
     """(out, state, aux) of a mechanism, asked once and in full: see make_call for what may be asked."""
     path = implementation(method.page, impl)
-    call = make_call(method, q, k, v, backend=impl if impl in ("torch", "triton") else "auto", **options)
+    page, cfg = method.page, method.config
+    lists = page.block_masks(cfg) if callable(page.block_masks) else page.block_masks
+    backend = impl if impl in ("torch", "triton") else "auto"
+    call = make_call(method, q, k, v, backend=backend, lists=lists and path is page.fast, **options)
     if k.shape[0] == 0 or k.shape[2] == 0 or (call.cross and q.shape[2] == 0):
         # no row, no query or no key, no output but zeros: a row that sees nothing; the sums are what they were
         return v.new_zeros(*q.shape[:3], v.shape[3]), call.initial_state, {}
@@ -127,11 +135,11 @@ def implementation(page: Mechanism, impl: str) -> Callable:
 def make_call(
     method: Method, q: Tensor, k: Tensor, v: Tensor, *, pattern: str = "causal_self", mask: Any = None,
     initial_state: Any = None, params: Mapping[str, Tensor] | None = None, x: Any = None, roles: Any = None,
-    backend: str = "auto", finite: bool = False,
+    backend: str = "auto", finite: bool = False, lists: bool = False,
 ) -> Call:  # fmt: skip
     """The Call of a mechanism, validated: the one place where what is asked is held to what the page can do.
 
-    `finite` looks for NaN and infinity in q, k and v too, which reads them once.
+    `lists`: a Mask becomes a list of blocks where that leaves enough unread. `finite` looks for NaN and infinity in q, k and v too, which reads them once.
     """
     page, cfg = method.page, method.config
     check_pattern(pattern, page.patterns, page.unsupported, page.card.title)
@@ -141,7 +149,8 @@ def make_call(
     )
     keys = k.shape[2] + stored_tokens(page, cfg, initial_state)
     check_mask(mask, q, keys)
-    key_mask, pair_mask = split_mask(mask, q, keys, roles)
+    blocks = blocks_for(mask, pattern, q, keys, roles) if lists and isinstance(mask, Mask) else None
+    key_mask, pair_mask = (None, None) if blocks is not None else split_mask(mask, q, keys, roles)
     if pair_mask is not None and not page.pair_masks:
         raise Unsupported(PAIRS)
     check_x(page, cfg, x, q, k, pattern)
@@ -150,7 +159,15 @@ def make_call(
     params = dict(params or {})
     if not torch.compiler.is_compiling():
         check_params(page, cfg, params, q, k, v, x)
-    return Call(pattern, key_mask, pair_mask, initial_state, params, x, roles, backend)
+    return Call(pattern, key_mask, pair_mask, blocks, initial_state, params, x, roles, backend)
+
+
+def blocks_for(mask: Mask, pattern: str, q: Tensor, keys: int, roles: Any) -> Blocks | None:
+    """The mask, causality included, as blocks; None where a dense mask serves better, or no values may be asked."""
+    if keys < SHORT or not asks_values():
+        return None
+    mask = causal() & mask if pattern == "causal_self" else mask
+    return blocks_of(mask, q.shape[2], keys, roles=roles, device=q.device, heads=q.shape[1])
 
 
 def stores_keys(page: Mechanism, cfg: Any) -> bool:

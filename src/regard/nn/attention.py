@@ -163,7 +163,8 @@ class Attention(nn.Module):
         inputs = ((x, memory) if cross else x) if self.page.reads_x(self.method.config) else None
         out, inner, _ = run(
             self.method, q, k, v, impl=self.impl, pattern=self.pattern, mask=seen, x=inputs,
-            initial_state=None if state is None else state.inner, roles=roles if self.page.roles else None,
+            initial_state=None if state is None else state.inner,
+            roles=roles if self.page.roles or isinstance(seen, Mask) else None,
             params=self.params.tensors(),
         )  # fmt: skip
         out = out if self.norm is None else self.norm(out).to(x.dtype)
@@ -244,17 +245,19 @@ class Attention(nn.Module):
 
     def with_own_mask(
         self, mask: Mask | None, seen: Tensor | None, q: Tensor, k: Tensor, state: LayerState | None, roles: Any
-    ) -> Tensor | None:  # fmt: skip
-        """What this Mask shows of all keys, and `seen` too."""
+    ) -> Tensor | Mask | None:  # fmt: skip
+        """What this Mask shows of all keys, and `seen` too; the Mask itself where nothing else hides any."""
         if mask is None:
             return seen
         if state is not None and not self.stores:
             raise Unsupported(
                 "a mask of the layer's own after a state of fixed size: what it hides is summed up there"
             )
+        if seen is None:
+            return mask
         keys = k.shape[2] + (0 if state is None else stored(state.inner))
         fixed = mask.dense(q.shape[2], keys, heads=self.heads, roles=roles, device=q.device)
-        return fixed if seen is None else fixed & seen
+        return fixed & seen
 
 
 def stored(inner: Any) -> int:

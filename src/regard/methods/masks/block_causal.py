@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regard.core import Card
 from regard.core.errors import require
-from regard.core.mask import Coordinates, Mask, predicate
+from regard.core.mask import Coordinates, Mask, Tiles, predicate
 from regard.kinds.mask import MaskPage
 
 
@@ -30,7 +30,11 @@ class Config:
         require(self.block >= 1, "block >= 1", block=self.block)
 
 
-@predicate()
+def earlier_tiles(at: Tiles, block: int) -> tuple[Tensor, Tensor]:
+    return at.k0 // block <= at.q1 // block, at.k1 // block <= at.q0 // block
+
+
+@predicate(tiles=earlier_tiles)
 def earlier_block(at: Coordinates, block: int) -> Tensor:
     return at.k // block <= at.q // block
 

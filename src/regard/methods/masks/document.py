@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from regard.core import Card
-from regard.core.mask import Coordinates, Mask, predicate
+from regard.core.mask import Coordinates, Mask, Tiles, predicate
 from regard.kinds.mask import MaskPage
 
 
@@ -27,7 +27,12 @@ class Config:
     """Nothing to set: the role `document` numbers the text that a token belongs to."""
 
 
-@predicate("document")
+def document_tiles(at: Tiles) -> tuple[Tensor, Tensor]:
+    (q0, q1), (k0, k1) = at.q_role("document"), at.k_role("document")
+    return (q0 <= k1) & (k0 <= q1), (q0 == q1) & (q0 == k0) & (q0 == k1)
+
+
+@predicate("document", tiles=document_tiles)
 def same_document(at: Coordinates) -> Tensor:
     return at.q_role("document") == at.k_role("document")
 

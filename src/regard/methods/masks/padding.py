@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from regard.core import Card
-from regard.core.mask import Coordinates, Mask, predicate
+from regard.core.mask import Coordinates, Mask, Tiles, predicate
 from regard.kinds.mask import MaskPage
 
 
@@ -26,7 +26,12 @@ class Config:
     """Nothing to set: the role `padding` is 1 on padding."""
 
 
-@predicate("padding")
+def padding_tiles(at: Tiles) -> tuple[Tensor, Tensor]:
+    least, most = at.k_role("padding")
+    return (least <= 0) & (most >= 0), (least == 0) & (most == 0)
+
+
+@predicate("padding", tiles=padding_tiles)
 def padding(at: Coordinates) -> Tensor:
     return at.k_role("padding") == 0
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from regard.core import Card
+from regard.core.coordinates import Corner, by_block
 from regard.core.errors import require
-from regard.core.mask import Coordinates, Mask, causal, first, predicate
+from regard.core.mask import Coordinates, Mask, Tiles, causal, first, predicate
 from regard.kinds.mask import MaskPage
 
 
@@ -36,15 +37,23 @@ class Config:
         require(self.sinks >= 0, "sinks >= 0", sinks=self.sinks)
 
 
-@predicate()
+def local_tiles(at: Tiles, local: int, block: int) -> tuple[Tensor, Tensor]:
+    return at.q0 // block - at.k1 // block < local, at.q1 // block - at.k0 // block < local
+
+
+@predicate(tiles=local_tiles)
 def local_blocks(at: Coordinates, local: int, block: int) -> Tensor:
     return at.q // block - at.k // block < local
 
 
-@predicate()
-def powers_of_two(at: Coordinates, block: int) -> Tensor:
+def is_power(at: Coordinates | Corner, block: int) -> Tensor:
     d = at.q // block - at.k // block
     return (d & (d - 1)) == 0
+
+
+@predicate(tiles=by_block(is_power, "block"))
+def powers_of_two(at: Coordinates, block: int) -> Tensor:
+    return is_power(at, block)
 
 
 def build(cfg: Config) -> Mask:

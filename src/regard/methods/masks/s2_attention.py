@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from regard.core import Card
+from regard.core.coordinates import Corner, by_block
 from regard.core.errors import require
 from regard.core.mask import Coordinates, Mask, causal, predicate
 from regard.kinds.mask import MaskPage
@@ -45,13 +46,19 @@ class Config:
         require(covered, "kv_heads >= stride, or some blocks are read by no head", config=self)
 
 
-@predicate()
-def shard(
-    at: Coordinates, heads: int, kv_heads: int, stride: int, local: int, block: int, offset: int
+def sharded(
+    at: Coordinates | Corner, heads: int, kv_heads: int, stride: int, local: int, block: int, offset: int
 ) -> Tensor:
     i, j = at.q // block, at.k // block
     mine = (j + at.h // (heads // kv_heads) + offset) % stride == 0
     return (i - j < local) | mine
+
+
+@predicate(tiles=by_block(sharded, "block"))
+def shard(
+    at: Coordinates, heads: int, kv_heads: int, stride: int, local: int, block: int, offset: int
+) -> Tensor:
+    return sharded(at, heads, kv_heads, stride, local, block, offset)
 
 
 def build(cfg: Config) -> Mask:

@@ -3,6 +3,7 @@
 from regard.ops.blocks.attention import block_attention
 from regard.ops.blocks.choose import causal_softmax, diagonal, top_blocks, top_mass
 from regard.ops.blocks.layout import Blocks
+from regard.ops.blocks.masks import SHORT, blocks_of
 from regard.ops.blocks.measure import captured_mass, full_lse, kept_share
 from regard.ops.blocks.placed import Placed, placed
 from regard.ops.blocks.pool import block_max, block_mean, block_min, block_sizes, block_sum, in_blocks
@@ -11,6 +12,7 @@ from regard.ops.blocks.settings import BlockSettings
 from regard.ops.blocks.slow import by_text, slow_attention
 
 __all__ = [
+    "SHORT",
     "BlockSettings",
     "Blocks",
     "Placed",
@@ -20,6 +22,7 @@ __all__ = [
     "block_min",
     "block_sizes",
     "block_sum",
+    "blocks_of",
     "by_text",
     "captured_mass",
     "causal_softmax",

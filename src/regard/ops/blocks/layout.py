@@ -55,6 +55,13 @@ class Blocks:
         """[B|1, H|1, I] how many blocks each block of queries reads."""
         return (self.index >= 0).sum(-1)
 
+    def same(self, other: "Blocks | None") -> bool:
+        """Whether both are one list with the same masks inside."""
+        if other is None or (self.block_q, self.block_k) != (other.block_q, other.block_k):
+            return False
+        pairs = [(self.index, other.index), (self.tile, other.tile), (self.tiles, other.tiles)]
+        return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in pairs)  # type: ignore[arg-type]
+
     def to(self, device: torch.device) -> "Blocks":
         moved = (None if t is None else t.to(device) for t in (self.tile, self.tiles))
         return Blocks(self.index.to(device), self.block_q, self.block_k, *moved)

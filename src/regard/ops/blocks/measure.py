@@ -9,12 +9,16 @@ from regard.ops.blocks.layout import Blocks
 from regard.ops.blocks.placed import placed
 
 
-def kept_share(blocks: Blocks, queries: int, keys: int, mask: Tensor | None = None, causal: bool = True) -> Tensor:
+def kept_share(
+    blocks: Blocks, queries: int, keys: int, mask: Tensor | None = None, causal: bool = True
+) -> Tensor:
     """[B|1, H|1] keys read by all queries over keys that they may see, whole blocks counted alike in both.
 
     `mask` [B, 1, 1, M] says which keys are there; under a causal mask the last query is that of the last key.
     """
-    real = torch.ones(1, keys, dtype=torch.bool, device=blocks.index.device) if mask is None else mask[:, 0, 0]
+    real = (
+        torch.ones(1, keys, dtype=torch.bool, device=blocks.index.device) if mask is None else mask[:, 0, 0]
+    )
     length = real.sum(-1)[:, None, None]
     before = real[:, : keys - queries].sum(-1)[:, None, None] if causal else 0 * length
     bq, bk = blocks.block_q, blocks.block_k
@@ -26,7 +30,9 @@ def kept_share(blocks: Blocks, queries: int, keys: int, mask: Tensor | None = No
     return (read * counted).sum(-1) / (seen * counted).sum(-1).clamp(min=1)
 
 
-def captured_mass(q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
+def captured_mass(
+    q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None = None, causal: bool = True
+) -> Tensor:
     """[B, H] mean over queries of the share of softmax attention that lies on what was read: e^(lse - lse of all).
 
     lse [B, H, N] is that over the keys that were read; -inf, of a query that saw nothing, is left out.
@@ -37,12 +43,21 @@ def captured_mass(q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None = None,
     return mass.sum(-1) / seen.sum(-1).clamp(min=1)
 
 
-def full_lse(q: Tensor, k: Tensor, mask: Tensor | None = None, causal: bool = True, block: int = 256) -> Tensor:
+def full_lse(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, causal: bool = True, block: int = 256
+) -> Tensor:
     """[B, H, N] logarithm of the sum of e^score over all keys that each query sees."""
     pattern = "causal_self" if causal else "cross"
     at = placed(q, k, k, Call(pattern=pattern, key_mask=None if mask is None else mask[:, :, 0]), block)
     blocks = Blocks.of_map(at.allowed(block, block), block, block)
     _, lse = block_attention(
-        at.q, at.k, at.k, blocks, scale=q.shape[-1] ** -0.5, causal=at.causal, start=at.start, length=at.length
+        at.q,
+        at.k,
+        at.k,
+        blocks,
+        scale=q.shape[-1] ** -0.5,
+        causal=at.causal,
+        start=at.start,
+        length=at.length,
     )
     return at.back(lse)

@@ -96,8 +96,10 @@ def check_last_queries(case: Case, n: int = 7) -> None:
         raise NotApplicable("it is a law of causal_self")
     if "queries" in case.page.exempt:
         raise NotApplicable(f"earlier queries are read: {case.page.exempt['queries']}")
-    n = max(n, case.together + 3)
-    inputs, last = case.inputs(n), n - max(case.together, n - min(3, n - 1)) // case.together * case.together
+    block = case.together
+    n = n if block == 1 else max(n, block + 3)
+    # those that choose together are asked together
+    inputs, last = case.inputs(n), n - (n - min(3, n - 1)) // block * block
     if last == 0:
         raise NotApplicable("of one key there are no fewer queries")
     few = replace(inputs, q=inputs.q[:, :, n - last :])

@@ -29,6 +29,7 @@ from regard.core import PATTERNS, Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
 from regard.ops import carried, exact, heads_of, quotient, softmax_attention, visible
+from regard.ops.blocks import Blocks, block_attention
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,24 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | N
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     k, v, state = carried(k, v, call)
     n, m = q.shape[2], k.shape[2]
+    scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
+    sinks = call.params["sinks"] if cfg.sinks else None
+    if call.blocks is not None:
+        return over_blocks(q, k, v, call.blocks, scale, sinks), state
     square = call.pattern == "causal_self" and call.key_mask is None and call.pair_mask is None and n == m
     mask = None if square else visible(call, n, m, q.device)
     # n == m is a symbol under torch.compile with lengths that differ, and SDPA wants a bool
     causal = call.pattern == "causal_self" if square else False
-    scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
-    sinks = call.params["sinks"] if cfg.sinks else None
     out = softmax_attention(q, k, v, scale=scale, mask=mask, causal=causal, softcap=cfg.softcap, sinks=sinks)
     return out.to(v.dtype), state
+
+
+def over_blocks(q: Q, k: K, v: V, blocks: Blocks, scale: float, sinks: Tensor | None) -> Out:
+    out, lse = block_attention(q, k, v, blocks, scale=scale)
+    if sinks is None:
+        return out
+    share = (lse - sinks.to(lse.dtype).view(1, -1, 1)).sigmoid()
+    return out * share[..., None].to(out.dtype)
 
 
 METHOD = Mechanism(
@@ -87,6 +98,7 @@ METHOD = Mechanism(
     init=init,
     patterns=PATTERNS,
     pair_masks=True,
+    block_masks=lambda cfg: cfg.softcap is None,
     test_settings=({"scale": 0.3, "softcap": 2.0}, {"sinks": True}),
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
     card=Card(
