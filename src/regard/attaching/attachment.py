@@ -24,8 +24,8 @@ from regard.attaching.policy import CachePolicy
 from regard.attaching.replacement import Replacement
 from regard.attaching.resolve import Attachable, actors_of
 from regard.attaching.rotary import Rotary
+from regard.attaching.selected import selection
 from regard.attaching.sites import ATTENTION, Sites, refuse_unreachable, towers
-from regard.attaching.sparse import SparsePrefill
 from regard.attaching.step import RoleRule
 from regard.attaching.turning import is_rotary_table
 from regard.core import Unsupported, show
@@ -212,14 +212,10 @@ class attach:
         return sum(self.context.step.bytes_read.values()) if selects else self.context.caches.bytes_read()
 
     def selection(self, mass: bool = False) -> list[dict[str, Any]]:
-        """What a sparse prefill read in its latest prompt, a row for each layer: `kept`, by head the share of the keys
+        """What sparse prefill or a mask read in the latest prompt, a row for each layer: `kept`, by head the share of the keys
         that its queries might have seen; `dense`, why the layer was left to the model. Asked with mass=True before the
         prompt, `mass` too: the share of the model's own attention that lies on what was read."""
-        sparse = [actor for actor in self.actors if isinstance(actor, SparsePrefill)]
-        if not sparse:
-            raise Unsupported("no method that chooses blocks of keys is attached")
-        sparse[0].weighs = sparse[0].weighs or mass
-        return [sparse[0].found[layer] for layer in sorted(sparse[0].found)]
+        return selection(self.actors, mass)
 
     def stored(self) -> list[list[int]]:
         """Slots held: a list by layer of a list by head."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
 from regard.attaching.lazy_mask import LazyMask, Narrowing
+from regard.attaching.selected import Selected
 from regard.attaching.step import Step
 from regard.attaching.views import is_causal
 from regard.core import Method, NeverFired, Unsupported, require
@@ -30,6 +31,7 @@ class AttachedMask(Actor):
         self.mask, self.method = mask, method
         self.name = repr(mask) if method is None else method.label
         self.acted = 0
+        self.selected = Selected()
         # (queries, keys) of this step -> the blocks that are read, None where that is most of them
         self.lists: dict[tuple[int, int], Blocks | None] = {}
 
@@ -80,6 +82,8 @@ class AttachedMask(Actor):
             # nothing is hidden beside what causality hides
             return softmax_attention(call.q, view.k, view.v, scale=view.scale, causal=True, sinks=view.sinks)
         out, lse = block_attention(call.q, view.k, view.v, blocks, scale=view.scale)
+        if size[0] > 1:
+            self.selected.read(call, call.scaled(), view.k, blocks, lse)
         if view.sinks is None:
             return out
         share = (lse - view.sinks.to(lse.dtype).view(1, -1, 1)).sigmoid()

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from regard.attaching.actors import AttentionCall
 from regard.attaching.converted import Converted
 from regard.attaching.replacement import MechanismOnKeys, refuse
-from regard.core import Method, Unsupported
+from regard.attaching.selected import Selected
+from regard.core import Method, NeverFired, Unsupported
 from regard.kinds.mechanism import run
 from regard.ops import View
-from regard.ops.blocks import Blocks, BlockSettings, captured_mass, kept_share
+from regard.ops.blocks import Blocks, BlockSettings
 from regard.ops.softmax import at_least_float32
 
 LEFT = {"mask": "its own window", "layer": "a dense layer by `dense_layers`"}
@@ -36,12 +36,18 @@ class SparsePrefill(MechanismOnKeys):
 
     def __init__(self, converted: Converted) -> None:
         super().__init__(converted, prefill=True)
-        self.weighs = False  # whether the share of attention mass that it captures is measured too
-        self.found: dict[int, dict[str, Any]] = {}
-
-    def check(self, model: PreTrainedModel) -> None:
-        super().check(model)
+        self.selected = Selected()
         self.needs_input = self.method.page.reads_x(self.method.config)
+
+    def check_fired(self, forwards: int) -> None:
+        if self.acted == 0:
+            why = {row["dense"] for row in self.selected.rows.values() if "dense" in row}
+            text = (
+                f": every layer has {' or '.join(sorted(why))}"
+                if why
+                else ": no prompt of several tokens came"
+            )
+            raise NeverFired(f"{self.name} was never asked in {forwards} forwards{text}")
 
     def reason(self, call: AttentionCall) -> str | None:
         """Why it leaves this call to the model; None: it acts."""
@@ -58,7 +64,7 @@ class SparsePrefill(MechanismOnKeys):
             return False
         reason = self.reason(call)
         if reason is not None:
-            self.found[call.site.layer] = {"layer": call.site.layer, "site": call.name, "dense": reason}
+            self.selected.left(call, reason)
         return reason is None
 
     def check_call(self, call: AttentionCall) -> None:
@@ -83,22 +89,10 @@ class SparsePrefill(MechanismOnKeys):
         sinks = call.options.get("s_aux")
         if sinks is not None:
             out = with_sinks(self.name, call, out, aux, sinks)
-        self.note(call, q, view.k, mask, aux)
-        return out
-
-    def note(
-        self, call: AttentionCall, q: Tensor, k: Tensor, mask: Tensor | None, aux: Mapping[str, Any]
-    ) -> None:
-        """Write down, by head, the share of the keys that was read, and of the attention mass if that is asked for."""
-        row: dict[str, Any] = {"layer": call.site.layer, "site": call.name}
         blocks = aux.get("blocks")
-        if isinstance(blocks, Blocks):
-            row["kept"] = (
-                kept_share(blocks, q.shape[2], k.shape[2], mask).expand(-1, q.shape[1]).mean(0).tolist()
-            )
-        if self.weighs and "lse" in aux:
-            row["mass"] = captured_mass(q, k, aux["lse"], mask).mean(0).tolist()
-        self.found[call.site.layer] = row
+        known = blocks if isinstance(blocks, Blocks) else None
+        self.selected.read(call, q, view.k, known, aux.get("lse"), mask)
+        return out
 
 
 def without(call: AttentionCall, name: str) -> AttentionCall:

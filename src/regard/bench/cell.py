@@ -16,8 +16,10 @@ from transformers.cache_utils import Cache
 
 from regard import catalog
 from regard.attaching.attachment import attach
+from regard.bench.prefill import crossing_row, first_token_parts, leaves_unread, unread
 from regard.core import require
 from regard.core.deprecation import moved
+from regard.ops.blocks import clocked
 from regard.ops.budget import Budget, parse_budget
 from regard.tasks import Sample, Source
 
@@ -45,6 +47,7 @@ class Cell:
     text: str | None = None
     chat: bool | None = None
     revisions: dict[str, str] = field(default_factory=dict)
+    what: str = "cell"  # or "crossing": from which length on, up to `length`, its first token comes sooner
 
     def __post_init__(self) -> None:
         if self.budget is not None:
@@ -54,6 +57,8 @@ class Cell:
     def key(self) -> str:
         """A name that is the same in every run of the same cell."""
         facts = asdict(self)
+        if facts["what"] == "cell":
+            del facts["what"]
         if not facts["revisions"]:
             del facts["revisions"]
         elif self.text is not None:
@@ -71,7 +76,7 @@ class Cell:
         fields = {k: getattr(self, k) for k in ("key", "method", "label", "task", "length", "seed")}
         fields["budget"] = None if self.budget is None else self.budget.value
         return {
-            "kind": "cell",
+            "kind": self.what,
             **fields,
             "metric": catalog.task(self.task).metric,
             "status": "ok",
@@ -90,6 +95,8 @@ class Pass:
     held: int
     kept: int
     read: float
+    parts: dict[str, float] = field(default_factory=dict)  # seconds of the prefill by what they went to
+    selection: list[dict] = field(default_factory=list)  # what was read in it, by layer
 
 
 @dataclass
@@ -112,8 +119,10 @@ class Bench:
             self.memo = {key: (samples, [self.run(b, None) for b in batches(samples, cell)])}
         return self.memo[key]
 
-    def run(self, batch: list[Sample], method: Any) -> Pass:
+    def run(self, batch: list[Sample], method: Any, weigh: bool = False) -> Pass:
         """A pass under a method; None: the model as it is, with its own attention and its own cache, windows included.
+
+        `weigh`: measure the share of attention mass that a method captures which leaves keys of the prompt unread.
 
         Prefill all but the last token of the prompts, then feed it and the answers one token at a time.
 
@@ -130,9 +139,14 @@ class Bench:
             torch.inference_mode(),
             nullcontext() if method is None else attach(self.model, method) as attached,
         ):
+            chooses = attached is not None and leaves_unread(method)
+            if chooses:
+                attached.selection(mass=weigh)
             start = now(device)
-            cache = self.model(prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            with clocked() as parts:
+                cache = self.model(prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
             prefill = now(device) - start
+            chosen = attached.selection() if chooses else []
             for t in range(tokens.shape[1]):
                 start = now(device)
                 out = self.model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
@@ -142,7 +156,7 @@ class Bench:
             held = kept = own_bytes(cache)
             if attached is not None:
                 held, kept = attached.bytes_held(), attached.bytes_stored()
-        return Pass(torch.stack(logits, 1), prefill, steps, held, kept, float(np.mean(reads)))
+        return Pass(torch.stack(logits, 1), prefill, steps, held, kept, float(np.mean(reads)), parts, chosen)
 
 
 def text_of(cell: Cell) -> Source:
@@ -175,13 +189,20 @@ def batches(samples: list[Sample], cell: Cell) -> list[list[Sample]]:
 
 def measure(cell: Cell, bench: Bench) -> dict:
     """The row of one cell: quality, fidelity to full attention, paired times, bytes."""
+    if cell.what == "crossing":
+        return crossing_row(cell, bench)
     start = time.perf_counter()
     with peak_memory(bench.model.device) as peak:
         samples, full = bench.shared(cell)
         method = configured(cell)
-        runs = full if method is None else [bench.run(b, method) for b in batches(samples, cell)]
+        runs = full if method is None else [bench.run(b, method, weigh=True) for b in batches(samples, cell)]
         timed = paired_times(samples[:1], method, bench)
-    facts = {**quality(cell, samples, runs, full, bench.tokenizer), **fidelity(runs, full), **timed}
+    facts = {
+        **quality(cell, samples, runs, full, bench.tokenizer),
+        **fidelity(runs, full),
+        **timed,
+        **unread(runs),
+    }
     facts |= dict(
         bytes_held=sum(r.held for r in runs), bytes_kept=sum(r.kept for r in runs),
         bytes_full=sum(r.held for r in full), bytes_read=sum(r.read for r in runs),
@@ -213,6 +234,8 @@ def paired_times(samples: list[Sample], method: Any, bench: Bench) -> dict:
             f"{name}_ratio": float(np.exp(np.log(ratios).mean())),
             f"{name}_spread": float((ratios.max() - ratios.min()) / 2),
         }
+    if method is not None and leaves_unread(method):
+        facts |= first_token_parts(ours)
     return facts
 
 

@@ -17,8 +17,10 @@ import torch
 from regard import catalog
 from regard.bench.cell import FULL, Cell
 from regard.bench.executor import Executor, InProcess, LocalProcesses
-from regard.core import require
+from regard.bench.prefill import leaves_unread
+from regard.core import Method, Unsupported, require
 from regard.core.spec import parse_spec
+from regard.kinds.mask import build_mask, refuse_ahead
 from regard.models.revision import revision
 from regard.models.shipped import SHIPPED, load, load_shipped
 from regard.ops import parse_budget
@@ -31,6 +33,9 @@ from regard.tasks import Source
 BUDGETS = (0.1, 0.25, 0.5)
 LENGTHS = (256, 512, 1024)
 SAMPLES = 8
+CROSSING_TEXT = (
+    "perplexity"  # the task whose texts are read to find from which length on a sparse prefill pays
+)
 
 
 def compare(
@@ -56,7 +61,9 @@ def compare(
     """Measure methods against full attention on a grid of cells; write results.jsonl, report.html, report.md to `out`.
 
     model    a path or name, a loaded (model, tokenizer), or None for the shipped language model
-    methods  names of cache pages, with settings as "streaming_llm:sinks=8"; None: all of them
+    methods  names of cache pages, of masks, and of mechanisms that choose blocks of keys, with settings as
+             "streaming_llm:sinks=8"; None: all cache pages. Only cache pages have budgets; of the others it is measured
+             too from which length on, up to the longest, their first token comes sooner
     lengths  prompt lengths in tokens     budgets  tokens, fractions in (0, 1] or texts like "64MB"
     text     a file of your own to draw filler and perplexity text from
     workers  local processes of one thread each; a loaded model is measured in this process
@@ -109,10 +116,16 @@ def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Ce
     cells = []
     for task, length in itertools.product(tasks, lengths):
         cells.append(Cell(FULL, task, length, **rest))
-        for (name, settings), budget in itertools.product(chosen, budgets):
+        for name, settings in chosen:
             if name != FULL:
-                cells.append(Cell(name, task, length, budget, settings, **rest))
-    return cells
+                asked = budgets if catalog.get(name).kind == "cache" else (None,)
+                cells += [Cell(name, task, length, budget, settings, **rest) for budget in asked]
+    unread = [
+        Cell(name, CROSSING_TEXT, max(lengths), None, settings, what="crossing", **rest)
+        for name, settings in chosen
+        if name != FULL and catalog.get(name).kind != "cache"
+    ]
+    return cells + unread
 
 
 def with_revisions(cells: Sequence[Cell], model: Any) -> list[Cell]:
@@ -144,8 +157,27 @@ def parsed(spec: str) -> tuple[str, dict]:
     """("streaming_llm", {"sinks": 8}) from "streaming_llm:sinks=8"; the page checks names and values."""
     name, settings = parse_spec(spec)
     if name != FULL:
-        catalog.from_spec(spec, kind="cache")
+        check_comparable(catalog.from_spec(spec))
     return name, settings
+
+
+def check_comparable(method: Method) -> None:
+    """Cache pages, masks that need no roles, mechanisms that choose blocks of keys; all else is refused by name."""
+    if method.page.kind == "mask":
+        refuse_ahead(method)
+        needs = build_mask(method, causal=True).needs
+        require(
+            not needs,
+            "a mask of compare reads no roles: nobody gives them here",
+            mask=method.name,
+            needs=needs,
+        )
+    elif method.page.kind != "cache" and not leaves_unread(method):
+        known = ", ".join(catalog.list_methods(kind="cache"))
+        raise Unsupported(
+            f"{method.name} is a {method.page.kind} page; here stand cache pages, masks, and mechanisms that choose "
+            f"blocks of keys (regard list --family sparse): {known}"
+        )
 
 
 def loader(

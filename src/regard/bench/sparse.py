@@ -161,7 +161,7 @@ def growth(sizes: Sizes) -> Iterator[dict]:
         held = [
             bytes_held(lambda n=n: work(catalog.method(name), sizes.qkv(n)))
             for n in (sizes.short, sizes.long)
-        ]  # noqa: B023
+        ]
         power = math.log(held[1] / held[0]) / math.log(sizes.long / sizes.short)
         yield at_most(
             f"{name}: power of the length in memory", power, 1.1, f"{held[1] / 1e6:.0f} MB at {sizes.long:,}"

@@ -1,0 +1,51 @@
+"""What a method read that leaves keys unread: a row for each layer, by head."""
+
+from typing import Any
+
+from torch import Tensor
+
+from regard.attaching.actors import Actor, AttentionCall
+from regard.core import Unsupported
+from regard.ops.blocks import Blocks, captured_mass, kept_share
+
+
+class Selected:
+    """The latest prompt's rows by layer; `weighs`: whether the share of attention mass that was captured is measured."""
+
+    def __init__(self) -> None:
+        self.weighs = False
+        self.rows: dict[int, dict[str, Any]] = {}
+
+    def left(self, call: AttentionCall, why: str) -> None:
+        """A layer that was left to the model."""
+        self.rows[call.site.layer] = {"layer": call.site.layer, "site": call.name, "dense": why}
+
+    def read(
+        self,
+        call: AttentionCall,
+        q: Tensor,
+        k: Tensor,
+        blocks: Blocks | None,
+        lse: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> None:
+        """What these queries read: the blocks, and the logarithm of the sum of e^score over them."""
+        row: dict[str, Any] = {"layer": call.site.layer, "site": call.name}
+        if blocks is not None:
+            row["kept"] = (
+                kept_share(blocks, q.shape[2], k.shape[2], mask).expand(-1, q.shape[1]).mean(0).tolist()
+            )
+        if self.weighs and lse is not None:
+            row["mass"] = captured_mass(q, k, lse, mask).mean(0).tolist()
+        self.rows[call.site.layer] = row
+
+
+def selection(actors: list[Actor], mass: bool) -> list[dict[str, Any]]:
+    """The rows of all layers, of the actor that leaves keys unread."""
+    found = [actor.selected for actor in actors if getattr(actor, "selected", None) is not None]
+    if not found:
+        raise Unsupported("no method that leaves blocks of keys unread is attached")
+    for one in found:
+        one.weighs = one.weighs or mass
+    rows = {layer: row for one in found for layer, row in one.rows.items()}
+    return [rows[layer] for layer in sorted(rows)]
