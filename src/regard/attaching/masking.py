@@ -18,8 +18,10 @@ from regard.core.errors import present
 from regard.core.mask import Coordinates, Mask, causal
 from regard.core.roles import Roles
 from regard.kinds.mask import refuse_ahead
-from regard.ops import View, at_index, per_query_head, softmax_attention
-from regard.ops.blocks import SHORT, Blocks, block_attention, blocks_of
+from regard.ops import View, at_index, join_sinks, per_query_head, softmax_attention
+from regard.ops.blocks import Blocks, block_attention, blocks_of
+
+SHORT = 256  # stored tokens below which a mask is a dense one; changes the speed, never the result
 
 
 class AttachedMask(Actor):
@@ -33,7 +35,7 @@ class AttachedMask(Actor):
         self.acted = 0
         self.selected = Selected()
         # (queries, keys) of this step -> the blocks that are read, None where that is most of them
-        self.lists: dict[tuple[int, int], Blocks | None] = {}
+        self.lists: dict[tuple[int, int], Blocks | Tensor | None] = {}
 
     def check(self, model: PreTrainedModel) -> None:
         refuse_encoder_decoder(f"the mask {self.name}", model)
@@ -74,27 +76,32 @@ class AttachedMask(Actor):
             return None
         size = call.q.shape[2], view.k.shape[2]
         if size not in self.lists:
-            self.lists[size] = self.blocks(call, [m.mask for m in masks], *size)
-        blocks = self.lists[size]
-        if blocks is None:
-            return None
-        if size[0] == size[1] and blocks.same(blocks_of(causal(), *size, device=call.q.device)):
+            whole = reduce(and_, [m.mask for m in masks], causal())
+            self.lists[size] = None if size[1] < SHORT else self.listed(call, whole, *size)
+        found = self.lists[size]
+        if isinstance(found, Tensor):
+            k, v = (t.index_select(2, found) for t in (view.k, view.v))
+            return softmax_attention(call.q, k, v, scale=view.scale, sinks=view.sinks)
+        return None if found is None else self.over(found, call, view)
+
+    def listed(self, call: AttentionCall, whole: Mask, n: int, m: int) -> Blocks | Tensor | None:
+        """What n queries read of m keys: blocks, or for a single query the keys, where all rows and heads read alike."""
+        roles = Roles(**{name: call.labels[name][:, :m] for name in whole.needs}) if whole.needs else None
+        heads, device = call.q.shape[1], call.q.device
+        if n > 1:
+            return blocks_of(whole, n, m, roles=roles, device=device, heads=heads)
+        seen = whole.dense(1, m, roles=roles, heads=heads, device=device)
+        same = seen.shape[:2] == (1, 1) or bool((seen == seen[:1, :1]).all())
+        return seen[0, 0, 0].nonzero()[:, 0] if same and bool(seen.any()) else None
+
+    def over(self, blocks: Blocks, call: AttentionCall, view: View) -> Tensor:
+        n, m = call.q.shape[2], view.k.shape[2]
+        if n == m and blocks.same(blocks_of(causal(), n, m, device=call.q.device)):
             # nothing is hidden beside what causality hides
             return softmax_attention(call.q, view.k, view.v, scale=view.scale, causal=True, sinks=view.sinks)
         out, lse = block_attention(call.q, view.k, view.v, blocks, scale=view.scale)
-        if size[0] > 1:
-            self.selected.read(call, call.scaled(), view.k, blocks, lse)
-        if view.sinks is None:
-            return out
-        share = (lse - view.sinks.to(lse.dtype).view(1, -1, 1)).sigmoid()
-        return out * share[..., None].to(out.dtype)
-
-    def blocks(self, call: AttentionCall, masks: list[Mask], n: int, m: int) -> Blocks | None:
-        if m < SHORT:
-            return None
-        whole = reduce(and_, masks, causal())
-        roles = Roles(**{name: call.labels[name][:, :m] for name in whole.needs}) if whole.needs else None
-        return blocks_of(whole, n, m, roles=roles, device=call.q.device, heads=call.q.shape[1])
+        self.selected.read(call, call.scaled(), view.k, blocks, lse)
+        return out if view.sinks is None else join_sinks(out, lse, view.sinks)
 
     def narrow(self, call: AttentionCall) -> AttentionCall:
         self.acted += 1

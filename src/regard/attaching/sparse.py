@@ -17,9 +17,8 @@ from regard.attaching.replacement import MechanismOnKeys, refuse
 from regard.attaching.selected import Selected
 from regard.core import Method, NeverFired, Unsupported
 from regard.kinds.mechanism import run
-from regard.ops import View
+from regard.ops import View, join_sinks
 from regard.ops.blocks import Blocks, BlockSettings
-from regard.ops.softmax import at_least_float32
 
 LEFT = {"mask": "its own window", "layer": "a dense layer by `dense_layers`"}
 
@@ -124,5 +123,4 @@ def with_sinks(name: str, call: AttentionCall, out: Tensor, aux: Mapping[str, An
         raise Unsupported(
             f"{name} at {call.where}: this model's attention has attention sinks, which would be left out"
         )
-    share = (aux["lse"] - at_least_float32(sinks).view(1, -1, 1)).sigmoid()
-    return (out * share[..., None].to(out.dtype)).nan_to_num(0.0)
+    return join_sinks(out, aux["lse"], sinks)

@@ -218,6 +218,12 @@ def merge(
     return a[0] * wa[..., None] + b[0] * wb[..., None], m, a[2] * wa + b[2] * wb
 
 
+def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """out [B, H, N, E] of a sum whose logarithm is lse [B, H, N], when learned sinks [H] join it: e^lse of both is left."""
+    share = (lse - at_least_float32(sinks).view(1, -1, 1)).sigmoid()
+    return (out * share[..., None].to(out.dtype)).nan_to_num(0.0)
+
+
 def finish(o: Tensor, m: Tensor, l: Tensor) -> Tensor:  # noqa: E741  (the papers' letter)
     """o / l, and zero for rows that saw no key."""
     return torch.where(l[..., None] > 0, o / l[..., None].clamp(min=torch.finfo(l.dtype).tiny), 0)

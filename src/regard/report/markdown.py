@@ -2,6 +2,7 @@
 
 import re
 
+from regard.report.prefill import COLUMNS, first_token_sentence, table_rows
 from regard.report.result import Result
 from regard.report.words import budget_text, clean, name, percent, times
 
@@ -28,6 +29,10 @@ def to_markdown(result: Result) -> str:
         tail = [times(row["decode_ratio"]), times(row["prefill_ratio"]), str(row["failed"] + row["missing"])]
         lines.append(line([escape(row["label"]), budget_text(row["budget"]), *shares, *tail]))
     lines += ["", "Quality, bytes and times are relative to full attention in the same cells."]
+    if partial := table_rows(result):
+        lines += ["", escape(first_token_sentence(result)), "", line(list(COLUMNS))]
+        lines += [line(["---", *["---:"] * (len(COLUMNS) - 1)])]
+        lines += [line([escape(row[key]) for key in COLUMNS]) for row in partial]
     failed = [
         f"- {escape(name(r))}, {escape(r['task'])} at length {r['length']}: {escape(r['status'])}"
         + (f" ({escape(r['error'])[:200]})" if r.get("error") else "")

@@ -56,12 +56,14 @@ def cell(row: Row) -> tuple[Any, Any, Any]:
 class Result:
     """The cells of one comparison: `run` says where and how, a row is one cell of the grid.
 
+    crossings   from which length on a method that leaves keys of a prompt unread is sooner at its first token
     unreadable  lines of results.jsonl that are not JSON, as a killed run leaves them
     """
 
     run: dict[str, Any]
     rows: list[dict[str, Any]]
     unreadable: list[int] = field(default_factory=list)
+    crossings: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Result":
@@ -69,7 +71,8 @@ class Result:
 
         Rows of cells that the run no longer asks for, such as those on a text that has changed since, are left out.
         """
-        folder, cells, unreadable = Path(folder), {}, []
+        folder, unreadable = Path(folder), []
+        found: dict[str, dict[Any, dict[str, Any]]] = {"cell": {}, "crossing": {}}
         header = folder / "run.json"
         run = json.loads(header.read_text(encoding="utf-8")) if header.exists() else {}
         lines = (folder / "results.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
@@ -81,10 +84,11 @@ class Result:
             except json.JSONDecodeError:
                 unreadable.append(at)
                 continue
-            if isinstance(row, dict) and row.get("kind") == "cell":
-                cells[row.get("key", at)] = row
-        asked = set(run.get("cells") or cells)
-        return cls(run, [row for key, row in cells.items() if key in asked], unreadable)
+            if isinstance(row, dict) and row.get("kind") in found:
+                found[row["kind"]][row.get("key", at)] = row
+        asked = set(run.get("cells") or found["cell"] | found["crossing"])
+        cells, crossings = ([row for key, row in rows.items() if key in asked] for rows in found.values())
+        return cls(run, cells, unreadable, crossings)
 
     def tasks(self) -> list[str]:
         return sorted({str(row["task"]) for row in self.rows})
@@ -93,7 +97,7 @@ class Result:
         return sorted({row["length"] for row in self.rows})
 
     def failed(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if not ok(row)]
+        return [row for row in (*self.rows, *self.crossings) if not ok(row)]
 
     def baseline(self) -> dict[tuple[Any, Any], dict[str, float | None]]:
         """Full attention's quality and bytes read of each (task, length), the mean over its seeds.

@@ -7,6 +7,7 @@ from typing import Any
 from regard.report.figures import COSTS, Figure, quality_cost, quality_length
 from regard.report.marks import Marks, glyph
 from regard.report.needle import needle_map, needle_tasks
+from regard.report.prefill import LEAD, first_token_sentence, prefill_parts
 from regard.report.result import Result, failed_groups, ok
 from regard.report.words import (
     KEEPS,
@@ -36,8 +37,11 @@ def sections(result: Result, marked: Marks) -> tuple[dict[str, Any], list[str]]:
         f"length-{i}": quality_length(result, t, marked, budgets) for i, t in enumerate(result.tasks())
     }
     figures = {at: figure for at, figure in (costs | lengths).items() if figure is not None}
+    prefill, table = prefill_parts(result, marked)
+    figures |= {} if prefill is None else {"first-token": prefill}
     parts = [
         cost_section(result, costs),
+        first_token_section(result, prefill, table),
         length_section(lengths, budgets, chosen),
         needle_section(result, marked),
     ]
@@ -96,6 +100,13 @@ def length_section(figures: dict[str, Figure | None], budgets: list[str], chosen
         "One plot per task, at one budget. Full attention (dotted) and methods without one are always shown."
     )
     return section("Quality over length", lead, f'{chooser}<div class="plots">{drawn}</div>')
+
+
+def first_token_section(result: Result, figure: Figure | None, table: str) -> str:
+    if not table:
+        return ""
+    drawn = plot("first-token", figure, "Time to the first token over length", first_token_sentence(result))
+    return section("Time to the first token", LEAD, f'<div class="plots">{drawn}</div>{table}')
 
 
 def needle_section(result: Result, marked: Marks) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from regard.report.prefill import COLUMNS, crossing_text, crossings, first_token_sentence, table_rows
 from regard.report.result import Result, Row, failed_groups
 from regard.report.words import KEEPS, budget_text, clean, name, percent, short, times
 
@@ -105,6 +106,13 @@ def show(result: Result, console: Console | None = None) -> None:
         for at in range(0, len(tasks), width):
             part = dict(list(by_task.items())[at : at + width])
             console.print(table(rows, {"method": "method", "budget": "budget"} | part, "Quality by task"))
+    if partial := table_rows(result):
+        rows = [{**r, **{key: right(r[key]) for key in COLUMNS[1:-1]}} for r in partial]
+        shown = {key: key for key in COLUMNS[:-1]}
+        console.print(table(rows, shown, "Time to the first token, over full attention's, and where it went"))
+        for label, crossed in crossings(result).items():
+            console.print(Text(f"{clean(label)} pays from: {crossing_text(crossed)}"))
+        console.print(Text(first_token_sentence(result), style="bold"))
     if failed := failed_rows(result):
         console.print(table(failed, ["method", "tasks", "lengths", "status", "why"], "Failed cells"))
     for note in result.notes():

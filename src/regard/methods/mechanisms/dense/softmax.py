@@ -28,7 +28,7 @@ from torch import Tensor
 from regard.core import PATTERNS, Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
-from regard.ops import carried, exact, heads_of, quotient, softmax_attention, visible
+from regard.ops import carried, exact, heads_of, join_sinks, quotient, softmax_attention, visible
 from regard.ops.blocks import Blocks, block_attention
 
 
@@ -85,10 +85,7 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
 
 def over_blocks(q: Q, k: K, v: V, blocks: Blocks, scale: float, sinks: Tensor | None) -> Out:
     out, lse = block_attention(q, k, v, blocks, scale=scale)
-    if sinks is None:
-        return out
-    share = (lse - sinks.to(lse.dtype).view(1, -1, 1)).sigmoid()
-    return out * share[..., None].to(out.dtype)
+    return out if sinks is None else join_sinks(out, lse, sinks)
 
 
 METHOD = Mechanism(
