@@ -19,6 +19,7 @@ from regard.core.mask import Coordinates, Mask, causal
 from regard.core.roles import Roles
 from regard.kinds.mask import MaskPage
 from regard.kinds.position import PositionPage
+from regard.ops.blocks import blocks_of
 from regard.testing.pages import same_after_pickling
 
 LENGTHS = (1, 7, 40)
@@ -174,6 +175,22 @@ def check_blocks(mask: Mask, n: int, roles: Roles | None) -> None:
     same("FlexAttention's blocks = the blocks that are not empty", mask, compiled, kind > 0)
 
 
+def check_tiles(mask: Mask, n: int, roles: Roles | None) -> None:
+    """The list of blocks, with the masks inside them, is the mask: for all queries, and for the last three alone."""
+    dense = mask.dense(n, roles=roles)
+    for block, rows in itertools.product((3, 16), {n, min(3, n)}):
+        blocks = blocks_of(mask, rows, n, roles=roles, offset=n - rows, block=block, most=2.0)
+        assert blocks is not None, f"{mask!r}: every share of the tiles may be read, and no list was made"
+        actual = torch.zeros(*blocks.index.shape[:3], blocks.block_q, -(-n // block), block, dtype=torch.bool)
+        for b, h, i, r in (blocks.index >= 0).nonzero().tolist():
+            table = -1 if blocks.tile is None else int(blocks.tile[b, h, i, r])
+            whole = torch.ones(blocks.block_q, block, dtype=torch.bool)
+            tile = whole if table < 0 or blocks.tiles is None else blocks.tiles[table]
+            actual[b, h, i, :, int(blocks.index[b, h, i, r])] = tile
+        wide = actual.flatten(4).flatten(2, 3)[:, :, :rows, :n]
+        same(f"blocks of {block}, {rows} queries = dense", mask, wide, dense[:, :, n - rows :])
+
+
 def check_row(mask: Mask, n: int, roles: Roles | None) -> None:
     dense = mask.dense(n, roles=roles)
     for t in {0, n // 2, n - 1}:
@@ -213,7 +230,16 @@ def check_algebra(mask: Mask, n: int, roles: Roles | None) -> None:
         same(law, actual, actual.dense(n, roles=roles), wanted)
 
 
-LAWS = (check_definition, check_at, check_flex, check_blocks, check_row, check_offset, check_algebra)
+LAWS = (
+    check_definition,
+    check_at,
+    check_flex,
+    check_blocks,
+    check_tiles,
+    check_row,
+    check_offset,
+    check_algebra,
+)
 
 
 def check_window_width(page: MaskPage | PositionPage, cfg: Any) -> None:

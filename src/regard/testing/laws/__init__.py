@@ -4,6 +4,13 @@
 Mechanisms and blocks are asked the same functions (testing/mechanism.py, testing/block.py).
 """
 
+from regard.testing.laws.blocks import (
+    check_blocks_all,
+    check_blocks_causal,
+    check_blocks_heads,
+    check_blocks_last,
+    check_blocks_said,
+)
 from regard.testing.laws.carrying import check_decode, check_padded_state, check_segments, check_state_size
 from regard.testing.laws.equality import (
     check_derivatives,
@@ -79,6 +86,11 @@ CHECKS = (
     check_compiles,
     check_state_size,
     check_pure,
+    check_blocks_all,
+    check_blocks_last,
+    check_blocks_said,
+    check_blocks_causal,
+    check_blocks_heads,
 )
 
 __all__ = [
@@ -120,4 +132,9 @@ __all__ = [
     "check_groups",
     "check_compiles",
     "check_pure",
+    "check_blocks_all",
+    "check_blocks_causal",
+    "check_blocks_heads",
+    "check_blocks_last",
+    "check_blocks_said",
 ]

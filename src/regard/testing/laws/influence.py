@@ -21,7 +21,15 @@ def influence(case: Case, label: str, path: Callable, inputs: Inputs) -> None:
 
 def causality(case: Case, label: str, path: Callable, inputs: Inputs) -> None:
     names, what = ("qx", "query") if "cross" in case.pattern else ("qkvx", "token")
-    block = case.together
+    earlier(case, label, path, inputs, names, what, case.together)
+    if case.together > 1 and "cross" not in case.pattern:
+        # together they choose what is read; nobody reads the value of a later token
+        earlier(case, label, path, inputs, "v", "value", 1)
+
+
+def earlier(
+    case: Case, label: str, path: Callable, inputs: Inputs, names: str, what: str, block: int
+) -> None:
     for j in range(inputs.q.shape[2]):
         shifts = moves(case, path, inputs, names, j)
         early = min(shifts, default=j)
