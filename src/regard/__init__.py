@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 WHERE = {
     "attend": "regard.api",
     "attach": "regard.attaching.attachment",
+    "calibrate": "regard.attaching.knob",
     "compare": "regard.bench.compare",
     "doctor": "regard.models.doctor",
     "find": "regard.catalog",
@@ -37,6 +38,7 @@ ROOMS = ("bench", "catalog", "core", "explain", "kinds", "nn", "ops", "testing",
 if TYPE_CHECKING:
     from regard.api import attend
     from regard.attaching.attachment import attach
+    from regard.attaching.knob import calibrate
     from regard.attaching.store import load_cache, save_cache
     from regard.bench.compare import compare
     from regard.catalog import find, list_methods, method, pages, register
@@ -53,6 +55,7 @@ __all__ = [
     "Site",
     "attach",
     "attend",
+    "calibrate",
     "compare",
     "doctor",
     "find",

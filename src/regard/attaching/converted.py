@@ -30,12 +30,14 @@ class Converted:
     params   by the name of an attention module: what the page's init gave there, trained; empty for a page without any
     weights  by the name of a parameter: what replaces it while attached, until the attachment ends
     report   what was measured when it was made
+    by_layer settings that single layers have of their own, by the layer's number
     """
 
     method: Method
     params: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    by_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def save(self, folder: str | Path, model: PreTrainedModel | None = None, tokenizer: Any = None) -> None:
         """Write it to a new or empty folder: with the model an ordinary Hugging Face folder of the changed weights."""
@@ -104,6 +106,7 @@ def write(converted: Converted, folder: Path, model: PreTrainedModel | None, tok
     save_file(tensors, str(folder / "regard.safetensors"))
     facts = {"format": FORMAT, "method": converted.method.name, "config": asdict(converted.method.config)}
     facts["report"] = dict(converted.report)
+    facts["by_layer"] = {str(layer): dict(own) for layer, own in converted.by_layer.items()}
     (folder / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -124,4 +127,6 @@ def read_converted(folder: str | Path, device: Any = "cpu") -> Converted:
             at, _, name = rest.rpartition("/")
             params.setdefault(at, {})[name] = p
     weights = {k.partition("/")[2]: p for k, p in tensors.items() if k.startswith("weights/")}
-    return Converted(catalog.method(facts["method"], **facts["config"]), params, weights, facts["report"])
+    by_layer = {int(layer): own for layer, own in facts.get("by_layer", {}).items()}
+    method = catalog.method(facts["method"], **facts["config"])
+    return Converted(method, params, weights, facts["report"], by_layer)

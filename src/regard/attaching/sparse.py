@@ -74,6 +74,11 @@ class SparsePrefill(MechanismOnKeys):
         if call.layer is not None and len(call.layer.groups) > 1:
             raise Unsupported(f"{self.name} at {call.where}: a cache whose heads hold different lengths")
 
+    def method_at(self, layer: int) -> Method:
+        """The method with the settings that this layer has of its own."""
+        own = self.converted.by_layer.get(layer)
+        return self.method.with_settings(**own) if own else self.method
+
     def attend(self, call: AttentionCall, view: View) -> Tensor | None:
         if view.bias is not None or view.count is not None:
             raise Unsupported(f"{self.name} at {call.where}: merged slots, whose weights would be left out")
@@ -84,7 +89,9 @@ class SparsePrefill(MechanismOnKeys):
         self.acted += 1
         q, mask = call.scaled(), token_mask(self.name, call, view)
         x = call.x if self.method.page.reads_x(self.method.config) else None
-        out, _, aux = run(self.method, q, view.k, view.v, mask=mask, params=self.params_of(call), x=x)
+        out, _, aux = run(
+            self.method_at(call.site.layer), q, view.k, view.v, mask=mask, params=self.params_of(call), x=x
+        )
         sinks = call.options.get("s_aux")
         if sinks is not None:
             out = with_sinks(self.name, call, out, aux, sinks)

@@ -16,6 +16,8 @@ from transformers.cache_utils import Cache
 
 from regard import catalog
 from regard.attaching.attachment import attach
+from regard.attaching.converted import Converted
+from regard.attaching.knob import calibrate
 from regard.bench.prefill import crossing_row, first_token_parts, leaves_unread, unread
 from regard.core import require
 from regard.core.deprecation import moved
@@ -106,6 +108,32 @@ class Bench:
     model: Any
     tokenizer: Any
     memo: dict = field(default_factory=dict)
+    targets: dict = field(default_factory=dict)  # methods that were calibrated to a target on this model
+
+    def method_of(self, cell: Cell) -> Any:
+        """What is attached for a cell: None for full attention; where its settings name a target, calibrated to it."""
+        if cell.method == FULL:
+            return None
+        settings = dict(cell.settings)
+        target = settings.pop("target", None)
+        budget = {} if cell.budget is None else {"budget": cell.budget}
+        method = catalog.method(cell.method, **budget, **settings)
+        if target is None:
+            return method
+        key = (cell.label, cell.length, cell.seed, cell.text)
+        if key not in self.targets:
+            source = None if cell.text is None else text_of(cell)
+            self.targets[key] = calibrate(
+                self.model,
+                self.tokenizer,
+                method,
+                target,
+                length=cell.length,
+                samples=2,
+                seed=cell.seed,
+                source=source,
+            )
+        return self.targets[key]
 
     def shared(self, cell: Cell) -> tuple[list[Sample], list[Pass]]:
         """Samples of a cell and full attention's passes over them, made once for all methods."""
@@ -194,7 +222,7 @@ def measure(cell: Cell, bench: Bench) -> dict:
     start = time.perf_counter()
     with peak_memory(bench.model.device) as peak:
         samples, full = bench.shared(cell)
-        method = configured(cell)
+        method = bench.method_of(cell)
         runs = full if method is None else [bench.run(b, method, weigh=True) for b in batches(samples, cell)]
         timed = paired_times(samples[:1], method, bench)
     facts = {
@@ -208,14 +236,9 @@ def measure(cell: Cell, bench: Bench) -> dict:
         bytes_full=sum(r.held for r in full), bytes_read=sum(r.read for r in runs),
         bytes_read_full=sum(r.read for r in full), peak_bytes=peak[0],
     )  # fmt: skip
+    if isinstance(method, Converted):
+        facts["target"] = method.report["reached"]
     return cell.row(**facts, seconds=time.perf_counter() - start)
-
-
-def configured(cell: Cell) -> Any:
-    if cell.method == FULL:
-        return None
-    budget = {} if cell.budget is None else {"budget": cell.budget}
-    return catalog.method(cell.method, **budget, **cell.settings)
 
 
 def paired_times(samples: list[Sample], method: Any, bench: Bench) -> dict:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from regard import catalog
+from regard.attaching.knob import Target
+from regard.attaching.sparse import is_sparse
 from regard.bench.cell import FULL, Cell
 from regard.bench.executor import Executor, InProcess, LocalProcesses
 from regard.bench.prefill import leaves_unread
@@ -63,7 +65,8 @@ def compare(
     model    a path or name, a loaded (model, tokenizer), or None for the shipped language model
     methods  names of cache pages, of masks, and of mechanisms that choose blocks of keys, with settings as
              "streaming_llm:sinks=8"; None: all cache pages. Only cache pages have budgets; of the others it is measured
-             too from which length on, up to the longest, their first token comes sooner
+             too from which length on, up to the longest, their first token comes sooner; "block_topk:target=mass:0.95"
+             calibrates one to a share of attention mass, or "sparsity:0.9", on the model and at each length
     lengths  prompt lengths in tokens     budgets  tokens, fractions in (0, 1] or texts like "64MB"
     text     a file of your own to draw filler and perplexity text from
     workers  local processes of one thread each; a loaded model is measured in this process
@@ -157,7 +160,18 @@ def parsed(spec: str) -> tuple[str, dict]:
     """("streaming_llm", {"sinks": 8}) from "streaming_llm:sinks=8"; the page checks names and values."""
     name, settings = parse_spec(spec)
     if name != FULL:
-        check_comparable(catalog.from_spec(spec))
+        target = settings.get("target")
+        method = catalog.method(name, **{key: value for key, value in settings.items() if key != "target"})
+        check_comparable(method)
+        if target is not None:
+            Target.parse(target)
+            known = is_sparse(method) and method.page.knob is not None
+            require(
+                known,
+                "a target is for mechanisms that choose blocks by a setting",
+                method=name,
+                target=target,
+            )
     return name, settings
 
 

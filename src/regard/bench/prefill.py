@@ -9,6 +9,7 @@ import torch
 
 from regard import catalog
 from regard.attaching.attachment import attach
+from regard.attaching.converted import Converted
 from regard.attaching.sparse import is_sparse
 from regard.bench.efficiency import crossing, interval
 from regard.core import Method
@@ -23,6 +24,7 @@ TURNS = 3  # how often method and model take turns at one length
 
 def leaves_unread(method: Any) -> bool:
     """Whether a method leaves keys of a prompt unread: a mechanism that chooses blocks, or a mask page."""
+    method = method.method if isinstance(method, Converted) else method
     return isinstance(method, Method) and (method.page.kind == "mask" or is_sparse(method))
 
 
@@ -59,7 +61,7 @@ def first_token_parts(runs: "list[Pass]") -> dict[str, float]:
 
 def crossing_row(cell: "Cell", bench: "Bench") -> dict:
     """From which length on the first token comes sooner than with full attention, up to the cell's length."""
-    start, method = time.perf_counter(), catalog.method(cell.method, **cell.settings)
+    start, method = time.perf_counter(), bench.method_of(cell)
     source = None if cell.text is None else Source.from_path(cell.text)
     points: dict[int, dict] = {}
 

@@ -36,6 +36,54 @@ def doctor(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or name, or shipped:lm.")],
+    method: Annotated[
+        str, typer.Argument(help="A page that chooses blocks, with settings as NAME:key=value.")
+    ],
+    target: Annotated[str, typer.Option(help="mass:0.95 or sparsity:0.9, of every layer.")],
+    folder: Annotated[
+        Path, typer.Option("--out", help="A new folder for the result, which regard.attach takes.")
+    ],
+    length: Annotated[int, typer.Option(help="Tokens of the prompts.")] = 2048,
+    samples: Annotated[int, typer.Option(help="Prompts.")] = 4,
+    seed: int = 0,
+    text: Annotated[Path | None, typer.Option(help="A text file of your own for the prompts.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A setting for each layer under which sparse prefill meets a target on this model."""
+    from regard import catalog
+    from regard.attaching.converted import earlier
+    from regard.attaching.knob import Target
+    from regard.attaching.knob import calibrate as run
+    from regard.models.shipped import load, load_shipped
+    from regard.report import table
+    from regard.report.folder import vacant
+    from regard.tasks import Source
+
+    chosen, wanted = catalog.from_spec(method, kind="mechanism"), Target.parse(target)
+    vacant(folder, **earlier(folder))
+    source = None if text is None else Source.from_path(text)
+    loaded = load_shipped(model.removeprefix("shipped:")) if model.startswith("shipped:") else load(model)
+    found = run(*loaded, chosen, wanted, length=length, samples=samples, seed=seed, source=source)
+    found.save(folder)
+    if as_json:
+        say_json(dict(found.report))
+        return
+    rows = [{"layer": row["layer"], found.method.page.knob[0]: row["value"],
+             **{key: f"{min(row[key]):.0%} to {max(row[key]):.0%}" for key in ("kept", "mass")}}
+            for row in found.report["reached"]]  # fmt: skip
+    out.print(
+        table(
+            rows, list(rows[0]), f"{found.method.label} at {target}: keys read and attention mass, over heads"
+        )
+    )
+    out.print(
+        f"[bold]{folder}[/bold]: regard.attach(model, read_converted({str(folder)!r}))", highlight=False
+    )
+
+
+@app.command()
 def train(
     task: Annotated[
         str, typer.Option(help="mqar (associative recall) or text (bytes of documentation)")

@@ -49,6 +49,8 @@ class Mechanism(Page):
     speed_settings  settings that change the speed, never the result
     block_masks     whether `fast` reads a mask as call.blocks: a bool, or a function of cfg. A Mask that leaves most blocks
                     empty is then never made a matrix
+    knob            (setting, values): what a page that chooses blocks is calibrated by, values from those that read few
+                    keys to those that read all
     together        together(cfg) -> how many queries, from multiples of it on, choose their keys together; None: each
                     by itself. No output depends on tokens after the last of those that chose with it
     neutral_base    what the card's neutral settings give: neutral_base(q, k, v, call) -> out; None: softmax attention
@@ -70,6 +72,7 @@ class Mechanism(Page):
     roles: tuple[str, ...] = ()
     speed_settings: tuple[str, ...] = ()
     block_masks: bool | Callable[[Any], bool] = False
+    knob: tuple[str, tuple] | None = None
     together: Callable[[Any], int] | None = None
     neutral_base: Callable | None = None
     state_size: Callable | None = None

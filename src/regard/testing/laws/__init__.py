@@ -8,6 +8,7 @@ from regard.testing.laws.blocks import (
     check_blocks_all,
     check_blocks_causal,
     check_blocks_heads,
+    check_blocks_knob,
     check_blocks_last,
     check_blocks_said,
 )
@@ -91,6 +92,7 @@ CHECKS = (
     check_blocks_said,
     check_blocks_causal,
     check_blocks_heads,
+    check_blocks_knob,
 )
 
 __all__ = [
@@ -135,6 +137,7 @@ __all__ = [
     "check_blocks_all",
     "check_blocks_causal",
     "check_blocks_heads",
+    "check_blocks_knob",
     "check_blocks_last",
     "check_blocks_said",
 ]

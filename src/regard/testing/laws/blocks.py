@@ -9,7 +9,7 @@ from torch import Tensor
 from regard.core import Method
 from regard.kinds.mechanism import run
 from regard.ops import explicit, lower_right
-from regard.ops.blocks import Blocks, BlockSettings
+from regard.ops.blocks import Blocks, BlockSettings, kept_share
 from regard.testing.case import Case, Inputs, NotApplicable, hold, same
 
 LENGTHS = (1, 7, 63, 64, 65)
@@ -108,6 +108,26 @@ def check_blocks_heads(case: Case, n: int = 40) -> None:
     for path in case.paths:
         outs = [ask(case, x, case.cfg, path)[0] for x in (few, other)]
         same(f"{path}: heads in another order", outs[1], outs[0][:, order])
+
+
+def check_blocks_knob(case: Case, n: int = 65) -> None:
+    """Every value of the knob is accepted, each reads no fewer keys than the one before, the last reads all."""
+    only_blocks(case)
+    if case.page.knob is None:
+        raise NotApplicable("the page names no knob")
+    name, values = case.page.knob
+    inputs, before = case.inputs(n), -1.0
+    for value in values:
+        out, _, aux = ask(case, inputs, replace(case.cfg, **{name: value}), "fast")
+        blocks = aux["blocks"]
+        kept = kept_share(blocks, n, n, causal=case.pattern == "causal_self").mean().item()
+        hold(
+            kept >= before - SAME,
+            f"{name}={value} reads {kept:.3f} of the keys, fewer than {before:.3f} before it",
+        )
+        before = kept
+    hold(before > 1 - SAME, f"{name}={values[-1]} reads {before:.3f} of the keys, not all")
+    same(f"{name}={values[-1]} = dense softmax", out, dense(case, inputs))
 
 
 def only_blocks(case: Case) -> None:

@@ -78,6 +78,7 @@ METHOD = Mechanism(
         "causal_cross": "queries choose together, so earlier ones would depend on later ones",
     },
     test_settings=({"top_k": 2, "block_q": 4, "block_k": 4}, {"top_k": 1, "block_q": 8, "block_k": 2}),
+    knob=("top_k", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 2**40)),
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
     card=Card(
         title="Block top-k",
