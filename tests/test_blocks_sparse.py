@@ -23,7 +23,7 @@ SHAPES = [
 
 
 def drawn(shape, wide, seed=0):
-    b, h, g, n, m, bq, bk, causal_, d, e = shape
+    b, h, g, n, m, bq, bk, _, d, e = shape
     torch.manual_seed(seed)
     q, k, v = (torch.randn(b, heads, t, w, dtype=torch.float64, requires_grad=True)
                for heads, t, w in ((h, n, d), (g, m, d), (g, m, e)))  # fmt: skip
@@ -33,11 +33,11 @@ def drawn(shape, wide, seed=0):
 
 def by_hand(qkv, chosen, length, shape):
     """(out, lse, which rows see anything) through a dense mask."""
-    b, h, g, n, m, bq, bk, causal_, d, e = shape
+    b, h, g, n, m, bq, bk, is_causal = shape[:8]
     q, k, v = qkv
     seen = chosen.repeat_interleave(bq, 2).repeat_interleave(bk, 3)[:, :, :n, :m]
     seen = seen & (torch.arange(m) < length[:, None])[:, None, None]
-    if causal_:
+    if is_causal:
         seen = seen & (torch.arange(m) <= torch.arange(n)[:, None] + m - n)
     s = (q @ k.repeat_interleave(h // g, 1).mT * 0.4).masked_fill(~seen, -torch.inf)
     some = seen.any(-1).expand(b, h, n)
@@ -110,7 +110,7 @@ def test_kept_and_captured():
 
 
 def test_block_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="block_k divides block_q.*block_q=64, block_k=48"):
+    with pytest.raises(ValueError, match=r"block_k divides block_q.*block_q=64, block_k=48"):
         catalog.method("block_topk", block_k=48)
     with pytest.raises(ValueError, match="dense_last >= 0"):
         catalog.method("block_topk", dense_last=-1)
@@ -145,7 +145,9 @@ def forgets_padding(at, cfg, call):
 
 def one_block_too_few(at, cfg, call):
     own = torch.eye(at.columns(cfg.block_k), dtype=torch.bool)[: at.rows(cfg.block_q)]
-    return top_blocks(PAGE.choose(at, cfg, call).float() + own, at.allowed(cfg.block_q, cfg.block_k), cfg.top_k)
+    return top_blocks(
+        PAGE.choose(at, cfg, call).float() + own, at.allowed(cfg.block_q, cfg.block_k), cfg.top_k
+    )
 
 
 FAULTS = {
@@ -184,4 +186,6 @@ def test_a_fault_in_the_schedule_is_found(monkeypatch):
         return None if mask is None else mask | mask.roll(1, -1)
 
     monkeypatch.setattr(schedules, "mask_of", shifted)
-    assert {"fast_equals_reference", "influence", "blocks_all"} <= broken(replace(PAGE, exempt={"compiles": "-"}))
+    assert {"fast_equals_reference", "influence", "blocks_all"} <= broken(
+        replace(PAGE, exempt={"compiles": "-"})
+    )

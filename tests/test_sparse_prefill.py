@@ -49,7 +49,10 @@ def test_all_blocks_are_the_model_and_rows_are_the_rows_alone(family):
     with attach(model, "block_topk", **FEW) as attached:
         attached.selection(mass=True)
         both = model(**feed, use_cache=True)
-        alone = [model(input_ids=feed["input_ids"][:1, 6:]).logits, model(input_ids=feed["input_ids"][1:]).logits]
+        alone = [
+            model(input_ids=feed["input_ids"][:1, 6:]).logits,
+            model(input_ids=feed["input_ids"][1:]).logits,
+        ]
         rows = attached.selection()
     assert (both.logits[:1, 6:] - alone[0]).abs().max() <= 1e-6
     assert (both.logits[1:] - alone[1]).abs().max() <= 1e-6
@@ -84,7 +87,8 @@ def test_what_follows_the_prompt_is_the_models_own():
 def test_beside_a_cache_policy():
     model, _ = build("llama")
     feed = padded(pads=0)
-    with attach(model, [catalog.method("block_topk", **FEW), catalog.method("snapkv", budget=12, window=4)]) as attached:
+    both = [catalog.method("block_topk", **FEW), catalog.method("snapkv", budget=12, window=4)]
+    with attach(model, both) as attached:
         out = model(**feed, use_cache=True)
         assert attached.stored() == [[12, 12]] * 3
         assert attached.selection()[0]["kept"]
@@ -102,23 +106,31 @@ def test_layers_left_to_the_model():
         rows = attached.selection()
     assert ["dense" in row for row in rows] == [True, True, False]
     model, _ = build("mistral")
-    with pytest.raises(NeverFired, match="block_topk was never asked in 1 forwards: every layer has"):
-        with attach(model, "block_topk"):
-            model(**padded())
+    said = "block_topk was never asked in 1 forwards: every layer has"
+    with pytest.raises(NeverFired, match=said), attach(model, "block_topk"):
+        model(**padded())
 
 
 def test_what_cannot_be_is_refused_by_name():
     model, inputs = build("gemma2")
-    with pytest.raises(Unsupported, match="block_topk at model.layers.1.self_attn .*softcap"):
-        with attach(model, "block_topk"):
-            model(**inputs)
+    said = r"block_topk at model.layers.1.self_attn .*softcap"
+    with pytest.raises(Unsupported, match=said), attach(model, "block_topk"):
+        model(**inputs)
     model, _ = build("llama")
-    with pytest.raises(Unsupported, match="an attached mask beside blocks that the data chooses"):
-        with attach(model, ["block_topk", catalog.method("window", window=9)]):
-            model(**padded())
-    with attach(model, "h2o", budget=0.5) as attached, pytest.raises(Unsupported, match="no method that leaves"):
+    two, said = (
+        ["block_topk", catalog.method("window", window=9)],
+        "an attached mask beside blocks that the data chooses",
+    )
+    with pytest.raises(Unsupported, match=said), attach(model, two):
+        model(**padded())
+    with (
+        attach(model, "h2o", budget=0.5) as attached,
+        pytest.raises(Unsupported, match="no method that leaves"),
+    ):
         attached.selection()
-    with pytest.raises(Unsupported, match="lean_attention is a mechanism page; here stand cache pages, masks"):
+    with pytest.raises(
+        Unsupported, match="lean_attention is a mechanism page; here stand cache pages, masks"
+    ):
         compare(None, ["lean_attention"], out="nowhere")
     with pytest.raises(Unsupported, match="prefix lets tokens see later ones"):
         compare(None, ["prefix"], out="nowhere")
@@ -167,7 +179,9 @@ def test_compare_prompts_read_in_part(tmp_path):
     assert "kept_share" not in by_method["snapkv"] and "kept_share" not in by_method["full"]
     row = by_method["block_topk"]
     assert 0 < row["kept_share"] < 1 and 0 < row["mass_share"] < 1
-    assert sum(row[f"{part}_ms"] for part in ("estimate", "attention", "rest")) == pytest.approx(row["prefill_ms"], 0.2)
+    assert sum(row[f"{part}_ms"] for part in ("estimate", "attention", "rest")) == pytest.approx(
+        row["prefill_ms"], 0.2
+    )
     lines = table_rows(result)
     assert [line["method"].split("(")[0] for line in lines] == ["block_topk", "window"]
     again = Result.load(tmp_path)

@@ -212,9 +212,12 @@ class attach:
         return sum(self.context.step.bytes_read.values()) if selects else self.context.caches.bytes_read()
 
     def selection(self, mass: bool = False) -> list[dict[str, Any]]:
-        """What sparse prefill or a mask read in the latest prompt, a row for each layer: `kept`, by head the share of the keys
-        that its queries might have seen; `dense`, why the layer was left to the model. Asked with mass=True before the
-        prompt, `mass` too: the share of the model's own attention that lies on what was read."""
+        """What sparse prefill or a mask read in the latest prompt, a row for each layer.
+
+        `kept`, by head, is the share of the keys that its queries might have seen; `dense` says why a layer was left to
+        the model. Asked with mass=True before the prompt, `mass` too: the share of the model's own attention that lies
+        on what was read.
+        """
         return selection(self.actors, mass)
 
     def stored(self) -> list[list[int]]:

@@ -85,7 +85,7 @@ class AttachedMask(Actor):
         return None if found is None else self.over(found, call, view)
 
     def listed(self, call: AttentionCall, whole: Mask, n: int, m: int) -> Blocks | Tensor | None:
-        """What n queries read of m keys: blocks, or for a single query the keys, where all rows and heads read alike."""
+        """What n queries read of m keys: blocks, or of a single query the keys, where rows and heads read alike."""
         roles = Roles(**{name: call.labels[name][:, :m] for name in whole.needs}) if whole.needs else None
         heads, device = call.q.shape[1], call.q.device
         if n > 1:

@@ -10,7 +10,7 @@ from regard.ops.blocks import Blocks, captured_mass, kept_share
 
 
 class Selected:
-    """The latest prompt's rows by layer; `weighs`: whether the share of attention mass that was captured is measured."""
+    """The latest prompt's rows by layer; `weighs`: whether the captured share of attention mass is measured."""
 
     def __init__(self) -> None:
         self.weighs = False

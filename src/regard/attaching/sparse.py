@@ -1,4 +1,4 @@
-"""Sparse prefill: a mechanism that chooses blocks of keys, on a model's prompts; decoding stays the model's, or a policy's.
+"""Sparse prefill: a mechanism that chooses blocks of keys, on a model's prompts; decoding is the model's or a policy's.
 
 It acts on calls of more than one token, in full-attention layers from `dense_layers` on. Layers with a window of their
 own keep it, and their attention: they are sparse already. What it left alone, and why, stands in `selection()`.

@@ -159,7 +159,7 @@ def growth(sizes: Sizes) -> Iterator[dict]:
             )
     for name in sparse_pages():
         held = [
-            bytes_held(lambda n=n: work(catalog.method(name), sizes.qkv(n)))
+            bytes_held(lambda n=n, name=name: work(catalog.method(name), sizes.qkv(n)))
             for n in (sizes.short, sizes.long)
         ]
         power = math.log(held[1] / held[0]) / math.log(sizes.long / sizes.short)

@@ -27,8 +27,8 @@ class Call:
     key_mask       [B|1, H|1, M] bool, True = there; None: every key is. A hidden key is as if it were not there. With a
                    state of stored keys M counts them too, first
     pair_mask      [B|1, H|1, N, M] bool, True = attend, where queries see different keys; None: they do not
-    blocks         ops.blocks.Blocks: the mask as a list of blocks of keys, causality included, in the place of a pair_mask
-                   for pages that read such lists; None: the mask is not said so
+    blocks         ops.blocks.Blocks: the mask as a list of blocks of keys, causality included, in the place of a
+                   pair_mask for pages that read such lists; None: the mask is not said so
     initial_state  what an earlier call of causal_self returned, None at the start of a text; never changed in place
     params         {name: tensor} as the page's init gives them; gradients reach them
     x              [B, M, C], the layer's input at the keys, for pages that read it; in cross patterns a pair, that of

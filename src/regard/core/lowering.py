@@ -145,7 +145,7 @@ class Lowering(ABC):
         self, n: int, m: int, block_q: int, block_k: int, *, roles: Roles | Sides | None = None,
         offset: int | None = None, most: float = 1.0, device: Any = None,
     ) -> Tiled | None:  # fmt: skip
-        """The tiles that are read and the masks inside the partial ones; None where more than `most` of all are read."""
+        """The tiles that are read, and the masks inside partial ones; None where more than `most` of all are read."""
         asked = Question(
             self, n, m, block_q, block_k, self._start(n, m, offset, roles), self._sides(roles), device
         )

@@ -46,7 +46,7 @@ class Question:
         return some, every
 
     def pairs(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """(seen, real) [T, block_q, block_k] bool of tiles [T, 4] (b, h, I, J); pairs beyond the borders are not real."""
+        """(seen, real) [T, block_q, block_k] bool of tiles [T, 4] (b, h, I, J); pairs beyond the text are not real."""
         b, h, i, j = tiles[:, :, None, None].unbind(1)
         q = i * self.block_q + torch.arange(self.block_q, device=tiles.device)[:, None]
         k = j * self.block_k + torch.arange(self.block_k, device=tiles.device)
@@ -96,9 +96,9 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Tiled:
-    """A mask as tiles: read [B or 1, H or 1, I, J] bool; tile [.., I, J] which of tables [T, block_q, block_k] holds inside.
+    """A mask as tiles: read [B or 1, H or 1, I, J] bool, and which of tables [T, block_q, block_k] holds inside each.
 
-    tile -1: the whole tile is seen; both are None where that is so of all.
+    tile [.., I, J], -1: the whole tile is seen; both are None where that is so of all.
     """
 
     read: Tensor

@@ -47,8 +47,8 @@ class Mechanism(Page):
     order_aware     whether it knows the order of tokens by itself (a decay, a filter), so layers add no positions
     roles           roles that it reads
     speed_settings  settings that change the speed, never the result
-    block_masks     whether `fast` reads a mask as call.blocks: a bool, or a function of cfg. A Mask that leaves most blocks
-                    empty is then never made a matrix
+    block_masks     whether `fast` reads a mask as call.blocks: a bool, or a function of cfg. A Mask that leaves most
+                    blocks empty is then never made a matrix
     knob            (setting, values): what a page that chooses blocks is calibrated by, values from those that read few
                     keys to those that read all
     together        together(cfg) -> how many queries, from multiples of it on, choose their keys together; None: each
@@ -142,7 +142,8 @@ def make_call(
 ) -> Call:  # fmt: skip
     """The Call of a mechanism, validated: the one place where what is asked is held to what the page can do.
 
-    `lists`: a Mask becomes a list of blocks where that leaves enough unread. `finite` looks for NaN and infinity in q, k and v too, which reads them once.
+    `lists`: a Mask becomes a list of blocks where that leaves enough unread. `finite` looks for NaN and infinity in q,
+    k and v too, which reads them once.
     """
     page, cfg = method.page, method.config
     check_pattern(pattern, page.patterns, page.unsupported, page.card.title)

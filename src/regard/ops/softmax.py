@@ -219,7 +219,7 @@ def merge(
 
 
 def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """out [B, H, N, E] of a sum whose logarithm is lse [B, H, N], when learned sinks [H] join it: e^lse of both is left."""
+    """out [B, H, N, E] of a sum whose logarithm is lse [B, H, N], when learned sinks [H] join that sum."""
     share = (lse - at_least_float32(sinks).view(1, -1, 1)).sigmoid()
     return (out * share[..., None].to(out.dtype)).nan_to_num(0.0)
 

@@ -1,4 +1,4 @@
-"""Prompts that are read in part: what was read, where the time to the first token went, from which length on it pays."""
+"""Prompts that are read in part: what was read, where the time to the first token went, and from when it pays."""
 
 import math
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ def crossing_text(row: Mapping[str, Any] | None) -> str:
 
 
 def first_token_sentence(result: Result) -> str:
-    """Which method is soonest at its first token, at the longest length, of those that keep 95 % of the quality."""
+    """Which method is soonest at its first token, at the longest length, of those that keep 95 % of quality."""
     rows = partial_rows(result)
     if not rows:
         return ""
@@ -68,8 +68,8 @@ def first_token_sentence(result: Result) -> str:
     if not kept:
         return f"At {longest:,} tokens no method that reads a prompt in part keeps 95 % of full attention's quality."
     best = min(kept, key=lambda r: r["prefill_ratio"])
-    text = f"At {longest:,} tokens {clean(best['label'])} is soonest at the first token of those that keep 95 % of full "
-    text += f"attention's quality: {times(best['prefill_ratio'])} its time"
+    text = f"At {longest:,} tokens {clean(best['label'])} is soonest at the first token of those that keep 95 % of "
+    text += f"full attention's quality: {times(best['prefill_ratio'])} its time"
     text += f", reading {percent(best['kept_share'])} of the keys" if best["kept_share"] is not None else ""
     text += (
         f", which hold {percent(best['mass_share'])} of the attention"
@@ -170,9 +170,9 @@ def method_lines(
 
 LEAD = (
     "Methods that leave keys of the prompt unread. First token: time of the prefill over full attention's, and the "
-    "shares of it that went into choosing (estimate), attention, and the rest of the model. Read: share of the keys that "
-    "queries might have seen. Mass: share of full attention's weight that lay on them. A ring marks from which length on "
-    "a method is faster in every turn; below it full attention is the better choice."
+    "shares of it that went into choosing (estimate), attention, and the rest of the model. Read: share of the keys "
+    "that queries might have seen. Mass: share of full attention's weight that lay on them. A ring marks from which "
+    "length on a method is faster in every turn; below it full attention is the better choice."
 )
 
 

@@ -24,7 +24,7 @@ def block_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, scale: float, causal: bool = False,
     start: Tensor | int = 0, length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out [B, H, N, E] in v's dtype, lse [B, H, N] in float32 at least) of q [B, H, N, D], k [B, G, M, D], v [B, G, M, E].
+    """(out [B, H, N, E] in v's dtype, lse [B, H, N] in float32 at least) of q [B, H, N, D], k and v [B, G, M, ...].
 
     causal   query i, at place start + i, sees keys up to that place      start   [B] or a number
     length   [B] keys that are there, the first ones; None: all           a query that sees nothing: 0 and -inf
@@ -102,10 +102,11 @@ def gathered(
     width, qs, ks, vs = q.shape[-1], lay.queries(q), lay.stored(k), lay.stored(v)
     out, lse = torch.zeros_like(qs), at_least_float32(qs).new_full(qs.shape[:2], -torch.inf)
     for work, blind in lay.pieces(width):
-        o, l = attend(
+        mixed, sums = attend(
             qs[work.rows][None], gather(ks, work, width), gather(vs, work, width), bias_of(work, q), scale
         )
-        out[work.rows], lse[work.rows] = o[0], l[0] if blind is None else l[0].masked_fill(blind, -torch.inf)
+        out[work.rows] = mixed[0]
+        lse[work.rows] = sums[0] if blind is None else sums[0].masked_fill(blind, -torch.inf)
     return lay.text(out).clone(), lay.text(lse).clone()
 
 

@@ -1,7 +1,7 @@
 """Tokens in their places: what lies in blocks is the text, not the padded row.
 
-Blocks begin at places of the text, the count of real tokens before, so that padding anywhere, and a prompt that comes in
-parts, leave every block where it was. Hidden keys go behind the others, and so do their queries, which are padding then.
+Blocks begin at places of the text, the count of real tokens before, so that padding anywhere, and a prompt that comes
+in parts, leave every block where it was. Hidden keys go behind the others, and so do their queries: they are padding.
 """
 
 from dataclasses import dataclass

@@ -107,7 +107,7 @@ def ordered(blocks: Blocks, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def mask_of(code: list[int], blocks: Blocks) -> Tensor | None:
-    """[block_q, r·block_k] bool of a kind of work: `code` is how many blocks are wholly seen, and the kinds after them."""
+    """[block_q, r·block_k] bool of a kind of work: `code` is how many blocks are wholly seen, then kinds of others."""
     cut = [kind for kind in code[1:] if kind >= 0]
     if not cut:
         return None

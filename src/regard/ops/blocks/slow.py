@@ -1,4 +1,4 @@
-"""For references of pages that choose blocks: each text by itself, in float64, dense, sharing nothing with the fast path."""
+"""For references of pages that choose blocks: each text by itself, dense, in float64, apart from the fast path."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ def by_text(one: One, q: Tensor, k: Tensor, v: Tensor, cfg: Any, call: Call) -> 
 
 
 def slow_attention(sees: Sees, q: Tensor, k: Tensor, v: Tensor, cfg: Any, call: Call) -> tuple[Tensor, Any]:
-    """(out, state): softmax over the keys that `sees` names; causality, and what the settings leave dense, beside it."""
+    """(out, state): softmax over the keys that `sees` names, beside causality and what the settings leave dense."""
 
     def one(q: Tensor, k: Tensor, v: Tensor, start: int, cfg: Any) -> Tensor:
         n, m = q.shape[1], k.shape[1]

@@ -17,7 +17,7 @@ SAME = 1e-9
 
 
 def check_blocks_all(case: Case) -> None:
-    """Under the neutral settings, in small blocks, it is dense softmax at ragged lengths; so it is below dense_below."""
+    """Under the neutral settings, in small blocks, it is dense softmax at ragged lengths, and below dense_below."""
     only_blocks(case)
     if case.page.neutral_base is not None:
         raise NotApplicable("its neutral settings are not dense softmax")
@@ -34,7 +34,7 @@ def check_blocks_all(case: Case) -> None:
 
 
 def check_blocks_last(case: Case, n: int = 65) -> None:
-    """The last `dense_last` queries read all that they may see, in whole blocks of queries, and no other row changes."""
+    """The last `dense_last` queries read all that they may see, in whole blocks of queries; no other row changes."""
     only_blocks(case)
     if case.cfg.dense_last or "blocks_last" in case.page.exempt:
         raise NotApplicable("its settings leave the last queries dense")
@@ -53,7 +53,7 @@ def check_blocks_last(case: Case, n: int = 65) -> None:
 
 
 def check_blocks_said(case: Case, n: int = 65) -> None:
-    """aux["blocks"] are in order, none beyond what the queries may see, and what is hidden beside them moves nothing."""
+    """aux["blocks"] are in order, none beyond what the queries may see; the output is softmax over just these."""
     only_blocks(case)
     blocks, inputs = listed(case, n)
     index, bq, bk = blocks.index, blocks.block_q, blocks.block_k
