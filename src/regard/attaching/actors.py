@@ -150,6 +150,7 @@ class Actor:
     reads_roles = False
     # it changes or records single rows and heads, and leaves all others to be bitwise those of the model
     touches_rows = False
+    selected: Any = None  # what it read of a prompt, where it leaves keys unread
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise for a model that it cannot act on."""

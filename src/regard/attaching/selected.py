@@ -42,7 +42,7 @@ class Selected:
 
 def selection(actors: list[Actor], mass: bool) -> list[dict[str, Any]]:
     """The rows of all layers, of the actor that leaves keys unread."""
-    found = [actor.selected for actor in actors if getattr(actor, "selected", None) is not None]
+    found = [actor.selected for actor in actors if actor.selected is not None]
     if not found:
         raise Unsupported("no method that leaves blocks of keys unread is attached")
     for one in found:

@@ -167,14 +167,14 @@ class Bench:
             torch.inference_mode(),
             nullcontext() if method is None else attach(self.model, method) as attached,
         ):
-            chooses = attached is not None and leaves_unread(method)
-            if chooses:
-                attached.selection(mass=weigh)
+            chooses = attached if leaves_unread(method) else None
+            if chooses is not None:
+                chooses.selection(mass=weigh)
             start = now(device)
             with clocked() as parts:
                 cache = self.model(prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
             prefill = now(device) - start
-            chosen = attached.selection() if chooses else []
+            chosen = [] if chooses is None else chooses.selection()
             for t in range(tokens.shape[1]):
                 start = now(device)
                 out = self.model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)

@@ -25,6 +25,7 @@ from regard.core.mask import causal, window
 from regard.kinds.mechanism import run
 from regard.models.shipped import load_shipped
 from regard.ops.blocks import BlockSettings
+from regard.ops.blocks.attention import multiplies_bfloat16
 
 GROWTH = {"hip_attention": 1.25, "hyperattention": 1.25, "superlinear_attention": 1.6}
 
@@ -65,9 +66,7 @@ def rows(quick: bool = False, progress: Callable[[str], None] | None = None) -> 
 def dtypes() -> dict[str, torch.dtype]:
     """float32, and bfloat16 where this CPU has products of it."""
     found = {"float32": torch.float32}
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        found["bfloat16"] = torch.bfloat16
-    return found
+    return found | {"bfloat16": torch.bfloat16} if multiplies_bfloat16() else found
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ def trained(sizes: Sizes) -> Iterator[dict]:
             return seconds(lambda: torch.autograd.grad(path(), qkv, gradient))
 
     ours = lambda: both(lambda: attend(*qkv, "softmax", mask=method).out)  # noqa: E731
-    theirs = lambda: both(lambda: F.scaled_dot_product_attention(*qkv, mask))  # noqa: E731
+    theirs = lambda: both(lambda: F.scaled_dot_product_attention(*qkv, attn_mask=mask))  # noqa: E731
     case = f"window of {sizes.window}, {sizes.long:,} tokens, float32, forward and backward, over SDPA with the mask"
     yield row(case, paired(ours, theirs, 1), None, 8.0)
 
@@ -171,7 +170,7 @@ def growth(sizes: Sizes) -> Iterator[dict]:
 def sparse_pages() -> list[str]:
     """Mechanisms that choose blocks and learn nothing."""
     names = catalog.list_methods(kind="mechanism", pattern="causal_self")
-    pages = {name: catalog.get(name) for name in names}
+    pages: dict[str, Any] = {name: catalog.get(name) for name in names}
     return [
         name for name, page in pages.items() if isinstance(page.config(), BlockSettings) and page.init is None
     ]

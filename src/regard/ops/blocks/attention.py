@@ -7,6 +7,8 @@ a few megabytes of gathered keys, whatever the length. The sums lse come out too
 list leaves out can be added: partial results are merged by them.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ from regard.ops.precision import as_written
 from regard.ops.softmax import at_least_float32
 from regard.ops.transforms import transformed
 
-GATHERED = 1 << 20  # numbers of keys gathered at a time; changes the speed, never the result
+GATHERED = 1 << 18  # numbers of keys gathered at a time; changes the speed, never the result
 
 
 def block_attention(
@@ -107,20 +109,27 @@ def gathered(
         )
         out[work.rows] = mixed[0]
         lse[work.rows] = sums[0] if blind is None else sums[0].masked_fill(blind, -torch.inf)
-    return lay.text(out).clone(), lay.text(lse).clone()
+    return lay.text(out).contiguous(), lay.text(lse).contiguous()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse) of dense attention [1, n, rows, D], a query that sees nothing giving 0."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=bias, scale=scale
-        )
-    s = at_least_float32(q @ k.mT) * scale
-    s = s if bias is None else s + bias
-    lse = s.logsumexp(-1)
-    weights = (s - lse.nan_to_num(neginf=0.0)[..., None]).exp()
-    return weights.to(v.dtype) @ v, lse
+    if q.device.type == "cpu" and not (q.dtype == torch.bfloat16 and multiplies_bfloat16()):
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+    s = at_least_float32(q[0] @ k[0].mT).mul_(scale)
+    s = s if bias is None else s.add_(bias[0])
+    top = s.amax(-1, keepdim=True).nan_to_num_(neginf=0.0)
+    e = s.sub_(top).exp_()
+    total = e.sum(-1, keepdim=True)
+    out = (e.to(v.dtype) @ v[0]) / total.clamp(min=torch.finfo(total.dtype).tiny).to(v.dtype)
+    return out[None], (total.log() + top)[None, ..., 0]
+
+
+@lru_cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has products of bfloat16: then two of them beat the fused kernel (docs/log.md)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @gathered.register_fake
@@ -144,24 +153,25 @@ def gathered_back(
     sums, dsums = (lay.queries(t.unsqueeze(-1)).squeeze(-1) for t in (lse, dlse))
     dq = at_least_float32(torch.zeros_like(qs))
     dk, dv = (at_least_float32(torch.zeros_like(t)) for t in (ks, vs))
-    for work, blind in lay.pieces(width):
+    for work, _ in lay.pieces(width):
         rows, at = work.rows, work.blocks.reshape(-1)
-        parts = (t[rows][None] for t in (qs, outs, douts, sums, dsums))
-        one = attend_back(*parts, gather(ks, work, width), gather(vs, work, width), work.mask, blind, scale)
+        parts = [t[rows][None] for t in (qs, outs, douts, sums, dsums)]
+        parts += [gather(ks, work, width), gather(vs, work, width)]
+        one = attend_back(parts, work.mask, scale)
         dq[rows] = one[0].to(dq.dtype)
         dk.index_add_(0, at, one[1].reshape(len(at), -1).to(dk.dtype))
         dv.index_add_(0, at, one[2].reshape(len(at), -1).to(dv.dtype))
     b, g, m, _ = k.shape
-    back = (t.view(b, g, -1, width)[:, :, :m].to(k.dtype) for t in (dk, dv))
-    return lay.text(dq).to(q.dtype), *(t.clone() for t in back)
+    dk, dv = (t.view(b, g, -1, width)[:, :, :m].to(k.dtype).contiguous() for t in (dk, dv))
+    return lay.text(dq).to(q.dtype).contiguous(), dk, dv
 
 
-def attend_back(
-    q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-    blind: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v [1, n, ...]: with p = e^{s - lse}, ds = p (dout·v - dout·out + dlse)."""
-    q, k, v, dout, out = (at_least_float32(t) for t in (q, k, v, dout, out))
+def attend_back(parts: list[Tensor], mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v: with p = e^{s - lse}, ds = p (dout·v - dout·out + dlse).
+
+    parts are q, out, dout [1, n, rows, D], lse, dlse [1, n, rows], k and v [1, n, keys, D].
+    """
+    q, out, dout, lse, dlse, k, v = (at_least_float32(t) for t in parts)
     s = (q @ k.mT) * scale
     if mask is not None:
         s = s.masked_fill(~mask, -torch.inf)
