@@ -26,7 +26,7 @@ from regard.attaching.sparse import SparsePrefill, is_sparse, token_mask
 from regard.core import Method, Unsupported, require
 from regard.kinds.mechanism import run
 from regard.ops import View
-from regard.ops.blocks import captured_mass, kept_share
+from regard.ops.blocks import Blocks, captured_mass, kept_share
 from regard.tasks import Source
 
 KINDS = ("mass", "sparsity")
@@ -91,8 +91,11 @@ class Turning(SparsePrefill):
         for value, trial in trials.items():
             method = self.method.with_settings(**{name: value})
             _, _, aux = run(method, q, view.k, view.v, mask=mask, params=self.params_of(call))
-            kept = kept_share(aux["blocks"], q.shape[2], view.k.shape[2], mask)
-            trial.kept.append(kept.expand(-1, q.shape[1]).mean(0))
+            lists = (aux["blocks"],) if isinstance(aux["blocks"], Blocks) else aux["blocks"]
+            shares = [kept_share(blocks, q.shape[2], view.k.shape[2], mask) for blocks in lists]
+            trial.kept.append(
+                torch.stack([share.expand(len(q), q.shape[1]) for share in shares]).sum(0).mean(0)
+            )
             trial.mass.append(captured_mass(q, view.k, aux["lse"], mask).mean(0))
         return native(call)[0].transpose(1, 2)
 

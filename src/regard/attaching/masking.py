@@ -100,7 +100,7 @@ class AttachedMask(Actor):
             # nothing is hidden beside what causality hides
             return softmax_attention(call.q, view.k, view.v, scale=view.scale, causal=True, sinks=view.sinks)
         out, lse = block_attention(call.q, view.k, view.v, blocks, scale=view.scale)
-        self.selected.read(call, call.scaled(), view.k, blocks, lse)
+        self.selected.read(call, call.scaled(), view.k, (blocks,), lse)
         return out if view.sinks is None else join_sinks(out, lse, view.sinks)
 
     def narrow(self, call: AttentionCall) -> AttentionCall:

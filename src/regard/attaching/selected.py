@@ -1,7 +1,9 @@
 """What a method read that leaves keys unread: a row for each layer, by head."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from regard.attaching.actors import Actor, AttentionCall
@@ -21,19 +23,15 @@ class Selected:
         self.rows[call.site.layer] = {"layer": call.site.layer, "site": call.name, "dense": why}
 
     def read(
-        self,
-        call: AttentionCall,
-        q: Tensor,
-        k: Tensor,
-        blocks: Blocks | None,
-        lse: Tensor | None,
+        self, call: AttentionCall, q: Tensor, k: Tensor, lists: Sequence[Blocks], lse: Tensor | None,
         mask: Tensor | None = None,
-    ) -> None:
-        """What these queries read: the blocks, and the logarithm of the sum of e^score over them."""
+    ) -> None:  # fmt: skip
+        """What these queries read: lists of blocks that share no key, and the logarithm of the sum of e^score."""
         row: dict[str, Any] = {"layer": call.site.layer, "site": call.name}
-        if blocks is not None:
+        if lists:
+            shares = [kept_share(blocks, q.shape[2], k.shape[2], mask) for blocks in lists]
             row["kept"] = (
-                kept_share(blocks, q.shape[2], k.shape[2], mask).expand(-1, q.shape[1]).mean(0).tolist()
+                torch.stack([share.expand(len(q), q.shape[1]) for share in shares]).sum(0).mean(0).tolist()
             )
         if self.weighs and lse is not None:
             row["mass"] = captured_mass(q, k, lse, mask).mean(0).tolist()

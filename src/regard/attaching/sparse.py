@@ -96,8 +96,8 @@ class SparsePrefill(MechanismOnKeys):
         if sinks is not None:
             out = with_sinks(self.name, call, out, aux, sinks)
         blocks = aux.get("blocks")
-        known = blocks if isinstance(blocks, Blocks) else None
-        self.selected.read(call, q, view.k, known, aux.get("lse"), mask)
+        lists = () if blocks is None else (blocks,) if isinstance(blocks, Blocks) else blocks
+        self.selected.read(call, q, view.k, lists, aux.get("lse"), mask)
         return out
 
 

@@ -3,7 +3,8 @@
 import math
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -15,9 +16,6 @@ from regard.bench.efficiency import crossing, interval
 from regard.core import Method
 from regard.tasks import Source
 
-if TYPE_CHECKING:
-    from regard.bench.cell import Bench, Cell, Pass
-
 SHORTEST = 256  # tokens from which on a crossing is looked for
 TURNS = 3  # how often method and model take turns at one length
 
@@ -28,7 +26,7 @@ def leaves_unread(method: Any) -> bool:
     return isinstance(method, Method) and (method.page.kind == "mask" or is_sparse(method))
 
 
-def unread(runs: "list[Pass]") -> dict[str, Any]:
+def unread(runs: Sequence[Any]) -> dict[str, Any]:
     """The share of keys read and of attention mass captured: means, and by layer a list by head; layers left dense."""
     rows = [row for run in runs for row in run.selection]
     if not rows:
@@ -48,7 +46,7 @@ def unread(runs: "list[Pass]") -> dict[str, Any]:
     return facts
 
 
-def first_token_parts(runs: "list[Pass]") -> dict[str, float]:
+def first_token_parts(runs: Sequence[Any]) -> dict[str, float]:
     """Milliseconds of the prefill: choosing, attention over what was chosen, and the rest of the model."""
     parts = {
         name: statistics.median(run.parts.get(name, 0.0) for run in runs)
@@ -59,7 +57,7 @@ def first_token_parts(runs: "list[Pass]") -> dict[str, float]:
     return {f"{name}_ms": 1e3 * seconds for name, seconds in parts.items()}
 
 
-def crossing_row(cell: "Cell", bench: "Bench") -> dict:
+def crossing_row(cell: Any, bench: Any) -> dict:
     """From which length on the first token comes sooner than with full attention, up to the cell's length."""
     start, method = time.perf_counter(), bench.method_of(cell)
     source = None if cell.text is None else Source.from_path(cell.text)

@@ -13,6 +13,7 @@ from regard.core import Method, Unsupported
 from regard.core.roles import Roles
 from regard.core.trees import tree_leaves, tree_map
 from regard.kinds.mechanism import Mechanism, make_call, stores_keys
+from regard.ops.blocks import WHOLE
 
 B, H, D, E, C = 2, 2, 4, 6, 5  # E becomes D, where a page takes values of the keys' width only
 GARBAGE = 1e3
@@ -91,6 +92,11 @@ class Case:
     def paths(self) -> dict[str, Callable]:
         both = {"reference": self.page.reference, "fast": self.page.fast}
         return {name: path for name, path in both.items() if path is not None}
+
+    def choosing(self) -> None:
+        """NotApplicable where the last queries of a call choose for all before them."""
+        if self.together >= WHOLE:
+            raise NotApplicable("the last queries of a call choose for all of it: parts choose otherwise")
 
     @property
     def together(self) -> int:

@@ -3,16 +3,18 @@
 from regard.ops.blocks.attention import block_attention
 from regard.ops.blocks.choose import causal_softmax, diagonal, top_blocks, top_mass
 from regard.ops.blocks.layout import Blocks
+from regard.ops.blocks.lines import last_mean, last_weights, root_divergence, slashes, verticals
 from regard.ops.blocks.masks import SHORT, blocks_of
 from regard.ops.blocks.measure import captured_mass, full_lse, kept_share
 from regard.ops.blocks.placed import Placed, placed
-from regard.ops.blocks.pool import block_max, block_mean, block_min, block_sizes, block_sum, in_blocks
+from regard.ops.blocks.pool import block_max, block_mean, block_min, block_sizes, block_sum, hidden, in_blocks
 from regard.ops.blocks.run import clocked, part, run_blocks
-from regard.ops.blocks.settings import BlockSettings
+from regard.ops.blocks.settings import WHOLE, BlockSettings
 from regard.ops.blocks.slow import by_text, slow_attention
 
 __all__ = [
     "SHORT",
+    "WHOLE",
     "BlockSettings",
     "Blocks",
     "Placed",
@@ -29,12 +31,18 @@ __all__ = [
     "clocked",
     "diagonal",
     "full_lse",
+    "hidden",
     "in_blocks",
     "kept_share",
+    "last_mean",
+    "last_weights",
     "part",
     "placed",
+    "root_divergence",
     "run_blocks",
+    "slashes",
     "slow_attention",
     "top_blocks",
     "top_mass",
+    "verticals",
 ]

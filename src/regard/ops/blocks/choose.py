@@ -14,21 +14,28 @@ def top_blocks(score: Tensor, allowed: Tensor, count: Tensor | int) -> Tensor:
     return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, taken) & allowed
 
 
-def top_mass(mass: Tensor, allowed: Tensor, share: Tensor | float) -> Tensor:
+def top_mass(
+    mass: Tensor, allowed: Tensor, share: Tensor | float, first: Tensor | None = None, least: int = 0
+) -> Tensor:
     """[B, H, I, J] bool: the fewest blocks, largest first, that hold at least `share` of the mass [B, H, I, J] >= 0.
 
-    `share` broadcasts to [B, H, I, 1]; 1 or more takes every block that is allowed.
+    `share` broadcasts to [B, H, I, 1]; 1 or more takes every block that is allowed. The blocks of `first` are taken
+    before all others, and `least` blocks at least.
 
     >>> top_mass(torch.tensor([0.1, 0.6, 0.3]), torch.tensor(True), 0.7)
     tensor([False,  True,  True])
     """
     mass = mass.masked_fill(~allowed, 0.0)
-    order = mass.masked_fill(~allowed, -1.0).argsort(dim=-1, descending=True, stable=True)
+    rank = mass.masked_fill(~allowed, -1.0)
+    rank = rank if first is None else rank.masked_fill(first & allowed, torch.inf)
+    order = rank.argsort(dim=-1, descending=True, stable=True)
     sorted_mass = mass.gather(-1, order)
     before = sorted_mass.cumsum(-1) - sorted_mass
     share = torch.as_tensor(share, dtype=mass.dtype, device=mass.device)
     wanted = (before < share * mass.sum(-1, keepdim=True)) | (share >= 1)
-    return torch.zeros_like(wanted).scatter(-1, order, wanted) & allowed
+    wanted = wanted | (torch.arange(mass.shape[-1], device=mass.device) < least)
+    taken = torch.zeros_like(wanted).scatter(-1, order, wanted)
+    return (taken if first is None else taken | first) & allowed
 
 
 def causal_softmax(score: Tensor, allowed: Tensor) -> Tensor:

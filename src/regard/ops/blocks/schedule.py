@@ -53,7 +53,7 @@ def schedule(blocks: Blocks, plan: Plan) -> list[Work]:
     rows = torch.argsort(inverse, stable=True)
     ends = torch.bincount(inverse, minlength=len(codes)).cumsum(0).tolist()
     first = first_block(plan, i)
-    spread = index.expand(plan.batch, plan.heads, i, r).reshape(-1, r)
+    spread = index.expand(plan.batch, plan.heads, i, r).reshape(len(first), r)
     starts, works = [0, *ends[:-1]], []
     for code, start, end in zip(codes.tolist(), starts, ends, strict=True):
         reads = int(code[0]) + sum(kind >= 0 for kind in code[1:])

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from regard.core import require
 
+WHOLE = 1 << 40  # queries that choose together, where the last ones of a call choose for all
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSettings:

@@ -82,6 +82,7 @@ def check_blocks_causal(case: Case, n: int = 65) -> None:
     only_blocks(case)
     if case.pattern != "causal_self":
         raise NotApplicable(f"{case.pattern} is not causal")
+    case.choosing()
     before, inputs = listed(case, n)
     cut = before.index.shape[2] // 2
     later = slice(cut * before.block_q, None)

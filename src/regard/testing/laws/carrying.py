@@ -10,6 +10,7 @@ from regard.testing.case import GARBAGE, B, Case, H, Inputs, NotApplicable, same
 
 def check_segments(case: Case, n: int = 33) -> None:
     """State carried over ragged segments gives the whole; the state handed in is left as it was."""
+    case.choosing()
     if (block := case.together) > 1:
         sizes: tuple[int, ...] = (2 * block, block, block + 1)
     else:
@@ -49,6 +50,7 @@ def segments(case: Case, sizes: tuple[int, ...], law: str) -> None:
 
 def check_padded_state(case: Case) -> None:
     """A prompt padded on the left or on the right, and carried on through a state, is the text that is not padded."""
+    case.choosing()
     prompt = 5 if case.together == 1 else 2 * case.together
     inputs = case.inputs(prompt + 4 if case.together == 1 else prompt + case.together + 1)
     if case.pattern != "causal_self":

@@ -104,6 +104,7 @@ def check_last_queries(case: Case, n: int = 7) -> None:
         raise NotApplicable("it is a law of causal_self")
     if "queries" in case.page.exempt:
         raise NotApplicable(f"earlier queries are read: {case.page.exempt['queries']}")
+    case.choosing()
     block = case.together
     n = n if block == 1 else max(n, block + 3)
     # those that choose together are asked together

@@ -8,7 +8,7 @@ read is exact; what is not read is gone.
 
 Worked by hand, blocks of one token, top_k = 1: query 2 with q = 1 over keys 3, 1, 2 reads key 0 beside its own.
 
->>> import torch
+>>> import math, torch
 >>> q, k = torch.ones(1, 1, 3, 1), torch.tensor([3.0, 1.0, 2.0]).view(1, 1, 3, 1)
 >>> out, _ = reference(q, k, k, Config(block_q=1, block_k=1, top_k=1), Call())
 >>> w = math.exp(3) / (math.exp(3) + math.exp(2))
@@ -82,8 +82,10 @@ METHOD = Mechanism(
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
     card=Card(
         title="Block top-k",
-        paper="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention (2024), "
-        "the block-sparse pattern",
+        paper=(
+            "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention (2024), "
+            "the block-sparse pattern"
+        ),
         year=2024,
         idea="the means of two blocks say whether the one should read the other",
         cost="N · top_k · block products, and N² / block² to choose",
