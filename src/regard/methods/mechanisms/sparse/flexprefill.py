@@ -54,12 +54,7 @@ class Config(BlockSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.gamma <= 1, "0 < gamma <= 1", gamma=self.gamma)
-        require(
-            self.tau >= 0 and self.min_budget >= 0,
-            "tau, min_budget >= 0",
-            tau=self.tau,
-            min_budget=self.min_budget,
-        )
+        require(min(self.tau, self.min_budget) >= 0, "tau, min_budget >= 0", config=self)
         same = self.block_q == self.block_k
         require(
             same,
@@ -100,12 +95,10 @@ def sees(q: Tensor, k: Tensor, start: int, cfg: Config) -> Tensor:
             pairs = query_aware(q[h], means, place, cfg)
         else:
             lines, steps = fewest(key, cfg.gamma, least), fewest(distance, cfg.gamma, least) | {0}
-            pairs = {
-                (i, j) for i in range(columns) for j in lines | {i - s - e for s in steps for e in (0, 1)}
-            }
-        for i, j in pairs | {(i, j) for i in range(columns) for j in (0, i)}:
-            if 0 <= j <= i:
-                seen[h, place // b == i, j * b : (j + 1) * b] = True
+            back = steps | {step + 1 for step in steps}
+            pairs = {(i, j) for i in range(columns) for j in range(i + 1) if j in lines or i - j in back}
+        for row, j in {*pairs, *((i, j) for i in range(columns) for j in (0, i))}:
+            seen[h, place // b == row, j * b : (j + 1) * b] = True
     return seen
 
 
