@@ -92,7 +92,7 @@ METHOD = Mechanism(
         needs=("qkv",),
         lineage=("softmax",),
         caveat=(
-            "the paper divides by the sequence length L, all of whose tokens its vision transformers see; here n is "
+            "the paper divides by the sequence length L (tokens of an image all see each other); here n is "
             "the number of keys that a query sees, which is L in `self`, and its own place in causal_self, which the "
             "paper does not have"
         ),
