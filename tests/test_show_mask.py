@@ -50,8 +50,7 @@ def test_every_mask_is_drawn_as_it_is(name):
     lines = terminal_lines(picture)
     rows = [line for line in lines if line.startswith("│")]
     assert len(rows) * 2 == picture.tokens and max(map(len, lines)) <= 80
-    settings = dict(pair.split("=") for pair in picture.title.partition(":")[2].split(",") if pair)
-    cfg = page.configure(**{key: json.loads(value.lower()) for key, value in settings.items()})
+    cfg = page.configure(**parse_spec(picture.title)[1])
     seen, _ = example(page, cfg)
     for head, grid in enumerate(seen[:4].tolist()):
         boxes = [row.strip("│").split("│ │")[head] for row in rows]
@@ -60,7 +59,7 @@ def test_every_mask_is_drawn_as_it_is(name):
         assert [row for pair in zip(upper, lower, strict=True) for row in pair] == grid
         assert f"  {' '.join(str(sum(row)) for row in grid)}" in lines
     causal = [[k <= q for k in range(picture.tokens)] for q in range(picture.tokens)]
-    assert (list(map(list, picture.grids[0])) == causal) == (name == "causal")
+    assert all(list(map(list, grid)) == causal for grid in picture.grids) == (name == "causal")
     assert not seen.all()
 
 
