@@ -96,13 +96,32 @@ def methods_table(rows: list[dict]) -> str:
 
 
 @app.command()
-def show(name: str, as_json: Json = False) -> None:
-    """The card of a page, what is done with it, where it lies, and its last measured claim."""
+def show(
+    page_name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A page; of a mask with settings too: window:window=5")
+    ],
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the mask into this file, .svg or .png.", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The card of a page, what is done with it, where it lies, its last measured claim; a mask is drawn too."""
     from regard import catalog
     from regard.claims import ledger
+    from regard.cli.drawing import has_mask, picture_of, write
+    from regard.core import require
+    from regard.core.spec import parse_spec
     from regard.kinds import kind
+    from regard.report.mask_picture import terminal_lines
 
+    name, given = parse_spec(page_name)
     page = catalog.get(name)
+    masked = has_mask(page)
+    require(masked or picture is None, "a picture is drawn of a page that has a mask", page=name)
+    require(masked or not given, "settings are for what is drawn, a page that has a mask", page=name)
+    drawn = picture_of(name, page, given) if masked else None
+    if drawn is not None and picture is not None:
+        write(drawn, picture)
     known = ledger.measured().get(name)
     settings = {f.name: getattr(page.config(), f.name) for f in fields(page.config)}
     card = {**asdict(page.card), "neutral": dict(page.card.neutral)}
@@ -114,7 +133,8 @@ def show(name: str, as_json: Json = False) -> None:
         "path": str(catalog.path_of(name)),
     }
     if as_json:
-        say_json({**facts, "verb": verb, "card": card, "settings": settings, "claim": known})
+        mask = {} if drawn is None else {"mask": drawn.facts()}
+        say_json({**facts, "verb": verb, "card": card, "settings": settings, "claim": known, **mask})
         return
     out.print(f"[bold]{page.card.title}[/bold]  ({name}, {page.kind})")
     for label, value in {**card, "settings": settings, "use": verb, "path": facts["path"]}.items():
@@ -128,6 +148,12 @@ def show(name: str, as_json: Json = False) -> None:
             f"[dim] measured[/dim]  [bold]{known['verdict']}[/bold] {json.dumps(known['measured'])}",
             highlight=False,
         )
+    if drawn is not None:
+        out.print()
+        for line in terminal_lines(drawn):
+            out.print(line, markup=False, highlight=False, soft_wrap=len(line) < out.width)
+    if picture is not None:
+        say("picture", picture)
 
 
 def say(label: str, value: Any) -> None:
