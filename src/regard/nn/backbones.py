@@ -5,7 +5,8 @@
     encoder-decoder   RegardForSeq2SeqLM    self layers; then causal_self layers that ask the encoder (causal_cross)
 
 A layer is x + attention(norm x), then x + SwiGLU(norm x) unless intermediate_size is 0. `mechanisms` names one
-mechanism, or one for every layer (a hybrid); a block page in the list is a whole layer by itself.
+mechanism, or one for every layer (a hybrid); a block page in the list is a whole layer by itself. With
+residual="attention" a sublayer's input is an attention over the embedding and all outputs below it (nn/depth.py).
 
 >>> config = RegardConfig(vocab_size=32, hidden_size=16, mechanisms=["softmax", "linear_attention"])
 >>> model = RegardForCausalLM(config).eval()
@@ -38,6 +39,7 @@ from transformers.utils import can_return_tuple
 from regard.core import Unsupported, require
 from regard.nn.cache import StateCache
 from regard.nn.config import RegardConfig
+from regard.nn.depth import draw_queries
 from regard.nn.initial import draw_parts, draw_projections
 from regard.nn.options import IGNORED, next_labels, packed_texts, read_options, token_loss
 from regard.nn.stack import Stack
@@ -60,7 +62,7 @@ class RegardModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Layer", "BlockLayer"]  # noqa: RUF012
+    _no_split_modules = ["Layer", "BlockLayer", "DepthLayer"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "embed.weight"}  # noqa: RUF012
 
     def __init__(self, config: RegardConfig) -> None:
@@ -74,6 +76,7 @@ class RegardModel(PreTrainedModel):
         draw_projections(module, self.config.initializer_range)
         if self.made_empty:
             draw_parts(module)
+            draw_queries(module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed

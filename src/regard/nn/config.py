@@ -15,7 +15,9 @@ class RegardConfig(PretrainedConfig):
 
     conv: tokens of the short convolution on q, k and v; rope_theta: base of the rotary positions, 0 for none, None:
     as the mechanism needs; encoder_mechanisms and cross_mechanisms are those of an encoder-decoder; v_head_dim: width
-    of a head's values, None: head_dim; dropout: share of what attention and channel mixer add, dropped in training.
+    of a head's values, None: head_dim; dropout: share of what attention and channel mixer add, dropped in training;
+    residual: "add", or "attention" or another mechanism along depth, through which sublayers read the outputs so far
+    (docs/depth.md).
     """
 
     model_type = "regard"
@@ -28,7 +30,7 @@ class RegardConfig(PretrainedConfig):
         encoder_mechanisms: str | list[str] | None = None, cross_mechanisms: str | list[str] | None = None,
         conv: int = 0, rope_theta: float | None = None, tie_word_embeddings: bool = True,
         initializer_range: float = 0.02, use_cache: bool = True, v_head_dim: int | None = None, dropout: float = 0.0,
-        **kwargs: Any,
+        residual: str = "add", **kwargs: Any,
     ) -> None:  # fmt: skip
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
@@ -40,6 +42,7 @@ class RegardConfig(PretrainedConfig):
         self.cross_mechanisms = cross_mechanisms or "softmax"
         self.conv, self.rope_theta = conv, rope_theta
         self.v_head_dim, self.dropout = v_head_dim or self.head_dim, dropout
+        self.residual = residual
         self.initializer_range, self.use_cache = initializer_range, use_cache
         super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
 

@@ -8,10 +8,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from regard import catalog
 from regard.core import Method, Unsupported
 from regard.core.call import Call
+from regard.core.trees import tree_leaves
 from regard.kinds.block import BlockPage
 from regard.kinds.mechanism import Mechanism
 from regard.nn.attention import Attention
 from regard.nn.config import RegardConfig
+from regard.nn.depth import DepthReads, depth_method, refilled
 from regard.nn.layers import Learned, RMSNorm, SwiGLU
 from regard.ops.packed import run_texts
 
@@ -75,14 +77,42 @@ class Layer(GradientCheckpointingLayer):
         return (x if self.mlp is None else x + self.dropout(self.mlp(self.mlp_norm(x)))), state
 
 
+class DepthLayer(Layer):
+    """The same sublayers, each of which reads what `reads` makes of all outputs so far, in the place of their sum.
+
+    x is what the first of them reads; what comes out is what the next layer reads, or the last norm. `carried` is the
+    state along depth, its tensors beside it once more (refilled); `first` is the number of the read after attention.
+    """
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, state: Any, memory: Tensor | None, memory_mask: Tensor | None,
+        reads: DepthReads, first: int, carried: Any, *leaves: Tensor,
+    ) -> tuple:  # fmt: skip
+        carried = refilled(carried, leaves)
+        mixed, state = self.attention(self.norm(x), mask=mask, initial_state=state)
+        x, carried = reads(first, mixed, carried)
+        if self.cross is not None:
+            mixed = self.cross(self.cross_norm(x), memory, mask=memory_mask)[0]
+            x, carried = reads(first + 1, mixed, carried)
+        if self.mlp is not None:
+            mixed = self.dropout(self.mlp(self.mlp_norm(x)))
+            x, carried = reads(first + self.sublayers - 1, mixed, carried)
+        return x, state, carried, *tree_leaves(carried)
+
+    @property
+    def sublayers(self) -> int:
+        return 1 + (self.cross is not None) + (self.mlp is not None)
+
+
 class Stack(nn.Module):
-    """Layers and a last norm: [B, N, C] -> Stacked."""
+    """Layers and a last norm: [B, N, C] -> Stacked. Residuals are sums, or reads along depth (config.residual)."""
 
     def __init__(
         self, config: RegardConfig, pattern: str, which: str = "mechanisms", cross: bool = False
     ) -> None:
         super().__init__()
-        layers = []
+        layers: list[nn.Module] = []
+        method = depth_method(config.residual, config.settings)
         for i, name in enumerate(config.layer_names(which)):
             page = catalog.get(name)
             if isinstance(page, BlockPage):
@@ -92,12 +122,21 @@ class Stack(nn.Module):
                     )
                 if config.dropout:
                     raise Unsupported(f"dropout={config.dropout}: {name} is a whole layer, and has none")
+                if method is not None:
+                    raise Unsupported(
+                        f"residual={config.residual!r}: {name} is a whole layer, and adds its residuals itself"
+                    )
                 layers.append(BlockLayer(config, config.method(name, i)))
             elif isinstance(page, Mechanism):
-                layers.append(Layer(config, i, pattern, which, cross))
+                kind = Layer if method is None else DepthLayer
+                layers.append(kind(config, i, pattern, which, cross))
             else:
                 raise Unsupported(f"{name} is a {page.kind} page; a layer takes mechanisms and blocks")
         self.layers, self.norm = nn.ModuleList(layers), RMSNorm(config.hidden_size)
+        self.reads = None
+        if method is not None:
+            count = 1 + sum(layer.sublayers for layer in layers)
+            self.reads = DepthReads(method, config.hidden_size, count)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, states: list | None = None, memory: Tensor | None = None,
@@ -106,11 +145,15 @@ class Stack(nn.Module):
         """texts: the lengths of the texts that the rows of x hold end to end, None where a row is one text."""
         if texts is not None:
             return self.packed(x, texts, between)
-        states, ends, kept = states or [None] * len(self.layers), [], []
+        states, ends, kept, along = states or [None] * len(self.layers), [], [], ()
+        if self.reads is not None:
+            x, carried = self.reads(0, x)
+            along = (self.reads, 1, carried, *tree_leaves(carried))
         for layer, state in zip(self.layers, states, strict=True):
             kept += [x] if between else []
             # positional: what is checkpointed gets its gradients that way
-            x, end = layer(x, mask, state, memory, memory_mask)
+            x, end, *above = layer(x, mask, state, memory, memory_mask, *along)
+            along = (self.reads, along[1] + layer.sublayers, *above) if along else ()
             ends.append(end)
         x = self.norm(x)
         return Stacked(x, ends, (*kept, x) if between else None)

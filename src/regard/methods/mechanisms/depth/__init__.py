@@ -1,0 +1,1 @@
+"""Mixing along depth."""
