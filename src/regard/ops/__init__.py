@@ -2,11 +2,13 @@
 
 from regard.core.deprecation import moved
 from regard.ops.budget import Budget, parse_budget, tokens_within
+from regard.ops.distances import Distances
 from regard.ops.features import elu_plus_one, taylor
 from regard.ops.kept import Kept, keep_best
 from regard.ops.linear import Form, dense_linear, linear, run_form, shown, undecayed
 from regard.ops.pattern import carried, visible
 from regard.ops.recurrence import exact, heads_of, initial, quotient, recurrence, rounded
+from regard.ops.short_convolution import closed_up, short_convolution
 from regard.ops.softmax import (
     at_least_float32,
     capped,
@@ -30,6 +32,7 @@ from regard.ops.view import View, at_index
 
 __all__ = [
     "Budget",
+    "Distances",
     "Form",
     "Kept",
     "View",
@@ -39,6 +42,7 @@ __all__ = [
     "by_row",
     "capped",
     "carried",
+    "closed_up",
     "dense_linear",
     "elu_plus_one",
     "exact",
@@ -65,6 +69,7 @@ __all__ = [
     "run_form",
     "row_blocks",
     "scores",
+    "short_convolution",
     "shown",
     "slots_of",
     "softmax_attention",
