@@ -27,9 +27,13 @@ Settings = Mapping[str, Any]
 
 
 def example_roles(needs: Iterable[str], n: int, cfg: Any = None) -> Roles | None:
-    """Two rows of labelled tokens: left padding in the first, documents of 5, images of height x width."""
+    """Two rows of labelled tokens: left padding in the first, documents of 5, images of height x width.
+
+    Every image is a frame of a video and is asked about by the word after it; the second row is a video of frames of 5
+    without words, and asks nothing.
+    """
     i = torch.arange(n)
-    height, width = getattr(cfg, "height", 2), getattr(cfg, "width", 2)
+    height, width = getattr(cfg, "height", 3), getattr(cfg, "width", 3)
     image, index = i // (height * width + 3), i % (height * width + 3) - 2  # two words, an image, one word
     patch = (index >= 0) & (index < height * width)
     known = {
@@ -38,6 +42,8 @@ def example_roles(needs: Iterable[str], n: int, cfg: Any = None) -> Roles | None
         "image": torch.where(patch, image + 1, 0),
         "y": torch.where(patch, index // width, -1),
         "x": torch.where(patch, index % width, -1),
+        "frame": torch.stack([torch.where(patch, image, -1), i // 5]),
+        "question": torch.stack([torch.where(index >= 0, image + 1, -1), torch.full((n,), -1)]),
     }
     labels = {name: known.get(name, torch.stack([i % 3, i % 2])) for name in needs}
     return Roles(**labels) if labels else None
