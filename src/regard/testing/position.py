@@ -84,10 +84,17 @@ def padding_label(role: str) -> int:
     return {"padding": 1, "image": 0}.get(role, -1)
 
 
+def plain_labels(role: str, n: int) -> Tensor:
+    """The labels of text without marks: a slot for each token, all else in nothing."""
+    if role == "token":
+        return torch.arange(n)
+    return torch.full((n,), 0 if role == "iteration" else padding_label(role))
+
+
 def check_plain_text(page: PositionPage) -> None:
     """Text without images or other marks is counted 0, 1, 2, ..."""
     cfg = page.config()
-    marks = {r: torch.full((9,), padding_label(r)) for r in page.card.needs}
+    marks = {r: plain_labels(r, 9) for r in page.card.needs}
     at = where(page, cfg, Roles(**{**marks, "padding": torch.zeros(9, dtype=torch.long)}))
     assert at.flatten().tolist() == list(range(9)), f"{page.card.title}: plain text stands at {at.tolist()}"
 
