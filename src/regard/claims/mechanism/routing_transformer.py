@@ -5,8 +5,8 @@ start as the page draws them and learn by the page's own moving means on texts o
 from one random start may give two centroids to one cluster and none to another, so four heads learn from starts of
 their own, and the one whose centroids fit the last text best counts; the mass of each stands beside it. Mass captured
 is the weight that full attention gives to the keys which a query meets; a window reads as many keys, those nearest to
-it. It is bounded in self, where a window reads w keys of n whoever asks; causal_self, whose early queries a window shows
-everything, is given beside it. Floating-point operations are torch's own count of the matrix products, with k = √n.
+it. The bound is for self, where a window reads w keys of n whoever asks; causal_self, in which a window shows early
+queries everything, is given beside it. Operations are those that torch counts in matrix products, with k = √n.
 """
 
 import math
