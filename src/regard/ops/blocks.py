@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from regard.core.call import Call
 from regard.ops.linear import shown
 from regard.ops.pattern import carried
-from regard.ops.softmax import per_query_head, softmax_attention
+from regard.ops.softmax import lower_right, per_query_head, softmax_attention
 from regard.ops.topk import gather_rows
 from regard.ops.transforms import transformed
 
@@ -138,3 +138,28 @@ def near_and_summed(
         k_r, v_r = torch.cat([k_r, far_k[:, :, :j]], dim=2), torch.cat([v_r, far_v[:, :, :j]], dim=2)
         outs.append(softmax_attention(q[:, :, rows], k_r, v_r, scale=scale, mask=mask))
     return torch.cat(outs, dim=2)
+
+
+def among_members(
+    q: Tensor, k: Tensor, v: Tensor, asking: Tensor, answering: Tensor, *, scale: float, causal: bool
+) -> Tensor:
+    """Softmax attention within sets of tokens, averaged where a token asks in several, zero in none: [B, H, N, E].
+
+    asking, answering   [B, H, S, w] the queries and the keys of each set, ascending, -1 where there are fewer; one
+                        and the same where `causal` hides the later ones. q, k and v have H heads, in float32 at least
+    """
+    (batch, heads, n, _), (sets, w) = q.shape, asking.shape[2:]
+
+    def gathered(t: Tensor, index: Tensor) -> Tensor:
+        return gather_rows(t, index.flatten(2)).view(batch * heads, sets, w, -1)
+
+    mask = (answering >= 0).flatten(0, 1)[:, :, None]
+    mask = mask & lower_right(w, w, q.device) if causal else mask
+    parts = gathered(q, asking), gathered(k, answering), gathered(v, answering)
+    # a column of ones counts the sets of a token; row n of each head takes what no token asked for
+    found = F.pad(softmax_attention(*parts, scale=scale, mask=mask), (0, 1), value=1.0)
+    row = torch.where(asking < 0, n, asking).flatten(0, 1).flatten(1)
+    row = row + (n + 1) * torch.arange(batch * heads, device=q.device)[:, None]
+    total = found.new_zeros(batch * heads * (n + 1), found.shape[-1])
+    total = total.index_add(0, row.flatten(), found.flatten(0, 2)).view(batch, heads, n + 1, -1)[:, :, :n]
+    return total[..., :-1] / total[..., -1:].clamp(min=1)

@@ -20,7 +20,7 @@ from regard.methods.mechanisms.sparse import landmark_attention as page
 
 BLOCKS, BLOCK, WORDS, KEYS = 16, 7, 24, 16
 MARK, LANDMARK, ASK = (WORDS + KEYS + i for i in range(3))
-WIDTH, HEADS, STEPS, BATCH, TESTED, RATE, SEEDS = 64, 2, 250, 32, 1024, 4e-3, (0, 1)
+WIDTH, HEADS, STEPS, BATCH, TESTED, RATE, SEEDS = 64, 2, 250, 32, 1024, 4e-3, (0, 1, 2)
 
 
 def texts(count: int, seed: int) -> tuple[Tensor, Tensor]:

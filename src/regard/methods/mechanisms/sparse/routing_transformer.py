@@ -14,15 +14,15 @@ In causal_self weights are causal, the choice is not: the largest of the whole t
 push an earlier one out of a cluster, and outputs before it change: a leak. Such is the paper's training pass. Token by
 token, a state makes the choice among the tokens so far. A hidden token is in no cluster, w counts those that are there.
 
-Worked by hand: two clusters of one token, centroids of (1, -1) and (-1, 1), tokens of the same directions: each is
-alone in its cluster and gets its own value, and the first centroid moves to 0.999 (1, -1) + 0.001 (1, -1), itself.
+Worked by hand: two clusters of one token, centroids of (2, -2) and (-2, 2), tokens of (1, -1) and (-1, 1): each is
+alone in its cluster and gets its own value, and the first centroid moves to 0.999 (2, -2) + 0.001 (1, -1).
 
 >>> import torch
 >>> x = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).view(1, 1, 2, 2)
->>> call = Call("causal_self", params={"centroids": x[0]})
+>>> call = Call("causal_self", params={"centroids": 2 * x[0]})
 >>> out, _, aux = reference(x, x, torch.tensor([4.0, 8.0]).view(1, 1, 2, 1), Config(clusters=2), call)
 >>> out.flatten().tolist(), [round(c, 4) for c in aux["centroids"][0, 0].tolist()]
-([4.0, 8.0], [1.0, -1.0])
+([4.0, 8.0], [1.999, -1.999])
 """
 
 from dataclasses import dataclass
@@ -34,17 +34,8 @@ from torch.nn import functional as F
 from regard.core import Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
-from regard.ops import (
-    at_least_float32,
-    exact,
-    gather_rows,
-    heads_of,
-    lower_right,
-    per_query_head,
-    shown,
-    softmax_attention,
-)
-from regard.ops.blocks import highest
+from regard.ops import at_least_float32, exact, heads_of, per_query_head, shown, softmax_attention
+from regard.ops.blocks import among_members, highest
 
 EPS = 1e-6
 REFUSED = "clusters gather the tokens of one text"
@@ -127,7 +118,7 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, 
     fit_k = fit_q if causal else mu @ k.detach().mT
     asking = members(fit_q, cfg, call)
     answering = asking if causal else members(fit_k, cfg, call)
-    out = within(q, k, v, asking, answering, causal, cfg)
+    out = among_members(q, k, v, asking, answering, scale=cfg.scale, causal=causal)
     centroids = moved(mu, ((q, fit_q), (k, fit_k)), cfg, call)
     aux = {"centroids": centroids.to(call.params["centroids"].dtype)}
     return out[:, :, -n:].to(dtype), state, aux
@@ -141,28 +132,6 @@ def members(fit: Tensor, cfg: Config, call: Call) -> Tensor:
     count = call.key_mask.sum(-1)[..., None, None]
     limit = None if cfg.members else ((count + cfg.clusters - 1) // cfg.clusters).clamp(min=1)
     return highest(fit.masked_fill(~call.key_mask[:, :, None], -torch.inf), w, limit)
-
-
-def within(
-    q: Tensor, k: Tensor, v: Tensor, asking: Tensor, answering: Tensor, causal: bool, cfg: Config
-) -> Tensor:
-    """[B, H, N, E]: attention in all clusters at once, its outputs averaged where their queries stand."""
-    (batch, heads, n, _), (clusters, w) = q.shape, asking.shape[2:]
-
-    def gathered(t: Tensor, index: Tensor) -> Tensor:
-        return gather_rows(t, index.flatten(2)).view(batch * heads, clusters, w, -1)
-
-    mask = (answering >= 0).flatten(0, 1)[:, :, None]
-    mask = mask & lower_right(w, w, q.device) if causal else mask
-    parts = gathered(q, asking), gathered(k, answering), gathered(v, answering)
-    found = softmax_attention(*parts, scale=cfg.scale, mask=mask)
-    # a column of ones counts the clusters of a token; row n of each head takes what no token asked for
-    found = F.pad(found, (0, 1), value=1.0).flatten(1, 2)
-    row = torch.where(asking < 0, n, asking).flatten(2).flatten(0, 1)
-    row = row + (n + 1) * torch.arange(batch * heads, device=q.device)[:, None]
-    total = found.new_zeros(batch * heads * (n + 1), found.shape[-1])
-    total = total.index_add(0, row.flatten(), found.flatten(0, 1)).view(batch, heads, n + 1, -1)[:, :, :n]
-    return total[..., :-1] / total[..., -1:].clamp(min=1)
 
 
 @torch.no_grad()
