@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from regard import catalog
 from regard.core.call import Call
 from regard.methods.mechanisms.sparse import landmark_attention as module
-from regard.ops import blocks
+from regard.ops import closed as blocks
 
 PAGE = catalog.get("landmark_attention")
 PATHS = (PAGE.reference, PAGE.fast)

@@ -14,7 +14,7 @@ from regard.claims.lab import difference, generator, random_qkv, threads
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.sparse import core_context_aware as page
-from regard.ops import blocks
+from regard.ops import closed as blocks
 
 LENGTHS = (4_096, 8_192, 16_384)
 GROUP, LOCAL = 16, 1_024

@@ -35,7 +35,7 @@ from regard.core import Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
 from regard.ops import at_least_float32, exact, heads_of, per_query_head, shown, softmax_attention
-from regard.ops.blocks import among_members, highest
+from regard.ops.closed import among_members, highest
 
 EPS = 1e-6
 REFUSED = "clusters gather the tokens of one text"
