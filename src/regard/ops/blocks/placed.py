@@ -97,7 +97,7 @@ def moved(q: Tensor, k: Tensor, v: Tensor, call: Call, block: int, causal: bool)
     length = real.sum(-1)
     there = torch.arange(k.shape[2], device=k.device) < length[:, None]
     n = q.shape[2]
-    if not causal:
+    if call.cross:
         return Placed(q, k, v, torch.zeros_like(length), length, None, there, causal, n)
     before = real[:, : real.shape[1] - n].sum(-1)
     start = before // block * block

@@ -75,7 +75,9 @@ def chosen(choose: Callable, at: Placed, cfg: Any, call: Call) -> Blocks:
         return Blocks.of_map(allowed, cfg.block_q, cfg.block_k)
     found = choose(at, cfg, call)
     if isinstance(found, Blocks):
-        return found
+        if not cfg.dense_last:
+            return found
+        found = found.map(allowed.shape[-1])
     if cfg.dense_last:
         end = at.length[:, None, None, None] if at.causal else at.queries
         last = end - cfg.dense_last

@@ -31,7 +31,7 @@ def by_text(one: One, q: Tensor, k: Tensor, v: Tensor, cfg: Any, call: Call) -> 
             if call.key_mask is None
             else call.key_mask[b % len(call.key_mask), 0]
         )
-        there = real[m - n :] if call.pattern == "causal_self" else torch.ones(n, dtype=torch.bool)
+        there = torch.ones(n, dtype=torch.bool) if call.cross else real[m - n :]
         out = torch.zeros(*q_h.shape[1:3], v_h.shape[3], dtype=v_h.dtype)
         if bool(real.any()) and bool(there.any()):
             start = int(real[: m - n].sum()) if call.pattern == "causal_self" else 0
