@@ -142,7 +142,7 @@ def measure() -> Measured:
             again = [tuned(base, side, best[side], seed) for seed in SEEDS[1:]]
             losses[side] = [full_loss(model, test) for model in (models[best[side]], *again)]
         seen, changed = leaks(again[-1])
-        before = [full_loss(base, test, SHORT, 1.0), full_loss(base, test)]
+        before = [full_loss(base, test, SHORT), full_loss(base, test)]
     full, s2, sf = (mean(losses[side]) for side in SIDES)
     closed = (s2 - sf) / (s2 - full)
     numbers = {

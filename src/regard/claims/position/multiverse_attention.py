@@ -10,6 +10,7 @@ positions in the order of the text, it does not. The tags are ids of the vocabul
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,10 @@ def causal(text: list) -> Tensor:
         return shipped().model(torch.tensor([flat(text)]), use_cache=False).logits[0]
 
 
+def stored(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
 class Writer:
     """Token by token with forked caches; `rows` are the logits in the order of the flattened text."""
 
@@ -106,8 +111,8 @@ class Writer:
             self.write([PATH[0], *path, PATH[1]], fork, at) for path, fork in zip(paths, forks, strict=True)
         ]
         for fork in forks:
-            for i, layer in enumerate(fork.layers):
-                cache.update(layer.keys[:, :, before:], layer.values[:, :, before:], i)
+            for i, (keys, values) in enumerate(stored(fork)):
+                cache.update(keys[:, :, before:], values[:, :, before:], i)
         return max(ends)
 
 

@@ -9,6 +9,8 @@ Exactly equal numbers need the same sums, so single passes are compared at equal
 deeper ones that belong to the pattern, to another, or to nobody. The model runs in float64.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -61,7 +63,7 @@ def slots(stores: list[Stored]) -> Roles:
     return Roles(token=torch.cat(tokens), iteration=torch.cat(depths))
 
 
-def keys_of(stores: list[Stored]) -> DynamicCache:
+def keys_of(stores: list[Stored]) -> Any:
     """The stored keys of these iterations, one after the other."""
     cache = DynamicCache()
     for store in stores:

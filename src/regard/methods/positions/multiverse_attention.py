@@ -67,7 +67,8 @@ def labels(ids: list[int], parallel: tuple[int, int], path: tuple[int, int]) -> 
             count[kind] += 1
             opened.append((kind, count[kind]))
         in_paths = [at for at, (kind, _) in enumerate(opened) if kind == "path"]
-        rows.append(tuple(packed([opened[at - back][1] for at in in_paths]) for back in (1, 0)))
+        blocks, paths = ([opened[at - back][1] for at in in_paths] for back in (1, 0))
+        rows.append((packed(blocks), packed(paths)))
         if token in (parallel[1], path[1]):
             kind = "block" if token == parallel[1] else "path"
             require(
@@ -82,17 +83,14 @@ def labels(ids: list[int], parallel: tuple[int, int], path: tuple[int, int]) -> 
 
 def packed(numbers: list[int]) -> int:
     require(len(numbers) <= 4, "paths are nested 4 deep at most", deep=len(numbers))
-    require(
-        max(numbers, default=0) < 2**BITS,
-        f"fewer than {2**BITS} blocks and paths",
-        number=max(numbers, default=0),
-    )
+    most = max(numbers, default=0)
+    require(most < 2**BITS, f"fewer than {2**BITS} blocks and paths", number=most)
     return sum(number << (BITS * level) for level, number in enumerate(numbers))
 
 
 def apart(block_q: Tensor, path_q: Tensor, block_k: Tensor, path_k: Tensor, depth: int) -> Tensor:
     """Whether some block has the one in one of its paths and the other in another; -1 is in none."""
-    found = torch.zeros_like(block_k, dtype=torch.bool)
+    found = torch.zeros_like(block_q == block_k)
     for level in range(depth):
         b_q, p_q, b_k, p_k = (
             (label.clamp(min=0) >> (BITS * level)) & (2**BITS - 1)
@@ -104,8 +102,7 @@ def apart(block_q: Tensor, path_q: Tensor, block_k: Tensor, path_k: Tensor, dept
 
 @predicate("parallel", "path")
 def siblings(at: Coordinates, depth: int) -> Tensor:
-    query, key = ([role(name) for name in ("parallel", "path")] for role in (at.q_role, at.k_role))
-    return apart(*query, *key, depth)
+    return apart(at.q_role("parallel"), at.q_role("path"), at.k_role("parallel"), at.k_role("path"), depth)
 
 
 def build(cfg: Config) -> Mask:
@@ -115,8 +112,8 @@ def build(cfg: Config) -> Mask:
 def positions(roles: Roles, cfg: Config) -> Tensor:
     """Positions of the roles' shape; padding is not counted."""
     real = roles["padding"] == 0 if "padding" in roles else torch.ones_like(roles["path"])
-    labels = torch.broadcast_tensors(roles["parallel"], roles["path"], real.long())
-    block, path, real = (torch.atleast_2d(label) for label in labels)
+    marks = torch.broadcast_tensors(roles["parallel"], roles["path"], real.long())
+    block, path, real = (torch.atleast_2d(mark) for mark in marks)
     # runs of tokens with the same labels, which stand one after the other
     new = (block.diff(dim=-1) != 0) | (path.diff(dim=-1) != 0)
     run = torch.nn.functional.pad(new.long().cumsum(-1), (1, 0))  # [B, N]
@@ -129,7 +126,7 @@ def positions(roles: Roles, cfg: Config) -> Tensor:
         start[:, r] = 1 + end.masked_fill(hidden[:, r], -1).amax(-1)
         end[:, r] = torch.where(size[:, r] > 0, start[:, r] + size[:, r] - 1, -1)
     tokens, before = real.cumsum(-1) - real, size.cumsum(-1) - size
-    return (tokens + (start - before).gather(1, run)).view_as(labels[0])
+    return (tokens + (start - before).gather(1, run)).view_as(marks[0])
 
 
 METHOD = PositionPage(
@@ -153,8 +150,10 @@ METHOD = PositionPage(
             "what stands between two paths, in neither, sees the earlier and is seen by the later, as in the authors' "
             "mask: such a token breaks the symmetry, so write none. Their positions begin every path right after the "
             "end of the Goal and the Conclusion right after the longest path, whatever stands between; without such "
-            "tokens they are the same numbers. They refuse blocks that are open at the end and paths that stand in a "
-            "path; the first is allowed here. Four levels of nesting at most"
+            "tokens they are the same numbers. They refuse a text whose blocks are not closed, and take a path right "
+            "within a path; here it is the other way round. Four levels of nesting at most. Given positions that "
+            "start anew and no mask, a Hugging Face model takes a row for packed texts: give an attention_mask of ones "
+            "beside them"
         ),
     ),
 )
