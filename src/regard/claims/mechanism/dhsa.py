@@ -48,12 +48,12 @@ def measure() -> Measured:
 CLAIM = Claim(
     name="dhsa",
     statement=(
-        "on iid noise keys, sqrt-length scaling makes chunk selection independent of chunk length, whereas mean pooling "
-        "favours short and sum pooling long chunks; full budget reproduces dense attention"
+        "on iid noise keys, sqrt-length scaling makes chunk selection independent of chunk length, whereas mean "
+        "pooling favours short and sum pooling long chunks; full budget reproduces dense attention"
     ),
     bound=(
-        "corr(length, selected) over chunks: |r| < 0.05 (sqrt), < -0.1 (mean), > 0.1 (sum), 300 draws; full-budget diff "
-        "< 1e-5"
+        "corr(length, selected) over chunks: |r| < 0.05 (sqrt), < -0.1 (mean), > 0.1 (sum), 300 draws; full-budget "
+        "diff < 1e-5"
     ),
     measure=measure,
 )
