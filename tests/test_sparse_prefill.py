@@ -105,6 +105,12 @@ def test_layers_left_to_the_model():
         model(**padded())
         rows = attached.selection()
     assert ["dense" in row for row in rows] == [True, True, False]
+    with attach(model, "block_topk", **FEW, dense_below=20) as attached:
+        short = model(input_ids=padded(20, 0)["input_ids"]).logits
+        assert all("dense_below" in row["dense"] for row in attached.selection())
+        model(**padded())
+        assert all("kept" in row for row in attached.selection())
+    assert torch.equal(short, model(input_ids=padded(20, 0)["input_ids"]).logits)
     model, _ = build("mistral")
     said = "block_topk was never asked in 1 forwards: every layer has"
     with pytest.raises(NeverFired, match=said), attach(model, "block_topk"):

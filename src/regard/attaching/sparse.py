@@ -20,7 +20,11 @@ from regard.kinds.mechanism import run
 from regard.ops import View, join_sinks
 from regard.ops.blocks import Blocks, BlockSettings
 
-LEFT = {"mask": "its own window", "layer": "a dense layer by `dense_layers`"}
+LEFT = {
+    "mask": "a mask of its own (a window, chunks, packed texts)",
+    "layer": "to be dense by `dense_layers`",
+    "short": "a text that is dense by `dense_below`",
+}
 
 
 def is_sparse(method: Method) -> bool:
@@ -52,6 +56,8 @@ class SparsePrefill(MechanismOnKeys):
         """Why it leaves this call to the model; None: it acts."""
         if call.site.layer < self.method.config.dense_layers:
             return LEFT["layer"]
+        if call.k.shape[2] <= self.method.config.dense_below:
+            return LEFT["short"]
         if call.options.get("sliding_window") is not None or (
             call.rule is not None and not call.rule.model_causal
         ):
