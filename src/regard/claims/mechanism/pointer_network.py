@@ -13,6 +13,8 @@ that naming one twice is an error too. Accuracy is the share of places with the 
 could be right with ten positions. The fixed vocabulary learns more slowly and gets twice the steps.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -94,7 +96,7 @@ def sorted_right(model: Sorter, n: int) -> tuple[float, int]:
 
 
 def measure() -> Measured:
-    numbers: dict[str, list | float | int] = {}
+    numbers: dict[str, Any] = {}
     with threads(1):
         for name in STEPS:
             models = [trained(name, seed) for seed in SEEDS]
