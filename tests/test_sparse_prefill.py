@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from regard import catalog
 from regard.attaching import masking
 from regard.attaching.attachment import attach
+from regard.attaching.converted import Converted
 from regard.bench.compare import compare
 from regard.cli import app
 from regard.core import NeverFired, Unsupported
@@ -174,6 +175,31 @@ def test_attached_masks_by_blocks_are_those_by_pairs(family, mask, monkeypatch):
                 logits.append(model(part, past_key_values=cache).logits)
         outs.append(torch.cat(logits, 1))
     assert (outs[0] - outs[1]).abs().max() <= 2e-6
+
+
+def test_masks_that_differ_by_layer(monkeypatch):
+    """Each layer under its own window, over blocks and over pairs: what one mask of pairs for each layer gives."""
+    model, _ = build("llama")
+    spans = {0: 3.0, 1: 40.0, 2: 9.0}
+    method = catalog.method("moa_spans", alpha=(5.0,), beta=(0.0,), sinks=1, block=1)
+    by_layer = {layer: {"alpha": (span,)} for layer, span in spans.items()}
+    ids, outs = padded(60, 0)["input_ids"], []
+    for least in (8, 2**40):
+        monkeypatch.setattr(masking, "SHORT", least)
+        with attach(model, Converted(method, by_layer=by_layer)):
+            outs.append(model(input_ids=ids).logits)
+    seen = {at: (causal() & (window(int(span)) | first(1))).dense(60)[0, 0] for at, span in spans.items()}
+    hooks = [layer.self_attn.register_forward_pre_hook(by_pairs(seen[i]), with_kwargs=True)
+             for i, layer in enumerate(model.model.layers)]  # fmt: skip
+    wanted = model(input_ids=ids).logits
+    for hook in hooks:
+        hook.remove()
+    assert (outs[0] - wanted).abs().max() <= 2e-6 and (outs[1] - wanted).abs().max() <= 2e-6
+
+
+def by_pairs(seen):
+    """A hook that gives one attention module a mask of its own."""
+    return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": seen[None, None]})
 
 
 def test_compare_prompts_read_in_part(tmp_path):

@@ -1,5 +1,6 @@
 """A mask beside the model's own: a query sees what both show, at the true indices of the tokens, evicted or not."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import and_
@@ -29,13 +30,15 @@ class AttachedMask(Actor):
 
     reads_roles = True
 
-    def __init__(self, mask: Mask, method: Method | None = None) -> None:
-        self.mask, self.method = mask, method
+    def __init__(
+        self, mask: Mask, method: Method | None = None, by_layer: Mapping[int, Mask] | None = None
+    ) -> None:
+        self.mask, self.method, self.by_layer = mask, method, dict(by_layer or {})
         self.name = repr(mask) if method is None else method.label
         self.acted = 0
         self.selected = Selected()
-        # (queries, keys) of this step -> the blocks that are read, None where that is most of them
-        self.lists: dict[tuple[int, int], Blocks | Tensor | None] = {}
+        # (mask, queries, keys) of this step -> the blocks that are read, None where that is most of them
+        self.lists: dict[tuple[Mask, int, int], Blocks | Tensor | None] = {}
 
     def check(self, model: PreTrainedModel) -> None:
         refuse_encoder_decoder(f"the mask {self.name}", model)
@@ -56,12 +59,17 @@ class AttachedMask(Actor):
         if self.method is not None and is_causal(call):
             refuse_ahead(self.method)
         heads = call.q.shape[1]
-        require(self.mask.heads in (None, heads), "the heads of the mask are the heads of the layer",
-                mask=self.mask.heads, layer=heads)  # fmt: skip
-        for role in self.mask.needs:
+        mask = self.at(call)
+        require(mask.heads in (None, heads), "the heads of the mask are the heads of the layer",
+                mask=mask.heads, layer=heads)  # fmt: skip
+        for role in mask.needs:
             if role not in call.labels:
                 known = ", ".join(call.labels) or "none"
                 raise KeyError(f"{self.name} needs the role {role!r}; roles here: {known}")
+
+    def at(self, call: AttentionCall) -> Mask:
+        """The mask of this layer."""
+        return self.by_layer.get(call.site.layer, self.mask)
 
     def acts_on(self, call: AttentionCall) -> bool:
         return True
@@ -74,11 +82,11 @@ class AttachedMask(Actor):
         masks = [actor for actor in call.acting if isinstance(actor, AttachedMask)]
         if masks[0] is not self or not says_all(call, view):
             return None
+        whole = reduce(and_, [m.at(call) for m in masks], causal())
         size = call.q.shape[2], view.k.shape[2]
-        if size not in self.lists:
-            whole = reduce(and_, [m.mask for m in masks], causal())
-            self.lists[size] = None if size[1] < SHORT else self.listed(call, whole, *size)
-        found = self.lists[size]
+        if (whole, *size) not in self.lists:
+            self.lists[whole, *size] = None if size[1] < SHORT else self.listed(call, whole, *size)
+        found = self.lists[whole, *size]
         if isinstance(found, Tensor):
             k, v = (t.index_select(2, found) for t in (view.k, view.v))
             return softmax_attention(call.q, k, v, scale=view.scale, sinks=view.sinks)
@@ -110,18 +118,19 @@ class AttachedMask(Actor):
         return replace(call, mask=LazyMask.of(both))
 
     def _narrowing(self, call: AttentionCall) -> Narrowing:
-        roles, order = {name: call.labels[name] for name in self.mask.needs}, call.order
+        mask = self.at(call)
+        roles, order = {name: call.labels[name] for name in mask.needs}, call.order
         device, query_heads = call.q.device, call.q.shape[1]
-        batch = call.q.shape[0] if self.mask.needs else 1
+        batch = call.q.shape[0] if mask.needs else 1
         b = torch.arange(batch, device=device)[:, None, None, None]
         heads = range(query_heads) if call.heads is None else call.heads
-        h = torch.tensor(heads if self.mask.heads else [0], device=device)[None, :, None, None]
+        h = torch.tensor(heads if mask.heads else [0], device=device)[None, :, None, None]
         known = Roles(**(roles if order is None else {name: in_order(t, order) for name, t in roles.items()}))
 
         def narrow(seen: Tensor, q: Tensor, index: Tensor) -> Tensor:
-            if self.mask.heads:
+            if mask.heads:
                 seen, index = per_query_head(seen, query_heads), per_query_head(index, query_heads)
-            if self.mask.needs:
+            if mask.needs:
                 top = int(index.max()) if index.numel() else -1
                 require(top < known.length, "every token has its labels: index < labelled",
                         index=top, labelled=known.length)  # fmt: skip
@@ -131,7 +140,7 @@ class AttachedMask(Actor):
                     order[:, q.flatten()].clamp(min=0)[:, None, :, None],
                     at_index(order, index)[:, :, None],
                 )
-            return seen & self.mask(Coordinates(b, h, q, key.clamp(min=0), (known, known)))
+            return seen & mask(Coordinates(b, h, q, key.clamp(min=0), (known, known)))
 
         return narrow
 

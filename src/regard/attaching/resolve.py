@@ -54,6 +54,8 @@ def kind_of(item: Any) -> str:
         return "observer"
     if isinstance(item, Mask):
         return "mask"
+    if isinstance(item, Converted) and item.method.page.kind == "mask":
+        return "mask"
     if isinstance(item, Converted | Replacement):
         return "mechanism"
     if not isinstance(item, Method):
@@ -65,7 +67,11 @@ def kind_of(item: Any) -> str:
     return item.page.kind
 
 
-def as_mask(item: Mask | Method) -> AttachedMask:
+def as_mask(item: Mask | Method | Converted) -> AttachedMask:
+    if isinstance(item, Converted):
+        own = {layer: item.method.with_settings(**settings) for layer, settings in item.by_layer.items()}
+        masks = {layer: build_mask(method, causal=False) for layer, method in own.items()}
+        return AttachedMask(build_mask(item.method, causal=False), item.method, masks)
     if isinstance(item, Mask):
         return AttachedMask(item)
     return AttachedMask(build_mask(item, causal=False), item)
