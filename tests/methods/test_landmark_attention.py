@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from regard import catalog
 from regard.core.call import Call
 from regard.methods.mechanisms.sparse import landmark_attention as module
-from regard.ops import closed as blocks
+from regard.ops import closed
 
 PAGE = catalog.get("landmark_attention")
 PATHS = (PAGE.reference, PAGE.fast)
@@ -89,7 +89,7 @@ def test_equal_landmarks_are_chosen_from_the_left():
 def test_what_a_backward_pass_computes_again_is_the_same():
     for top_k in (None, 2):
         grads = []
-        for kept in (blocks.KEPT, 0):
+        for kept in (closed.KEPT, 0):
             qkv = [t.requires_grad_() for t in drawn(60)]
             with mock.patch.object(blocks, "KEPT", kept), mock.patch.object(module, "BLOCK", 4096):
                 out = PAGE.fast(*qkv, PAGE.configure(block=3, top_k=top_k), Call())[0]

@@ -93,9 +93,12 @@ def highest(score: Tensor, count: int, limit: Tensor | None = None) -> Tensor:
     """
     score, n = score.detach(), score.shape[-1]
     count = min(count, n)
-    most = count if limit is None else limit.clamp(max=count)
     top = score.topk(count, dim=-1).values
-    bar = top[..., -1:] if limit is None else top.gather(-1, (most - 1).expand(*top.shape[:-1], 1))
+    most: Any = count
+    bar = top[..., -1:]
+    if limit is not None:
+        most = limit.clamp(max=count)
+        bar = top.gather(-1, (most - 1).expand(*top.shape[:-1], 1))
     above, level = score > bar, score == bar
     room = most - above.sum(-1, keepdim=True)
     taken = (above | (level & (level.cumsum(-1) <= room))) & (score > -torch.inf)

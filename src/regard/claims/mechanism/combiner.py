@@ -45,7 +45,7 @@ def future_edit() -> float:
     whole, most = attend(q, k, v, BLOCK), 0.0
     for i in (0, 30, 31, 32, 63, 64, 100, 191, 198):
         others = [torch.cat([t[:, :, : i + 1], t[:, :, i + 1 :] + 3], dim=2) for t in (q, k, v)]
-        most = max(most, difference(attend(*others, BLOCK)[:, :, : i + 1], whole[:, :, : i + 1]))
+        most = max(most, difference(attend(*others, block=BLOCK)[:, :, : i + 1], whole[:, :, : i + 1]))
     return most
 
 

@@ -14,7 +14,7 @@ from regard.claims.lab import difference, generator, random_qkv, threads
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.sparse import core_context_aware as page
-from regard.ops import closed as blocks
+from regard.ops import closed
 
 LENGTHS = (4_096, 8_192, 16_384)
 GROUP, LOCAL = 16, 1_024
@@ -26,7 +26,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **settings: int) -> Tensor:
 
 def keys_read(n: int) -> int:
     """The most keys, cores and tokens, that a query of n reads."""
-    counts, softmax = [], blocks.softmax_attention
+    counts, softmax = [], closed.softmax_attention
 
     def counted(*inputs: Tensor, mask: Tensor, **options: float) -> Tensor:
         counts.append(int(mask.sum(-1).max()))

@@ -55,7 +55,7 @@ class Layer(nn.Module):
         return x + self.out(mixed.transpose(1, 2).flatten(2))
 
 
-def learned(seed: int) -> nn.Sequential:
+def learned(seed: int) -> nn.Module:
     with seeded(seed):
         body = [nn.Embedding(ASK + 1, WIDTH), Layer(), Layer()]
         model = nn.Sequential(*body, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, KEYS))
@@ -74,11 +74,11 @@ def at_random(seed: int) -> Callable:
     return drawn
 
 
-def accuracies(model: nn.Sequential, seed: int) -> dict[str, float]:
+def accuracies(model: nn.Module, seed: int) -> dict[str, float]:
     inputs, labels = texts(TESTED, 10**6 + seed)
 
     def accuracy(top_k: int | None) -> float:
-        for layer in model[1:3]:
+        for layer in (m for m in model.modules() if isinstance(m, Layer)):
             layer.cfg = page.Config(block=BLOCK, top_k=top_k)
         return right_answers(model, inputs, labels, batch=128)[:, -1].double().mean().item()
 

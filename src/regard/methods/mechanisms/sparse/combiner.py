@@ -48,7 +48,8 @@ class Config:
 def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     require(q.shape[2] == k.shape[2], OWN_TEXT, q=q, k=k)
     n, heads, causal = q.shape[2], q.shape[1], call.pattern == "causal_self"
-    q, k, v, state = carried_with_queries(q, k, v, call)
+    before = call.initial_state or (k[:, :, :0], v[:, :, :0], q[:, :, :0])
+    k, v, q = state = tuple(torch.cat(parts, dim=2) for parts in zip(before, (k, v, q), strict=True))
     q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
     there = torch.ones_like(k_h[..., 0], dtype=torch.bool)
     there = there if call.key_mask is None else there & call.key_mask
@@ -58,7 +59,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | N
         if len(tokens):
             weights = one_head(q_h[b, h, tokens], k_h[b, h, tokens], causal, cfg)
             out[b, h, tokens] = weights @ v_h[b, h, tokens]
-    return out[:, :, -n:].to(v.dtype), state
+    return out[:, :, -n:].to(v.dtype), state if causal else None
 
 
 def one_head(q: Tensor, k: Tensor, causal: bool, cfg: Config) -> Tensor:

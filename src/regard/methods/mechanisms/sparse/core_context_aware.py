@@ -20,6 +20,7 @@ the two weigh the same: 3.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ class Config:
 def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     require(q.shape[2] == k.shape[2], OWN_TEXT, q=q, k=k)
     n, heads = q.shape[2], q.shape[1]
-    q, k, v, state = carried_with_queries(q, k, v, call)
+    before = call.initial_state or (k[:, :, :0], v[:, :, :0], q[:, :, :0])
+    k, v, q = state = tuple(torch.cat(parts, dim=2) for parts in zip(before, (k, v, q), strict=True))
     q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
     there = torch.ones_like(k_h[..., 0], dtype=torch.bool)
     there = there if call.key_mask is None else there & call.key_mask
@@ -83,8 +85,8 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     text = closed(call, n, m)
     k_c, v_c = text.keys(k), text.keys(v)
 
-    def pooled(i: int | Tensor) -> int | Tensor:
-        """The groups that the query at place i reads as cores."""
+    def pooled(i: Any) -> Any:
+        """Groups that the query at place i reads as cores; below 1: none."""
         return (i + 1 - s) // cfg.group
 
     def span(a: int, b: int) -> tuple[int, int, int]:

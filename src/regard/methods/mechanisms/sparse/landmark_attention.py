@@ -96,8 +96,9 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     n, m = q.shape[2], k.shape[2]
     text, size = closed(call, n, m), min(cfg.block + 1, m)
     q_c, k_s, v_s = text.queries(q), *(in_blocks(text.keys(t), size) for t in (k, v))
-    few = cfg.top_k is not None and FETCH * (cfg.top_k + 1) * size < m
-    per_row = q.shape[0] * q.shape[1] * ((cfg.top_k + 1) * size * k.shape[3] if few else m)
+    read = ((cfg.top_k or 0) + 1) * size
+    few = cfg.top_k is not None and FETCH * read < m
+    per_row = q.shape[0] * q.shape[1] * (read * k.shape[3] if few else m)
     outs = []
     for rows in chunks(n, BLOCK // per_row):
         sections = k_s.shape[2]

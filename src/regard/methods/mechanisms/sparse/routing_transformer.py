@@ -63,7 +63,8 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
 def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, dict[str, Tensor]]:
     require(q.shape[2] == k.shape[2], OWN_TEXT, q=q, k=k)
     n, heads, causal = q.shape[2], q.shape[1], call.pattern == "causal_self"
-    q, v, state = so_far(q, v, call)
+    before = call.initial_state or (q[:, :, :0], v[:, :, :0])
+    q, v = state = tuple(torch.cat(parts, dim=2) for parts in zip(before, (q, v), strict=True))
     q_h, k_h, v_h = exact(q, q if causal else heads_of(k, heads), heads_of(v, heads))
     q_h, k_h = (t - t.mean(-1, keepdim=True) for t in (q_h, k_h))
     q_h, k_h = (t / (t.square().mean(-1, keepdim=True) + EPS).sqrt() for t in (q_h, k_h))
@@ -81,14 +82,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | N
     for h, c in ((h, c) for h, row in enumerate(nearest) for c, near in enumerate(row) if near):
         centroids[h, c] = cfg.decay * mu[h, c] + (1 - cfg.decay) * torch.stack(nearest[h][c]).mean(0)
     aux = {"centroids": centroids.detach().to(call.params["centroids"].dtype)}
-    return out[:, :, -n:].to(v.dtype), state, aux
-
-
-def so_far(q: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, tuple | None]:
-    """Queries and values of all tokens so far, and the state that carries them on: queries are the keys there."""
-    if call.initial_state is not None:
-        q, v = (torch.cat([old, new], dim=2) for old, new in zip(call.initial_state, (q, v), strict=True))
-    return q, v, (q, v) if call.pattern == "causal_self" else None
+    return out[:, :, -n:].to(v.dtype), state if causal else None, aux
 
 
 def one_head(q: Tensor, k: Tensor, v: Tensor, mu: Tensor, causal: bool, cfg: Config) -> Tensor:
@@ -108,7 +102,9 @@ def one_head(q: Tensor, k: Tensor, v: Tensor, mu: Tensor, causal: bool, cfg: Con
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, dict[str, Tensor]]:
     require(q.shape[2] == k.shape[2], OWN_TEXT, q=q, k=k)
     n, heads, dtype, causal = q.shape[2], q.shape[1], v.dtype, call.pattern == "causal_self"
-    q, v, state = so_far(q, v, call)
+    if call.initial_state is not None:
+        q, v = (torch.cat([old, new], dim=2) for old, new in zip(call.initial_state, (q, v), strict=True))
+    state = (q, v) if causal else None
     k, v = (at_least_float32(per_query_head(t, heads).expand(-1, heads, -1, -1)) for t in (k, v))
     q, v = shown(at_least_float32(q), call.key_mask), shown(v, call.key_mask)
     q = F.layer_norm(q, q.shape[-1:], eps=EPS)
@@ -165,7 +161,7 @@ METHOD = Mechanism(
     reference=reference,
     fast=fast,
     init=init,
-    patterns=("self", "causal_self"),
+    patterns=("causal_self", "self"),
     unsupported=dict.fromkeys(("cross", "causal_cross"), REFUSED),
     test_settings=({"clusters": 2}, {"clusters": 3, "members": 4}, {"clusters": 1, "scale": 0.5}),
     neutral_base=shared,
