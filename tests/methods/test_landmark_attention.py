@@ -91,7 +91,7 @@ def test_what_a_backward_pass_computes_again_is_the_same():
         grads = []
         for kept in (closed.KEPT, 0):
             qkv = [t.requires_grad_() for t in drawn(60)]
-            with mock.patch.object(blocks, "KEPT", kept), mock.patch.object(module, "BLOCK", 4096):
+            with mock.patch.object(closed, "KEPT", kept), mock.patch.object(module, "BLOCK", 4096):
                 out = PAGE.fast(*qkv, PAGE.configure(block=3, top_k=top_k), Call())[0]
             grads.append(torch.autograd.grad(out.sin().sum(), qkv))
         assert_close(*grads, rtol=1e-12, atol=1e-12)

@@ -32,7 +32,7 @@ def keys_read(n: int) -> int:
         counts.append(int(mask.sum(-1).max()))
         return softmax(*inputs, mask=mask, **options)
 
-    with mock.patch.object(blocks, "softmax_attention", counted), torch.no_grad():
+    with mock.patch.object(closed, "softmax_attention", counted), torch.no_grad():
         attend(*random_qkv(generator(), 1, n, 8), group=GROUP, local=LOCAL)
     return max(counts)
 
