@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # tokens, where all heads are alike and where they are not
 ALONE, BESIDE, MOST_HEADS = 24, 16, 4
+READ = 48  # tokens of the text of which a page that chooses blocks is shown
 # what stands for a number that is large beside so few tokens
 SMALL = (4, 3, 2, 6)
 
@@ -23,10 +24,59 @@ def has_mask(page: Any) -> bool:
     return getattr(page, "build", None) is not None
 
 
+def chooses_blocks(page: Any) -> bool:
+    """Pages that choose blocks of keys and learn nothing: what they read of an example is drawn."""
+    from regard.ops.blocks import BlockSettings
+
+    return page.kind == "mechanism" and isinstance(page.config(), BlockSettings) and page.init is None
+
+
+def chosen_of(name: str, page: Any, settings: dict[str, Any]) -> MaskPicture:
+    """What two heads read of a text whose queries and keys change slowly, under these settings or small ones."""
+    from dataclasses import fields
+
+    cfg = page.configure(**settings) if settings else page.configure(**(page.test_settings or ({},))[0])
+    grids = tuple(head.tolist() for head in read_keys(name, page, cfg))
+    given = ",".join(
+        f"{f.name}={value}" for f in fields(cfg) if (value := getattr(cfg, f.name)) not in (0, ())
+    )
+    return MaskPicture(
+        f"{name}:{given}", grids, len(grids), {}, "filled = the key is in a block that the query reads"
+    )
+
+
+def read_keys(name: str, page: Any, cfg: Any) -> "Tensor":
+    """[H, n, n] bool."""
+    import torch
+
+    from regard.core import Method, require
+    from regard.kinds.mechanism import run
+    from regard.ops.blocks import Blocks
+
+    drawn = torch.Generator().manual_seed(0)
+    # steps that add up and fade: neighbours are alike
+    steps = torch.randn(3, 1, 2, READ, 8, generator=drawn)
+    fade = (
+        0.8 ** (torch.arange(READ)[:, None] - torch.arange(READ)).clamp(min=0).tril()
+        * torch.ones(READ, READ).tril()
+    )
+    q, k, v = (fade @ steps).unbind()
+    aux = run(Method(name, page, cfg), q, k, v, pattern=page.patterns[-1])[2]
+    require("blocks" in aux, "what a page reads is drawn where it says which blocks it reads", page=name)
+    lists = (aux["blocks"],) if isinstance(aux["blocks"], Blocks) else aux["blocks"]
+    read = torch.zeros(2, READ, READ, dtype=torch.bool)
+    for blocks in lists:
+        part = blocks.map(-(-READ // blocks.block_k)).repeat_interleave(blocks.block_q, 2)
+        read = read | part.repeat_interleave(blocks.block_k, 3)[0, :, :READ, :READ]
+    return read.tril() if page.patterns[-1] == "causal_self" else read
+
+
 def picture_of(name: str, page: Any, settings: dict[str, Any]) -> MaskPicture:
     """The mask under these settings; where none are given, under the first ones that show what it is."""
     from dataclasses import fields
 
+    if not has_mask(page):
+        return chosen_of(name, page, settings)
     cfg = page.configure(**settings) if settings else telling(page)
     seen, roles = example(page, cfg)
     labels = {} if roles is None else {role: first_row(roles[role]).tolist() for role in roles}

@@ -108,7 +108,7 @@ def show(
     """The card of a page, what is done with it, where it lies, its last measured claim; a mask is drawn too."""
     from regard import catalog
     from regard.claims import ledger
-    from regard.cli.drawing import has_mask, picture_of, write
+    from regard.cli.drawing import chooses_blocks, has_mask, picture_of, write
     from regard.core import require
     from regard.core.spec import parse_spec
     from regard.kinds import kind
@@ -116,9 +116,10 @@ def show(
 
     name, given = parse_spec(page_name)
     page = catalog.get(name)
-    masked = has_mask(page)
-    require(masked or picture is None, "a picture is drawn of a page that has a mask", page=name)
-    require(masked or not given, "settings are for what is drawn, a page that has a mask", page=name)
+    masked = has_mask(page) or chooses_blocks(page)
+    rule = "of a page that has a mask, or chooses blocks of keys and learns nothing"
+    require(masked or picture is None, f"a picture is drawn {rule}", page=name)
+    require(masked or not given, f"settings are for what is drawn, {rule}", page=name)
     drawn = picture_of(name, page, given) if masked else None
     if drawn is not None and picture is not None:
         write(drawn, picture)

@@ -15,7 +15,6 @@ from regard.report.pixels import ADVANCE, Canvas, text_width
 INK, SEEN, EMPTY, SOFT = "#333333", "#1f5f99", "#f0f0ec", "#777777"
 FONT = 'ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace'
 HALVES = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
-LEGEND = ("row = query, column = key; filled = the query sees the key",)
 LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 # of a letter, as parts of its height: what a line of text takes
 WIDE, LINE = 0.6, 1.4
@@ -30,6 +29,7 @@ class MaskPicture:
     title   what it is, and under which settings
     grids   [n][n] booleans of each head that is drawn, rows are queries
     heads   how many heads the mask has, of which the first are drawn; 1: it is the same for all
+    filled  what a filled square says
     labels  role -> label of each token, written above the columns
     """
 
@@ -37,6 +37,7 @@ class MaskPicture:
     grids: tuple[Grid, ...]
     heads: int = 1
     labels: dict[str, list[int]] = field(default_factory=dict)
+    filled: str = "filled = the query sees the key"
 
     @property
     def tokens(self) -> int:
@@ -62,7 +63,7 @@ class MaskPicture:
         return f"head {head}" if self.heads > 1 else "every head"
 
     def legend(self) -> Iterator[str]:
-        yield from LEGEND
+        yield f"row = query, column = key; {self.filled}"
         if len(self.grids) < self.heads:
             yield f"the first {len(self.grids)} of {self.heads} heads"
         if self.labels:
