@@ -100,7 +100,7 @@ class Layer(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.page = catalog.get(name)
+        self.page: Any = catalog.get(name)
         self.cfg = self.page.configure(**SIDES[name])
         dims = {
             "heads": HEADS,
@@ -186,7 +186,7 @@ plateau = by_rate(rate_at)
 def weights(model: nn.Sequential, inputs: Tensor) -> Tensor:
     """[B, layers, H, T, T]"""
     x, each = model[0](inputs), []
-    for layer in model[1:-2]:
+    for layer in list(model)[1:-2]:
         each.append(layer.weights(x))
         x = layer(x)
     return torch.stack(each, dim=1)
