@@ -82,7 +82,7 @@ def terminal_lines(picture: MaskPicture) -> list[str]:
     """Two queries in a line, heads side by side, and how many keys each query sees."""
     n, heads = picture.tokens, range(len(picture.grids))
     rule = "─" * n
-    lines = [f"{picture.title}; {n} tokens", ""]
+    lines = [*textwrap.wrap(f"{picture.title}; {n} tokens", 80), ""]
     if picture.heads > 1:
         lines.append(" ".join(f" {picture.head_name(head):<{n}} " for head in heads))
     for labels in picture.labels.values():
