@@ -6,6 +6,7 @@ import torch
 import regard
 from regard import catalog
 from regard.core import Unsupported
+from regard.core.roles import Roles
 from regard.kinds.mechanism import Mechanism
 from regard.nn import Attention
 from regard.ops.softmax import masked_softmax, scores
@@ -68,12 +69,14 @@ def test_a_layer_learns_under_autocast(name, dtype):
         layer = Attention(16, 2, name)
     except Unsupported:
         layer = Attention(16, 2, name, pattern="self")
-    x = torch.randn(2, 9, 16)
+    x, roles = torch.randn(2, 9, 16), None
+    if layer.page.roles:
+        roles = Roles(**{role: torch.arange(9) % 3 for role in layer.page.roles})
     with torch.autocast("cpu", dtype):
-        out = layer(x)[0]
+        out = layer(x, roles=roles)[0]
         loss = out.float().square().mean()
     loss.backward()
-    wanted = layer(x)[0]
+    wanted = layer(x, roles=roles)[0]
     assert ((out.float() - wanted).norm() / wanted.norm()).item() < 0.05
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 

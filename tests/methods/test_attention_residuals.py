@@ -39,6 +39,16 @@ def test_a_read_is_the_papers_sum(block, path):
     torch.testing.assert_close(state[0][:, 0], torch.stack([blocks_read(row[0], block) for row in v]))
 
 
+@pytest.mark.parametrize("path", ["reference", "fast"])
+def test_scores_far_below_zero_weigh_only_what_is_there(path):
+    """Entries that have not begun have no score: one of 0 among scores of -2000 would take all."""
+    v = outputs().abs()
+    w = torch.full_like(v, -1000.0)
+    out, _ = getattr(page.METHOD, path)(w, v, v, page.Config(block=3), Call())
+    for i in range(8):
+        torch.testing.assert_close(out[0, 0, i], mixture(w[0, 0, i], blocks_read(v[0, 0, : i + 1], 3)))
+
+
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_zero_queries_take_the_mean_exactly(block):
     v = outputs(n=7)

@@ -84,7 +84,7 @@ class DepthLayer(Layer):
     state along depth, its tensors beside it once more (refilled); `first` is the number of the read after attention.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, mask: Tensor | None, state: Any, memory: Tensor | None, memory_mask: Tensor | None,
         reads: DepthReads, first: int, carried: Any, *leaves: Tensor,
     ) -> tuple:  # fmt: skip

@@ -5,6 +5,8 @@ is the root mean square of the hidden state that a layer's attention reads, on u
 embedding, and last comes what the norm before the output reads. The growth is the last over the first.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def model_of(residual: str, symbols: int, seed: int, **settings: int) -> RegardF
         )  # fmt: skip
 
 
-def trained(residual: str, seed: int, rate: float = RATE) -> dict[str, float | list]:
+def trained(residual: str, seed: int, rate: float = RATE) -> dict[str, Any]:
     """Loss on unseen text, and the norms from the first layer to the output."""
     learn, unseen, symbols = characters()
     model, g = model_of(residual, symbols, seed), generator(seed)

@@ -72,28 +72,31 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple]:
     room = entries(there.shape[2], cfg)
     sums = [torch.cat([x.double(), x.new_zeros(b, heads, room - x.shape[2], x.shape[3])], 2) for x in sums]
 
-    def last(count: Tensor) -> Tensor:
-        """[B, H, room] bool: the entry that the newest of `count` sources belongs to; the first is one by itself."""
-        at = torch.where(count < 2, 0, 1 + (count - 2) // cfg.block)
-        return torch.arange(room, device=q.device) == at[..., None]
-
     def write(state: tuple, t: int) -> tuple:
         k_sums, v_sums, count = state
-        here = last(count + 1)[..., None].double()
+        here = newest(count + 1, room, cfg)[..., None].double()
         return k_sums + here * k_h[:, :, t, None], v_sums + here * v_h[:, :, t, None], count + 1
 
     def read(state: tuple, i: int) -> Tensor:
         k_sums, v_sums, count = state
         keys = k_sums / (k_sums.square().mean(-1, keepdim=True) + cfg.eps).sqrt()
         s = torch.einsum("bhd,bhsd->bhs", q_h[:, :, i], keys)
-        begun = last(count).flip(-1).cumsum(-1).flip(-1).bool() & (count > 0)[..., None]
+        begun = newest(count, room, cfg).flip(-1).cumsum(-1).flip(-1).bool() & (count > 0)[..., None]
+        s = s.masked_fill(~begun, -torch.inf)
         # cancels; keeps the exponentials below 1
-        e = (s - s.amax(-1, keepdim=True).detach()).exp() * begun
+        top = s.amax(-1, keepdim=True).detach()
+        e = (s - top.masked_fill(top == -torch.inf, 0)).exp()
         return quotient(torch.einsum("bhs,bhse->bhe", e, v_sums), e.sum(-1, keepdim=True))
 
     out, (k_sums, v_sums, _) = recurrence((*sums, count), write, read, n, m, call)
     out, sums = rounded(out, (k_sums, v_sums), v)
     return out, (*sums, there)
+
+
+def newest(count: Tensor, room: int, cfg: Config) -> Tensor:
+    """[B, H, room] bool: the entry that the last of `count` sources belongs to; the first source is one by itself."""
+    at = torch.where(count < 2, 0, 1 + (count - 2) // cfg.block)
+    return torch.arange(room, device=count.device) == at[..., None]
 
 
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple]:

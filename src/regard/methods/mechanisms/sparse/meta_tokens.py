@@ -18,6 +18,7 @@ and 10: weights 1/5, 3/5, 1/5, so 5. Token 1 reads 3/4 of 5. Token 2 reads nothi
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,10 @@ class Config:
 
 
 def check_count(call: Call, keys: int) -> None:
-    known = isinstance(call.roles, Roles)
-    require(known, "the role meta says which keys are meta tokens: roles=Roles(meta=[...])", roles=call.roles)
-    meta = call.roles["meta"]
+    roles: Any = call.roles
+    known = isinstance(roles, Roles)
+    require(known, "the role meta says which keys are meta tokens: roles=Roles(meta=[...])", roles=roles)
+    meta = roles["meta"]
     require(meta.shape[-1] == keys, "roles label all keys, those of the state first", meta=meta, M=keys)
 
 
@@ -49,10 +51,11 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple]:
     k, v, state = carried(k, v, call)
     n, m = q.shape[2], k.shape[2]
     check_count(call, m)
+    roles: Any = call.roles
     q_h, k_h, v_h = exact(q, heads_of(k, q.shape[1]), heads_of(v, q.shape[1]))
     scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
     s = torch.einsum("bhnd,bhmd->bhnm", q_h, k_h) * scale
-    meta = (call.roles["meta"] > 0).view(-1, 1, 1, m).to(q.device)
+    meta = (roles["meta"] > 0).view(-1, 1, 1, m).to(q.device)
     sees = (meta & meta[..., m - n :].mT).expand_as(s).tril(m - n)
     for mask in (call.pair_mask, None if call.key_mask is None else call.key_mask[:, :, None]):
         sees = sees if mask is None else sees & mask
@@ -67,8 +70,9 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple]:
     k, v, state = carried(k, v, call)
     n, m = q.shape[2], k.shape[2]
     check_count(call, m)
+    roles: Any = call.roles
     scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
-    meta = (call.roles["meta"] > 0).view(-1, m).to(q.device)  # [B|1, M]
+    meta = (roles["meta"] > 0).view(-1, m).to(q.device)  # [B|1, M]
     if call.pair_mask is not None or not asks_values():
         pairs = meta[:, None, m - n :, None] & meta[:, None, None]
         seen = visible(call, n, m, q.device)
