@@ -40,9 +40,8 @@ def measure() -> Measured:
     found = {pool: correlation(pool) for pool in page.POOLS}
     dense = full_budget()
     holds = abs(found["sqrt"]) < 0.05 and found["mean"] < -0.1 and found["sum"] > 0.1 and dense < 1e-5
-    return Measured(
-        holds, {"correlation": found, "full_budget_difference": dense, "draws": DRAWS, "chunks": CHUNKS}
-    )
+    numbers = {f"correlation_{pool}": r for pool, r in found.items()}
+    return Measured(holds, {**numbers, "full_budget_difference": dense, "draws": DRAWS, "chunks": CHUNKS})
 
 
 CLAIM = Claim(

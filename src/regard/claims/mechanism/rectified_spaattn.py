@@ -11,12 +11,14 @@ from regard.methods.mechanisms.sparse import rectified_spaattn as page
 HEADS, BLOCK, BLOCKS, WIDTH, SHARES, FIELDS = 4, 16, 24, 16, (0.2, 0.4, 0.6), 8
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, share: float, rectify: str) -> Tensor:
+def attention(qkv: list[Tensor], share: float, rectify: str) -> Tensor:
     cfg = page.Config(share=share, rectify=rectify, block_q=BLOCK, block_k=BLOCK)
+    q, k, v = qkv
     return page.fast(q, k, v, cfg, Call(pattern="self"))[0]
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def dense(qkv: list[Tensor]) -> Tensor:
+    q, k, v = qkv
     return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
@@ -39,14 +41,14 @@ def measure() -> Measured:
     exact, plain = [], []
     for share in SHARES:
         qkv = constant(0)
-        exact.append(difference(attention(*qkv, share, "all"), dense(*qkv)))
-        plain.append(difference(attention(*qkv, share, "none"), dense(*qkv)))
+        exact.append(difference(attention(qkv, share, "all"), dense(qkv)))
+        plain.append(difference(attention(qkv, share, "none"), dense(qkv)))
     cuts = []
     for share in SHARES:
         for seed in range(FIELDS):
             qkv = smooth(seed)
-            wanted = dense(*qkv)
-            errors = [(attention(*qkv, share, how) - wanted).abs().sum().item() for how in ("gain", "none")]
+            wanted = dense(qkv)
+            errors = [(attention(qkv, share, how) - wanted).abs().sum().item() for how in ("gain", "none")]
             cuts.append(1 - errors[0] / errors[1])
     numbers = {
         "shares": list(SHARES),

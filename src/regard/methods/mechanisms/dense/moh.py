@@ -183,8 +183,8 @@ def of_chosen(q: Q, k: K, v: V, gates: Tensor, mask: Tensor | None, causal: bool
         stop = start + len(list(run))
         rows = q[:, start * each : stop * each]
         if wanted:
-            by_head = mask is not None and mask.dim() == 4 and mask.shape[1] > 1
-            seen = mask[:, start * each : stop * each] if by_head else mask
+            alike = mask is None or mask.dim() < 4 or mask.shape[1] == 1
+            seen = mask if mask is None or alike else mask[:, start * each : stop * each]
             k_run, v_run = k[:, start:stop], v[:, start:stop]
             parts.append(softmax_attention(rows, k_run, v_run, scale=scale, mask=seen, causal=causal))
         else:
