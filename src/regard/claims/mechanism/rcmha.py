@@ -64,7 +64,9 @@ def losses(name: str, seed: int) -> tuple[dict[float, float], Model]:
 
     def train(rate: float) -> Any:
         with seeded(seed):
-            return trained(Model(name, vocab), batches, rate)
+            model = Model(name, vocab)
+            trained(model, batches, rate)
+        return model
 
     models = sweep(RATES, train)
     return {rate: mean_loss(m, in_order(held, 16, CONTEXT)) for rate, m in models.items()}, models[RATES[-1]]

@@ -151,8 +151,8 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     n, m, mask = q.shape[2], old_k.shape[2] + k.shape[2], call.key_mask
     if cfg.kernel:
         order = None if mask is None else closed_up(mask[..., m - n :])
-        filters = [(call.params[f"{letter}_conv"], call.params[f"{letter}_bias"]) for letter in "qkv"]
-        mixed = [short_convolution(x, t, *p, order) for x, t, p in zip(tokens, tails, filters, strict=True)]
+        learned = ((call.params[f"{letter}_conv"], call.params[f"{letter}_bias"]) for letter in "qkv")
+        mixed = [short_convolution(x, t, *p, order) for x, t, p in zip(tokens, tails, learned, strict=True)]
         tokens, tails = zip(*mixed, strict=True)
     q = tokens[0] if mask is None else shown(tokens[0], mask[..., m - n :])
     k, v = (shown(torch.cat([old, x], 2), mask) for old, x in zip((old_k, old_v), tokens[1:], strict=True))
