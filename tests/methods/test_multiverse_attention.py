@@ -62,6 +62,12 @@ def test_rows_of_a_batch_and_padding_anywhere():
     )
 
 
+def test_paths_of_a_later_block_see_those_of_an_earlier_one():
+    ids = [9, 1, 3, 9, 4, 3, 4, 2, 9, 1, 3, 9, 4, 3, 4, 2]
+    seen = page.build(page.Config()).dense(len(ids), roles=roles_of(ids))[0, 0]
+    assert bool(seen[9:, :9].all()) and not bool(seen[5:7, 2:5].any())
+
+
 def test_plain_text_is_causal():
     roles = Roles(parallel=[0] * 6, path=[-1] * 6)
     assert torch.equal(page.build(page.Config()).dense(6, roles=roles), causal().dense(6))
