@@ -69,13 +69,8 @@ def losses(name: str, seed: int, rate: float) -> list[tuple[float, float]]:
 
     def look(step: int, loss: float) -> None:
         if (step + 1) % (STEPS // LOOKS) == 0:
-<<<<<<< HEAD
-            out, of = (mean_loss(logits, in_order(text, 64, CONTEXT)) for text in (held, ids))
-            seen.append((out, of))
-=======
             validation, training = (mean_loss(logits, in_order(text, 64, CONTEXT)) for text in (held, ids))
             seen.append((validation, training))
->>>>>>> dense1
 
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1)
     fit(optimizer, lambda step: token_loss(logits, *batches[step]), STEPS, after_step=look)
