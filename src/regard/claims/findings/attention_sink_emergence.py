@@ -100,8 +100,9 @@ class Layer(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.page: Any = catalog.get(name)
-        self.cfg = self.page.configure(**SIDES[name])
+        page: Any = catalog.get(name)
+        self.page = page
+        self.cfg = page.configure(**SIDES[name])
         dims = {
             "heads": HEADS,
             "kv_heads": HEADS,
@@ -109,7 +110,7 @@ class Layer(nn.Module):
             "value": WIDTH // HEADS,
             "width": WIDTH,
         }
-        learned = self.page.init(self.cfg, dims) if self.page.init is not None else {}
+        learned = page.init(self.cfg, dims) if page.init is not None else {}
         self.learned = nn.ParameterDict(learned)
         self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(2))
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
@@ -186,7 +187,8 @@ plateau = by_rate(rate_at)
 def weights(model: nn.Sequential, inputs: Tensor) -> Tensor:
     """[B, layers, H, T, T]"""
     x, each = model[0](inputs), []
-    for layer in list(model)[1:-2]:
+    layers: list[Any] = list(model)[1:-2]
+    for layer in layers:
         each.append(layer.weights(x))
         x = layer(x)
     return torch.stack(each, dim=1)
