@@ -104,7 +104,7 @@ class ViT(nn.Module):
         """[layers, images, heads, 17, 17]: what the attention gives for values that are unit vectors."""
         x, found = self.embedded(patches), []
         for layer in self.layers:
-            q, k, _ = layer.heads(x)
+            q, k, _ = Layer.heads(layer, x)
             found.append(attend(q, k, torch.eye(TOKENS).expand(*q.shape[:2], -1, -1)))
             x = layer(x, attend)
         return torch.stack(found)
