@@ -71,7 +71,7 @@ def test_equal_scores_choose_the_first_heads_and_give_gates_of_one(path):
 @pytest.mark.parametrize("groups", [4, 8])
 def test_a_step_that_reads_only_chosen_heads_gives_the_numbers_of_all(monkeypatch, groups):
     cfg = moh.Config(active=0.25, shared=0.0)
-    monkeypatch.setattr(moh, "LONG", 16)
+    monkeypatch.setattr("regard.ops.chosen.LONG", 16)
     q, k, v, x, params = asked(cfg, heads=8, groups=groups, n=1, m=40, sharp=5.0)
     q, k, v, x = (t[:1] for t in (q, k, v, x))
     read = []
@@ -80,7 +80,7 @@ def test_a_step_that_reads_only_chosen_heads_gives_the_numbers_of_all(monkeypatc
         read.append(q.shape[1])
         return softmax_attention(q, *rest, **options)
 
-    monkeypatch.setattr(moh, "softmax_attention", counted)
+    monkeypatch.setattr("regard.ops.chosen.softmax_attention", counted)
     mask = torch.rand(1, 8, 1, 40, generator=torch.Generator().manual_seed(1)) < 0.7
     for seen in (None, mask[:, :1], mask):
         read.clear()

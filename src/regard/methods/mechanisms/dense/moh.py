@@ -24,7 +24,6 @@ tensor([1.0000, 0.0000, 0.5714, 1.4286])
 
 import math
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
 import torch
@@ -34,10 +33,8 @@ from torch.nn.functional import linear
 from regard.core import PATTERNS, Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
-from regard.ops import at_least_float32, carried, exact, heads_of, quotient, softmax_attention, visible
-from regard.ops.transforms import asks_values
-
-LONG = 1024  # keys from which on heads that are not chosen are worth leaving out: changes the speed only
+from regard.ops import at_least_float32, carried, exact, heads_of, quotient, visible
+from regard.ops.chosen import attend_chosen
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, 
     mask = None if square else visible(call, n, m, q.device)
     # n == m is a symbol under torch.compile with lengths that differ, and SDPA wants a bool
     causal = call.pattern == "causal_self" if square else False
-    out = of_chosen(q, k, v, gates, mask, causal)
+    out = attend_chosen(q, k, v, gates != 0, mask=mask, causal=causal)
     return (out * gates[..., None]).to(v.dtype), state, {"gates": gates, **aux}
 
 
@@ -169,28 +166,6 @@ def balance(shares: Tensor, on: Tensor, call: Call) -> Tensor:
     else:
         tokens = shares.shape[0] * shares.shape[1]
     return shares.shape[2] * ((shares.sum((0, 1)) / tokens) * (on.sum((0, 1)) / tokens)).sum()
-
-
-def of_chosen(q: Q, k: K, v: V, gates: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Softmax attention; KV heads of which no token of the call has chosen a head are not read, and give zeros."""
-    scale, groups, each = q.shape[3] ** -0.5, k.shape[1], q.shape[1] // k.shape[1]
-    used = [True] * groups
-    # a prompt chooses every head somewhere, a step of one token does not
-    if q.shape[2] == 1 and k.shape[2] >= LONG and groups > 1 and asks_values():
-        used = (gates != 0).any(-1).any(0).view(groups, each).any(-1).tolist()
-    parts, start = [], 0
-    for wanted, run in groupby(used):
-        stop = start + len(list(run))
-        rows = q[:, start * each : stop * each]
-        if wanted:
-            alike = mask is None or mask.dim() < 4 or mask.shape[1] == 1
-            seen = mask if mask is None or alike else mask[:, start * each : stop * each]
-            k_run, v_run = k[:, start:stop], v[:, start:stop]
-            parts.append(softmax_attention(rows, k_run, v_run, scale=scale, mask=seen, causal=causal))
-        else:
-            parts.append(v.new_zeros(*rows.shape[:3], v.shape[3]))
-        start = stop
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 METHOD = Mechanism(
