@@ -29,12 +29,14 @@ def bucket_attention(
     if q.numel() <= TOGETHER or groups == 1:
         return sorted_attention(q, k, v, rank_q, rank_k, block, draws, scale)
     # one KV head after the other: what is sorted, read and merged stays in the cache
-    asks = zip(*(t.split(heads // groups, dim=1) for t in (q, rank_q, draws[None])), strict=True)
-    text = zip(*(t.split(1, dim=1) for t in (k, v, rank_k)), strict=True)
-    parts = [
-        sorted_attention(some, *kv, rank, of_keys, block, drawn[0], scale)
-        for (some, rank, drawn), (*kv, of_keys) in zip(asks, text, strict=True)
-    ]
+    share, parts = heads // groups, []
+    for g in range(groups):
+        mine, one = slice(g * share, (g + 1) * share), slice(g, g + 1)
+        parts.append(
+            sorted_attention(
+                q[:, mine], k[:, one], v[:, one], rank_q[:, mine], rank_k[:, one], block, draws[mine], scale
+            )
+        )
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
 
 
