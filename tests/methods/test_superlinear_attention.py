@@ -6,6 +6,8 @@ from torch.testing import assert_close
 
 from regard.core.call import Call
 from regard.methods.mechanisms.sparse import superlinear_attention as page
+from regard.ops import explicit
+from regard.ops.blocks import latest_keys, placed
 
 
 def inputs(n: int, heads: int = 2) -> list[torch.Tensor]:
@@ -55,3 +57,15 @@ def test_one_span_leaves_the_routing_nothing_to_learn() -> None:
         )[0]
         norms.append(torch.autograd.grad(out.square().sum(), route)[0].norm().item())
     assert norms[0] < 1e-12 and norms[1] > 0.1
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 15, 16, 17, 18, 60, 2**40])
+@pytest.mark.parametrize("queries", [61, 20, 1])
+def test_latest_keys_are_a_sliding_window(width, queries) -> None:
+    q, k, v, _ = (t.detach() for t in inputs(61))
+    q, far = q[:, :, -queries:], torch.arange(61 - queries, 61)[:, None] - torch.arange(61)
+    at = placed(q, k, v, Call(), 8)
+    out, lse = (at.back(t) for t in latest_keys(at, 8, width))
+    mask = (far >= 0) & (far < width)
+    assert_close(out, explicit(q, k, v, scale=0.5, mask=mask))
+    assert_close(lse, (q @ k.mT / 2).masked_fill(~mask, -torch.inf).logsumexp(-1))

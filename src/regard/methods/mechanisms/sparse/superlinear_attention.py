@@ -29,7 +29,7 @@ from regard.core import Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
 from regard.ops import at_least_float32, carried, gather_rows
-from regard.ops.blocks import Blocks, BlockSettings, Placed, block_attention, by_text, part, placed
+from regard.ops.blocks import BlockSettings, by_text, latest_keys, part, placed
 from regard.ops.closed import chunks, highest, recomputed
 
 GATHERED = 1 << 22  # numbers of keys and values gathered at a time: changes the speed, never the result
@@ -119,35 +119,15 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, 
     unasked = at.q.shape[2] - at.queries if at.came is None else 0
     place = at.first(1)[:, :, unasked:]
     if m <= cfg.dense_below:
-        return at.back(latest(at, m)[0]).to(v.dtype), state, {}
-    near, lse = (t[:, :, unasked:] for t in latest(at, min(window(cfg), m)))
+        return at.back(latest_keys(at, TILE, m)[0]).to(v.dtype), state, {}
+    near, lse = (t[:, :, unasked:] for t in latest_keys(at, TILE, min(window(cfg), m)))
     inputs = at.q[:, :, unasked:], at.k, at.v, call.params["route"], near, lse, place
     out, *spans = spread(inputs, m - at.queries, cfg)
     if cfg.dense_last:
         dense = place >= at.length[:, None, None, None] - cfg.dense_last
-        whole = latest(at, m, at.length - cfg.dense_last)[0][:, :, unasked:]
+        whole = latest_keys(at, TILE, m, at.length - cfg.dense_last)[0][:, :, unasked:]
         out, spans = torch.where(dense, whole, out), [x.masked_fill(dense, -1) for x in spans]
     return at.back(out.to(v.dtype)), state, {"spans": tuple(at.back(x) for x in spans)}
-
-
-def latest(at: Placed, width: int, since: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse) of queries over their latest `width` keys; with `since` [B], of blocks that reach that place alone."""
-    if width == 0:
-        return at.v.new_zeros(*at.q.shape[:3], at.v.shape[3]), at_least_float32(at.q).new_full(
-            at.q.shape[:3], -torch.inf
-        )
-    row = at.first(TILE) // TILE  # [B, 1, I, 1]
-    off = torch.arange(min((width + TILE - 2) // TILE + 1, at.columns(TILE)), device=row.device).flip(0)
-    index = (row - off).clamp(min=-1)
-    if since is not None:
-        index = index.masked_fill((row + 1) * TILE <= since[:, None, None, None], -1)
-    cut = max(0, -((TILE - 1 - width) // TILE))  # blocks from here on hold keys too far away
-    i = torch.arange(TILE, device=row.device)
-    far = torch.arange(cut, (width + TILE - 2) // TILE + 1, device=row.device)
-    tiles = far[:, None, None] * TILE + i[:, None] - i < width
-    tile = (off - cut).clamp(min=-1).expand_as(index)
-    where = dict(causal=True, start=at.start, length=at.length, scale=at.q.shape[3] ** -0.5)
-    return block_attention(at.q, at.k, at.v, Blocks(index, TILE, TILE, tile, tiles), **where)
 
 
 def spread(inputs: tuple[Tensor, ...], before: int, cfg: Config) -> tuple[Tensor, ...]:
