@@ -2,6 +2,7 @@
 
 from regard.ops.blocks.attention import block_attention
 from regard.ops.blocks.choose import causal_softmax, diagonal, top_blocks, top_mass
+from regard.ops.blocks.latest import latest_keys
 from regard.ops.blocks.layout import Blocks
 from regard.ops.blocks.lines import last_mean, last_weights, root_divergence, slashes, verticals
 from regard.ops.blocks.masks import SHORT, blocks_of
@@ -36,6 +37,7 @@ __all__ = [
     "kept_share",
     "last_mean",
     "last_weights",
+    "latest_keys",
     "part",
     "placed",
     "root_divergence",
