@@ -28,8 +28,10 @@ LEFT = {
 
 
 def is_sparse(method: Method) -> bool:
-    """Whether it is a mechanism that chooses blocks of keys."""
-    return method.page.kind == "mechanism" and isinstance(method.config, BlockSettings)
+    """Whether it is a mechanism for prompts: one that chooses blocks of keys, or says that it is."""
+    if method.page.kind != "mechanism":
+        return False
+    return isinstance(method.config, BlockSettings) or method.page.prefills
 
 
 class SparsePrefill(MechanismOnKeys):
@@ -54,9 +56,9 @@ class SparsePrefill(MechanismOnKeys):
 
     def reason(self, call: AttentionCall) -> str | None:
         """Why it leaves this call to the model; None: it acts."""
-        if call.site.layer < self.method.config.dense_layers:
+        if call.site.layer < getattr(self.method.config, "dense_layers", 0):
             return LEFT["layer"]
-        if call.k.shape[2] <= self.method.config.dense_below:
+        if call.k.shape[2] <= getattr(self.method.config, "dense_below", 0):
             return LEFT["short"]
         if call.options.get("sliding_window") is not None or (
             call.rule is not None and not call.rule.model_causal

@@ -47,6 +47,8 @@ class Mechanism(Page):
     order_aware     whether it knows the order of tokens by itself (a decay, a filter), so layers add no positions
     roles           roles that it reads
     speed_settings  settings that change the speed, never the result
+    prefills        whether it is made for prompts: attached to a model it leaves single tokens to the model. Pages that
+                    choose blocks are
     block_masks     whether `fast` reads a mask as call.blocks: a bool, or a function of cfg. A Mask that leaves most
                     blocks empty is then never made a matrix
     knob            (setting, values): what a page that chooses blocks is calibrated by, values from those that read few
@@ -71,6 +73,7 @@ class Mechanism(Page):
     order_aware: bool = False
     roles: tuple[str, ...] = ()
     speed_settings: tuple[str, ...] = ()
+    prefills: bool = False
     block_masks: bool | Callable[[Any], bool] = False
     knob: tuple[str, tuple] | None = None
     together: Callable[[Any], int] | None = None

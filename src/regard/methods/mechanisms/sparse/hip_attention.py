@@ -132,6 +132,7 @@ METHOD = Mechanism(
     config=Config,
     reference=reference,
     choose=choose,
+    knob=("top_k", (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 2**40)),
     patterns=("causal_self",),
     unsupported={
         "self": "its local window is that of a causal text",

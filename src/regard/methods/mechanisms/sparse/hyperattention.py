@@ -182,6 +182,7 @@ METHOD = Mechanism(
     config=Config,
     reference=reference,
     fast=fast,
+    prefills=True,
     patterns=("self", "causal_self", "cross"),
     unsupported={"causal_cross": "queries are sorted together, so earlier ones would depend on later ones"},
     test_settings=(
