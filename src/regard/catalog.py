@@ -228,7 +228,7 @@ def list_methods(
 ) -> list[str]:  # fmt: skip
     """Names of the pages that fit: a name with wildcards, a kind, a pattern that it can do, a family, what it needs.
 
-    >>> list_methods("*linear*")
+    >>> list_methods("linear*")
     ['linear_attention']
     >>> list_methods("r*", kind="cache")
     ['razor_attention', 'recycled_attention']

@@ -101,7 +101,8 @@ class Case:
     @property
     def together(self) -> int:
         """How many queries choose their keys together, from multiples of it on."""
-        return 1 if self.page.together is None else self.page.together(self.cfg)
+        together = getattr(self.page, "together", None)  # a block page has none
+        return 1 if together is None else together(self.cfg)
 
     def inputs(
         self,

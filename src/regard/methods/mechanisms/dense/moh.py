@@ -71,7 +71,8 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
 def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, dict]:
     """Every head for every token; the gates head by head."""
     n, heads = q.shape[2:0:-1]
-    shared, chosen = counts(cfg, heads)
+    shared = int(cfg.shared * heads + 1e-9)
+    chosen = 0 if shared == heads else max(int(cfg.active * heads + 1e-9) - shared, 1)
     k, v, state = carried(k, v, call)
     q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
     s = torch.einsum("bhnd,bhmd->bhnm", q_h, k_h) * q.shape[3] ** -0.5

@@ -13,6 +13,13 @@ Worked by hand: keys 1, 1, 1, 1 in one chunk of four: mean 1, sum 4, and 1 Â· âˆ
 >>> import torch
 >>> [chunk_keys(torch.ones(1, 1, 4, 1), torch.tensor([0]), torch.tensor([4]), pool).item() for pool in POOLS]
 [2.0, 1.0, 4.0]
+
+Two tokens are too few to leave any out: scores 0 and log 3, values 0 and 4, the output 3.
+
+>>> import math
+>>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1.0, 1.0], [0.0, math.log(3)], [0.0, 4.0]))
+>>> round(reference(q, k, v, Config(), Call())[0][0, 0, 1].item(), 6)
+3.0
 """
 
 from dataclasses import dataclass

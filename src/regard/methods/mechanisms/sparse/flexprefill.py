@@ -15,6 +15,13 @@ Worked by hand: p = (1, 0), t = (0, 1): the divergence is log 2, its root 0.8326
 >>> import torch
 >>> root_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
 tensor(0.8326)
+
+Two tokens are too few to leave any out: scores 0 and log 3, values 0 and 4, the output 3.
+
+>>> import math
+>>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1.0, 1.0], [0.0, math.log(3)], [0.0, 4.0]))
+>>> round(reference(q, k, v, Config(), Call())[0][0, 0, 1].item(), 6)
+3.0
 """
 
 from dataclasses import dataclass

@@ -13,6 +13,13 @@ products is 2.
 >>> k = torch.tensor([[0.0, 2.0], [3.0, 1.0]]).view(1, 1, 2, 2)
 >>> bounds(torch.tensor([[1.0, -1.0]]).view(1, 1, 1, 2), k.amin(2, True), k.amax(2, True))
 tensor([[[[2.]]]])
+
+Two tokens are too few to leave any out: scores 0 and log 3, values 0 and 4, the output 3.
+
+>>> import math
+>>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1.0, 1.0], [0.0, math.log(3)], [0.0, 4.0]))
+>>> round(reference(q, k, v, Config(), Call())[0][0, 0, 1].item(), 6)
+3.0
 """
 
 from dataclasses import dataclass

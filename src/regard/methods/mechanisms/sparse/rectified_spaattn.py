@@ -82,7 +82,7 @@ def head(q: Tensor, k: Tensor, v: Tensor, start: int, cfg: Config, causal: bool)
     place, out = torch.arange(n) + start, torch.zeros(n, v.shape[1], dtype=v.dtype)
     for block in sorted(set((place // b).tolist())):
         rows = place // b == block
-        mean, spread = q[rows].mean(0), (q[rows] - q[rows].mean(0)).abs().mean(0)
+        mean, away = q[rows].mean(0), (q[rows] - q[rows].mean(0)).abs().mean(0)
         keys = [k[j : j + b] for j in range(0, m, b) if not causal or j // b <= block]
         # of its own block a query sees half, on average
         seen = [len(x) if not causal or j < block else (len(x) + 1) / 2 for j, x in enumerate(keys)]
@@ -93,7 +93,7 @@ def head(q: Tensor, k: Tensor, v: Tensor, start: int, cfg: Config, causal: bool)
         for j in range(len(keys)):
             if dense or cfg.share >= 1 or float(fixed[fixed > fixed[j]].sum()) < cfg.share:
                 read.add(j)
-        back = [j for j in range(len(keys)) if j not in read and gains(mean, spread, keys[j], cfg)]
+        back = [j for j in range(len(keys)) if j not in read and gains(mean, away, keys[j], cfg)]
         rest = 1 - sum((share[j] for j in back), share.new_zeros(()))
         sees = torch.tensor([j // b in read for j in range(m)]).expand(int(rows.sum()), m)
         sees = sees & (torch.arange(m) <= place[rows, None]) if causal else sees
@@ -104,10 +104,10 @@ def head(q: Tensor, k: Tensor, v: Tensor, start: int, cfg: Config, causal: bool)
     return out
 
 
-def gains(mean: Tensor, spread: Tensor, keys: Tensor, cfg: Config) -> bool:
+def gains(mean: Tensor, away: Tensor, keys: Tensor, cfg: Config) -> bool:
     """Whether a block that is not read comes back: pooling says more than it may be wrong."""
     middle = keys.mean(0)
-    wrong = (spread @ middle).abs() + (mean @ (keys - middle).abs().mean(0)).abs()
+    wrong = (away @ middle).abs() + (mean @ (keys - middle).abs().mean(0)).abs()
     return cfg.rectify == "all" or (cfg.rectify == "gain" and bool((mean @ middle).abs() > wrong))
 
 

@@ -17,6 +17,13 @@ Worked by hand: query 8 sees t = 9 keys. s = 1: the window has 2² - 1 = 3, anch
 >>> cfg = Config(window_index=1)
 >>> window(cfg), [8 - distance for distance in distances(9, cfg)], lengths(9, cfg)
 (3, [5, 0], (6, 0))
+
+Two tokens are too few to leave any out: scores 0 and log 3, values 0 and 4, the output 3.
+
+>>> import math, torch
+>>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1.0, 1.0], [0.0, math.log(3)], [0.0, 4.0]))
+>>> round(reference(q, k, v, Config(), Call(params={"route": torch.ones(1, 1, 1)}))[0][0, 0, 1].item(), 6)
+3.0
 """
 
 import math
@@ -53,11 +60,8 @@ class Config(BlockSettings):
         super().__post_init__()
         require(self.top_k >= 1 and self.window_index >= 0, "top_k >= 1, window_index >= 0", config=self)
         require(self.back >= 0 and self.ahead >= 0, "back, ahead >= 0", config=self)
-        require(
-            0 < self.search_power < 1 and 0 < self.span_power < 1,
-            "search_power, span_power in (0, 1)",
-            config=self,
-        )
+        powers = (self.search_power, self.span_power)
+        require(0 < min(powers) and max(powers) < 1, "search_power, span_power in (0, 1)", config=self)
         require(self.block_q == self.block_k == 1, "block_q = block_k = 1: spans begin anywhere", config=self)
 
 
@@ -88,8 +92,8 @@ def head(q: Tensor, k: Tensor, v: Tensor, route: Tensor, start: int, cfg: Config
         spans = [range(max(0, anchors[i] - back), min(anchors[i] + ahead, t - 1 - w) + 1) for i in best]
         gate = score[best].softmax(0) if best else score.new_ones(1)
         keys = [[*span, *range(t - w, t)] for span in spans or [range(0)]]
-        mixed = [(k[read] @ x * len(x) ** -0.5).softmax(0) @ v[read] for read in keys]
-        rows.append(gate @ torch.stack(mixed))
+        outs = [(k[read] @ x * len(x) ** -0.5).softmax(0) @ v[read] for read in keys]
+        rows.append(gate @ torch.stack(outs))
     return torch.stack(rows)
 
 

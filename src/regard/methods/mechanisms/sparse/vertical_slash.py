@@ -16,6 +16,13 @@ slash, sinks and local 0, V = {0} and D = {4}.
 >>> length = torch.tensor([[5]])
 >>> largest(verticals(w), length, 1, 0), largest(slashes(w, length - 1), length, 1, 0)
 (tensor([[[0]]]), tensor([[[4]]]))
+
+Two tokens are too few to leave any out: scores 0 and log 3, values 0 and 4, the output 3.
+
+>>> import math
+>>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1.0, 1.0], [0.0, math.log(3)], [0.0, 4.0]))
+>>> round(reference(q, k, v, Config(), Call())[0][0, 0, 1].item(), 6)
+3.0
 """
 
 from dataclasses import dataclass
@@ -78,9 +85,9 @@ def sees(q: Tensor, k: Tensor, start: int, cfg: Config) -> Tensor:
                  for line, most in ((key, cfg.vertical), (distance, cfg.slash))]  # fmt: skip
         for block in sorted(set((place // cfg.block_q).tolist())):
             rows = place // cfg.block_q == block
-            crossed = {(i - d) // cfg.block_k for i in range(block * cfg.block_q, (block + 1) * cfg.block_q)
+            on_slash = {(i - d) // cfg.block_k for i in range(block * cfg.block_q, (block + 1) * cfg.block_q)
                        for d in lines[1] if i >= d}  # fmt: skip
-            for j in crossed:
+            for j in on_slash:
                 seen[h, rows, j * cfg.block_k : (j + 1) * cfg.block_k] = True
             seen[h, rows] = seen[h, rows].index_fill(1, torch.tensor(lines[0]), True)
     return seen

@@ -14,6 +14,13 @@ Worked by hand: S = 2, D = 1, queries (1, 2) and keys (3, 5): s = (2·3 + 1·5) 
 >>> q, k = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])
 >>> strided(q.view(1, 1, 2, 1), 2, flip=True) @ strided(k.view(1, 1, 2, 1), 2).mT / 2
 tensor([[[[5.5000]]]])
+
+Two tokens are too few to leave any out: scores 0 and log 3, values 0 and 4, the output 3.
+
+>>> import math
+>>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1.0, 1.0], [0.0, math.log(3)], [0.0, 4.0]))
+>>> round(reference(q, k, v, Config(), Call())[0][0, 0, 1].item(), 6)
+3.0
 """
 
 from dataclasses import dataclass
