@@ -12,11 +12,16 @@ With p = e = 1/2 both steps read about √t keys, N^1.5 in all. Neighbouring anc
 so with b = 2 their spans leave no key out: which keys are read is the data's choice, none is ruled out by its place.
 The choice is hard; the routing learns through g. Where there is no anchor before the window, the window is all.
 
-Worked by hand: query 8 sees t = 9 keys. s = 1: the window has 2² - 1 = 3, anchors i = 2 and 3 stand on keys 5 and 0.
+Worked by hand: query 8 sees t = 9 keys. s = 1: the window has 2² - 1 = 3, anchors i = 2 and 3 stand on keys 5 and 0;
+b = 1/3 makes spans of 4, 5 and of 0. All scores are 0: five keys with the value 20 among them give 4, four with 40
+give 10, the mixture of both is 7.
 
->>> cfg = Config(window_index=1)
+>>> cfg = Config(window_index=1, back=1 / 3)
 >>> window(cfg), [8 - distance for distance in distances(9, cfg)], lengths(9, cfg)
-(3, [5, 0], (6, 0))
+(3, [5, 0], (1, 0))
+>>> zero, v = torch.zeros(1, 1, 9, 1), torch.tensor([40.0, 0, 0, 0, 0, 20, 0, 0, 0]).view(1, 1, 9, 1)
+>>> reference(zero, zero, v, cfg, Call(params={"route": torch.ones(1, 1, 1)}))[0][0, 0, 8].item()
+7.0
 """
 
 import math
@@ -88,8 +93,8 @@ def head(q: Tensor, k: Tensor, v: Tensor, route: Tensor, start: int, cfg: Config
         spans = [range(max(0, anchors[i] - back), min(anchors[i] + ahead, t - 1 - w) + 1) for i in best]
         gate = score[best].softmax(0) if best else score.new_ones(1)
         keys = [[*span, *range(t - w, t)] for span in spans or [range(0)]]
-        mixed = [(k[read] @ x * len(x) ** -0.5).softmax(0) @ v[read] for read in keys]
-        rows.append(gate @ torch.stack(mixed))
+        outs = [(k[read] @ x * len(x) ** -0.5).softmax(0) @ v[read] for read in keys]
+        rows.append(gate @ torch.stack(outs))
     return torch.stack(rows)
 
 
@@ -114,33 +119,36 @@ def lengths(t: int, cfg: Config) -> tuple[int, int]:
 
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, dict]:
     k, v, state = carried(k, v, call)
-    at, m = placed(q, k, v, call, TILE), k.shape[2]
-    # without hidden tokens the first rows are there to begin at a whole block, and nobody asks for them
-    unasked = at.q.shape[2] - at.queries if at.came is None else 0
-    place = at.first(1)[:, :, unasked:]
+    at, n, m = placed(q, k, v, call, TILE), q.shape[2], k.shape[2]
     if m <= cfg.dense_below:
         return at.back(latest_keys(at, TILE, m)[0]).to(v.dtype), state, {}
-    near, lse = (t[:, :, unasked:] for t in latest_keys(at, TILE, min(window(cfg), m)))
-    inputs = at.q[:, :, unasked:], at.k, at.v, call.params["route"], near, lse, place
-    out, *spans = spread(inputs, m - at.queries, cfg)
+    place = torch.arange(m - n, m, device=q.device).expand(len(q), 1, n)[..., None]
+    hidden = None if at.came is None else (at.came < 0)[:, None, :, None]
+    if hidden is not None:
+        place = (at.start[:, None] + at.came)[:, None, :, None].masked_fill(hidden, 0)
+    near, lse = (at.back(t) for t in latest_keys(at, TILE, min(window(cfg), m)))
+    out, *spans = spread((q, at.k, at.v, call.params["route"], near, lse, place), cfg)
     if cfg.dense_last:
-        dense = place >= at.length[:, None, None, None] - cfg.dense_last
-        whole = latest_keys(at, TILE, m, at.length - cfg.dense_last)[0][:, :, unasked:]
+        since = at.length - cfg.dense_last
+        dense, whole = place >= since[:, None, None, None], at.back(latest_keys(at, TILE, m, since)[0])
         out, spans = torch.where(dense, whole, out), [x.masked_fill(dense, -1) for x in spans]
-    return at.back(out.to(v.dtype)), state, {"spans": tuple(at.back(x) for x in spans)}
+    if hidden is not None:
+        out, spans = out.masked_fill(hidden, 0), [x.masked_fill(hidden, -1) for x in spans]
+    return out.to(v.dtype), state, {"spans": tuple(spans)}
 
 
-def spread(inputs: tuple[Tensor, ...], before: int, cfg: Config) -> tuple[Tensor, ...]:
+def spread(inputs: tuple[Tensor, ...], cfg: Config) -> tuple[Tensor, ...]:
     """(out [B, H, n, E], first and last keys of the spans [B, H, n, top_k], -1 where there are fewer)."""
     q, k, v, route, near, lse, place = inputs
     m, found = k.shape[2], []
     reach = sum(lengths(m, cfg)) + 1
     per_row = q.shape[0] * q.shape[1] * cfg.top_k * reach * (k.shape[3] + v.shape[3])
-    for rows in chunks(q.shape[2], GATHERED // per_row):
-        t = min(m, before + rows.stop)  # no query of these sees more keys
+    # the last queries read most: those before them find room in the memory that these leave
+    for rows in reversed([*chunks(q.shape[2], GATHERED // per_row)]):
+        t = m - q.shape[2] + rows.stop  # no query of these sees more keys
         own = (x[:, :, rows] for x in (q, near, lse, place))
         found.append(recomputed(q.shape[2] * per_row, mixed, *own, k, v, route, t, cfg))
-    return tuple(torch.cat(x, dim=2) for x in zip(*found, strict=True))
+    return tuple(torch.cat(x, dim=2) for x in zip(*reversed(found), strict=True))
 
 
 def mixed(
@@ -204,7 +212,7 @@ METHOD = Mechanism(
         paper="Superlinear Multi-Step Attention (2026)",
         year=2026,
         idea="a query scores √t anchors, reads a span of √t keys around the best few, and mixes these by the scores",
-        cost="O(N^1.5·(D + E)) time, with p = e = 1/2; memory linear in N",
+        cost="O(N^1.5·(D + E)) time, with p = e = 1/2; linear memory; it pays from about 10^5 tokens on",
         state="every key and value so far: (D + E)·n numbers per KV head",
         needs=("qkv", "decoder-lm"),
         lineage=("softmax",),
