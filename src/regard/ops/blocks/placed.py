@@ -103,7 +103,9 @@ def moved(q: Tensor, k: Tensor, v: Tensor, call: Call, block: int, causal: bool)
     start = before // block * block
     came = real.cumsum(-1)[:, real.shape[1] - n :] - 1 - start[:, None]
     came = came.masked_fill(~real[:, real.shape[1] - n :], -1)
-    room = n + int((before - start).max())
+    # a graph is told no number of the data: the most that there may be
+    most = min(block - 1, k.shape[2] - n)
+    room = n + (most if torch.compiler.is_compiling() else int((before - start).max()))
     went = came.new_full((len(q), room + 1), -1)
     went.scatter_(1, came.masked_fill(came < 0, room), torch.arange(n, device=q.device).expand(len(q), -1))
     went = went[:, :room]
