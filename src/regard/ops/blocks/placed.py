@@ -47,6 +47,15 @@ class Placed:
         rows = rows.masked_fill((self.came < 0)[:, None, :, None], 0)
         return rows if x.dim() == 4 else rows[..., 0]
 
+    def asked(self) -> tuple[Tensor, Tensor | None]:
+        """(places [B, 1, N, 1] of the call's queries, 0 for hidden ones, and which are hidden; None: no one is)."""
+        if self.came is None:
+            last = self.start + self.q.shape[2]
+            place = last[:, None] + torch.arange(-self.queries, 0, device=last.device)
+            return place[:, None, :, None], None
+        hidden = (self.came < 0)[:, None, :, None]
+        return (self.start[:, None] + self.came)[:, None, :, None].masked_fill(hidden, 0), hidden
+
     def rows(self, block: int) -> int:
         """Blocks of queries."""
         return -(-self.q.shape[2] // block)

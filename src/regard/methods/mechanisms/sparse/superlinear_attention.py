@@ -58,11 +58,7 @@ class Config(BlockSettings):
         super().__post_init__()
         require(self.top_k >= 1 and self.window_index >= 0, "top_k >= 1, window_index >= 0", config=self)
         require(self.back >= 0 and self.ahead >= 0, "back, ahead >= 0", config=self)
-        require(
-            0 < self.search_power < 1 and 0 < self.span_power < 1,
-            "search_power, span_power in (0, 1)",
-            config=self,
-        )
+        require(0 < self.search_power < 1 and 0 < self.span_power < 1, "both powers in (0, 1)", config=self)
         require(self.block_q == self.block_k == 1, "block_q = block_k = 1: spans begin anywhere", config=self)
 
 
@@ -119,13 +115,10 @@ def lengths(t: int, cfg: Config) -> tuple[int, int]:
 
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, dict]:
     k, v, state = carried(k, v, call)
-    at, n, m = placed(q, k, v, call, TILE), q.shape[2], k.shape[2]
+    at, m = placed(q, k, v, call, TILE), k.shape[2]
     if m <= cfg.dense_below:
         return at.back(latest_keys(at, TILE, m)[0]).to(v.dtype), state, {}
-    place = torch.arange(m - n, m, device=q.device).expand(len(q), 1, n)[..., None]
-    hidden = None if at.came is None else (at.came < 0)[:, None, :, None]
-    if hidden is not None:
-        place = (at.start[:, None] + at.came)[:, None, :, None].masked_fill(hidden, 0)
+    place, hidden = at.asked()
     near, lse = (at.back(t) for t in latest_keys(at, TILE, min(window(cfg), m)))
     out, *spans = spread((q, at.k, at.v, call.params["route"], near, lse, place), cfg)
     if cfg.dense_last:
@@ -140,8 +133,7 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, 
 def spread(inputs: tuple[Tensor, ...], cfg: Config) -> tuple[Tensor, ...]:
     """(out [B, H, n, E], first and last keys of the spans [B, H, n, top_k], -1 where there are fewer)."""
     q, k, v, route, near, lse, place = inputs
-    m, found = k.shape[2], []
-    reach = sum(lengths(m, cfg)) + 1
+    m, reach, found = k.shape[2], sum(lengths(k.shape[2], cfg)) + 1, []
     per_row = q.shape[0] * q.shape[1] * cfg.top_k * reach * (k.shape[3] + v.shape[3])
     # the last queries read most: those before them find room in the memory that these leave
     for rows in reversed([*chunks(q.shape[2], GATHERED // per_row)]):
@@ -170,15 +162,12 @@ def mixed(
         return own * near + (far[..., None, :] @ v)[..., 0, :], first, last
 
 
-def chosen(
-    q: Tensor, k: Tensor, place: Tensor, route: Tensor, most: int, cfg: Config
-) -> tuple[Tensor, Tensor, Tensor]:
+def chosen(q: Tensor, k: Tensor, place: Tensor, route: Tensor, most: int, cfg: Config) -> tuple[Tensor, ...]:
     """(gate, first key, last key) [B, H, n, top_k] of the spans around the anchors that fit best."""
-    batch, _, n, _ = q.shape
     # filled up by steps that lead out of the text, so that there are top_k to choose from
     step = torch.tensor([*distances(most, cfg), *[most] * cfg.top_k], device=q.device)
-    anchors = (place - step).expand(batch, 1, n, -1)  # below 0: there is none
-    keys = at_least_float32(gather_rows(k, anchors.clamp(min=0).flatten(2))).unflatten(2, (n, -1))
+    anchors = (place - step).expand(len(q), 1, q.shape[2], -1)  # below 0: there is none
+    keys = at_least_float32(gather_rows(k, anchors.clamp(min=0).flatten(2))).unflatten(2, (q.shape[2], -1))
     asked = (at_least_float32(route) @ q.mT).mT.unflatten(1, (k.shape[1], -1))  # [B, G, H / G, n, D]
     score = (asked.transpose(2, 3) @ keys.mT).transpose(2, 3).flatten(1, 2)  # [B, H, n, A]
     best = highest(score.detach().masked_fill(anchors < 0, -torch.inf), cfg.top_k)
@@ -186,9 +175,8 @@ def chosen(
     # where there is no anchor all gates are alike, and what they mix is the window each time
     gate = score.gather(-1, taken).masked_fill(~there, HIDDEN).softmax(-1)
     anchor = place - step[taken]
-    back, ahead = (
-        (by * (place + 1).double() ** cfg.span_power - NEAR).ceil().long() for by in (cfg.back, cfg.ahead)
-    )
+    root = (place + 1).double() ** cfg.span_power
+    back, ahead = ((by * root - NEAR).ceil().long() for by in (cfg.back, cfg.ahead))
     first, last = (anchor - back).clamp(min=0), torch.minimum(anchor + ahead, place - window(cfg))
     return gate, first.masked_fill(~there, -1), last.masked_fill(~there, -1)
 
@@ -218,11 +206,10 @@ METHOD = Mechanism(
         lineage=("softmax",),
         neutral={"window_index": 2**20},
         caveat=(
-            "anchors, spans and the window are those of the released kernels: anchor i is i^{1/p} - 1 keys before the "
-            "query, its score has no 1/√D, and the window joins the softmax of each span. Their window_index is 0 by "
-            "default, 3 in their example, as here. The released model accumulates keys by Mamba-2 layers before, and "
-            "routing queries have a projection of the layer's input; here they are W q, which begins as q. Keys of "
-            "which several spans are made count in each of them"
+            "anchors, spans and window are those of the released kernels, whose window_index is 0 by default and 3 in "
+            "an example, as here; scores of anchors have no 1/√D. The released model accumulates keys by Mamba-2 "
+            "before, and projects routing queries from the layer's input; here they are W q. A key in several spans "
+            "counts in each. On a model it reads prompts; decoding is dense"
         ),
     ),
 )
