@@ -47,6 +47,15 @@ class Placed:
         rows = rows.masked_fill((self.came < 0)[:, None, :, None], 0)
         return rows if x.dim() == 4 else rows[..., 0]
 
+    def asked(self) -> tuple[Tensor, Tensor | None]:
+        """(places [B, 1, N, 1] of the call's queries, 0 for hidden ones, and which are hidden; None: no one is)."""
+        if self.came is None:
+            last = self.start + self.q.shape[2]
+            place = last[:, None] + torch.arange(-self.queries, 0, device=last.device)
+            return place[:, None, :, None], None
+        hidden = (self.came < 0)[:, None, :, None]
+        return (self.start[:, None] + self.came)[:, None, :, None].masked_fill(hidden, 0), hidden
+
     def rows(self, block: int) -> int:
         """Blocks of queries."""
         return -(-self.q.shape[2] // block)
@@ -103,8 +112,9 @@ def moved(q: Tensor, k: Tensor, v: Tensor, call: Call, block: int, causal: bool)
     start = before // block * block
     came = real.cumsum(-1)[:, real.shape[1] - n :] - 1 - start[:, None]
     came = came.masked_fill(~real[:, real.shape[1] - n :], -1)
-    # what is traced has room for any rest of a block; a value would be no size to it
-    room = n + (block - 1 if torch.compiler.is_compiling() else int((before - start).max()))
+    # a graph is told no number of the data: the most that there may be
+    most = min(block - 1, k.shape[2] - n)
+    room = n + (most if torch.compiler.is_compiling() else int((before - start).max()))
     went = came.new_full((len(q), room + 1), -1)
     went.scatter_(1, came.masked_fill(came < 0, room), torch.arange(n, device=q.device).expand(len(q), -1))
     went = went[:, :room]

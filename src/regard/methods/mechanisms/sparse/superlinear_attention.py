@@ -12,18 +12,16 @@ With p = e = 1/2 both steps read about √t keys, N^1.5 in all. Neighbouring anc
 so with b = 2 their spans leave no key out: which keys are read is the data's choice, none is ruled out by its place.
 The choice is hard; the routing learns through g. Where there is no anchor before the window, the window is all.
 
-Worked by hand: query 8 sees t = 9 keys. s = 1: the window has 2² - 1 = 3, anchors i = 2 and 3 stand on keys 5 and 0.
+Worked by hand: query 8 sees t = 9 keys. s = 1: the window has 2² - 1 = 3, anchors i = 2 and 3 stand on keys 5 and 0;
+b = 1/3 makes spans of 4, 5 and of 0. All scores are 0: five keys with the value 20 among them give 4, four with 40
+give 10, the mixture of both is 7.
 
->>> cfg = Config(window_index=1)
+>>> cfg = Config(window_index=1, back=1 / 3)
 >>> window(cfg), [8 - distance for distance in distances(9, cfg)], lengths(9, cfg)
-(3, [5, 0], (6, 0))
-
-Two tokens are too few to leave any out: scores 0 and log 3, values 0 and 4, the output 3.
-
->>> import math, torch
->>> q, k, v = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1.0, 1.0], [0.0, math.log(3)], [0.0, 4.0]))
->>> round(reference(q, k, v, Config(), Call(params={"route": torch.ones(1, 1, 1)}))[0][0, 0, 1].item(), 6)
-3.0
+(3, [5, 0], (1, 0))
+>>> zero, v = torch.zeros(1, 1, 9, 1), torch.tensor([40.0, 0, 0, 0, 0, 20, 0, 0, 0]).view(1, 1, 9, 1)
+>>> reference(zero, zero, v, cfg, Call(params={"route": torch.ones(1, 1, 1)}))[0][0, 0, 8].item()
+7.0
 """
 
 import math
@@ -60,8 +58,7 @@ class Config(BlockSettings):
         super().__post_init__()
         require(self.top_k >= 1 and self.window_index >= 0, "top_k >= 1, window_index >= 0", config=self)
         require(self.back >= 0 and self.ahead >= 0, "back, ahead >= 0", config=self)
-        powers = (self.search_power, self.span_power)
-        require(0 < min(powers) and max(powers) < 1, "search_power, span_power in (0, 1)", config=self)
+        require(0 < self.search_power < 1 and 0 < self.span_power < 1, "both powers in (0, 1)", config=self)
         require(self.block_q == self.block_k == 1, "block_q = block_k = 1: spans begin anywhere", config=self)
 
 
@@ -119,32 +116,31 @@ def lengths(t: int, cfg: Config) -> tuple[int, int]:
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, dict]:
     k, v, state = carried(k, v, call)
     at, m = placed(q, k, v, call, TILE), k.shape[2]
-    # without hidden tokens the first rows are there to begin at a whole block, and nobody asks for them
-    unasked = at.q.shape[2] - at.queries if at.came is None else 0
-    place = at.first(1)[:, :, unasked:]
     if m <= cfg.dense_below:
         return at.back(latest_keys(at, TILE, m)[0]).to(v.dtype), state, {}
-    near, lse = (t[:, :, unasked:] for t in latest_keys(at, TILE, min(window(cfg), m)))
-    inputs = at.q[:, :, unasked:], at.k, at.v, call.params["route"], near, lse, place
-    out, *spans = spread(inputs, m - at.queries, cfg)
+    place, hidden = at.asked()
+    near, lse = (at.back(t) for t in latest_keys(at, TILE, min(window(cfg), m)))
+    out, *spans = spread((q, at.k, at.v, call.params["route"], near, lse, place), cfg)
     if cfg.dense_last:
-        dense = place >= at.length[:, None, None, None] - cfg.dense_last
-        whole = latest_keys(at, TILE, m, at.length - cfg.dense_last)[0][:, :, unasked:]
+        since = at.length - cfg.dense_last
+        dense, whole = place >= since[:, None, None, None], at.back(latest_keys(at, TILE, m, since)[0])
         out, spans = torch.where(dense, whole, out), [x.masked_fill(dense, -1) for x in spans]
-    return at.back(out.to(v.dtype)), state, {"spans": tuple(at.back(x) for x in spans)}
+    if hidden is not None:
+        out, spans = out.masked_fill(hidden, 0), [x.masked_fill(hidden, -1) for x in spans]
+    return out.to(v.dtype), state, {"spans": tuple(spans)}
 
 
-def spread(inputs: tuple[Tensor, ...], before: int, cfg: Config) -> tuple[Tensor, ...]:
+def spread(inputs: tuple[Tensor, ...], cfg: Config) -> tuple[Tensor, ...]:
     """(out [B, H, n, E], first and last keys of the spans [B, H, n, top_k], -1 where there are fewer)."""
     q, k, v, route, near, lse, place = inputs
-    m, found = k.shape[2], []
-    reach = sum(lengths(m, cfg)) + 1
+    m, reach, found = k.shape[2], sum(lengths(k.shape[2], cfg)) + 1, []
     per_row = q.shape[0] * q.shape[1] * cfg.top_k * reach * (k.shape[3] + v.shape[3])
-    for rows in chunks(q.shape[2], GATHERED // per_row):
-        t = min(m, before + rows.stop)  # no query of these sees more keys
+    # the last queries read most: those before them find room in the memory that these leave
+    for rows in reversed([*chunks(q.shape[2], GATHERED // per_row)]):
+        t = m - q.shape[2] + rows.stop  # no query of these sees more keys
         own = (x[:, :, rows] for x in (q, near, lse, place))
         found.append(recomputed(q.shape[2] * per_row, mixed, *own, k, v, route, t, cfg))
-    return tuple(torch.cat(x, dim=2) for x in zip(*found, strict=True))
+    return tuple(torch.cat(x, dim=2) for x in zip(*reversed(found), strict=True))
 
 
 def mixed(
@@ -166,15 +162,12 @@ def mixed(
         return own * near + (far[..., None, :] @ v)[..., 0, :], first, last
 
 
-def chosen(
-    q: Tensor, k: Tensor, place: Tensor, route: Tensor, most: int, cfg: Config
-) -> tuple[Tensor, Tensor, Tensor]:
+def chosen(q: Tensor, k: Tensor, place: Tensor, route: Tensor, most: int, cfg: Config) -> tuple[Tensor, ...]:
     """(gate, first key, last key) [B, H, n, top_k] of the spans around the anchors that fit best."""
-    batch, _, n, _ = q.shape
     # filled up by steps that lead out of the text, so that there are top_k to choose from
     step = torch.tensor([*distances(most, cfg), *[most] * cfg.top_k], device=q.device)
-    anchors = (place - step).expand(batch, 1, n, -1)  # below 0: there is none
-    keys = at_least_float32(gather_rows(k, anchors.clamp(min=0).flatten(2))).unflatten(2, (n, -1))
+    anchors = (place - step).expand(len(q), 1, q.shape[2], -1)  # below 0: there is none
+    keys = at_least_float32(gather_rows(k, anchors.clamp(min=0).flatten(2))).unflatten(2, (q.shape[2], -1))
     asked = (at_least_float32(route) @ q.mT).mT.unflatten(1, (k.shape[1], -1))  # [B, G, H / G, n, D]
     score = (asked.transpose(2, 3) @ keys.mT).transpose(2, 3).flatten(1, 2)  # [B, H, n, A]
     best = highest(score.detach().masked_fill(anchors < 0, -torch.inf), cfg.top_k)
@@ -182,9 +175,8 @@ def chosen(
     # where there is no anchor all gates are alike, and what they mix is the window each time
     gate = score.gather(-1, taken).masked_fill(~there, HIDDEN).softmax(-1)
     anchor = place - step[taken]
-    back, ahead = (
-        (by * (place + 1).double() ** cfg.span_power - NEAR).ceil().long() for by in (cfg.back, cfg.ahead)
-    )
+    root = (place + 1).double() ** cfg.span_power
+    back, ahead = ((by * root - NEAR).ceil().long() for by in (cfg.back, cfg.ahead))
     first, last = (anchor - back).clamp(min=0), torch.minimum(anchor + ahead, place - window(cfg))
     return gate, first.masked_fill(~there, -1), last.masked_fill(~there, -1)
 
@@ -208,17 +200,16 @@ METHOD = Mechanism(
         paper="Superlinear Multi-Step Attention (2026)",
         year=2026,
         idea="a query scores √t anchors, reads a span of √t keys around the best few, and mixes these by the scores",
-        cost="O(N^1.5·(D + E)) time, with p = e = 1/2; memory linear in N",
+        cost="O(N^1.5·(D + E)) time, with p = e = 1/2; linear memory; it pays from about 10^5 tokens on",
         state="every key and value so far: (D + E)·n numbers per KV head",
         needs=("qkv", "decoder-lm"),
         lineage=("softmax",),
         neutral={"window_index": 2**20},
         caveat=(
-            "anchors, spans and the window are those of the released kernels: anchor i is i^{1/p} - 1 keys before the "
-            "query, its score has no 1/√D, and the window joins the softmax of each span. Their window_index is 0 by "
-            "default, 3 in their example, as here. The released model accumulates keys by Mamba-2 layers before, and "
-            "routing queries have a projection of the layer's input; here they are W q, which begins as q. Keys of "
-            "which several spans are made count in each of them"
+            "anchors, spans and window are those of the released kernels, whose window_index is 0 by default and 3 in "
+            "an example, as here; scores of anchors have no 1/√D. The released model accumulates keys by Mamba-2 "
+            "before, and projects routing queries from the layer's input; here they are W q. A key in several spans "
+            "counts in each. On a model it reads prompts; decoding is dense"
         ),
     ),
 )
