@@ -52,8 +52,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require(1 <= self.projections <= 62, "1 <= projections <= 62", projections=self.projections)
-        for name, least in (("block", 1), ("sample", 0), ("exact_below", 1), ("seed", 0)):
-            require(getattr(self, name) >= least, f"{name} >= {least}", **{name: getattr(self, name)})
+        least = min(self.block, self.exact_below, self.sample + 1, self.seed + 1)
+        require(least >= 1, "block, exact_below >= 1, sample, seed >= 0", config=self)
 
     def directions(self, width: int) -> Tensor:
         """[D, r] in float64, the same for all heads."""
@@ -72,8 +72,8 @@ def ranks(x: Tensor, cfg: Config) -> list[int]:
     for bit in range(cfg.projections):
         order += [pattern + 2**bit for pattern in reversed(order)]
     place = {pattern: at for at, pattern in enumerate(order)}
-    signs = (x @ cfg.directions(x.shape[1]) > 0).tolist()
-    return [place[sum(2**bit for bit, one in enumerate(row) if one)] for row in signs]
+    above = x @ cfg.directions(x.shape[1]) > 0
+    return [place[sum(2**bit for bit, one in enumerate(row) if one)] for row in above.tolist()]
 
 
 def rectangle(q: Tensor, k: Tensor, low: int, cfg: Config) -> Tensor:
@@ -119,8 +119,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | N
         return (q @ k.mT * q.shape[-1] ** -0.5 + counts.log()).softmax(-1) @ v
 
     # in self a hidden token asks nothing, as in causal_self: its query would be sorted among the others
-    own = call if call.pattern == "cross" else replace(call, pattern="causal_self")
-    out, state = by_text(one, q, k, v, cfg, own)
+    out, state = by_text(one, q, k, v, cfg, call if call.cross else replace(call, pattern="causal_self"))
     return out, state if call.pattern == "causal_self" else None
 
 
@@ -182,7 +181,6 @@ METHOD = Mechanism(
     config=Config,
     reference=reference,
     fast=fast,
-    prefills=True,
     patterns=("self", "causal_self", "cross"),
     unsupported={"causal_cross": "queries are sorted together, so earlier ones would depend on later ones"},
     test_settings=(
@@ -192,6 +190,7 @@ METHOD = Mechanism(
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
     exempt=dict.fromkeys(("influence", "queries", "prefix"), ORDER)
     | dict.fromkeys(("segments", "decode", "padded_state"), STORED),
+    prefills=True,
     card=Card(
         title="HyperAttention",
         paper="HyperAttention: Long-context Attention in Near-Linear Time, arXiv:2310.05869",
