@@ -177,7 +177,11 @@ def sparse_pages() -> list[str]:
 
 
 def work(method: Method, qkv: list[Tensor]) -> Any:
-    return run(method, *qkv)[0]
+    """The output of a page with the parameters that it begins with."""
+    q, k, v = qkv
+    dims = {"heads": q.shape[1], "kv_heads": k.shape[1], "key": k.shape[3], "value": v.shape[3], "width": 1}
+    params = method.page.init(method.config, dims) if method.page.init is not None else {}
+    return run(method, q, k, v, params=params)[0]
 
 
 def typical(method: Method, qkv: list[Tensor], repeats: int) -> float:
