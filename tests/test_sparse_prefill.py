@@ -17,7 +17,7 @@ from regard.core import NeverFired, Unsupported
 from regard.core.mask import causal, first, predicate, window
 from regard.models.shipped import load_shipped
 from regard.report.markdown import to_markdown
-from regard.report.prefill import crossing_text, first_token_sentence, table_rows
+from regard.report.prefill import crossing_text, first_token_sentence, only_prompts, table_rows
 from regard.report.result import Result
 from regard.testing.zoo import build
 
@@ -217,6 +217,13 @@ def test_compare_prompts_read_in_part(tmp_path):
     lines = table_rows(result)
     assert [line["method"].split("(")[0] for line in lines] == ["block_topk", "window"]
     again = Result.load(tmp_path)
+    assert not only_prompts(again)
+    prompts = Result(again.run, [r for r in again.rows if r["method"] != "snapkv"], [], again.crossings)
+    assert only_prompts(prompts)
+    assert (
+        to_markdown(prompts).startswith("At 512 tokens")
+        and "bytes held" not in to_markdown(prompts).split("|")[0]
+    )
     assert len(again.crossings) == 2 and "512 tokens" in first_token_sentence(again)
     assert "pays from" in to_markdown(again)
     html = (tmp_path / "report.html").read_text()

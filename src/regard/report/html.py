@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.report.marks import Marks, glyph, marks
+from regard.report.prefill import first_token_sentence, only_prompts
 from regard.report.result import Result
 from regard.report.sections import sections, words
 from regard.report.words import budget_text, clean, name, plural
@@ -93,7 +94,9 @@ def head(result: Result, title: str) -> list[str]:
 
 
 def answer(result: Result) -> str:
-    """The sentence, with the winner's name in bold."""
+    """The sentence, with the winner's name in bold; of methods for prompts that on the first token."""
+    if only_prompts(result):
+        return f'<p class="answer">{words(first_token_sentence(result))}</p>'
     best, sentence = result.winner(), result.sentence()
     first = clean(name(best)) if best else ""
     bold = f"<strong>{words(first)}</strong>" if first else ""

@@ -2,7 +2,7 @@
 
 import re
 
-from regard.report.prefill import COLUMNS, first_token_sentence, table_rows
+from regard.report.prefill import COLUMNS, first_token_sentence, only_prompts, table_rows
 from regard.report.result import Result
 from regard.report.words import budget_text, clean, name, percent, times
 
@@ -19,7 +19,8 @@ def line(values: list[str]) -> str:
 def to_markdown(result: Result) -> str:
     tasks = result.tasks()
     head = ["method", "budget", "quality", *map(escape, tasks), "held", "read", "decode", "prefill", "failed"]
-    lines = [escape(result.sentence()), "", *(f"- {escape(note)}" for note in result.notes()), ""]
+    said = first_token_sentence(result) if only_prompts(result) else result.sentence()
+    lines = [escape(said), "", *(f"- {escape(note)}" for note in result.notes()), ""]
     lines += [line(head), line(["---", "---", *["---:"] * (len(head) - 2)])]
     for row in result.summary():
         shares = [
@@ -30,7 +31,8 @@ def to_markdown(result: Result) -> str:
         lines.append(line([escape(row["label"]), budget_text(row["budget"]), *shares, *tail]))
     lines += ["", "Quality, bytes and times are relative to full attention in the same cells."]
     if partial := table_rows(result):
-        lines += ["", escape(first_token_sentence(result)), "", line(list(COLUMNS))]
+        lines += ["", *([] if only_prompts(result) else [escape(first_token_sentence(result)), ""])]
+        lines += [line(list(COLUMNS))]
         lines += [line(["---", *["---:"] * (len(COLUMNS) - 1)])]
         lines += [line([escape(row[key]) for key in COLUMNS]) for row in partial]
     failed = [

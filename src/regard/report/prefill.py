@@ -81,6 +81,13 @@ def first_token_sentence(result: Result) -> str:
         f"{text}. From which length on it pays: {crossing_text(crossed)}.")  # fmt: skip
 
 
+def only_prompts(result: Result) -> bool:
+    """Whether all methods are those that read prompts in part: what is kept of a cache says nothing of them."""
+    others = [row for row in result.summary() if row["method"] != "full"]
+    partial = {row["label"] for row in partial_rows(result)}
+    return bool(others) and all(row["label"] in partial for row in others)
+
+
 COLUMNS = ("method", "length", "quality", "first token", *PARTS, "read", "mass", "pays from")
 
 

@@ -8,7 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from regard.report.prefill import COLUMNS, crossing_text, crossings, first_token_sentence, table_rows
+from regard.report.prefill import (
+    COLUMNS,
+    crossing_text,
+    crossings,
+    first_token_sentence,
+    only_prompts,
+    table_rows,
+)
 from regard.report.result import Result, Row, failed_groups
 from regard.report.words import KEEPS, budget_text, clean, name, percent, short, times
 
@@ -117,4 +124,5 @@ def show(result: Result, console: Console | None = None) -> None:
         console.print(table(failed, ["method", "tasks", "lengths", "status", "why"], "Failed cells"))
     for note in result.notes():
         console.print(Text(f"Note: {note}", style="yellow"))
-    console.print(Text(result.sentence(), style="bold"), soft_wrap=False)
+    if not only_prompts(result):
+        console.print(Text(result.sentence(), style="bold"), soft_wrap=False)
