@@ -19,7 +19,7 @@ from regard.ops.precision import as_written
 from regard.ops.softmax import at_least_float32
 from regard.ops.transforms import transformed
 
-GATHERED = 1 << 18  # numbers of keys gathered at a time; changes the speed, never the result
+GATHERED = 1 << 20  # numbers of keys gathered at a time; changes the speed, never the result
 
 
 def block_attention(
@@ -103,7 +103,8 @@ def gathered(
     lay = Layout(q, k, Blocks(index, block_q, block_k, tile, tiles), start, length, causal)
     width, qs, ks, vs = q.shape[-1], lay.queries(q), lay.stored(k), lay.stored(v)
     out, lse = torch.zeros_like(qs), at_least_float32(qs).new_full(qs.shape[:2], -torch.inf)
-    for work, blind in lay.pieces(width):
+    # scores that are there, as between two products, are to stay in cache
+    for work, blind in lay.pieces(width if fused(q) else 4 * width):
         mixed, sums = attend(
             qs[work.rows][None], gather(ks, work, width), gather(vs, work, width), bias_of(work, q), scale
         )
@@ -114,9 +115,9 @@ def gathered(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse) of dense attention [1, n, rows, D], a query that sees nothing giving 0."""
-    if q.device.type == "cpu" and not (q.dtype == torch.bfloat16 and multiplies_bfloat16()):
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+    if fused(q):
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
     s = at_least_float32(q[0] @ k[0].mT).mul_(scale)
     s = s if bias is None else s.add_(bias[0])
     top = s.amax(-1, keepdim=True).nan_to_num_(neginf=0.0)
@@ -124,6 +125,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
     total = e.sum(-1, keepdim=True)
     out = (e.to(v.dtype) @ v[0]) / total.clamp(min=torch.finfo(total.dtype).tiny).to(v.dtype)
     return out[None], (total.log() + top)[None, ..., 0]
+
+
+def fused(q: Tensor) -> bool:
+    """Whether the fused kernel is the fastest way for these queries."""
+    return q.device.type == "cpu" and not (q.dtype == torch.bfloat16 and multiplies_bfloat16())
 
 
 @lru_cache
