@@ -1,5 +1,6 @@
 """Sparse prefill and attached masks on models: against the model itself, by row, by part, beside a cache policy."""
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from regard import catalog
 from regard.attaching import masking
 from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted
+from regard.attaching.sparse import is_sparse
 from regard.bench.compare import compare
 from regard.cli import app
 from regard.core import NeverFired, Unsupported
@@ -59,6 +61,55 @@ def test_all_blocks_are_the_model_and_rows_are_the_rows_alone(family):
     assert (both.logits[1:] - alone[1]).abs().max() <= 1e-6
     acted = [row for row in rows if "kept" in row]
     assert acted and all(0 < share < 1 for row in acted for share in row["kept"] + row["mass"])
+
+
+SMALL = {
+    "a_shape": {"sinks": 2, "local": 8, "block_q": 4, "block_k": 2},
+    "block_topk": FEW,
+    "dhsa": {"budget": 6, "local": 4, "chunk": 3, "block_q": 4},
+    "flexprefill": {"gamma": 0.6, "min_budget": 0, "block_q": 4, "block_k": 4},
+    "hip_attention": {"block_q": 8, "block_k": 2, "top_k": 4, "local": 8, "sinks": 2},
+    "hyperattention": {"block": 4, "sample": 2, "exact_below": 8},
+    "quest": {"budget": 8, "block_q": 4, "block_k": 4, "dense_layers": 0},
+    "rectified_spaattn": {"share": 0.3, "block_q": 4, "block_k": 4},
+    "vertical_slash": {
+        "vertical": 4,
+        "slash": 4,
+        "rows": 4,
+        "sinks": 1,
+        "local": 1,
+        "block_q": 4,
+        "block_k": 4,
+    },
+    "xattention": {"threshold": 0.6, "stride": 2, "block_q": 4, "block_k": 4},
+}
+
+
+def test_every_page_for_prompts_is_asked():
+    pages = [catalog.method(name) for name in catalog.list_methods(kind="mechanism", family="sparse")]
+    assert set(SMALL) == {m.name for m in pages if is_sparse(m) and not m.page.init}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_padding_anywhere_and_half_precision(name):
+    """A row with padding before, between and after its tokens is that text alone; bf16 and fp16 are near."""
+    model, _ = build("llama")
+    ids = padded()["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, [0, 1, 2, 10, 11, 12, 13, 38, 39]] = 0
+    feed = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    real = mask[0].bool()
+    with attach(model, name, **SMALL[name]):
+        both = model(**feed).logits
+        alone = model(input_ids=ids[:1, real]).logits
+    assert (both[:1, real] - alone).abs().max() <= 1e-6
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy.deepcopy(model).to(dtype)
+        with attach(half, name, **SMALL[name]):
+            near = half(**feed).logits.float()
+        # a block that is chosen otherwise moves single rows, not all of them
+        gap = (near - both)[mask.bool()].norm() / both[mask.bool()].norm()
+        assert gap <= 0.2, dtype
 
 
 def test_prompts_in_parts_at_borders_of_blocks_are_the_whole():

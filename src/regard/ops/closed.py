@@ -76,12 +76,6 @@ def carried_with_queries(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[T
     return shown(q, call.key_mask), k, v, None if state is None else (*state, q)
 
 
-def in_blocks(t: Tensor, size: int) -> Tensor:
-    """[B, G, M, D] -> [B, G, ⌈M / size⌉, size, D], zeros after the last token."""
-    short = -t.shape[2] % size
-    return (F.pad(t, (0, 0, 0, short)) if short else t).unflatten(2, (-1, size))
-
-
 def highest(score: Tensor, count: int, limit: Tensor | None = None) -> Tensor:
     """Ascending indices [..., m] of the `count` highest of score [..., n]; ties go to the lower index.
 

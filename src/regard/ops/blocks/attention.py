@@ -2,9 +2,10 @@
 
     o_i = Σ_j w_ij v_j,  w_ij = e^{s_ij - lse_i},  s_ij = scale · q_i·k_j  over the keys j of the blocks that i reads
 
-Forward and backward run torch's fused kernel on rows of work that are alike (schedule.py); memory beyond the inputs is
-a few megabytes of gathered keys, whatever the length. The sums lse come out too and are differentiable, so that what a
-list leaves out can be added: partial results are merged by them.
+Rows of work that are alike (schedule.py) go together: forward through torch's fused kernel, or two products where
+these are faster, backward through products. Memory beyond the inputs is a few megabytes of gathered keys, whatever the
+length. The sums lse come out too and are differentiable, so that what a list leaves out can be added: partial results
+are merged by them.
 """
 
 from functools import lru_cache
@@ -50,7 +51,7 @@ class Layout:
     def __init__(
         self, q: Tensor, k: Tensor, blocks: Blocks, start: Tensor, length: Tensor, causal: bool
     ) -> None:
-        self.blocks, self.shape, self.keys = blocks, q.shape, k.shape
+        self.blocks, self.shape = blocks, q.shape
         self.rows, self.columns = blocks.index.shape[2], -(-k.shape[2] // blocks.block_k)
         plan = Plan(len(q), q.shape[1], k.shape[1], self.columns, start, length, causal)
         self.works = schedule(blocks, plan)
@@ -71,7 +72,7 @@ class Layout:
         return whole[:, :, : self.shape[2]]
 
     def pieces(self, width: int) -> list[tuple[Work, Tensor | None]]:
-        """Pieces of the work, each with its mask, whose queries that see nothing are given all."""
+        """Pieces of the work, each with the queries [block_q] bool that see nothing; None: there are none."""
         found = []
         for work in self.works:
             numbers = work.blocks.shape[1] * self.blocks.block_k * width

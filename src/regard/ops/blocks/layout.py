@@ -62,10 +62,6 @@ class Blocks:
         pairs = [(self.index, other.index), (self.tile, other.tile), (self.tiles, other.tiles)]
         return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in pairs)  # type: ignore[arg-type]
 
-    def to(self, device: torch.device) -> "Blocks":
-        moved = (None if t is None else t.to(device) for t in (self.tile, self.tiles))
-        return Blocks(self.index.to(device), self.block_q, self.block_k, *moved)
-
 
 def every_slot(chosen: Tensor) -> Tensor:
     """Indices of the True places of chosen [..., n], ascending, then -1: [..., n]."""

@@ -70,6 +70,11 @@ class Placed:
             :, None, :, None
         ]
 
+    def last(self, block: int, rows: int) -> Tensor:
+        """[B, 1, I, 1] bool: blocks of queries that hold any of the last `rows` of the text."""
+        end = self.length[:, None, None, None] if self.causal else self.queries
+        return self.first(block) + block > end - rows
+
     def allowed(self, block_q: int, block_k: int) -> Tensor:
         """[B, 1, I, J] bool: blocks that hold a key which some query of the block may see."""
         at = torch.arange(self.columns(block_k), device=self.q.device) * block_k

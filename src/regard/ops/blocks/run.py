@@ -47,8 +47,8 @@ def run_blocks(
     """(out, state, aux) of choose(at, cfg, call) -> Blocks, or a map [B|1, H|1, I, J] bool of what may be read.
 
     `at` are the tokens in their places. cfg has block_q and block_k, and BlockSettings. aux holds "blocks", what was
-    read, and "lse" [B, H, N], the logarithm of the sum of e^score over it; "whole", where a page gave lists and
-    dense_last is set, the rows that read all instead.
+    read, a pair of lists without a row in common where a page gave lists and dense_last is set, and "lse" [B, H, N],
+    the logarithm of the sum of e^score over it.
     """
     k, v, state = carried(k, v, call)
     at = placed(q, k, v, call, cfg.block_q)
@@ -72,10 +72,7 @@ def chosen(choose: Callable, at: Placed, cfg: Any, call: Call) -> tuple[Blocks, 
     if at.k.shape[2] <= cfg.dense_below:
         return Blocks.of_map(allowed, cfg.block_q, cfg.block_k), None
     found = choose(at, cfg, call)
-    dense = None
-    if cfg.dense_last:
-        end = at.length[:, None, None, None] if at.causal else at.queries
-        dense = at.first(cfg.block_q) + cfg.block_q > end - cfg.dense_last  # [B, 1, I, 1]
+    dense = at.last(cfg.block_q, cfg.dense_last) if cfg.dense_last else None
     if isinstance(found, Tensor):
         found = found if dense is None else found | dense
         return Blocks.of_map(found & allowed, cfg.block_q, cfg.block_k), None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from regard.core import Unsupported
 from regard.core.call import Call
+from regard.ops.blocks.placed import BY_HEAD
 from regard.ops.pattern import carried
 from regard.ops.recurrence import exact, heads_of
 
@@ -20,7 +21,7 @@ One = Callable[[Tensor, Tensor, Tensor, int, Any], Tensor]
 def by_text(one: One, q: Tensor, k: Tensor, v: Tensor, cfg: Any, call: Call) -> tuple[Tensor, Any]:
     """(out, state): `one` asked for each row of the batch, of its real tokens alone; what is hidden gives zeros."""
     if call.key_mask is not None and call.key_mask.shape[1] != 1:
-        raise Unsupported("keys hidden by head: all heads choose blocks of one text")
+        raise Unsupported(BY_HEAD)
     k, v, state = carried(k, v, call)
     q_h, k_h, v_h = exact(q, heads_of(k, q.shape[1]), heads_of(v, q.shape[1]))
     n, m = q.shape[2], k.shape[2]

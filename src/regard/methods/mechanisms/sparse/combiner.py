@@ -28,7 +28,8 @@ from regard.core import Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
 from regard.ops import at_least_float32, exact, heads_of, per_query_head
-from regard.ops.closed import Closed, carried_with_queries, closed, in_blocks, near_and_summed
+from regard.ops.blocks import in_blocks
+from regard.ops.closed import Closed, carried_with_queries, closed, near_and_summed
 
 REFUSED = "queries of another text have no block of their own among the keys, and none to pool for a region"
 OWN_TEXT = "own text: as many queries as keys, since a region's query is pooled from its tokens'"

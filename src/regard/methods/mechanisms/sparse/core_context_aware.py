@@ -29,7 +29,8 @@ from regard.core import Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
 from regard.ops import at_least_float32, exact, heads_of, per_query_head
-from regard.ops.closed import carried_with_queries, closed, in_blocks, near_and_summed
+from regard.ops.blocks import in_blocks
+from regard.ops.closed import carried_with_queries, closed, near_and_summed
 
 REFUSED = (
     "a core is asked by the last query of its group, and stands for tokens before the query that reads it"

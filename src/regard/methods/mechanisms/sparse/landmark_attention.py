@@ -31,7 +31,8 @@ from regard.core import Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
 from regard.ops import at_least_float32, carried, exact, gather_rows, heads_of, mix, scores
-from regard.ops.closed import chunks, closed, highest, in_blocks, recomputed
+from regard.ops.blocks import in_blocks
+from regard.ops.closed import chunks, closed, highest, recomputed
 
 BLOCK = 1 << 20  # numbers of one step: bounds the memory, never changes the result
 # a key that is fetched costs about as much as this many that are multiplied where they lie

@@ -142,8 +142,7 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, 
         share, gain, allowed = pooled(at, cfg)
         apart = (at.first(b) // b - torch.arange(allowed.shape[-1], device=q.device)).abs()
         read = (top_mass(share.detach(), allowed, cfg.share) | (apart <= cfg.near)) & allowed
-        end = at.length[:, None, None, None] if at.causal else at.queries
-        dense = (at.first(b) + b > end - cfg.dense_last) if cfg.dense_last else torch.zeros_like(allowed)
+        dense = at.last(b, cfg.dense_last) if cfg.dense_last else torch.zeros_like(allowed)
         read = read | ((dense | (at.k.shape[2] <= cfg.dense_below)) & allowed)
         back = (
             allowed & ~read & (gain if cfg.rectify == "gain" else torch.full_like(read, cfg.rectify == "all"))

@@ -130,9 +130,7 @@ def chosen(at: Placed, cfg: Config) -> tuple[Blocks, Blocks]:
     keys = largest(verticals(weights), length, cfg.vertical, cfg.sinks)
     blocks = crossed(at, largest(slashes(weights, place), length, cfg.slash, cfg.local), cfg)
     if cfg.dense_last:
-        blocks = blocks | (
-            at.first(cfg.block_q) + cfg.block_q > at.length[:, None, None, None] - cfg.dense_last
-        )
+        blocks = blocks | at.last(cfg.block_q, cfg.dense_last)
     blocks = blocks & allowed
     there = keys < at.k.shape[2]
     inside = (keys.clamp(max=at.k.shape[2] - 1) // cfg.block_k)[:, :, None].expand(
