@@ -16,7 +16,7 @@ from regard.nn import (
     RegardForSeq2SeqLM,
     register,
 )
-from regard.nn.layers import rotate
+from regard.ops.rotary import rotate
 
 EVERY = {name: page for name, page in catalog.every() if isinstance(page, Mechanism) and not page.roles}
 CAUSAL = [name for name, page in EVERY.items() if "causal_self" in page.patterns]
@@ -75,8 +75,14 @@ def test_other_patterns_or_a_refusal(name, pattern):
     assert out.shape == (2, 9, 16) and out.isfinite().all() and state is None
 
 
-# aaren asks with a query of its own; routing's keys are its queries, and its centroids move by means, not by gradients
-UNUSED = {"aaren": ["q_proj.weight"], "routing_transformer": ["k_proj.weight", "params.centroids"]}
+# aaren asks with a query of its own; routing's keys are its queries, and its centroids move by means, not by gradients;
+# what seer and flux learn chooses without a gradient, and a conversion teaches it
+UNUSED = {
+    "aaren": ["q_proj.weight"],
+    "routing_transformer": ["k_proj.weight", "params.centroids"],
+    "seer_attention": ["params.w_q", "params.w_k"],
+    "flux_attention": [f"params.{kind}_{i}" for i in range(1, 6) for kind in "wb"],
+}
 
 
 @pytest.mark.parametrize("name", list(EVERY))

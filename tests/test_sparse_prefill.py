@@ -12,6 +12,7 @@ from regard import catalog
 from regard.attaching import masking
 from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted
+from regard.attaching.replacement import sizes
 from regard.attaching.sparse import is_sparse
 from regard.bench.compare import compare
 from regard.cli import app
@@ -85,12 +86,30 @@ SMALL = {
 }
 
 
+LEARNED = {
+    "flux_attention": {"threshold": 0.985, "sinks": 2, "local": 6, "pool": 3, "block_q": 4, "block_k": 2},
+    "seer_attention": {"threshold": 0.2, "width": 6, "block_q": 8, "block_k": 4},
+    "superlinear_attention": {"top_k": 2, "window_index": 1, "back": 1.0},
+}
+
+
+def ready(model, name):
+    """The page with small settings; what it learns stands at its start, moved a little."""
+    method = catalog.method(name, **{**SMALL, **LEARNED}[name])
+    if name in SMALL:
+        return method
+    torch.manual_seed(1)
+    parts = method.page.init(method.config, sizes(model))
+    sites = [f"model.layers.{i}.self_attn" for i in range(model.config.num_hidden_layers)]
+    return Converted(method, {s: {n: p + 0.2 * torch.randn_like(p) for n, p in parts.items()} for s in sites})
+
+
 def test_every_page_for_prompts_is_asked():
     pages = [catalog.method(name) for name in catalog.list_methods(kind="mechanism", family="sparse")]
-    assert set(SMALL) == {m.name for m in pages if is_sparse(m) and not m.page.init}
+    assert {*SMALL, *LEARNED} == {m.name for m in pages if is_sparse(m)}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, *LEARNED])
 def test_padding_anywhere_and_half_precision(name):
     """A row with padding before, between and after its tokens is that text alone; bf16 and fp16 are near."""
     model, _ = build("llama")
@@ -99,13 +118,14 @@ def test_padding_anywhere_and_half_precision(name):
     mask[0, [0, 1, 2, 10, 11, 12, 13, 38, 39]] = 0
     feed = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     real = mask[0].bool()
-    with attach(model, name, **SMALL[name]):
+    method = ready(model, name)
+    with attach(model, method):
         both = model(**feed).logits
         alone = model(input_ids=ids[:1, real]).logits
     assert (both[:1, real] - alone).abs().max() <= 1e-6
     for dtype in (torch.bfloat16, torch.float16):
         half = copy.deepcopy(model).to(dtype)
-        with attach(half, name, **SMALL[name]):
+        with attach(half, method):
             near = half(**feed).logits.float()
         # a block that is chosen otherwise moves single rows, not all of them
         gap = (near - both)[mask.bool()].norm() / both[mask.bool()].norm()

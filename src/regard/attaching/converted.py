@@ -5,7 +5,7 @@ It has the parts of every attention module and, where the model was fine-tuned a
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,20 @@ def load_converted(folder: str | Path, device: str | None = None) -> tuple[Any, 
     """(model with the changed weights, tokenizer, converted), ready for `with regard.attach(model, converted):`."""
     model, tokenizer = load(folder, device=device)
     return model, tokenizer, read_converted(folder, device=model.device)
+
+
+def configured(name: str, settings: Mapping[str, Any], device: Any = "cpu") -> "Method | Converted":
+    """A method by its settings; with `learned`, a conversion's folder among them, what it learned under the others.
+
+    Settings that shape what is learned stay as they were, or attaching fails.
+    """
+    own = {key: value for key, value in settings.items() if key != "learned"}
+    if "learned" not in settings:
+        return catalog.method(name, **own)
+    converted = read_converted(settings["learned"], device)
+    held = converted.method.name
+    require(held == name, "the folder holds what this page learned", method=name, holds=held)
+    return replace(converted, method=converted.method.with_settings(**own)) if own else converted
 
 
 def read_converted(folder: str | Path, device: Any = "cpu") -> Converted:

@@ -10,7 +10,7 @@ and keeps the first that meets the target.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted
 from regard.attaching.function import native
 from regard.attaching.sparse import SparsePrefill, is_sparse, token_mask
+from regard.attaching.unrotated import unrotated
 from regard.core import Method, Unsupported, require
 from regard.kinds.mechanism import run
 from regard.ops import View
@@ -79,18 +80,19 @@ class Trial:
 class Turning(SparsePrefill):
     """Every value of the knob tried on a prompt; the model goes on with its own attention."""
 
-    def __init__(self, method: Method) -> None:
-        super().__init__(Converted(method))
+    def __init__(self, converted: Converted) -> None:
+        super().__init__(converted)
         self.trials: dict[int, dict[Any, Trial]] = {}
 
     def attend(self, call: AttentionCall, view: View) -> Tensor | None:
         self.acted += 1
         name, values = self.method.page.knob
         q, mask = call.scaled(), token_mask(self.name, call, view)
+        raw = unrotated(self.name, call, view.k, view.index) if self.needs_rotary else None
         trials = self.trials.setdefault(call.site.layer, {value: Trial() for value in values})
         for value, trial in trials.items():
             method = self.method.with_settings(**{name: value})
-            _, _, aux = run(method, q, view.k, view.v, mask=mask, params=self.params_of(call))
+            _, _, aux = run(method, q, view.k, view.v, mask=mask, params=self.params_of(call), unrotated=raw)
             lists = (aux["blocks"],) if isinstance(aux["blocks"], Blocks) else aux["blocks"]
             shares = [kept_share(blocks, q.shape[2], view.k.shape[2], mask) for blocks in lists]
             trial.kept.append(
@@ -102,11 +104,12 @@ class Turning(SparsePrefill):
 
 @torch.no_grad()
 def calibrate(
-    model: PreTrainedModel, tokenizer: Any, method: str | Method, target: str | Target, *, length: int = 2048,
-    samples: int = 4, seed: int = 0, source: Source | None = None,
+    model: PreTrainedModel, tokenizer: Any, method: str | Method | Converted, target: str | Target, *,
+    length: int = 2048, samples: int = 4, seed: int = 0, source: Source | None = None,
 ) -> Converted:  # fmt: skip
     """The method with a setting for each layer that meets the target, on `samples` prompts of `length` tokens.
 
+    method    a name, a method, or a conversion of this model that learned a page's parts
     target    "mass:0.95", at least so much of full attention's weight, the mean over heads and prompts; or
               "sparsity:0.9", at least so much of the keys unread
     source    the text of the prompts; None: the held-out text that comes with regard
@@ -116,12 +119,14 @@ def calibrate(
     """
     target = Target.parse(target)
     method = catalog.method(method) if isinstance(method, str) else method
+    converted = method if isinstance(method, Converted) else Converted(method)
+    method = converted.method
     if not is_sparse(method) or method.page.knob is None:
         raise Unsupported(
             f"{method.name} has no knob to calibrate: it is no page that chooses blocks by a setting"
         )
     task = catalog.task("perplexity")
-    turning = Turning(method)
+    turning = Turning(converted)
     with attach(model, turning):
         for sample in task.samples(tokenizer, length, samples, seed, source=source, chat=False):
             model(torch.tensor([sample.prompt], device=model.device), use_cache=False)
@@ -129,7 +134,7 @@ def calibrate(
     by_layer = {row["layer"]: {method.page.knob[0]: row["value"]} for row in reached}
     report = {"target": f"{target.kind}:{target.value:g}", "length": length, "samples": samples, "seed": seed,
               "model": getattr(model, "name_or_path", ""), "reached": reached}  # fmt: skip
-    return Converted(method, report=report, by_layer=by_layer)
+    return replace(converted, report={**converted.report, **report}, by_layer=by_layer)
 
 
 def chosen(layer: int, trials: Mapping[Any, Trial], target: Target, method: Method) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class MaskRule:
     """What the mask of one layer type is made of. `q_offset` is the true index of the first query.
 
     `narrowings` are masks attached beside it; `native` and `dense` are the model's own mask without them.
+    `ahead`: they show later tokens too, and causality is theirs to say.
     """
 
     batch: int
@@ -38,6 +39,7 @@ class MaskRule:
     device: torch.device
     cached: dict = field(default_factory=dict)
     narrowings: tuple[Narrowing, ...] = ()
+    ahead: bool = False
 
     @property
     def model_causal(self) -> bool:
@@ -89,7 +91,8 @@ class MaskRule:
         batch = self.batch if index.shape[0] == 1 and not self.causal else index.shape[0]
         b = torch.arange(batch, device=index.device)[:, None, None, None]
         h = torch.arange(index.shape[1], device=index.device)[None, :, None, None]
-        seen = self.function(b, h, q, keys) & (index >= 0)[:, :, None]
+        function = everything if self.ahead else self.function
+        seen = function(b, h, q, keys) & (index >= 0)[:, :, None]
         if self.pad() is not None:
             seen = seen & self.real(index)[:, :, None]
         for narrow in self.narrowings:
@@ -105,6 +108,11 @@ class MaskRule:
         real = pad.gather(1, index.clamp(0, pad.shape[1] - 1).flatten(1)).view(index.shape)
         # a static cache has slots for tokens to come
         return real & (index >= 0) & (index < pad.shape[1])
+
+
+def everything(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """All pairs of stored tokens."""
+    return (b >= 0) & (h >= 0) & (q >= 0) & (k >= 0)
 
 
 def first_row(mask: Tensor, index: Any) -> int | None:

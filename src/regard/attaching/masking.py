@@ -1,4 +1,9 @@
-"""A mask beside the model's own: a query sees what both show, at the true indices of the tokens, evicted or not."""
+"""A mask beside the model's own: a query sees what both show, at the true indices of the tokens, evicted or not.
+
+A mask whose point it is that tokens see later ones says itself what is causal: in layers that are plain causal it takes
+causality's place. A token sees what was fed with it or before it: what a later call would have had to show to earlier
+tokens is an error.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +23,7 @@ from regard.core import Method, NeverFired, Unsupported, require
 from regard.core.errors import present
 from regard.core.mask import Coordinates, Mask, causal
 from regard.core.roles import Roles
-from regard.kinds.mask import refuse_ahead
+from regard.kinds.mask import looks_ahead
 from regard.ops import View, at_index, join_sinks, per_query_head, softmax_attention
 from regard.ops.blocks import Blocks, block_attention, blocks_of
 
@@ -35,16 +40,16 @@ class AttachedMask(Actor):
     ) -> None:
         self.mask, self.method, self.by_layer = mask, method, dict(by_layer or {})
         self.name = repr(mask) if method is None else method.label
+        self.ahead = method is not None and looks_ahead(method)
         self.acted = 0
         self.selected = Selected()
+        # (tokens before, tokens so far) of this step, once no earlier token was found to see a later one
+        self.checked: tuple[int, int] | None = None
         # (mask, queries, keys) of this step -> the blocks that are read, None where that is most of them
         self.lists: dict[tuple[Mask, int, int], Blocks | Tensor | None] = {}
 
     def check(self, model: PreTrainedModel) -> None:
         refuse_encoder_decoder(f"the mask {self.name}", model)
-        causal = [bool(m.is_causal) for m in model.modules() if hasattr(m, "is_causal")]
-        if self.method is not None and causal and all(causal):  # else it is known at the call
-            refuse_ahead(self.method)
 
     def check_fired(self, forwards: int) -> None:
         if self.acted == 0:
@@ -56,8 +61,11 @@ class AttachedMask(Actor):
                 "a 4-D mask of your own; join them by &" if call.own_mask else "attention without a mask rule"
             )
             raise Unsupported(f"the mask {self.name} at {call.where} beside {other}")
-        if self.method is not None and is_causal(call):
-            refuse_ahead(self.method)
+        if self.ahead and is_causal(call) and not call.rule.model_causal:
+            raise Unsupported(
+                f"the mask {self.name} at {call.where} shows later tokens, and this layer has a mask of its own (a "
+                "window, chunks, packed texts, images) that says otherwise"
+            )
         heads = call.q.shape[1]
         mask = self.at(call)
         require(mask.heads in (None, heads), "the heads of the mask are the heads of the layer",
@@ -75,14 +83,15 @@ class AttachedMask(Actor):
         return True
 
     def begin(self, step: Step) -> None:
-        self.lists = {}
+        self.lists, self.checked = {}, None
 
     def attend(self, call: AttentionCall, view: View) -> Tensor | None:
         """Over the blocks that all attached masks and causality leave, where that says the whole of what is seen."""
         masks = [actor for actor in call.acting if isinstance(actor, AttachedMask)]
         if masks[0] is not self or not says_all(call, view):
             return None
-        whole = reduce(and_, [m.at(call) for m in masks], causal())
+        whole = reduce(and_, [m.at(call) for m in masks])
+        whole = whole if any(m.ahead for m in masks) else causal() & whole
         size = call.q.shape[2], view.k.shape[2]
         if (whole, *size) not in self.lists:
             self.lists[whole, *size] = None if size[1] < SHORT else self.listed(call, whole, *size)
@@ -108,14 +117,42 @@ class AttachedMask(Actor):
             # nothing is hidden beside what causality hides
             return softmax_attention(call.q, view.k, view.v, scale=view.scale, causal=True, sinks=view.sinks)
         out, lse = block_attention(call.q, view.k, view.v, blocks, scale=view.scale)
-        self.selected.read(call, call.scaled(), view.k, (blocks,), lse)
+        if not self.ahead:  # its shares are those of causal attention
+            self.selected.read(call, call.scaled(), view.k, (blocks,), lse)
         return out if view.sinks is None else join_sinks(out, lse, view.sinks)
 
     def narrow(self, call: AttentionCall) -> AttentionCall:
         self.acted += 1
         rule = present(call.rule, "the call's mask has a rule")
-        both = replace(rule, narrowings=(*rule.narrowings, self._narrowing(call)))
+        narrowing = self._narrowing(call)
+        if self.ahead and is_causal(call):
+            self.check_earlier(call, narrowing)
+        both = replace(
+            rule,
+            narrowings=(*rule.narrowings, narrowing),
+            ahead=rule.ahead or (self.ahead and is_causal(call)),
+        )
         return replace(call, mask=LazyMask.of(both))
+
+    def check_earlier(self, call: AttentionCall, narrowing: Narrowing) -> None:
+        """An error where tokens of earlier calls would have had to see tokens of this one."""
+        seen = call.k.shape[2] if call.layer is None else call.layer.seen
+        before, rule = seen - call.fed, present(call.rule, "the call's mask has a rule")
+        if before <= 0 or self.checked == (before, seen):
+            return
+        device = call.q.device
+        new = torch.arange(before, seen, device=device)[None, None]
+        old = torch.arange(before, device=device)[None, None, :, None]
+        shown = narrowing(rule.real(new)[:, :, None].expand(-1, -1, before, -1), old, new)
+        pad = rule.pad()
+        if pad is not None:
+            shown = shown & pad[:, None, :before, None]
+        if bool(shown.any()):
+            raise Unsupported(
+                f"the mask {self.name} at {call.where} lets tokens that were fed before see those of this call, which "
+                f"they could not: feed the text in one call (fed before: {before}, now: {call.fed})"
+            )
+        self.checked = (before, seen)
 
     def _narrowing(self, call: AttentionCall) -> Narrowing:
         mask = self.at(call)

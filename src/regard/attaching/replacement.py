@@ -73,11 +73,11 @@ class Replacement(Actor, ABC):
 
 def refuse(what: str, call: AttentionCall) -> None:
     """Raise, by the name of the module, for what a mechanism cannot take over."""
-    options, rule, where = call.options, call.rule, f"{what} at {call.where}"
+    options, where = call.options, f"{what} at {call.where}"
     for name, feature in REFUSED.items():
         if options.get(name) is not None:
             raise Unsupported(f"{where}: this model's attention has {feature}, which would be left out")
-    if options.get("sliding_window") is not None or (rule is not None and not rule.model_causal):
+    if has_own_mask(call):
         raise Unsupported(
             f"{where}: its mask is not plain causal (a sliding window, chunks, packed texts, images)"
         )
@@ -92,6 +92,12 @@ def refuse(what: str, call: AttentionCall) -> None:
     reads_state = call.turn.nth > 0 and isinstance(call.layer, StateLayer)
     if reads_state or (call.layer is None and call.step.caching):
         raise Unsupported(f"{where}: it reads the keys that another layer stored")
+
+
+def has_own_mask(call: AttentionCall) -> bool:
+    """Whether this layer's mask is not plain causal: a sliding window, chunks, packed texts, images."""
+    rule = call.rule
+    return call.options.get("sliding_window") is not None or (rule is not None and not rule.model_causal)
 
 
 class MechanismReplacement(Replacement):

@@ -83,7 +83,7 @@ def replacement(
     """The mechanism, which acts on the keys of the ledger where anything is attached beside it."""
     item = Converted(items[0]) if isinstance(items[0], Method) else items[0]
     if len(items) == 1 and isinstance(item, Converted) and is_sparse(item.method):
-        return SparsePrefill(item)
+        return SparsePrefill(item, decodes=not policies)
     if not beside:
         return item if isinstance(item, Replacement) else MechanismReplacement(item)
     name = item.name if isinstance(item, Replacement) else item.method.name

@@ -129,8 +129,10 @@ class Rotary:
         if turning.fixed:
             return x
         batch, heads, m, width = x.shape
-        flat = by.expand(batch, heads, m).reshape(batch * heads, m)
         call = self._call(attention)
+        if by.dim() == 3 and by.shape[1] == 1:  # one table for all heads
+            return turning(x.float(), *unscaled(call.at(by[:, 0].expand(-1, m)))).to(x.dtype)
+        flat = by.expand(batch, heads, m).reshape(batch * heads, m)
         wide = x.float().reshape(batch * heads, 1, m, width)
         return turning(wide, *unscaled(call.at(flat))).view(batch, heads, m, width).to(x.dtype)
 

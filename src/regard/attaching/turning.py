@@ -25,7 +25,7 @@ NEAR = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfl
 
 @dataclass(frozen=True)
 class Turning:
-    """A way to turn vectors [b, 1, m, D] by cos and sin [b, m, width]."""
+    """A way to turn vectors [b, h, m, D] by cos and sin [1|b, m, width]."""
 
     apply: Callable[..., Any] | None  # None: keys do not depend on positions
     part: tuple[int, int | None] = (0, None)  # of the width

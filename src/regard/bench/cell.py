@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from regard import catalog
 from regard.attaching.attachment import attach
-from regard.attaching.converted import Converted
+from regard.attaching.converted import Converted, configured
 from regard.attaching.knob import calibrate
 from regard.bench.prefill import crossing_row, first_token_parts, leaves_unread, unread
 from regard.core import require
@@ -117,7 +117,7 @@ class Bench:
         settings = dict(cell.settings)
         target = settings.pop("target", None)
         budget = {} if cell.budget is None else {"budget": cell.budget}
-        method = catalog.method(cell.method, **budget, **settings)
+        method = configured(cell.method, {**budget, **settings}, self.model.device)
         if target is None:
             return method
         key = (cell.label, cell.length, cell.seed, cell.text)
@@ -236,7 +236,7 @@ def measure(cell: Cell, bench: Bench) -> dict:
         bytes_full=sum(r.held for r in full), bytes_read=sum(r.read for r in runs),
         bytes_read_full=sum(r.read for r in full), peak_bytes=peak[0],
     )  # fmt: skip
-    if isinstance(method, Converted):
+    if isinstance(method, Converted) and "reached" in method.report:
         facts["target"] = method.report["reached"]
     return cell.row(**facts, seconds=time.perf_counter() - start)
 

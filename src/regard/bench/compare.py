@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from regard import catalog
+from regard.attaching.converted import marker
 from regard.attaching.knob import Target
 from regard.attaching.sparse import is_sparse
 from regard.bench.cell import FULL, Cell
@@ -142,7 +143,11 @@ def with_revisions(cells: Sequence[Cell], model: Any) -> list[Cell]:
     pages = {name: catalog.revision_of(name) for name in names}
     made = []
     for cell in cells:
-        facts = {**common, "method": pages.get(cell.method), "task": pages[cell.task]}
+        learned = cell.settings.get("learned")
+        facts = {
+            **common, "method": pages.get(cell.method), "task": pages[cell.task],
+            "learned": None if learned is None else revision(learned),
+        }  # fmt: skip
         made.append(replace(cell, revisions={k: v for k, v in facts.items() if v is not None}))
     return made
 
@@ -151,7 +156,7 @@ def content(cells: Sequence[Cell]) -> dict[str, str]:
     """What the run read from outside the package, by name: text, model and pages of one's own."""
     known = {}
     for cell in cells:
-        names = {"method": cell.method, "task": cell.task}
+        names = {"method": cell.method, "task": cell.task, "learned": f"{cell.method}:learned"}
         known |= {names.get(what, what): held for what, held in cell.revisions.items()}
     return known
 
@@ -160,9 +165,11 @@ def parsed(spec: str) -> tuple[str, dict]:
     """("streaming_llm", {"sinks": 8}) from "streaming_llm:sinks=8"; the page checks names and values."""
     name, settings = parse_spec(spec)
     if name != FULL:
-        target = settings.get("target")
-        method = catalog.method(name, **{key: value for key, value in settings.items() if key != "target"})
+        target, learned = settings.get("target"), settings.get("learned")
+        own = {key: value for key, value in settings.items() if key not in ("target", "learned")}
+        method = catalog.method(name, **own)
         check_comparable(method)
+        check_learned(method, learned)
         if target is not None:
             Target.parse(target)
             known = is_sparse(method) and method.page.knob is not None
@@ -173,6 +180,23 @@ def parsed(spec: str) -> tuple[str, dict]:
                 target=target,
             )
     return name, settings
+
+
+def check_learned(method: Method, folder: str | None) -> None:
+    """What a page learned on the model comes from a conversion's folder."""
+    learns = method.page.kind == "mechanism" and method.page.init is not None
+    require(
+        folder is None or learns,
+        "learned= is for pages that learn on a model",
+        method=method.name,
+        learned=folder,
+    )
+    if not learns:
+        return
+    hint = f"regard convert MODEL --mechanism {method.name} --out FOLDER, then {method.name}:learned=FOLDER"
+    require(folder is not None, f"this page learns on the model first: {hint}", method=method.name)
+    held = marker(Path(str(folder)))["method"]
+    require(held == method.name, "the folder holds what this page learned", method=method.name, holds=held)
 
 
 def check_comparable(method: Method) -> None:

@@ -20,6 +20,7 @@ from regard import catalog
 from regard.attaching.converted import earlier, read_report
 from regard.attaching.replacement import state_bytes
 from regard.bench.cell import Bench, Cell, batches
+from regard.bench.prefill import leaves_unread, unread
 from regard.core import Method, require
 from regard.models.revision import revision
 from regard.models.shipped import SHIPPED, load, load_shipped
@@ -28,8 +29,11 @@ from regard.tasks import Source
 from regard.tasks.base import first_token
 from regard.tasks.perplexity import CONTINUATION
 from regard.train.convert import check, convert, help_pages
+from regard.train.routes import SPARSE, Routes
 
 TASKS = ("perplexity", "needle", "recall")
+# tokens of a training sequence and steps, by what a page learns
+LEARN = {"weights": (256, 80), "output": (256, 80), "blocks": (1024, 60), "routes": (512, 250)}
 # weight of a token of a page of facts, and of an answer; running text has 1
 FACTS, ANSWER = 0.1, 4.0
 SEQUENCES, POSITIONS = 2048, 8
@@ -43,9 +47,9 @@ def convert_folder(
     out: str | Path | None = None,
     *,
     text: str | Path | None = None,
-    length: int = 256,
-    steps: int = 80,
-    finetune: str | None = "full",
+    length: int | None = None,
+    steps: int | None = None,
+    finetune: str | None = "auto",
     finetune_steps: int = 700,
     finetune_rate: float = 1e-3,
     soft: bool = True,
@@ -61,11 +65,18 @@ def convert_folder(
 
     `out` is new, empty or of this very conversion, whose report comes back; that is asked before any work.
 
+    length, steps  None: as LEARN says for what the page learns
+    finetune       "auto": none where softmax attention stays and is read in part, else "full"
+
     Learned from are texts of `length` tokens and the 64 that may follow a prompt of this length: where rotary positions
     go beyond what was trained, a converted model is weaker, and `lengths` above `length` measure that.
     """
     began, method = perf_counter(), catalog.from_spec(mechanism).with_settings(**config)
     check(method, finetune, None)
+    transfer = method.page.transfer
+    if finetune == "auto":
+        finetune = None if transfer in ("blocks", "routes") else "full"
+    length, steps = length or LEARN[transfer][0], LEARN[transfer][1] if steps is None else steps
     source = Source("help pages", "\n\n".join(help_pages())) if text is None else Source.from_path(text)
     settings = {
         **learned_from(model, method, source), "length": length, "steps": steps, "finetune": finetune,
@@ -77,7 +88,7 @@ def convert_folder(
         return made
     length += CONTINUATION
     loaded, tokenizer = load_shipped(model) if model in SHIPPED else load(model)
-    ids, weights = sequences(tokenizer, length, SEQUENCES, seed, source)
+    ids, weights, routes = sequences(tokenizer, length, SEQUENCES, seed, source)
     bench = Bench(loaded, tokenizer)
     rows: dict[str, dict[str, float]] = {}
 
@@ -87,7 +98,10 @@ def convert_folder(
 
     measure_stage("softmax", "softmax", None)
     options = dict(ids=ids, weights=weights, length=length, batch=batch, seed=seed, progress=progress)
-    converted = convert(loaded, tokenizer, mechanism, steps=steps, finetune=None, **options, **config)
+    own = dict(
+        routes=routes if transfer == "routes" else None, finetune=None, soft=soft and transfer == "routes"
+    )
+    converted = convert(loaded, tokenizer, mechanism, steps=steps, **own, **options, **config)
     measure_stage("transfer", "after transfer", converted)
     seconds = {"transfer": converted.report["transfer_seconds"]}
     if finetune is not None and finetune_steps:
@@ -100,11 +114,12 @@ def convert_folder(
     size = next(loaded.parameters()).element_size()
     report = {
         "model": str(model), "mechanism": converted.method.label, "length": length - CONTINUATION,
-        "lengths": list(lengths), "rows": rows, "state_bytes": state_bytes(loaded, converted, 1),
+        "lengths": list(lengths), "rows": rows,
+        "state_bytes": None if leaves_unread(converted) else state_bytes(loaded, converted, 1),
         "kv_bytes": {str(n): kv_bytes(loaded, n, size) for n in (*lengths, 32 * max(lengths))},
         "seconds": {**seconds, "all": perf_counter() - began}, "settings": settings,
     }  # fmt: skip
-    show(bytes_line(report))
+    show(bytes_line(report) if report["state_bytes"] is not None else unread_line(report))
     if out is not None:
         saved = replace(converted, report={**converted.report, **report})
         saved.save(out, loaded, tokenizer)
@@ -133,11 +148,17 @@ def made_before(folder: Path, settings: dict) -> dict | None:
     return {key: report[key] for key in REPORT}
 
 
-def sequences(tokenizer: Any, length: int, rows: int, seed: int, source: Source) -> tuple[Tensor, Tensor]:
-    """(ids [rows, length], weights): windows of running text, and pages of facts whose answers weigh most."""
+def sequences(
+    tokenizer: Any, length: int, rows: int, seed: int, source: Source
+) -> tuple[Tensor, Tensor, Routes]:
+    """(ids [rows, length], weights, routes): windows of running text, and pages of facts whose answers weigh most.
+
+    Routers are asked for all layers sparse in running text, and for the share that the paper has in questions.
+    """
     rng, head = random.Random(f"convert {seed}"), first_token(tokenizer)
     made = [
-        (head + source.take(tokenizer, length - len(head), rng), [1.0] * length) for _ in range(rows // 2)
+        (head + source.take(tokenizer, length - len(head), rng), [1.0] * length, length - CONTINUATION, 1.0)
+        for _ in range(rows // 2)
     ]
     for name in ("recall", "needle"):
         answer = len(catalog.task(name).samples(tokenizer, length, 1, LEARNED + seed, source)[0].answer)
@@ -150,10 +171,10 @@ def sequences(tokenizer: Any, length: int, rows: int, seed: int, source: Source)
             ):
                 after = source.take(tokenizer, rest, rng) if rest else []
                 weights = [FACTS] * prompt + [ANSWER] * answer + [FACTS] * rest
-                made.append((sample.prompt + sample.answer + after, weights))
-    fit = [(i, w) for i, w in made if len(i) == length]
-    require(len(fit) == len(made), "sequences of one length", length=length)
-    return torch.tensor([i for i, _ in fit]), torch.tensor([w for _, w in fit])
+                made.append((sample.prompt + sample.answer + after, weights, prompt, SPARSE))
+    require(all(len(i) == length for i, *_ in made), "sequences of one length", length=length)
+    columns = [torch.tensor([row[i] for row in made]) for i in range(4)]
+    return columns[0], columns[1], Routes(columns[2], columns[3])
 
 
 def measured(bench: Bench, method: Any, lengths: tuple[int, ...], samples: int) -> dict[str, float]:
@@ -162,12 +183,14 @@ def measured(bench: Bench, method: Any, lengths: tuple[int, ...], samples: int) 
     for length in lengths:
         for name in TASKS:
             chosen = catalog.task(name).samples(bench.tokenizer, length, samples, 1)
-            runs = [bench.run(b, method) for b in batches(chosen, Cell("full", name, length))]
+            runs = [bench.run(b, method, weigh=True) for b in batches(chosen, Cell("full", name, length))]
             logits = torch.cat([r.logits for r in runs]).cpu()
             answer = torch.tensor([s.answer for s in chosen])
             right = (logits.argmax(-1) == answer).all(-1).float().mean().item()
             nats = F.cross_entropy(logits.flatten(0, 1), answer.flatten()).item()
             row[f"{name}_{length}"] = nats if name == "perplexity" else right
+            if found := unread(runs):
+                row |= {f"{kind}_{name}_{length}": found[f"{kind}_share"] for kind in ("kept", "mass")}
         row[f"bytes_{length}"] = sum(r.kept for r in runs) / samples
     return row
 
@@ -187,6 +210,15 @@ def bytes_line(report: dict) -> str:
     return (
         f"KiB a row: state {report['state_bytes'] / 1024:,.0f} at any length; keys and values {held}. {times}"
     )
+
+
+def unread_line(report: dict) -> str:
+    """What of the prompts was read at the end, and the attention mass on it, by task at the longest length."""
+    row, length = list(report["rows"].values())[-1], max(report["lengths"])
+    parts = [f"{name} {row[f'kept_{name}_{length}']:.0%} of the keys, {row[f'mass_{name}_{length}']:.0%} of the mass"
+             for name in TASKS]  # fmt: skip
+    times = ", ".join(f"{name} {s:.0f} s" for name, s in report["seconds"].items())
+    return f"read at {length:,}: {'; '.join(parts)}. {times}"
 
 
 def kv_bytes(model: Any, tokens: int, size: int) -> int:

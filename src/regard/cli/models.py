@@ -39,7 +39,7 @@ def doctor(
 def calibrate(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or name, or shipped:lm.")],
     method: Annotated[
-        str, typer.Argument(help="A page that chooses blocks, with settings as NAME:key=value.")
+        str, typer.Argument(help="A page that chooses blocks; settings as NAME:key=value, learned=FOLDER.")
     ],
     target: Annotated[str, typer.Option(help="mass:0.95 or sparsity:0.9, of every layer.")],
     folder: Annotated[
@@ -52,8 +52,7 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """A setting for each layer under which sparse prefill meets a target on this model."""
-    from regard import catalog
-    from regard.attaching.converted import earlier
+    from regard.attaching.converted import configured, earlier
     from regard.attaching.knob import Target
     from regard.attaching.knob import calibrate as run
     from regard.models.shipped import load, load_shipped
@@ -61,7 +60,7 @@ def calibrate(
     from regard.report.folder import vacant
     from regard.tasks import Source
 
-    chosen, wanted = catalog.from_spec(method, kind="mechanism"), Target.parse(target)
+    chosen, wanted = configured(*parse_spec(method)), Target.parse(target)
     vacant(folder, **earlier(folder))
     source = None if text is None else Source.from_path(text)
     loaded = load_shipped(model.removeprefix("shipped:")) if model.startswith("shipped:") else load(model)
@@ -143,15 +142,26 @@ def train(
 def convert(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or name, or shipped:lm.")],
     mechanism: Annotated[
-        str, typer.Option(help="hedgehog or lawcat; settings as NAME:key=value")
+        str,
+        typer.Option(
+            help="hedgehog, lawcat, seer_attention, flux_attention, ...; settings as NAME:key=value"
+        ),
     ] = "hedgehog",
     steps: Annotated[int | None, typer.Option(help="Steps of attention transfer.")] = None,
-    finetune: Annotated[str, typer.Option(help="full, lora or none")] = "full",
+    finetune: Annotated[
+        str,
+        typer.Option(
+            help="full, lora, none, or auto: none where attention stays and is read in part, else full"
+        ),
+    ] = "auto",
     finetune_steps: Annotated[int | None, typer.Option(help="Steps of the fine-tune after it.")] = None,
     text: Annotated[
         Path | None, typer.Option(help="A text to learn from; none: Python's help pages.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a training sequence.")] = 256,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a training sequence; none: 256, longer for gates and routers."),
+    ] = None,
     lengths: Annotated[
         str, typer.Option(help="Lengths at which before and after are measured.")
     ] = "256,512,1024",
@@ -160,7 +170,7 @@ def convert(
     folder: Annotated[Path | None, typer.Option("--out", help="Where it goes: runs/convert/NAME")] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a trained softmax model's attention into a linear one; what it can do before, between and after."""
+    """Learn what a mechanism needs on a trained softmax model; what the model can do before, between and after."""
     from regard.bench.conversion import convert_folder
     from regard.report import table
 
@@ -181,17 +191,25 @@ def convert(
         say_json({**report, "folder": str(folder)})
         return
     stages = list(report["rows"])
-    tasks = [key for key in report["rows"][stages[0]] if not key.startswith("bytes")]
+    tasks = [key for key in report["rows"][stages[-1]] if not key.startswith("bytes")]
     rows = [
-        {"task": t.replace("_", " at "), **{s: score_text(t, report["rows"][s][t]) for s in stages}}
-        for t in tasks
+        {"task": task_text(t), **{s: score_text(t, report["rows"][s].get(t)) for s in stages}} for t in tasks
     ]
     out.print(table(rows, ["task", *stages], title=f"{report['mechanism']} in {model}"))
-    kept = ", ".join(f"{n} tokens {b / 1024:,.0f} KiB" for n, b in report["kv_bytes"].items())
-    out.print(f"a text holds {report['state_bytes'] / 1024:,.0f} KiB at any length; keys and values: {kept}",
-              highlight=False)  # fmt: skip
+    if report["state_bytes"] is not None:
+        kept = ", ".join(f"{n} tokens {b / 1024:,.0f} KiB" for n, b in report["kv_bytes"].items())
+        out.print(f"a text holds {report['state_bytes'] / 1024:,.0f} KiB at any length; keys and values: {kept}",
+                  highlight=False)  # fmt: skip
     out.print(f"[bold]{folder}[/bold]", highlight=False, soft_wrap=True)
 
 
-def score_text(task: str, value: float) -> str:
+def task_text(task: str) -> str:
+    """ "needle_256" as "needle at 256", "mass_needle_256" as "mass, needle at 256"."""
+    *kind, name, length = task.split("_")
+    return f"{''.join(f'{k}, ' for k in kind)}{name} at {length}"
+
+
+def score_text(task: str, value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.2f} nats" if task.startswith("perplexity") else f"{value:.0%}"

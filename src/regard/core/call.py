@@ -34,6 +34,8 @@ class Call:
     x              [B, M, C], the layer's input at the keys, for pages that read it; in cross patterns a pair, that of
                    the queries [B, N, C] and that of the keys
     roles          Roles of the keys, or (of the queries, of the keys), for pages that read them
+    unrotated      (q [B, H, N, D], k [B, G, M, D]) before rotary positions turned them, for pages that read them; q and
+                   k themselves where nothing did
     backend        what the kernels that are shared run on: "auto", "torch" or "triton"
     """
 
@@ -45,6 +47,7 @@ class Call:
     params: Mapping[str, Tensor] = field(default_factory=dict)
     x: Tensor | tuple[Tensor, Tensor] | None = None
     roles: Roles | tuple[Roles, Roles] | None = None
+    unrotated: tuple[Tensor, Tensor] | None = None
     backend: str = "auto"
 
     @property
@@ -63,6 +66,11 @@ class Call:
         """[B, N, C]; the layer's input where a text asks itself."""
         x = self.x[0] if isinstance(self.x, tuple) else self.x
         return present(x, "x is the layer's input", x=self.x)
+
+    @property
+    def before_rotation(self) -> tuple[Tensor, Tensor]:
+        """(q, k) before rotary positions, of a call whose page reads them."""
+        return present(self.unrotated, "the page reads unrotated queries and keys")
 
     def with_(self, **changes: Any) -> "Call":
         return replace(self, **changes)
@@ -135,7 +143,11 @@ def check_mask(mask: Any, q: Tensor, keys: int) -> None:
 
 
 def check_finite(letter: str, t: Tensor) -> None:
-    if torch.compiler.is_compiling() or bool(t.isfinite().all()):
+    if torch.compiler.is_compiling():
+        return
+    # a sum that is finite has finite terms, and asks for nothing but reading them
+    total = t.detach().sum(dtype=torch.float32 if t.dtype == torch.float16 else None)
+    if bool(total.isfinite()) or bool(t.isfinite().all()):
         return
     at = tuple((~t.isfinite()).nonzero()[0].tolist())
     raise ValueError(f"{letter} holds {t[at].item()}, first at {list(at)}")

@@ -33,10 +33,15 @@ def build_mask(method: Method, causal: bool) -> Mask:
     return built
 
 
+def looks_ahead(method: Method) -> bool:
+    """Whether it is the point of this mask, under its settings, that tokens see later ones."""
+    ahead = method.page.looks_ahead
+    return bool(ahead(method.config) if callable(ahead) else ahead)
+
+
 def refuse_ahead(method: Method) -> None:
     """An error where it is this page's point that tokens see later ones: causal attention would hide that."""
-    ahead = method.page.looks_ahead
-    if ahead(method.config) if callable(ahead) else ahead:
+    if looks_ahead(method):
         raise Unsupported(
             f"{method.name} lets tokens see later ones, which causal attention hides: ask for pattern='self', since "
             "what is causal is said by the mask itself"

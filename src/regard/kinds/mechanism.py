@@ -17,7 +17,7 @@ from regard.ops.linear import run_form
 from regard.ops.precision import as_written
 from regard.ops.transforms import asks_values
 
-TRANSFERS = ("weights", "output")
+TRANSFERS = ("weights", "output", "blocks", "routes")
 IMPLS = ("auto", "reference", "fast", "torch", "triton")
 PAIRS = "a mask of pairs: this mechanism sums the keys for all queries at once; mask keys instead"
 
@@ -31,6 +31,8 @@ class Mechanism(Page):
     reference   the equation; float64 stays float64.   fast   the same function and numbers, written independently
     form        for a linear page, form(q, k, v, cfg, call) -> ops.Form: features, decays, normaliser; `fast` follows
     choose      for a page that chooses blocks of keys, choose(at, cfg, call) -> which (ops.blocks.run); `fast` follows
+    gate        for one that learned to choose them, gate(at, cfg, call) -> [B, H, I, J], the logits it chooses by, -inf
+                where a block may not be read; gradients reach the params
     q           [B, H, N, D]; k [B, G, M, D] and v [B, G, M, E], H a multiple of G; out [B, H, N, E] in v's dtype
     call        a core Call: pattern, masks, initial state, params, the layer's input, roles; validated before
     state       what causal_self returns and `call.initial_state` brings back: segments, and single tokens, give the
@@ -43,6 +45,13 @@ class Mechanism(Page):
     unsupported     patterns without a meaning, with the reason
     pair_masks      whether queries may see different keys beyond causality
     needs_x         whether it reads the layer's input x: a bool, or a function of cfg
+    needs_unrotated  whether it reads call.unrotated, queries and keys before rotary positions turned them; the state of
+                    a page that chooses blocks is then (keys, values, unrotated keys)
+    router          for a page that decides once for each text, router(q, real, cfg, params) -> [B, 2] logits, the
+                    second for all keys, of a prompt's unrotated queries [B, H, N, D], of which `real` [B, N] are there
+    decide          with it, decide(q, real, cfg, params) -> [B] bool, which texts read all; the third of its state
+    later           with it, later(decided, place [1|B, n], newest [1|B, 1], cfg) -> [B, n] bool, which stored keys at
+                    these places a single token reads after the prompt
     needs_norm      whether its outputs have no scale of their own (no denominator), so layers norm them per head
     order_aware     whether it knows the order of tokens by itself (a decay, a filter), so layers add no positions
     roles           roles that it reads
@@ -57,7 +66,8 @@ class Mechanism(Page):
                     by itself. No output depends on tokens after the last of those that chose with it
     neutral_base    what the card's neutral settings give: neutral_base(q, k, v, call) -> out; None: softmax attention
     state_size      state_size(cfg, dims, n) -> numbers held for one row of the batch after n tokens
-    transfer        what a conversion matches of softmax attention: "output", or its "weights" where they sum to one
+    transfer        what a conversion matches of softmax attention: its "output", its "weights" where they sum to one,
+                    or the largest of them in "blocks", for a page with a gate
     exempt          laws of regard.testing that do not hold for this method, with the reason
     """
 
@@ -65,10 +75,15 @@ class Mechanism(Page):
     fast: Callable | None = None
     form: Callable | None = None
     choose: Callable | None = None
+    gate: Callable | None = None
     init: Callable | None = None
     unsupported: Mapping[str, str] = field(default_factory=dict)
     pair_masks: bool = False
     needs_x: bool | Callable[[Any], bool] = False
+    needs_unrotated: bool = False
+    router: Callable | None = None
+    decide: Callable | None = None
+    later: Callable | None = None
     needs_norm: bool = False
     order_aware: bool = False
     roles: tuple[str, ...] = ()
@@ -85,6 +100,9 @@ class Mechanism(Page):
 
     def __post_init__(self) -> None:
         require(self.transfer in TRANSFERS, f"transfer is one of {TRANSFERS}", transfer=self.transfer)
+        for transfer, name in (("blocks", "gate"), ("routes", "router")):
+            fits = (self.transfer == transfer) == (getattr(self, name) is not None)
+            require(fits, f'a page with a {name} has transfer="{transfer}"', transfer=self.transfer)
         if self.form is not None and self.fast is None:
             object.__setattr__(self, "fast", partial(run_form, self.form))
         if self.choose is not None:
@@ -141,7 +159,7 @@ def implementation(page: Mechanism, impl: str) -> Callable:
 def make_call(
     method: Method, q: Tensor, k: Tensor, v: Tensor, *, pattern: str = "causal_self", mask: Any = None,
     initial_state: Any = None, params: Mapping[str, Tensor] | None = None, x: Any = None, roles: Any = None,
-    backend: str = "auto", finite: bool = False, lists: bool = False,
+    unrotated: Any = None, backend: str = "auto", finite: bool = False, lists: bool = False,
 ) -> Call:  # fmt: skip
     """The Call of a mechanism, validated: the one place where what is asked is held to what the page can do.
 
@@ -161,12 +179,27 @@ def make_call(
     if pair_mask is not None and not page.pair_masks:
         raise Unsupported(PAIRS)
     check_x(page, cfg, x, q, k, pattern)
+    unrotated = both_unrotated(page, unrotated, q, k)
     for letter, t in (("q", q), ("k", k), ("v", v)) if finite else ():
         check_finite(letter, t)
     params = dict(params or {})
     if not torch.compiler.is_compiling():
         check_params(page, cfg, params, q, k, v, x)
-    return Call(pattern, key_mask, pair_mask, blocks, initial_state, params, x, roles, backend)
+    return Call(pattern, key_mask, pair_mask, blocks, initial_state, params, x, roles, unrotated, backend)
+
+
+def both_unrotated(page: Mechanism, given: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Queries and keys before rotary positions, for a page that reads them: q and k where none are given."""
+    rule = "unrotated queries and keys are for mechanisms that read them"
+    require(given is None or page.needs_unrotated, rule, unrotated=given)
+    if not page.needs_unrotated:
+        return None
+    pair = (q, k) if given is None else given
+    for letter, like, x in zip("qk", (q, k), pair, strict=True):
+        require(
+            x.shape == like.shape, f"unrotated {letter} has the shape of {letter}", unrotated=x, given=like
+        )
+    return pair
 
 
 def blocks_for(mask: Mask, pattern: str, q: Tensor, keys: int, roles: Any) -> Blocks | None:

@@ -20,9 +20,10 @@ from regard.core.deprecation import renamed, warn
 from regard.core.mask import Mask
 from regard.core.trees import tree_leaves, tree_map
 from regard.kinds.mechanism import Mechanism, implementation, run, stores_keys
-from regard.nn.layers import Learned, RMSNorm, ShortConvolution, rotate
+from regard.nn.layers import Learned, RMSNorm, ShortConvolution
 from regard.nn.masks import both, fixed_mask, position_page, split_given
 from regard.ops.packed import both_borders, run_texts
+from regard.ops.rotary import rotate
 
 RENAMED = {"q.": "q_proj.", "k.": "k_proj.", "v.": "v_proj.", "out.": "o_proj."}
 
@@ -151,6 +152,7 @@ class Attention(nn.Module):
         if x.shape[1] == 0:
             return x, state
         q, k, v, tail = self.project(x, source, token_mask, state)
+        raw = (q, k) if self.page.needs_unrotated else None
         if self.rope_theta:
             at_k = self.where(source, token_mask, state, roles)
             at_q = self.where(x, None, None, roles) if cross else at_k
@@ -162,7 +164,7 @@ class Attention(nn.Module):
             q, k, v = q.float(), k.float(), v.float()
         inputs = ((x, memory) if cross else x) if self.page.reads_x(self.method.config) else None
         out, inner, _ = run(
-            self.method, q, k, v, impl=self.impl, pattern=self.pattern, mask=seen, x=inputs,
+            self.method, q, k, v, impl=self.impl, pattern=self.pattern, mask=seen, x=inputs, unrotated=raw,
             initial_state=None if state is None else state.inner,
             roles=roles if self.page.roles or isinstance(seen, Mask) else None,
             params=self.params.tensors(),

@@ -13,18 +13,27 @@ from regard.ops.softmax import lower_right, per_query_head
 def carried(k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Any]:
     """All keys and values so far, and the state that carries them on: (keys, values) for causal_self, else None.
 
-    What no query may see is zero among the former, so that NaN under padding stays there, and stands as it came in the
-    state.
+    Where the call has unrotated keys, they are the third of the state. What no query may see is zero among keys and
+    values, so that NaN under padding stays there, and stands as it came in the state.
     """
+    kept = (k, v) if call.unrotated is None else (k, v, call.unrotated[1])
     if call.initial_state is not None:
-        k, v = (torch.cat([old, new], dim=2) for old, new in zip(call.initial_state, (k, v), strict=True))
-    state = (k, v) if call.pattern == "causal_self" else None
+        kept = tuple(torch.cat([old, new], dim=2) for old, new in zip(call.initial_state, kept, strict=True))
+    k, v, *_ = kept
+    state = kept if call.pattern == "causal_self" else None
     seen = call.key_mask if call.pair_mask is None else call.pair_mask.any(2)
     if seen is None:
         return k, v, state
     if seen.shape[1] not in (1, k.shape[1]):
         k, v = (per_query_head(t, seen.shape[1]).expand(-1, seen.shape[1], -1, -1) for t in (k, v))
     return shown(k, seen), shown(v, seen), state
+
+
+def all_unrotated(call: Call, state: Any) -> tuple[Tensor, Tensor] | None:
+    """The call's unrotated queries and all unrotated keys so far, of the state that `carried` gave."""
+    if call.unrotated is None or state is None:
+        return call.unrotated
+    return call.unrotated[0], state[2]
 
 
 def visible(call: Call, queries: int, keys: int, device: Any = None) -> Tensor | None:

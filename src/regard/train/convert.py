@@ -22,86 +22,18 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from regard import catalog
-from regard.attaching.actors import AttentionCall
 from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted
-from regard.attaching.function import native
-from regard.attaching.ledger import LedgerLayer
-from regard.attaching.replacement import Replacement
 from regard.core import Method, Unsupported, require
-from regard.kinds.mechanism import TRANSFERS, run
-from regard.ops import lower_right, masked_softmax, scores
+from regard.kinds.mechanism import TRANSFERS
 from regard.train.loop import already_there, cosine_to, fit, only_parameters
+from regard.train.routes import SPARSE, Routes, learn_routes
+from regard.train.teachers import TINY, GateTeacher, Teacher
 
-FINETUNES = ("lora", "full", None)
-TINY = 1e-9  # a weight counts as at least this in the cross-entropy
+FINETUNES = ("auto", "lora", "full", None)
+RATES = {"weights": 1e-2, "output": 1e-2, "blocks": 1e-2, "routes": 1e-3}
 
 Progress = Callable[[str, int, int, float], None]
-
-
-class Teacher(Replacement):
-    """Softmax as it is, and beside it a pupil in every attention module: each call is a step's loss for one layer."""
-
-    layer = LedgerLayer
-
-    def __init__(self, method: Method, target: str, seed: int) -> None:
-        super().__init__()
-        self.name = method.name
-        self.method, self.target, self.seed = method, target, seed
-        self.params: dict[str, dict[str, Tensor]] = {}
-        self.losses: dict[str, float] = {}
-        self.teaching = False
-
-    def compute(self, call: AttentionCall) -> Tensor:
-        out = native(call)[0].transpose(1, 2)
-        if call.name not in self.params:
-            self.params[call.name] = self.start(call)
-        if self.teaching:
-            with torch.enable_grad():
-                loss = self.loss(call, out)
-                # of this layer's parameters only
-                loss.backward()
-            self.losses[call.name] = loss.item()
-        return out
-
-    def start(self, call: AttentionCall) -> dict[str, Tensor]:
-        q, k, v = call.q, call.k, call.v
-        dims = {"heads": q.shape[1], "kv_heads": k.shape[1], "key": q.shape[3], "value": v.shape[3]}
-        dims["width"] = layer_input(call).shape[-1]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            params = self.method.page.init(self.method.config, dims)
-        return {n: p.to(q.device).requires_grad_(p.is_floating_point()) for n, p in params.items()}
-
-    def loss(self, call: AttentionCall, out: Tensor) -> Tensor:
-        there = call.token_mask(False)
-        rows = None if there is None else there.transpose(2, 3)  # [B, 1, N, 1]
-        v = call.v
-        # the weights of a mechanism are its outputs for the unit vectors
-        if self.target == "weights":
-            n = v.shape[2]
-            v = torch.eye(n, device=v.device).expand(*v.shape[:2], n, n)
-        x = layer_input(call).float() if self.method.page.reads_x(self.method.config) else None
-        q, k, v = call.scaled().float(), call.k.float(), v.float()
-        result = run(self.method, q, k, v, mask=there, params=self.params[call.name], x=x)[0]
-        if self.target == "output":
-            error, size = (result - out.float()).square(), out.float().square()
-            if rows is not None:
-                error, size = error * rows, size * rows
-            return error.sum() / size.sum().clamp(min=TINY)
-        sees = lower_right(result.shape[2], result.shape[3], q.device)[None, None]
-        sees = sees if there is None else sees & there
-        wanted = masked_softmax(
-            scores(call.q.float(), k, call.options.get("scaling") or q.shape[-1] ** -0.5), sees
-        )
-        each = -(wanted * result.clamp(min=TINY).log()).sum(-1, keepdim=True)
-        return each.mean() if rows is None else (each * rows).sum() / (rows.sum() * each.shape[1])
-
-
-def layer_input(call: AttentionCall) -> Tensor:
-    if call.x is None:
-        raise Unsupported(f"{call.where} hands over no layer input, which a conversion reads")
-    return call.x
 
 
 def convert(
@@ -115,13 +47,14 @@ def convert(
     length: int = 256,
     batch: int = 8,
     steps: int = 200,
-    rate: float = 1e-2,
-    finetune: str | None = "lora",
+    rate: float | None = None,
+    finetune: str | None = "auto",
     finetune_steps: int = 200,
     finetune_rate: float = 5e-4,
     soft: bool = False,
     rank: int = 8,
     target: str | None = None,
+    routes: Routes | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     **config: Any,
@@ -132,10 +65,13 @@ def convert(
     texts      what is learned from, a text or several; or ids [tokens], or [rows, N] one row a sequence, with
                `weights` [rows, N] of its tokens in the language-model loss. None: the help pages that come with Python
     length     tokens in a window of running text
-    steps      of transfer; finetune_steps of fine-tuning with "lora" (of this rank, on the attention's projections),
-               "full" (all weights) or None
-    soft       fine-tune on the model's own next-token probabilities instead of the text's tokens: less to overfit to
+    steps      of transfer, at `rate`; None: 1e-3 for routers, else 1e-2
+    finetune   "lora" (of this rank, on the attention's projections), "full" (all weights) or None, for finetune_steps.
+               "auto": none for pages that choose what softmax attention reads, whose model stays as it is; else "lora"
+    soft       learn from the model's own next-token probabilities instead of the text's tokens: less to overfit to
     target     "weights" or "output": what the transfer matches; None: as its page says, and so its paper does
+    routes     for pages with routers: the prompt of each row of ids, and its share of sparse layers. None: a text is
+               its prompt, and 45 % of the layers are to be sparse
     progress   called with (stage, step, steps, loss)
     """
     method, earlier = starting_point(mechanism, config)
@@ -144,8 +80,17 @@ def convert(
     progress = progress or (lambda *_: None)
     began = perf_counter()
     target = target or method.page.transfer
+    if finetune == "auto":
+        finetune = None if target in ("blocks", "routes") else "lora"
+    rate, more = RATES[target] if rate is None else rate, {}
     if earlier is not None:
         params, losses = earlier.params, list(earlier.report["transfer_loss"])
+    elif target == "routes":
+        asked = asked_routes(routes, ids, length, batch, seed)
+        with evaluating(model):
+            params, losses, more = learn_routes(
+                model, method, draw, asked, loss_of(model, soft), steps, rate, seed, progress
+            )
     else:
         params, losses = transfer(model, method, target, draw, steps, rate, seed, progress)
     halfway = perf_counter()
@@ -158,6 +103,7 @@ def convert(
         "transfer_loss": losses, "transfer_seconds": halfway - began, "finetune_loss": curve,
         "finetune_seconds": perf_counter() - halfway, "target": target, "finetune": finetune, "steps": steps,
         "finetune_steps": finetune_steps if finetune else 0, "batch": batch, "length": length, "seed": seed,
+        **more,
     }  # fmt: skip
     return Converted(method, params, changed, report)
 
@@ -186,6 +132,9 @@ def check(method: Method, finetune: str | None, target: str | None) -> None:
         f"target is one of {TRANSFERS}, or None: as the page says",
         target=target,
     )
+    for own in ("blocks", "routes"):
+        alike = target is None or (target == own) == (method.page.transfer == own)
+        require(alike, f'only a page with transfer="{own}" has this target, and no other', target=target)
     normalized = target != "weights" or not method.page.needs_norm
     require(normalized, "weights are matched where they sum to one", target=target)
 
@@ -227,6 +176,23 @@ def drawer(
     return draw
 
 
+def asked_routes(
+    routes: Routes | None, ids: Tensor | None, length: int, batch: int, seed: int
+) -> Callable[[int], Routes]:
+    """step -> what is asked of the rows that are drawn in it."""
+    if routes is None:
+        same = Routes(torch.full((batch,), length), torch.full((batch,), SPARSE))
+        return lambda step: same
+    rows = ids is not None and ids.dim() == 2 and len(ids) == len(routes.prompts)
+    require(rows, "routes stand beside ids [rows, N]", ids=ids, routes=routes.prompts)
+
+    def at(step: int) -> Routes:
+        g = torch.Generator().manual_seed(1_000_003 * seed + step)
+        return routes.of(torch.randint(len(routes.prompts), (batch,), generator=g))
+
+    return at
+
+
 def help_pages() -> list[str]:
     """Running text that is on every machine: the topics of Python's help."""
     return [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
@@ -246,7 +212,7 @@ def transfer(
     progress: Progress,
 ) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
     """(params by attention module, mean loss over the layers by step)."""
-    teacher = Teacher(method, target, seed)
+    teacher = GateTeacher(method, seed) if target == "blocks" else Teacher(method, target, seed)
     with evaluating(model), torch.no_grad(), attach(model, teacher):
         model(draw(0)[0][:1], use_cache=False)  # every module makes its parameters
         require(teacher.params, "attention modules that were reached", modules=0)
@@ -314,6 +280,13 @@ def changes(model: nn.Module, params: dict, how: str, rank: int, seed: int) -> t
         low[n] = (torch.zeros(p.shape[0], rank, device=p.device).requires_grad_(), down.requires_grad_())
     leaves = [t for pair in low.values() for t in pair]
     return leaves, lambda: {n: p + (low[n][0] @ low[n][1]).to(p.dtype) for n, p in chosen.items()}
+
+
+def loss_of(model: nn.Module, soft: bool) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """(logits, ids, weights) -> the language-model loss, of the model's own probabilities where it is soft."""
+    return lambda logits, ids, weights: language_loss(
+        logits, ids, weights, next_token_probabilities(model, ids) if soft else None
+    )
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from regard.claims.lab import generator, mean, mean_loss, seeded, threads, token
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.models.shipped import load_shipped
-from regard.nn.layers import rotate
+from regard.ops.rotary import rotate
 from regard.tasks.corpus import encode, held_out
 from regard.train.loop import by_rate, fit
 

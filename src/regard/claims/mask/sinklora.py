@@ -22,7 +22,8 @@ from regard.claims.lab import generator, mean, seeded, threads
 from regard.core.claim import Claim, Measured
 from regard.core.mask import causal
 from regard.methods.masks import sinklora as page
-from regard.nn.layers import RMSNorm, SwiGLU, rotate
+from regard.nn.layers import RMSNorm, SwiGLU
+from regard.ops.rotary import rotate
 from regard.tasks import held_out
 from regard.train.loop import cosine, fit
 

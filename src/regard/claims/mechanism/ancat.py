@@ -29,8 +29,9 @@ from regard.claims.lab import generator, mean, seeded, threads
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.dense import ancat as page
-from regard.nn.layers import RMSNorm, SwiGLU, rotate
+from regard.nn.layers import RMSNorm, SwiGLU
 from regard.ops import softmax_attention
+from regard.ops.rotary import rotate
 from regard.train.loop import fit, one_cycle
 
 SYMBOLS, AHEAD, NEEDED, SHARE = 16, 8, (2, 5), 1 / 16

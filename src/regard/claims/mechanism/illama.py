@@ -32,8 +32,9 @@ from regard.claims.lab import generator, mean, seeded, threads
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.dense import illama as page
-from regard.nn.layers import RMSNorm, SwiGLU, rotate
+from regard.nn.layers import RMSNorm, SwiGLU
 from regard.ops import softmax_attention
+from regard.ops.rotary import rotate
 from regard.train.loop import fit, one_cycle
 
 WIDTH, HEADS, LAYERS, PATCH, TOKENS = 64, 4, 3, 2, 17

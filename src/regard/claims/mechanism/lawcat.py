@@ -26,8 +26,9 @@ from regard.attaching.replacement import MechanismReplacement
 from regard.claims.lab import difference, generator, seeded, threads
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
-from regard.train.convert import convert, language_loss, layer_input
+from regard.train.convert import convert, language_loss
 from regard.train.loop import cosine_to, fit
+from regard.train.teachers import layer_input
 
 LENGTH, KEY, BATCH, TESTED, SEEDS = 64, 3, 32, 256, (0, 1, 2)
 # digits are the ids 4 to 23, words those from 24 on

@@ -20,8 +20,9 @@ from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.mechanisms.dense.moh import METHOD as page
 from regard.methods.mechanisms.dense.moh import Config
-from regard.nn.layers import RMSNorm, SwiGLU, rotate
+from regard.nn.layers import RMSNorm, SwiGLU
 from regard.ops import softmax_attention
+from regard.ops.rotary import rotate
 from regard.train.loop import fit, one_cycle
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH, STEPS = 64, 8, 2, 128, 8, 400

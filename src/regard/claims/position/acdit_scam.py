@@ -15,7 +15,7 @@ from regard.core.claim import Claim, Measured
 from regard.core.mask import Mask, predicate
 from regard.core.roles import Roles
 from regard.methods.positions import acdit_scam as page
-from regard.nn.layers import rotate
+from regard.ops.rotary import rotate
 
 LAYERS, HEADS, WIDTH, TOKENS, BLOCKS = 3, 4, 64, 48, (1, 6, 48)
 Past = list[tuple[Tensor, Tensor]]

@@ -1,7 +1,7 @@
 """Attention over lists of blocks: one primitive for every mask and every mechanism that reads a few keys of many."""
 
 from regard.ops.blocks.attention import block_attention
-from regard.ops.blocks.choose import causal_softmax, diagonal, top_blocks, top_mass
+from regard.ops.blocks.choose import both_ends, causal_softmax, diagonal, top_blocks, top_mass
 from regard.ops.blocks.latest import latest_keys
 from regard.ops.blocks.layout import Blocks
 from regard.ops.blocks.lines import last_mean, last_weights, root_divergence, slashes, verticals
@@ -9,6 +9,7 @@ from regard.ops.blocks.masks import SHORT, blocks_of
 from regard.ops.blocks.measure import captured_mass, full_lse, kept_share
 from regard.ops.blocks.placed import Placed, placed
 from regard.ops.blocks.pool import block_max, block_mean, block_min, block_sizes, block_sum, hidden, in_blocks
+from regard.ops.blocks.pooled import largest_weights
 from regard.ops.blocks.run import clocked, part, run_blocks
 from regard.ops.blocks.settings import WHOLE, BlockSettings
 from regard.ops.blocks.slow import by_text, slow_attention
@@ -25,6 +26,7 @@ __all__ = [
     "block_min",
     "block_sizes",
     "block_sum",
+    "both_ends",
     "blocks_of",
     "by_text",
     "captured_mass",
@@ -35,6 +37,7 @@ __all__ = [
     "hidden",
     "in_blocks",
     "kept_share",
+    "largest_weights",
     "last_mean",
     "last_weights",
     "latest_keys",

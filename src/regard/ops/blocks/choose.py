@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from regard.ops.blocks.placed import Placed
+
 
 def top_blocks(score: Tensor, allowed: Tensor, count: Tensor | int) -> Tensor:
     """[B, H, I, J] bool: the `count` highest of score [B, H, I, J] among the blocks that are allowed.
@@ -36,6 +38,13 @@ def top_mass(
     wanted = wanted | (torch.arange(mass.shape[-1], device=mass.device) < least)
     taken = torch.zeros_like(wanted).scatter(-1, order, wanted)
     return (taken if first is None else taken | first) & allowed
+
+
+def both_ends(at: Placed, sinks: int, local: int, block_q: int, block_k: int) -> Tensor:
+    """[B, 1, I, J] bool: the first `sinks` keys and `local` up to the last query of a block, in whole blocks."""
+    key = torch.arange(at.columns(block_k), device=at.q.device) * block_k
+    before = at.first(block_q) + block_q - block_k - key  # from the last key of a block to the last query
+    return (key < sinks) | (before < local)
 
 
 def causal_softmax(score: Tensor, allowed: Tensor) -> Tensor:

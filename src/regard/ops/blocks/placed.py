@@ -26,6 +26,7 @@ class Placed:
     q_there  [B, n] bool: rows of q that are queries; None: all are.   k_there  [B, M] bool, the same of the keys
     causal   whether the query of place p sees keys up to place p
     came     [B, N] the row of q that each query of the call went to; None: they are its last N rows
+    unrotated  queries and keys before rotary positions turned them, in the same order, where the call has them
     """
 
     q: Tensor
@@ -38,6 +39,7 @@ class Placed:
     causal: bool
     queries: int
     came: Tensor | None = None
+    unrotated: tuple[Tensor, Tensor] | None = None
 
     def back(self, x: Tensor) -> Tensor:
         """[B, H, N, ...] in the call's order, of [B, H, n, ...]; what was hidden is zero."""
@@ -97,7 +99,9 @@ def placed(q: Tensor, k: Tensor, v: Tensor, call: Call, block: int) -> Placed:
     there = None if lead == 0 else (torch.arange(n + lead, device=q.device) >= lead).expand(len(q), -1)
     start = torch.full((len(q),), before - lead, device=q.device)
     length = torch.full((len(q),), m, device=q.device)
-    return Placed(F.pad(q, (0, 0, lead, 0)) if lead else q, k, v, start, length, there, None, causal, n)
+    ahead = lambda x: F.pad(x, (0, 0, lead, 0)) if lead else x  # noqa: E731
+    raw = None if call.unrotated is None else (ahead(call.unrotated[0]), call.unrotated[1])
+    return Placed(ahead(q), k, v, start, length, there, None, causal, n, unrotated=raw)
 
 
 def moved(q: Tensor, k: Tensor, v: Tensor, call: Call, block: int, causal: bool) -> Placed:
@@ -108,11 +112,14 @@ def moved(q: Tensor, k: Tensor, v: Tensor, call: Call, block: int, causal: bool)
     real = mask[:, 0].expand(len(q), -1)
     order = torch.argsort(~real, dim=-1, stable=True)
     k, v = (gather_rows(t, order[:, None]) for t in (k, v))
+    raw_q, raw_k = call.unrotated or (None, None)
+    raw_k = None if raw_k is None else gather_rows(raw_k, order[:, None])
     length = real.sum(-1)
     there = torch.arange(k.shape[2], device=k.device) < length[:, None]
     n = q.shape[2]
     if call.cross:
-        return Placed(q, k, v, torch.zeros_like(length), length, None, there, causal, n)
+        raw = None if raw_k is None else (raw_q, raw_k)
+        return Placed(q, k, v, torch.zeros_like(length), length, None, there, causal, n, unrotated=raw)
     before = real[:, : real.shape[1] - n].sum(-1)
     start = before // block * block
     came = real.cumsum(-1)[:, real.shape[1] - n :] - 1 - start[:, None]
@@ -123,5 +130,6 @@ def moved(q: Tensor, k: Tensor, v: Tensor, call: Call, block: int, causal: bool)
     went = came.new_full((len(q), room + 1), -1)
     went.scatter_(1, came.masked_fill(came < 0, room), torch.arange(n, device=q.device).expand(len(q), -1))
     went = went[:, :room]
-    q = gather_rows(q, went[:, None]).masked_fill((went < 0)[:, None, :, None], 0)
-    return Placed(q, k, v, start, length, went >= 0, there, causal, n, came)
+    to_place = lambda x: gather_rows(x, went[:, None]).masked_fill((went < 0)[:, None, :, None], 0)  # noqa: E731
+    raw = None if raw_k is None else (to_place(raw_q), raw_k)
+    return Placed(to_place(q), k, v, start, length, went >= 0, there, causal, n, came, raw)

@@ -13,7 +13,7 @@ from regard.core.call import Call
 from regard.ops.blocks.attention import block_attention
 from regard.ops.blocks.layout import Blocks
 from regard.ops.blocks.placed import Placed, placed
-from regard.ops.pattern import carried
+from regard.ops.pattern import all_unrotated, carried
 
 CLOCK: ContextVar[dict[str, float] | None] = ContextVar("CLOCK", default=None)
 
@@ -51,7 +51,7 @@ def run_blocks(
     the logarithm of the sum of e^score over it.
     """
     k, v, state = carried(k, v, call)
-    at = placed(q, k, v, call, cfg.block_q)
+    at = placed(q, k, v, call.with_(unrotated=all_unrotated(call, state)), cfg.block_q)
     with part("estimate"), torch.no_grad():
         blocks, whole = chosen(choose, at, cfg, call)
     with part("attention"):

@@ -112,14 +112,17 @@ def check_blocks_heads(case: Case, n: int = 40) -> None:
 
 
 def check_blocks_knob(case: Case, n: int = 65) -> None:
-    """Every value of the knob is accepted, each reads no fewer keys than the one before, the last reads all."""
+    """Every value of the knob is accepted, each reads no fewer keys than the one before, the last reads all.
+
+    Other settings stand as in the neutral ones of the card: a bound on the blocks would hold them back.
+    """
     only_blocks(case)
     if case.page.knob is None:
         raise NotApplicable("the page names no knob")
     name, values = case.page.knob
-    inputs, before = case.inputs(n), -1.0
+    inputs, before, cfg = case.inputs(n), -1.0, replace(case.cfg, **case.page.card.neutral)
     for value in values:
-        out, _, aux = ask(case, inputs, replace(case.cfg, **{name: value}), "fast")
+        out, _, aux = ask(case, inputs, replace(cfg, **{name: value}), "fast")
         blocks = aux["blocks"]
         kept = kept_share(blocks, n, n, causal=case.pattern == "causal_self").mean().item()
         hold(

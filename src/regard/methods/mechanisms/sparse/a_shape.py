@@ -23,7 +23,7 @@ from torch import Tensor
 from regard.core import Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
-from regard.ops.blocks import BlockSettings, Placed, slow_attention
+from regard.ops.blocks import BlockSettings, Placed, both_ends, slow_attention
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | N
 
 
 def choose(at: Placed, cfg: Config, call: Call) -> Tensor:
-    key = torch.arange(at.columns(cfg.block_k), device=at.q.device) * cfg.block_k
-    before = (
-        at.first(cfg.block_q) + cfg.block_q - cfg.block_k - key
-    )  # from the last key of a block to the last query
-    return (key < cfg.sinks) | (before < cfg.local)
+    return both_ends(at, cfg.sinks, cfg.local, cfg.block_q, cfg.block_k)
 
 
 METHOD = Mechanism(
