@@ -189,3 +189,44 @@ def test_a_fault_in_the_schedule_is_found(monkeypatch):
     assert {"fast_equals_reference", "influence", "blocks_all"} <= broken(
         replace(PAGE, exempt={"compiles": "-"})
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("lists", ["window", "every_other", "backwards", "downwards", "of_heads", "blind"])
+def test_keys_that_lie_beside_each_other_are_read_where_they_lie(lists, dtype, monkeypatch):
+    """Runs of rows whose blocks move on evenly, against the same lists gathered: outputs, sums, gradients."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 41, 8, dtype=torch.float64).to(dtype).requires_grad_() for h in (4, 2, 2))
+    index = torch.arange(11)[:, None] + torch.tensor([-2, -1, 0])
+    index = {
+        "window": index, "every_other": 2 * index, "backwards": index.flip(-1), "downwards": index.flip(0),
+        "of_heads": torch.stack([index - h for h in range(4)]), "blind": index[:, 2:],
+    }[lists]  # fmt: skip
+    index = index.masked_fill((index < 0) | (index > 10), -1)
+    index = index[(None,) * (4 - index.dim())]
+    tiles = torch.ones(1, 4, 4, dtype=torch.bool).index_fill(1, torch.tensor([1]), False)
+    masks = (torch.zeros_like(index), tiles) if lists == "blind" else (None, None)
+    blocks = Blocks(index, 4, 4, *masks)
+
+    causal = lists not in ("every_other", "downwards")
+
+    def answers():
+        out, lse = block_attention(q, k, v, blocks, scale=0.4, causal=causal)
+        total = out.double().square().sum() + lse.double().nan_to_num(neginf=0.0).sum()
+        return out.detach(), lse.detach(), *torch.autograd.grad(total, (q, k, v))
+
+    in_place = answers()
+    if lists == "blind":
+        assert not in_place[0][:, :, 1::4].any() and (in_place[1][:, :, 1::4] == -torch.inf).all()
+    monkeypatch.setattr(schedules, "MOST_RUNS", 0)
+    for one, other in zip(in_place, answers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-2)
+    with monkeypatch.context() as m:
+        m.setattr(schedules, "MOST_RUNS", 256)
+        found = schedules.schedule(blocks, plan_of(q, k, causal))
+    assert lists == "downwards" or any(work.step is not None and len(work.rows) > 1 for work in found)
+
+
+def plan_of(q, k, causal):
+    start, length = torch.zeros(2, dtype=torch.long), torch.full((2,), k.shape[2])
+    return schedules.Plan(2, q.shape[1], k.shape[1], -(-k.shape[2] // 4), start, length, causal)

@@ -8,6 +8,7 @@ length. The sums lse come out too and are differentiable, so that what a list le
 are merged by them.
 """
 
+import itertools
 from functools import lru_cache
 
 import torch
@@ -20,7 +21,8 @@ from regard.ops.precision import as_written
 from regard.ops.softmax import at_least_float32
 from regard.ops.transforms import transformed
 
-GATHERED = 1 << 20  # numbers of keys gathered at a time; changes the speed, never the result
+# numbers of keys gathered at a time, and of scores between two products; change the speed, never the result
+GATHERED, SCORED = 1 << 20, 1 << 20
 
 
 def block_attention(
@@ -58,40 +60,57 @@ class Layout:
 
     def queries(self, x: Tensor) -> Tensor:
         """[B·H·I, block_q, D] of [B, H, N, D]."""
-        room = self.rows * self.blocks.block_q
-        return F.pad(x, (0, 0, 0, room - x.shape[2])).reshape(-1, self.blocks.block_q, x.shape[-1])
+        x = filled_up(x, self.rows * self.blocks.block_q)
+        return x.reshape(-1, self.blocks.block_q, x.shape[-1])
 
     def stored(self, x: Tensor) -> Tensor:
         """[B·G·J, block_k·D] of [B, G, M, D]."""
-        room = self.columns * self.blocks.block_k
-        return F.pad(x, (0, 0, 0, room - x.shape[2])).reshape(-1, self.blocks.block_k * x.shape[-1])
+        x = filled_up(x, self.columns * self.blocks.block_k)
+        return x.reshape(-1, self.blocks.block_k * x.shape[-1])
 
     def text(self, x: Tensor) -> Tensor:
         """[B, H, N, ...] of [B·H·I, block_q, ...]."""
         whole = x.view(*self.shape[:2], -1, *x.shape[2:])
         return whole[:, :, : self.shape[2]]
 
-    def pieces(self, width: int) -> list[tuple[Work, Tensor | None]]:
-        """Pieces of the work, each with the queries [block_q] bool that see nothing; None: there are none."""
-        found = []
-        for work in self.works:
-            numbers = work.blocks.shape[1] * self.blocks.block_k * width
-            blind = None if work.mask is None else ~work.mask.any(-1)
-            found += [(piece, blind) for piece in pieces(work, numbers, GATHERED)]
-        return found
+    def most_rows(self, work: Work, width: int, scored: bool) -> int:
+        """Rows of work at a time; `scored`: their scores are there, and are to stay in cache."""
+        keys = work.blocks.shape[1] * self.blocks.block_k
+        return SCORED // (keys * self.blocks.block_q) if scored else GATHERED // (keys * width)
+
+    def whole(self) -> bool:
+        """Whether every row of work reads something."""
+        return sum(len(work.rows) for work in self.works) == self.shape[0] * self.shape[1] * self.rows
+
+
+def filled_up(x: Tensor, tokens: int) -> Tensor:
+    """x [B, H, N, D] with zeros behind it, up to so many tokens."""
+    return F.pad(x, (0, 0, 0, tokens - x.shape[2])) if x.shape[2] < tokens else x
 
 
 def gather(x: Tensor, work: Work, width: int) -> Tensor:
-    """[1, n, r·block_k, D] of stored x."""
+    """[1, n, r·block_k, D] of stored x: where it lies, or a copy."""
+    if work.step is not None:
+        (n, r), block = work.blocks.shape, x.shape[1]
+        shape, stride = (1, n, r * block // width, width), (0, work.step * block, width, 1)
+        return x.as_strided(shape, stride, x.storage_offset() + int(work.blocks[0, 0]) * block)
     return x.index_select(0, work.blocks.reshape(-1)).view(1, len(work.rows), -1, width)
 
 
-def bias_of(work: Work, like: Tensor) -> Tensor | None:
-    """[1, n, block_q, r·block_k] 0 or -inf, one mask for all rows."""
+def blind_rows(work: Work) -> Tensor | None:
+    """[block_q] bool: the queries that see nothing; None: there are none."""
     if work.mask is None:
         return None
-    zero = torch.zeros(work.mask.shape, dtype=like.dtype, device=like.device)
-    return zero.masked_fill(~work.mask, -torch.inf).expand(1, len(work.rows), -1, -1)
+    sees = work.mask.any(-1)
+    return None if bool(sees.all()) else ~sees
+
+
+def bias_of(work: Work, like: Tensor) -> Tensor | None:
+    """[block_q, r·block_k] 0 or -inf, one mask for all rows; 0 for queries that see nothing."""
+    if work.mask is None:
+        return None
+    hidden = ~work.mask & work.mask.any(-1, keepdim=True)
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
 
 
 @torch.library.custom_op("regard::gathered", mutates_args=())
@@ -103,29 +122,34 @@ def gathered(
     """Block attention of tensors of one width."""
     lay = Layout(q, k, Blocks(index, block_q, block_k, tile, tiles), start, length, causal)
     width, qs, ks, vs = q.shape[-1], lay.queries(q), lay.stored(k), lay.stored(v)
-    out, lse = torch.zeros_like(qs), at_least_float32(qs).new_full(qs.shape[:2], -torch.inf)
-    # scores that are there, as between two products, are to stay in cache
-    for work, blind in lay.pieces(width if fused(q) else 4 * width):
-        mixed, sums = attend(
-            qs[work.rows][None], gather(ks, work, width), gather(vs, work, width), bias_of(work, q), scale
-        )
-        out[work.rows] = mixed[0]
-        lse[work.rows] = sums[0] if blind is None else sums[0].masked_fill(blind, -torch.inf)
+    out, lse = torch.empty_like(qs), at_least_float32(qs[:0]).new_empty(qs.shape[:2])
+    if not lay.whole():
+        out.zero_(), lse.fill_(-torch.inf)
+    for work in lay.works:
+        blind, bias = blind_rows(work), bias_of(work, q)
+        for piece in pieces(work, lay.most_rows(work, width, scored=not fused(q))):
+            at = piece.at
+            mixed, sums = attend(
+                qs[at][None], gather(ks, piece, width), gather(vs, piece, width), bias, scale
+            )
+            if blind is not None:
+                mixed, sums = mixed.masked_fill(blind[:, None], 0), sums.masked_fill(blind, -torch.inf)
+            out[at], lse[at] = mixed[0], sums[0]
     return lay.text(out).contiguous(), lay.text(lse).contiguous()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse) of dense attention [1, n, rows, D], a query that sees nothing giving 0."""
+    """(out, lse) of dense attention [1, n, rows, D] under one bias, in which every query sees something."""
     if fused(q):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return kernel(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+        wide = None if bias is None else bias.expand(1, q.shape[1], -1, -1)
+        return kernel(q, k, v, 0.0, False, attn_mask=wide, scale=scale)
     s = at_least_float32(q[0] @ k[0].mT).mul_(scale)
-    s = s if bias is None else s.add_(bias[0])
-    top = s.amax(-1, keepdim=True).nan_to_num_(neginf=0.0)
-    e = s.sub_(top).exp_()
-    total = e.sum(-1, keepdim=True)
-    out = (e.to(v.dtype) @ v[0]) / total.clamp(min=torch.finfo(total.dtype).tiny).to(v.dtype)
-    return out[None], (total.log() + top)[None, ..., 0]
+    s = s if bias is None else s.add_(bias)
+    p = s.softmax(-1)
+    # of the largest score, whose weight is e^{s - lse}
+    lse = s.amax(-1) - p.amax(-1).log_()
+    return (p.to(v.dtype) @ v[0])[None], lse[None]
 
 
 def fused(q: Tensor) -> bool:
@@ -160,7 +184,8 @@ def gathered_back(
     sums, dsums = (lay.queries(t.unsqueeze(-1)).squeeze(-1) for t in (lse, dlse))
     dq = at_least_float32(torch.zeros_like(qs))
     dk, dv = (at_least_float32(torch.zeros_like(t)) for t in (ks, vs))
-    for work, _ in lay.pieces(width):
+    parts_of = (pieces(work, lay.most_rows(work, width, scored=False)) for work in lay.works)
+    for work in itertools.chain.from_iterable(parts_of):
         rows, at = work.rows, work.blocks.reshape(-1)
         parts = [t[rows][None] for t in (qs, outs, douts, sums, dsums)]
         parts += [gather(ks, work, width), gather(vs, work, width)]

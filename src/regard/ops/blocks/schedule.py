@@ -14,6 +14,7 @@ from torch import Tensor
 from regard.ops.blocks.layout import Blocks
 
 OPEN = 1 << 20  # stands for "no edge in this block"
+MOST_RUNS = 256  # parts of work that are worth calls of their own; changes the speed, never the result
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,23 @@ class Work:
     rows    [n] number of the row, (b·H + h)·I + i
     blocks  [n, r] number of the key block among all, (b·G + g)·J + j
     mask    [block_q, r·block_k] bool, True = attend; None: all is seen
+    step    where each row reads r blocks beside each other, and its first lies so many after the row's before it: then
+            keys are read where they lie, and no copy is made of them. None: they are gathered
     """
 
     rows: Tensor
     blocks: Tensor
     mask: Tensor | None
+    step: int | None = None
+
+    @property
+    def at(self) -> slice | Tensor:
+        """The rows, as a slice where they lie beside each other: then they are not copied."""
+        first, last = int(self.rows[0]), int(self.rows[-1])
+        return slice(first, last + 1) if last - first + 1 == len(self.rows) else self.rows
+
+    def cut(self, start: int, stop: int) -> "Work":
+        return Work(self.rows[start:stop], self.blocks[start:stop], self.mask, self.step)
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,41 @@ def schedule(blocks: Blocks, plan: Plan) -> list[Work]:
         reads = int(code[0]) + sum(kind >= 0 for kind in code[1:])
         if reads:
             mine = rows[start:end]
-            works.append(Work(mine, first[mine, None] + spread[mine, :reads], mask_of(code, blocks)))
+            read, mask = first[mine, None] + spread[mine, :reads], mask_of(code, blocks)
+            works += in_runs(Work(mine, *ascending(read, mask)))
     return works
+
+
+def ascending(read: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Blocks [n, r] and their mask, in the order in which they lie where that is one order for all rows."""
+    apart = read - read[:, :1]
+    if not bool((apart == apart[:1]).all()):
+        return read, mask
+    order = apart[0].argsort()
+    if mask is not None:
+        mask = mask.unflatten(1, (read.shape[1], -1))[:, order].flatten(1)
+    return read[:, order], mask
+
+
+def in_runs(work: Work) -> list[Work]:
+    """The work, or its parts in which the blocks of a row lie beside each other and move on evenly from row to row."""
+    first = work.blocks[:, :1]
+    beside = torch.arange(work.blocks.shape[1], device=first.device)
+    if not bool((work.blocks - first == beside).all()):
+        return [work]
+    steps = first[:, 0].diff()
+    if not len(steps):
+        return [Work(work.rows, work.blocks, work.mask, 0)]
+    step = int(steps.mode().values)
+    if step < 0:
+        return [work]
+    ends = [*((steps != step).nonzero()[:, 0] + 1).tolist(), len(first)]
+    if len(ends) > MOST_RUNS:
+        return [work]
+    starts = [0, *ends[:-1]]
+    return [
+        Work(work.rows[a:b], work.blocks[a:b], work.mask, step) for a, b in zip(starts, ends, strict=True)
+    ]
 
 
 def first_block(plan: Plan, i: int) -> Tensor:
@@ -122,8 +168,7 @@ def mask_of(code: list[int], blocks: Blocks) -> Tensor | None:
     return torch.cat(parts, dim=1)
 
 
-def pieces(work: Work, numbers: int, most: int) -> Iterator[Work]:
-    """The work in pieces of at most `most` numbers, where a row has so many."""
-    step = max(1, most // max(1, numbers))
-    for at in range(0, len(work.rows), step):
-        yield Work(work.rows[at : at + step], work.blocks[at : at + step], work.mask)
+def pieces(work: Work, rows: int) -> Iterator[Work]:
+    """The work in pieces of so many rows, of one at least."""
+    for start in range(0, len(work.rows), max(1, rows)):
+        yield work.cut(start, start + max(1, rows))
