@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from regard import catalog, nn
+from regard import attend, catalog, nn
 from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted, configured, read_converted
 from regard.attaching.function import native
@@ -120,9 +120,27 @@ def test_unrotated_of_another_shape_or_for_a_page_that_reads_none(given):
         if given == "shape"
         else None
     )
-    rule = "unrotated k has the shape of k" if given == "shape" else "for mechanisms that read them"
+    rule = "unrotated k has the shape and dtype of k" if given == "shape" else "for mechanisms that read them"
     with pytest.raises(ValueError, match=rule):
         run(method, q, q, q, params=params, unrotated=(q, q[:, :, :3]))
+
+
+def test_attend_takes_what_is_not_rotated():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 24, 6).unbind()
+    method = catalog.method("seer_attention", **SEER)
+    params = {
+        n: 3 * p
+        for n, p in method.page.init(method.config, dict(heads=2, kv_heads=2, key=6, value=6)).items()
+    }
+    raw = torch.randn(2, 1, 2, 24, 6).unbind()
+    found = attend(q, k, v, method, params=params, unrotated=raw).aux["blocks"]
+    wanted = attend(*raw, v, method, params=params).aux["blocks"]
+    assert found.same(wanted) and not found.same(attend(q, k, v, method, params=params).aux["blocks"])
+    with pytest.raises(ValueError, match="unrotated k holds nan"):
+        attend(q, k, v, method, params=params, unrotated=(q, torch.full_like(k, math.nan)))
+    with pytest.raises(Unsupported, match="unrotated queries and keys beside cu_seqlens"):
+        attend(q, k, v, method, params=params, unrotated=raw, cu_seqlens=torch.tensor([0, 24]))
 
 
 @pytest.mark.parametrize("pads", [0, 3])

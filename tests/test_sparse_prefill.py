@@ -311,7 +311,7 @@ def test_crossings_in_words():
 def test_bench_sparse_rows(monkeypatch):
     from regard.bench import sparse
 
-    monkeypatch.setattr(sparse, "QUICK", sparse.Sizes(128, 64, 256, 64, 16, 0.5, 2, 16, 1))
+    monkeypatch.setattr(sparse, "QUICK", sparse.Sizes(256, 128, 512, 64, 16, 0.5, 2, 16, 1))
     monkeypatch.setattr(sparse, "compiled", lambda sizes: iter(()))
     rows = json.loads(CliRunner().invoke(app, ["bench", "sparse", "--quick", "--json"]).stdout)
     cases = [row["case"] for row in rows]

@@ -55,6 +55,7 @@ def attend(
     roles: Roles | tuple[Roles, Roles] | None = None,
     params: Mapping[str, Tensor] | None = None,
     x: Tensor | tuple[Tensor, Tensor] | None = None,
+    unrotated: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     **config: Any,
@@ -67,7 +68,8 @@ def attend(
     on top of it. `initial_state` is what an earlier call returned, for causal_self. impl "auto" is the fast path if
     there is one; "fast" never falls back, nor do "torch" and "triton", which say what the fast path of the linear
     family runs on. `params`, `x` and `roles` are for the mechanisms that read them; in cross patterns x is a pair, that
-    of the queries and that of the keys.
+    of the queries and that of the keys. `unrotated`, queries and keys before rotary positions turned them, is for those
+    that read these too; without it they take q and k.
 
     `cu_seqlens` [S + 1] says that S texts lie end to end in one row: q [1, H, T, D]; each is attended by itself.
     `cu_seqlens_k` are the borders of the keys in cross patterns. The state then has a batch of S, or is a list of S
@@ -77,7 +79,7 @@ def attend(
     """
     method = configured(mechanism, config)
     options = {"pattern": pattern, "initial_state": initial_state, "params": params, "x": x}
-    options |= {"impl": impl, "finite": True}
+    options |= {"impl": impl, "finite": True, "unrotated": unrotated}
     try:
         masking = {"mask": catalog.as_mask(mask, pattern), "roles": roles}
         if cu_seqlens is None and cu_seqlens_k is None:
@@ -95,6 +97,8 @@ def packed(
     method: Method, q: Q, k: K, v: V, cu_seqlens: Any, cu_seqlens_k: Any, options: dict, masking: dict
 ) -> Attended:
     """Texts that lie end to end in one row."""
+    if options["unrotated"] is not None:
+        raise Unsupported("unrotated queries and keys beside cu_seqlens: ask text by text")
     if any(value is not None for value in masking.values()):
         raise Unsupported("a mask or roles beside cu_seqlens: the borders say which tokens belong together")
     lengths, memories = both_borders(options["pattern"], cu_seqlens, cu_seqlens_k, q.shape[2], k.shape[2])

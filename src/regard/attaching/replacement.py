@@ -7,6 +7,7 @@ can also act on the keys of the ledger, beside a cache policy, masks, edits and 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,6 +93,11 @@ def refuse(what: str, call: AttentionCall) -> None:
     reads_state = call.turn.nth > 0 and isinstance(call.layer, StateLayer)
     if reads_state or (call.layer is None and call.step.caching):
         raise Unsupported(f"{where}: it reads the keys that another layer stored")
+
+
+def without(call: AttentionCall, name: str) -> AttentionCall:
+    """The call as if the model's attention had not this feature."""
+    return replace(call, options={**call.options, name: None})
 
 
 def has_own_mask(call: AttentionCall) -> bool:

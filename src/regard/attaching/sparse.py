@@ -17,7 +17,7 @@ from torch import Tensor
 from regard.attaching import views
 from regard.attaching.actors import AttentionCall
 from regard.attaching.converted import Converted
-from regard.attaching.replacement import MechanismOnKeys, has_own_mask, refuse
+from regard.attaching.replacement import MechanismOnKeys, has_own_mask, refuse, without
 from regard.attaching.selected import Selected
 from regard.attaching.unrotated import unrotated
 from regard.core import Method, NeverFired, Unsupported
@@ -166,10 +166,6 @@ def only(view: View, seen: Tensor) -> View:
 
 def both(mask: Tensor | None, other: Tensor) -> Tensor:
     return other if mask is None else mask & other
-
-
-def without(call: AttentionCall, name: str) -> AttentionCall:
-    return replace(call, options={**call.options, name: None})
 
 
 def token_mask(name: str, call: AttentionCall, view: View) -> Tensor | None:

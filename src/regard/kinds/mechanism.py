@@ -179,7 +179,7 @@ def make_call(
     if pair_mask is not None and not page.pair_masks:
         raise Unsupported(PAIRS)
     check_x(page, cfg, x, q, k, pattern)
-    unrotated = both_unrotated(page, unrotated, q, k)
+    unrotated = both_unrotated(page, unrotated, q, k, finite)
     for letter, t in (("q", q), ("k", k), ("v", v)) if finite else ():
         check_finite(letter, t)
     params = dict(params or {})
@@ -188,18 +188,21 @@ def make_call(
     return Call(pattern, key_mask, pair_mask, blocks, initial_state, params, x, roles, unrotated, backend)
 
 
-def both_unrotated(page: Mechanism, given: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+def both_unrotated(
+    page: Mechanism, given: Any, q: Tensor, k: Tensor, finite: bool
+) -> tuple[Tensor, Tensor] | None:
     """Queries and keys before rotary positions, for a page that reads them: q and k where none are given."""
     rule = "unrotated queries and keys are for mechanisms that read them"
     require(given is None or page.needs_unrotated, rule, unrotated=given)
-    if not page.needs_unrotated:
-        return None
-    pair = (q, k) if given is None else given
-    for letter, like, x in zip("qk", (q, k), pair, strict=True):
-        require(
-            x.shape == like.shape, f"unrotated {letter} has the shape of {letter}", unrotated=x, given=like
-        )
-    return pair
+    if given is None:
+        return (q, k) if page.needs_unrotated else None
+    require(isinstance(given, tuple) and len(given) == 2, "unrotated is (queries, keys)", unrotated=given)
+    for letter, like, x in zip("qk", (q, k), given, strict=True):
+        alike = isinstance(x, Tensor) and x.shape == like.shape and x.dtype == like.dtype
+        require(alike, f"unrotated {letter} has the shape and dtype of {letter}", unrotated=x, given=like)
+        if finite:
+            check_finite(f"unrotated {letter}", x)
+    return given
 
 
 def blocks_for(mask: Mask, pattern: str, q: Tensor, keys: int, roles: Any) -> Blocks | None:

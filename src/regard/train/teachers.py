@@ -9,7 +9,7 @@ from torch import Tensor
 from regard.attaching.actors import AttentionCall
 from regard.attaching.function import native
 from regard.attaching.ledger import LedgerLayer
-from regard.attaching.replacement import Replacement, has_own_mask
+from regard.attaching.replacement import Replacement, has_own_mask, without
 from regard.attaching.unrotated import unrotated
 from regard.core import Method, Unsupported
 from regard.core.call import Call
@@ -94,7 +94,8 @@ class GateTeacher(Teacher):
 
     def check_call(self, call: AttentionCall) -> None:
         if not has_own_mask(call):
-            super().check_call(call)
+            # a learned sink takes the same share of every block's weights
+            super().check_call(without(call, "s_aux"))
 
     def compute(self, call: AttentionCall) -> Tensor:
         return native(call)[0].transpose(1, 2) if has_own_mask(call) else super().compute(call)
