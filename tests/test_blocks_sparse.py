@@ -227,6 +227,18 @@ def test_keys_that_lie_beside_each_other_are_read_where_they_lie(lists, dtype, m
     assert lists == "downwards" or any(work.step is not None and len(work.rows) > 1 for work in found)
 
 
+@pytest.mark.parametrize("n", [8, 16])
+def test_slices_of_longer_texts(n):
+    """Keys of two heads that do not lie behind each other in memory."""
+    q, k, v = (torch.randn(2, 2, n + 3, 8, dtype=torch.float64)[:, :, :n] for _ in range(3))
+    blocks = Blocks.of_map(torch.ones(1, 1, n // 8, n // 8, dtype=torch.bool).tril(), 8, 8)
+    found = block_attention(q, k, v, blocks, scale=0.4, causal=True)
+    whole = block_attention(*(x.contiguous() for x in (q, k, v)), blocks, scale=0.4, causal=True)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4)
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(found[0], wanted)
+
+
 def plan_of(q, k, causal):
     start, length = torch.zeros(2, dtype=torch.long), torch.full((2,), k.shape[2])
     return schedules.Plan(2, q.shape[1], k.shape[1], -(-k.shape[2] // 4), start, length, causal)

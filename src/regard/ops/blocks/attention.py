@@ -90,7 +90,7 @@ def filled_up(x: Tensor, tokens: int) -> Tensor:
 
 def gather(x: Tensor, work: Work, width: int) -> Tensor:
     """[1, n, r·block_k, D] of stored x: where it lies, or a copy."""
-    if work.step is not None:
+    if work.step is not None and x.is_contiguous():
         (n, r), block = work.blocks.shape, x.shape[1]
         shape, stride = (1, n, r * block // width, width), (0, work.step * block, width, 1)
         return x.as_strided(shape, stride, x.storage_offset() + int(work.blocks[0, 0]) * block)
