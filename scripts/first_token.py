@@ -1,8 +1,8 @@
 """What sparse prefill gives a pretrained model: time to the first token over its own, nll, keys read.
 
-    python scripts/first_token.py MODEL [--gguf FILE] [--length 4096] [--methods block_topk:top_k=12,quest]
+    python scripts/first_token.py MODEL [--length 4096] [--methods block_topk:top_k=12,quest]
 
-MODEL is a folder or a name; --gguf a file in it (needs gguf and accelerate). One line a method, then a row of JSON.
+MODEL is smollm2, a folder, a name or a GGUF file. One line a method, then a row of JSON.
 """
 
 import argparse
@@ -10,12 +10,12 @@ import json
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import regard
-from regard import catalog
+from regard.attaching.converted import configured
 from regard.bench.prefill import point
-from regard.core.spec import split_specs
+from regard.core.spec import parse_spec, split_specs
+from regard.models.shipped import load_any
 from regard.tasks.corpus import held_out
 
 SCORED = 256  # tokens of the prompt's end whose likelihood is compared
@@ -36,18 +36,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model")
-    parser.add_argument("--gguf")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--methods", default="block_topk:top_k=12,quest,xattention:threshold=0.8")
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf)
-    model = AutoModelForCausalLM.from_pretrained(args.model, gguf_file=args.gguf).eval()
+    model, tokenizer = load_any(args.model)
     ids = held_out().ids(tokenizer)[: args.length]
     text = torch.tensor([ids])
     result = {"full": {"nll": nll_and_kept(model, text, None)[0]}}
     print(f"{'full':<32} nll {result['full']['nll']:.3f}", flush=True)
     for spec in split_specs(args.methods) or []:
-        method = catalog.from_spec(spec)
+        method = configured(*parse_spec(spec))
         nll, kept = nll_and_kept(model, text, method)
         result[spec] = {"nll": nll, "kept": kept, **point(model, method, ids)}
         print(

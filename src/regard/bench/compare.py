@@ -25,7 +25,7 @@ from regard.core import Method, Unsupported, require
 from regard.core.spec import parse_spec
 from regard.kinds.mask import build_mask, refuse_ahead
 from regard.models.revision import revision
-from regard.models.shipped import SHIPPED, load, load_shipped
+from regard.models.shipped import load, load_shipped, shipped_name, source_of
 from regard.ops import parse_budget
 from regard.report.folder import Folder, keys_of
 from regard.report.html import to_html
@@ -137,7 +137,7 @@ def with_revisions(cells: Sequence[Cell], model: Any) -> list[Cell]:
     text = cells[0].text
     common = {
         "text": None if text is None else Source.from_path(text).revision,
-        "model": None if model is None or model in SHIPPED else revision(model),
+        "model": content_of(model),
     }
     names = {name for c in cells for name in (c.method, c.task)} - {FULL}
     pages = {name: catalog.revision_of(name) for name in names}
@@ -150,6 +150,12 @@ def with_revisions(cells: Sequence[Cell], model: Any) -> list[Cell]:
         }  # fmt: skip
         made.append(replace(cell, revisions={k: v for k, v in facts.items() if v is not None}))
     return made
+
+
+def content_of(model: Any) -> str | None:
+    """The content of a model that does not come with this package."""
+    held = model if isinstance(model, tuple) else source_of(model)
+    return None if held is None else revision(held)
 
 
 def content(cells: Sequence[Cell]) -> dict[str, str]:
@@ -222,15 +228,18 @@ def loader(
     model: Any, trust_remote_code: bool, device: str | None = None
 ) -> tuple[str, Callable[[], tuple[Any, Any]]]:
     """A name for the run's header, and a function that gives (model, tokenizer) in any process."""
-    if model is None or model in SHIPPED:
-        return f"the shipped model {model or 'lm'!r}", partial(load_shipped, model or "lm")
     if isinstance(model, tuple):
         return type(model[0]).__name__, lambda: model
+    name = shipped_name(model)
+    if name is not None:
+        return f"the shipped model {name!r}", partial(load_shipped, name, device or "cpu")
     require(isinstance(model, str | Path), "model is a path, a name or (model, tokenizer)", model=model)
     path = Path(model)
     local = path.exists() or path.is_absolute() or str(model).startswith(".")
     require(
-        not local or (path / "config.json").exists(), "the model path holds a config.json", path=str(model)
+        not local or path.suffix == ".gguf" or (path / "config.json").exists(),
+        "the model path holds a config.json, or is a GGUF file",
+        path=str(model),
     )
     return str(model), partial(load, str(model), trust_remote_code=trust_remote_code, device=device)
 

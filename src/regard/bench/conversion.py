@@ -23,7 +23,7 @@ from regard.bench.cell import Bench, Cell, batches
 from regard.bench.prefill import leaves_unread, unread
 from regard.core import Method, require
 from regard.models.revision import revision
-from regard.models.shipped import SHIPPED, load, load_shipped
+from regard.models.shipped import load_any, source_of
 from regard.report.folder import differences, vacant
 from regard.tasks import Source
 from regard.tasks.base import first_token
@@ -87,7 +87,7 @@ def convert_folder(
         show(f"made before, in {out}")
         return made
     length += CONTINUATION
-    loaded, tokenizer = load_shipped(model) if model in SHIPPED else load(model)
+    loaded, tokenizer = load_any(model)
     ids, weights, routes = sequences(tokenizer, length, SEQUENCES, seed, source)
     bench = Bench(loaded, tokenizer)
     rows: dict[str, dict[str, float]] = {}
@@ -129,8 +129,9 @@ def convert_folder(
 
 def learned_from(model: str, method: Method, source: Source) -> dict[str, str | None]:
     """Model, mechanism and text of a conversion, by name and by content."""
+    held = source_of(model)
     return {
-        "model": str(model), "content": None if model in SHIPPED else revision(model), "mechanism": method.label,
+        "model": str(model), "content": None if held is None else revision(held), "mechanism": method.label,
         "page": catalog.revision_of(method.name), "text": source.revision,
     }  # fmt: skip
 

@@ -13,7 +13,8 @@ from regard.core.spec import split_list, split_specs
 @app.command()
 def compare(
     model: Annotated[
-        str | None, typer.Option(help="A Hugging Face folder or name; none: the shipped model.")
+        str | None,
+        typer.Option(help="A Hugging Face folder or name, a GGUF file, smollm2; none: the shipped lm."),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Names, with settings as NAME:key=value.")] = None,
     tasks: Annotated[str | None, typer.Option(help="needle, recall, perplexity")] = None,

@@ -12,23 +12,24 @@ from regard.core.spec import parse_spec, split_list, split_specs
 @app.command()
 def doctor(
     model: Annotated[
-        str, typer.Argument(help="A Hugging Face folder, a family of tiny models, or shipped:lm.")
+        str,
+        typer.Argument(
+            help="A Hugging Face folder or name, a GGUF file, lm, smollm2, or a family of tiny models."
+        ),
     ],
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
     as_json: Json = False,
 ) -> None:
     """Which attention sites of a model are reached, which are missed, and whether attaching changes anything."""
     from regard.models.doctor import doctor as examine
-    from regard.models.shipped import load, load_shipped
+    from regard.models.shipped import load_any
     from regard.testing.zoo import ZOO, build
 
     inputs: dict = {}
     if model in ZOO:
         loaded, inputs = build(model)
-    elif model.startswith("shipped:"):
-        loaded = load_shipped(model.removeprefix("shipped:"))[0]
     else:
-        loaded = load(model, trust_remote_code=trust_remote_code)[0]
+        loaded = load_any(model, trust_remote_code=trust_remote_code)[0]
     report = examine(loaded, **inputs)
     say_json(report.to_dict()) if as_json else out.print(str(report), highlight=False, soft_wrap=True)
     if not report.healthy:
@@ -37,7 +38,7 @@ def doctor(
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or name, or shipped:lm.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or name, a GGUF file, lm or smollm2.")],
     method: Annotated[
         str, typer.Argument(help="A page that chooses blocks; settings as NAME:key=value, learned=FOLDER.")
     ],
@@ -55,7 +56,7 @@ def calibrate(
     from regard.attaching.converted import configured, earlier
     from regard.attaching.knob import Target
     from regard.attaching.knob import calibrate as run
-    from regard.models.shipped import load, load_shipped
+    from regard.models.shipped import load_any
     from regard.report import table
     from regard.report.folder import vacant
     from regard.tasks import Source
@@ -63,8 +64,7 @@ def calibrate(
     chosen, wanted = configured(*parse_spec(method)), Target.parse(target)
     vacant(folder, **earlier(folder))
     source = None if text is None else Source.from_path(text)
-    loaded = load_shipped(model.removeprefix("shipped:")) if model.startswith("shipped:") else load(model)
-    found = run(*loaded, chosen, wanted, length=length, samples=samples, seed=seed, source=source)
+    found = run(*load_any(model), chosen, wanted, length=length, samples=samples, seed=seed, source=source)
     found.save(folder)
     if as_json:
         say_json(dict(found.report))
@@ -140,7 +140,7 @@ def train(
 
 @app.command()
 def convert(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or name, or shipped:lm.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or name, a GGUF file, lm or smollm2.")],
     mechanism: Annotated[
         str,
         typer.Option(

