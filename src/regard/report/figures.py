@@ -143,11 +143,10 @@ def quality_cost(result: Result, xkey: str, marked: Marks) -> Figure | None:
     for at, label in enumerate(marked):
         traces.append(method_trace(at, label, [r for r in rows if r["label"] == label], xkey, marked))
     notes = [annotation(0.995, 100 * KEEPS, "95 % of full", xref="paper", xanchor="right", yanchor="top")]
-    best = result.winner()
+    best, yrange = result.winner(), spread([100 * r["quality"] for r in rows], 3, 85, 100)
     if best is not None and number(best[xkey]) is not None:
         traces.append(ring(best, xkey))
-        notes.append(arrow(best, xkey, xaxis))
-    yrange = spread([100 * r["quality"] for r in rows], 3, 85, 100)
+        notes.append(arrow(best, xkey, xaxis, yrange))
     yaxis = axis("Quality, share of full attention", range=yrange, ticksuffix=" %")
     return {"data": traces, "layout": layout(COSTS[xkey][0], xaxis, yaxis, annotations=notes)}
 
@@ -210,13 +209,14 @@ def annotation(x: float, y: float, text: str, **settings: Any) -> Figure:
     }
 
 
-def arrow(best: dict[str, Any], xkey: str, xaxis: Figure) -> Figure:
-    """The winner by name, written below its mark and towards the middle of the plot."""
+def arrow(best: dict[str, Any], xkey: str, xaxis: Figure, yrange: list[float]) -> Figure:
+    """The winner by name, written towards the middle of the plot: below its mark, above one that lies low."""
     x = math.log10(best[xkey]) if xaxis.get("type") == "log" else best[xkey]
     left = (x - xaxis["range"][0]) / (xaxis["range"][1] - xaxis["range"][0]) < 0.5
     text = clean(name(best))
     shown = text if len(text) <= 34 else text[:33] + "…"
-    offset = {"ax": 28 if left else -28, "ay": 64, "xanchor": "left" if left else "right"}
+    low = (100 * best["quality"] - yrange[0]) / (yrange[1] - yrange[0]) < 0.5
+    offset = {"ax": 28 if left else -28, "ay": -64 if low else 64, "xanchor": "left" if left else "right"}
     style = {"showarrow": True, "arrowhead": 0, "arrowwidth": 1, "arrowcolor": SOFT, "standoff": 10}
     return annotation(
         x,

@@ -83,7 +83,8 @@ def embedded(data: Any) -> str:
 def head(result: Result, title: str) -> list[str]:
     rows = [r for r in result.summary() if r["method"] != "full"]
     budgets = {budget_text(r["budget"]) for r in rows} - {""}
-    counted = [plural(len({r["label"] for r in rows}), "method"), plural(len(budgets), "budget")]
+    counted = [plural(len({r["label"] for r in rows}), "method")]
+    counted += [plural(len(budgets), "budget")] if budgets else []
     counted += [plural(len(result.tasks()), "task"), plural(len(result.lengths()), "length")]
     cells = plural(len(result.rows), "cell") + (f", {len(result.failed())} failed" if result.failed() else "")
     text = (
