@@ -19,6 +19,7 @@ from regard.bench.compare import compare
 from regard.core import Unsupported
 from regard.core.call import Call
 from regard.kinds.mechanism import run
+from regard.methods.mechanisms.sparse import flux_attention as page
 from regard.models.shipped import load_shipped
 from regard.ops.blocks import largest_weights, placed
 from regard.ops.rotary import rotate
@@ -222,6 +223,26 @@ def test_compare_asks_for_what_was_learned(tmp_path):
 
 
 # decided once
+
+
+@pytest.mark.parametrize("pool", [2, 5, 40])
+def test_a_router_is_its_equation(pool):
+    """Of both ends of the real queries, as the page's reference writes it out; it decides by the threshold."""
+    torch.manual_seed(0)
+    q, cfg = torch.randn(3, 2, 13, 6), page.Config(pool=pool)
+    params = {n: 0.7 * torch.randn_like(p) for n, p in page.init(cfg, {"key": 6}).items()}
+    real = torch.ones(3, 13, dtype=torch.bool)
+    real[0, [0, 1, 5, 12]] = False
+    found = page.router(q, real, cfg, params).softmax(-1)[:, 1]
+    wanted = [
+        page.probability(q[b].double(), real[b].nonzero()[:, 0].tolist(), cfg, params) for b in range(3)
+    ]
+    torch.testing.assert_close(found.double(), torch.tensor(wanted, dtype=torch.float64), atol=1e-5, rtol=0)
+    middle = page.Config(pool=pool, threshold=sorted(wanted)[1] + 1e-4)
+    decided = page.decide(q, real, middle, params).tolist()
+    assert decided == [p >= middle.threshold for p in wanted] and sum(decided) == 1
+    many = torch.randn(1, 2, 13, 6)
+    assert torch.equal(page.router(many, None, cfg, params), page.router(many, real[1:2], cfg, params))
 
 
 def test_all_full_is_the_model_and_sparse_is_not():
