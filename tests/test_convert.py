@@ -328,7 +328,7 @@ def test_the_folder_of_a_conversion_is_judged_before_any_work(tmp_path, monkeypa
     def work(*_, **__):
         raise AssertionError("work before the folder was judged")
 
-    monkeypatch.setattr(conversion, "load_shipped", work)
+    monkeypatch.setattr(conversion, "load_any", work)
     assert convert_folder("lm", "hedgehog", tmp_path / "made", **options) == report
     with pytest.raises(
         ValueError, match=r"holds='a conversion to hedgehog of lm', mechanism=\('hedgehog', 'lawcat'\)"
