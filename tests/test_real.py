@@ -68,6 +68,32 @@ def test_what_a_gguf_file_needs(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.parametrize("other", ["was sooner", "is not there"])
+def test_a_model_is_made_whole_or_not_at_all(tmp_path, monkeypatch, other):
+    monkeypatch.setenv("REGARD_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "one.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(gguf, "read", lambda _: ("model", "tokenizer"))
+
+    def save(model, tokenizer, part):
+        (part / "config.json").write_text("mine")
+        if other == "was sooner":
+            folder = part.parent / part.name.rpartition(".")[0]
+            folder.mkdir()
+            (folder / "config.json").write_text("theirs")
+        else:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(gguf, "save", save)
+    if other == "was sooner":
+        assert (gguf.dequantised(file) / "config.json").read_text() == "theirs"
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+    else:
+        with pytest.raises(OSError, match="the disk is full"):
+            gguf.dequantised(file)
+        assert not list((tmp_path / "cache").iterdir())
+
+
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     kept = os.environ.get("REGARD_CACHE")

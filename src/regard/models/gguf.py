@@ -7,6 +7,8 @@ quantised though its weights are plain numbers, and cannot be saved; here the qu
 import hashlib
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from regard.core import require
-from regard.report.folder import fill
 
 NEEDS = ("gguf", "accelerate")
-LAST = "config.json"  # without it a folder is no model
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -42,9 +42,19 @@ def dequantised(file: str | Path) -> Path:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
     folder = cache_folder() / f"{file.stem}-{digest}"
-    if not (folder / LAST).exists():
+    if not folder.exists():
         model, tokenizer = read(file)
-        fill(folder, lambda part: save(model, tokenizer, part), last=LAST, replace=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # whole or not at all, whoever else makes it at the same time
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            save(model, tokenizer, part)
+            part.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
