@@ -9,8 +9,9 @@ that read all. On prompts of a text every layer tries them on its own queries an
 and keeps the first that meets the target.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from regard.attaching.unrotated import unrotated
 from regard.core import Method, Unsupported, require
 from regard.kinds.mechanism import run
 from regard.ops import View
-from regard.ops.blocks import Blocks, captured_mass, kept_share
+from regard.ops.blocks import Blocks, captured_mass, read_by_head
 from regard.tasks import Source
 
 KINDS = ("mass", "sparsity")
@@ -94,10 +95,7 @@ class Turning(SparsePrefill):
             method = self.method.with_settings(**{name: value})
             _, _, aux = run(method, q, view.k, view.v, mask=mask, params=self.params_of(call), unrotated=raw)
             lists = (aux["blocks"],) if isinstance(aux["blocks"], Blocks) else aux["blocks"]
-            shares = [kept_share(blocks, q.shape[2], view.k.shape[2], mask) for blocks in lists]
-            trial.kept.append(
-                torch.stack([share.expand(len(q), q.shape[1]) for share in shares]).sum(0).mean(0)
-            )
+            trial.kept.append(read_by_head(lists, len(q), q.shape[1], q.shape[2], view.k.shape[2], mask))
             trial.mass.append(captured_mass(q, view.k, aux["lse"], mask).mean(0))
         return native(call)[0].transpose(1, 2)
 
@@ -140,13 +138,9 @@ def calibrate(
 def chosen(layer: int, trials: Mapping[Any, Trial], target: Target, method: Method) -> dict[str, Any]:
     """The value that meets the target: of a share of mass the sparsest one, of a sparsity the densest."""
     rows = [trial.row(layer, value) for value, trial in trials.items()]
-    met = [row for row in rows if target.met(mean(row["kept"]), mean(row["mass"]))]
-    best = max(rows, key=lambda row: mean(row["mass"]) if target.kind == "mass" else 1 - mean(row["kept"]))
-    nearest = mean(best["mass"]) if target.kind == "mass" else 1 - mean(best["kept"])
+    met = [row for row in rows if target.met(fmean(row["kept"]), fmean(row["mass"]))]
+    best = max(rows, key=lambda row: fmean(row["mass"]) if target.kind == "mass" else 1 - fmean(row["kept"]))
+    nearest = fmean(best["mass"]) if target.kind == "mass" else 1 - fmean(best["kept"])
     rule = f"a value of {method.name}'s {method.page.knob[0]} meets the target at every layer"
     require(met, rule, target=f"{target.kind}:{target.value:g}", layer=layer, nearest=round(nearest, 4))
     return met[0] if target.kind == "mass" else met[-1]
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

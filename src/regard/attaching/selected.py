@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regard.attaching.actors import Actor, AttentionCall
 from regard.core import Unsupported
-from regard.ops.blocks import Blocks, captured_mass, kept_share
+from regard.ops.blocks import Blocks, captured_mass, read_by_head
 
 
 class Selected:
@@ -29,10 +28,7 @@ class Selected:
         """What these queries read: lists of blocks that share no key, and the logarithm of the sum of e^score."""
         row: dict[str, Any] = {"layer": call.site.layer, "site": call.name}
         if lists:
-            shares = [kept_share(blocks, q.shape[2], k.shape[2], mask) for blocks in lists]
-            row["kept"] = (
-                torch.stack([share.expand(len(q), q.shape[1]) for share in shares]).sum(0).mean(0).tolist()
-            )
+            row["kept"] = read_by_head(lists, len(q), q.shape[1], q.shape[2], k.shape[2], mask).tolist()
         if self.weighs and lse is not None:
             row["mass"] = captured_mass(q, k, lse, mask).mean(0).tolist()
         self.rows[call.site.layer] = row

@@ -13,8 +13,9 @@ class MaskPage(Page):
     """Who may attend to whom.
 
     build(cfg) -> Mask
-    looks_ahead   whether it is its point that tokens see later ones: a bool, or a function of cfg. Causal attention
-                  would hide that, so it is refused there: what is causal is said by the mask itself
+    looks_ahead   whether it is its point that tokens see later ones: a bool, or a function of cfg. Under
+                  causal_self that would be hidden, so it is refused there: what is causal is said by the mask itself.
+                  Attached to a causal model it takes causality's place
     """
 
     build: Callable = None  # type: ignore[assignment]

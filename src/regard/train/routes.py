@@ -14,6 +14,7 @@ tau falls from 1.5 to 1 over the first 60 % of the steps. A router reads the pro
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -146,10 +147,10 @@ def learn_routes(
         after_step=lambda step, loss: progress("transfer", step + 1, steps, loss),
     )  # fmt: skip
     late = shares[-max(1, len(shares) // 5) :]
-    reached = {f"{kind:g}": mean([s for k, s in late if round(k, 6) == kind]) for kind in kinds}
+    reached = {f"{kind:g}": [s for k, s in late if round(k, 6) == kind] for kind in kinds}
     params = {name: {n: p.detach() for n, p in parts.items()} for name, parts in mixing.params.items()}
-    return params, curve, {"sparse_layers": reached}
-
-
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return (
+        params,
+        curve,
+        {"sparse_layers": {kind: fmean(found) if found else None for kind, found in reached.items()}},
+    )

@@ -18,9 +18,8 @@ from regard.ops import lower_right, masked_softmax, scores
 from regard.ops.blocks import largest_weights, placed
 
 TINY = 1e-9  # a weight counts as at least this in the cross-entropy
-SKIPPED = (
-    0.25  # the share of a text whose blocks of queries teach no gate: they have few blocks to tell apart
-)
+# the share of a text whose blocks of queries teach no gate: they have few blocks to tell apart
+SKIPPED = 0.25
 
 
 class Teacher(Replacement):

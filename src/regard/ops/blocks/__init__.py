@@ -6,7 +6,7 @@ from regard.ops.blocks.latest import latest_keys
 from regard.ops.blocks.layout import Blocks
 from regard.ops.blocks.lines import last_mean, last_weights, root_divergence, slashes, verticals
 from regard.ops.blocks.masks import SHORT, blocks_of
-from regard.ops.blocks.measure import captured_mass, full_lse, kept_share
+from regard.ops.blocks.measure import captured_mass, full_lse, kept_share, read_by_head
 from regard.ops.blocks.placed import Placed, placed
 from regard.ops.blocks.pool import block_max, block_mean, block_min, block_sizes, block_sum, hidden, in_blocks
 from regard.ops.blocks.pooled import largest_weights
@@ -43,6 +43,7 @@ __all__ = [
     "latest_keys",
     "part",
     "placed",
+    "read_by_head",
     "root_divergence",
     "run_blocks",
     "slashes",

@@ -1,5 +1,7 @@
 """What a choice of blocks comes to: the share of the keys that is read, and of the attention that lies on them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,14 @@ def kept_share(
     read = torch.minimum((blocks.index + 1) * bk, seen[..., None]) - blocks.index * bk
     read = read.clamp(min=0).masked_fill(blocks.index < 0, 0).sum(-1)
     return (read * counted).sum(-1) / (seen * counted).sum(-1).clamp(min=1)
+
+
+def read_by_head(
+    lists: Sequence[Blocks], batch: int, heads: int, queries: int, keys: int, mask: Tensor | None = None
+) -> Tensor:
+    """[H] the share of keys read from lists that share no key, the mean over the rows of the batch."""
+    shares = [kept_share(blocks, queries, keys, mask).expand(batch, heads) for blocks in lists]
+    return torch.stack(shares).sum(0).mean(0)
 
 
 def captured_mass(
