@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -18,13 +19,15 @@ import regard
 from regard import catalog
 from regard.bench import cell as cells
 from regard.bench import executor
-from regard.bench.cell import FULL, Bench, Cell, Pass, measure
+from regard.bench.cell import FULL, Bench, Cell, measure
 from regard.bench.compare import compare, grid, parsed
 from regard.bench.executor import InProcess, LocalProcesses, WorkerBroken, safely
+from regard.bench.passes import Pass, run
+from regard.bench.quality import fidelity, quality
 from regard.core import Unsupported
 from regard.models.shipped import load, load_shipped
 from regard.report.folder import Folder
-from regard.tasks import Sample
+from regard.tasks import Sample, Turn
 from regard.testing.zoo import build, ids
 
 SMALL = ["--tasks", "needle", "--lengths", "96", "--budgets", "0.25", "--samples", "2", "--workers", "1"]
@@ -75,6 +78,58 @@ def test_the_baseline_of_a_sliding_model_is_its_windows():
     assert ours.kept == (21 + 5 + 5) * one_token
 
 
+def split(prompt, answer, turns=(), **rest):
+    return Sample(prompt, answer, (0, 0), turns=tuple(Turn(q, a) for q, a in turns), **rest)
+
+
+@pytest.mark.parametrize("parts", [{}, {"context": 5}, {"context": 5, "written": 4}, {"written": 3}])
+@pytest.mark.parametrize("method", [None, catalog.method("streaming_llm", budget=1.0)])
+def test_a_pass_gives_the_logits_of_one_forward_however_it_is_split(parts, method):
+    model = build("llama")[0]
+    texts = ids(2, 40).tolist()
+    batch = [split(t[:16], t[16:19], [(t[19:26], t[26:28]), (t[28:29], t[29:33])], **parts) for t in texts]
+    with torch.no_grad():
+        whole = model(torch.tensor(texts)).logits
+    places = [15, 16, 17, 25, 26, 28, 29, 30, 31]
+    found = run(model, batch, method)
+    assert torch.allclose(found.logits, whole[:, places], atol=1e-5)
+    assert len(found.steps) == 9 + parts.get("written", 0)
+
+
+def test_what_a_method_evicts_before_the_question_is_gone_in_every_turn():
+    model = build("llama")[0]
+    text = ids(1, 40)[0].tolist()
+    method = catalog.method("streaming_llm", budget=8)
+    known = run(model, [split(text[:24], text[24:26], [(text[26:30], text[30:32])])], method)
+    unknown = run(model, [split(text[:24], text[24:26], [(text[26:30], text[30:32])], context=12)], method)
+    assert not torch.allclose(known.logits[:, 0], unknown.logits[:, 0], atol=1e-3)
+    assert known.held == unknown.held
+
+
+def test_what_is_wanted_is_generated_freely():
+    model = build("llama")[0]
+    prompt = ids(1, 20)
+    made = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 20:].tolist()
+    sample = Sample(prompt[0].tolist(), [0] * 6, (0, 0), wanted=("x",))
+    assert run(model, [sample], None).logits.argmax(-1)[0].tolist() == made
+
+
+def test_a_sample_whose_parts_are_longer_than_its_prompt_is_refused():
+    with pytest.raises(ValueError, match="context \\+ written <= tokens of the prompt - 1"):
+        Sample([1, 2, 3], [4], (0, 0), context=2, written=1)
+    with pytest.raises(ValueError, match="has no turns"):
+        Sample([1, 2, 3], [4], (0, 0), wanted=("x",), turns=(Turn([1], [2]),))
+
+
+def test_tasks_take_settings_and_groups_stand_for_their_pages():
+    cells = grid(["h2o"], ["needle:digits=2", "needle"], [96], [0.5], 2, 0, None, None)
+    assert {c.task for c in cells} == {"needle:digits=2", "needle"}
+    with pytest.raises(KeyError, match="near names: needle"):
+        grid(["h2o"], ["needel:digits=2"], [96], [0.5], 2, 0, None, None)
+    with pytest.raises(ValueError, match="1 <= digits <= 20"):
+        grid(["h2o"], ["needle:digits=0"], [96], [0.5], 2, 0, None, None)
+
+
 def test_full_is_its_own_baseline(bench):
     row = measure(Cell(FULL, "needle", 128, samples=2), bench)
     assert (row["kl"], row["agreement"], row["decode_ratio"]) == (0, 1, 1)
@@ -93,18 +148,48 @@ def made_pass(best: list[list[int]], sure: float = 5.0) -> Pass:
 
 def test_quality_by_hand():
     samples = [Sample([0], [1, 2], (0, 0), 0.0), Sample([0], [3, 3], (0, 0), 1.0)]
-    cell = Cell("h2o", "needle", 8)
     full, ours = [made_pass([[1, 2], [3, 3]])], [made_pass([[1, 2], [3, 1]])]
-    row = cells.quality(cell, samples, ours, full, Words())
+    row = quality("exact", samples, ours, full, Words())
     assert row["quality"] == 0.5
     assert [s["score"] for s in row["samples"]] == [1.0, 0.0]
     assert [s["generated"] for s in row["samples"]] == ["bc", "db"]
     right = float(torch.tensor([5.0, 0, 0, 0]).log_softmax(0)[0])
     assert row["nll"] == pytest.approx(-(3 * right + (right - 5)) / 4, rel=1e-5)
     assert 0 <= row["quality_low"] <= 0.5 <= row["quality_high"] <= 1
-    score = cells.fidelity(ours, full)
+    score = fidelity("exact", ours, full)
     assert score["agreement"] == 0.75
     assert score["kl"] > 0
+
+
+def test_quality_of_turns_is_the_share_of_answers():
+    samples = [Sample([0], [1, 2], (0, 0), turns=(Turn([0], [3]), Turn([0], [1])))] * 2
+    full = [made_pass([[1, 2, 3, 1], [1, 2, 3, 1]])]
+    ours = [made_pass([[1, 2, 3, 2], [1, 1, 2, 1]])]
+    row = quality("exact", samples, ours, full, Words())
+    assert [s["score"] for s in row["samples"]] == pytest.approx([2 / 3, 1 / 3])
+    assert row["quality"] == 0.5
+    assert row["by_turn"] == [0.5, 0.5, 0.5]
+    assert row["samples"][0]["answer"] == "bc | d | b"
+
+
+def test_recall_counts_what_was_wanted_and_fidelity_until_they_part():
+    sample = Sample([0], [0] * 3, (0, 0), wanted=("bc", "DD"))
+    full, ours = [made_pass([[1, 2, 3]])], [made_pass([[1, 1, 3]])]
+    row = quality("recall", [sample], full, full, Words())
+    assert (row["quality"], row["nll"]) == (0.5, None)
+    assert quality("recall", [sample], ours, full, Words())["quality"] == 0.0
+    # the third step follows another text and says nothing of fidelity
+    assert fidelity("recall", ours, full)["agreement"] == 0.5
+
+
+def test_likelihood_is_told_by_place():
+    sample = Sample([0], [1, 2, 3, 0], (0, 0))
+    full, ours = [made_pass([[1, 2, 3, 0]])], [made_pass([[1, 2, 0, 0]])]
+    row = quality("nll", [sample], ours, full, Words())
+    places, values = zip(*row["nll_by_place"], strict=True)
+    assert places == (0, 1, 2, 3)
+    assert values[2] == pytest.approx(values[1] + 5, abs=1e-3)
+    assert row["quality"] == pytest.approx(math.exp(-5 / 4), rel=1e-5)
 
 
 def test_old_names_work_for_one_release():

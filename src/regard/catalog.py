@@ -7,12 +7,13 @@ REGARD_PAGES names (separated as in PATH), and from installed packages with an e
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import entry_points
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -181,17 +182,34 @@ def from_spec(spec: str | Method, kind: str | None = None) -> Method:
 
 
 def task(name: str | Method, **config: Any) -> Task:
-    """A task with its settings, as questions for a language model.
+    """A task with its settings, as questions for a language model; a name may bring them: "needle:digits=3".
 
     >>> task("needel")
     Traceback (most recent call last):
     ...
     KeyError: "no task is called 'needel'; near names: needle"
     """
+    if not isinstance(name, str):
+        return ask(name.with_settings(**config))
+    name, settings = parse_spec(name)
     known = list_methods(kind="task")
-    if isinstance(name, str) and name not in known:
+    if name not in known:
         raise unknown("task", name, known)
-    return ask(method(name, **config) if isinstance(name, str) else name.with_settings(**config))
+    return ask(method(name, **{**settings, **config}))
+
+
+def grouped_tasks(names: Iterable[str]) -> list[str]:
+    """Names of tasks, those of a group in the place of its name; each once.
+
+    >>> grouped_tasks(["needle", "perplexity", "needle"])
+    ['needle', 'perplexity']
+    """
+    groups: dict[str, list[str]] = {}
+    for name in list_methods(kind="task"):
+        groups.setdefault(getattr(get(name), "group", ""), []).append(name)
+    groups.pop("", None)
+    expanded = (groups.get(name, [name]) for name in names)
+    return list(dict.fromkeys(chain.from_iterable(expanded)))
 
 
 def standard_tasks() -> list[str]:

@@ -2,26 +2,23 @@
 
 import hashlib
 import json
-import math
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache
 
 from regard import catalog
-from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted, configured
 from regard.attaching.knob import calibrate
+from regard.bench.passes import Pass, run
 from regard.bench.prefill import crossing_row, first_token_parts, leaves_unread, unread
+from regard.bench.quality import fidelity, quality
 from regard.core import require
 from regard.core.deprecation import moved
-from regard.ops.blocks import clocked
 from regard.ops.budget import Budget, parse_budget
 from regard.tasks import Sample, Source
 
@@ -88,20 +85,6 @@ class Cell:
 
 
 @dataclass
-class Pass:
-    """One pass of a model over a batch: logits at the answer's positions, times, bytes."""
-
-    logits: Tensor  # [B, T, V]
-    prefill: float
-    steps: list[float]
-    held: int
-    kept: int
-    read: float
-    parts: dict[str, float] = field(default_factory=dict)  # seconds of the prefill by what they went to
-    selection: list[dict] = field(default_factory=list)  # what was read in it, by layer
-
-
-@dataclass
 class Bench:
     """A loaded model with what cells share: samples and full attention's logits of the latest task and length."""
 
@@ -148,43 +131,8 @@ class Bench:
         return self.memo[key]
 
     def run(self, batch: list[Sample], method: Any, weigh: bool = False) -> Pass:
-        """A pass under a method; None: the model as it is, with its own attention and its own cache, windows included.
-
-        `weigh`: measure the share of attention mass that a method captures which leaves keys of the prompt unread.
-
-        Prefill all but the last token of the prompts, then feed it and the answers one token at a time.
-
-        The logits that predict answer[t] come from a decode step in every case, so that a method which acts on
-        decoding alone is seen in each of them. Feeding the right answer gives the same exact-match score as free
-        greedy generation: an answer is generated exactly if and only if every step's best token is the right one.
-        """
-        device = self.model.device
-        prompt = torch.tensor([s.prompt for s in batch], device=device)
-        answer = torch.tensor([s.answer for s in batch], device=device)
-        tokens = torch.cat([prompt[:, -1:], answer[:, :-1]], dim=1)
-        logits, steps, reads = [], [], []
-        with (
-            torch.inference_mode(),
-            nullcontext() if method is None else attach(self.model, method) as attached,
-        ):
-            chooses = attached if leaves_unread(method) else None
-            if chooses is not None:
-                chooses.selection(mass=weigh)
-            start = now(device)
-            with clocked() as parts:
-                cache = self.model(prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-            prefill = now(device) - start
-            chosen = [] if chooses is None else chooses.selection()
-            for t in range(tokens.shape[1]):
-                start = now(device)
-                out = self.model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
-                steps.append(now(device) - start)
-                logits.append(out.logits[:, -1].float())
-                reads.append(own_bytes(cache) if attached is None else attached.bytes_read())
-            held = kept = own_bytes(cache)
-            if attached is not None:
-                held, kept = attached.bytes_held(), attached.bytes_stored()
-        return Pass(torch.stack(logits, 1), prefill, steps, held, kept, float(np.mean(reads)), parts, chosen)
+        """`regard.bench.passes.run` on this model."""
+        return run(self.model, batch, method, weigh)
 
 
 def text_of(cell: Cell) -> Source:
@@ -196,18 +144,6 @@ def text_of(cell: Cell) -> Source:
         text=cell.text,
     )
     return source
-
-
-def own_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values in a cache of the model's own; a sliding layer's are those of its window."""
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def batches(samples: list[Sample], cell: Cell) -> list[list[Sample]]:
@@ -225,9 +161,10 @@ def measure(cell: Cell, bench: Bench) -> dict:
         method = bench.method_of(cell)
         runs = full if method is None else [bench.run(b, method, weigh=True) for b in batches(samples, cell)]
         timed = paired_times(samples[:1], method, bench)
+    metric = catalog.task(cell.task).metric
     facts = {
-        **quality(cell, samples, runs, full, bench.tokenizer),
-        **fidelity(runs, full),
+        **quality(metric, samples, runs, full, bench.tokenizer),
+        **fidelity(metric, runs, full),
         **timed,
         **unread(runs),
     }
@@ -262,65 +199,6 @@ def paired_times(samples: list[Sample], method: Any, bench: Bench) -> dict:
     return facts
 
 
-def quality(cell: Cell, samples: list[Sample], runs: list[Pass], full: list[Pass], tokenizer: Any) -> dict:
-    """Score in [0, 1] with a bootstrap interval: share of exact answers, or perplexity of full over the method's."""
-    answer = torch.tensor([s.answer for s in samples])
-    best = torch.cat([r.logits for r in runs]).argmax(-1).cpu()
-    nll, base = (nlls(r, answer) for r in (runs, full))
-    if catalog.task(cell.task).metric == "exact":
-        scores = (best == answer).all(-1).double().numpy()
-        value = lambda pick: scores[pick].mean()  # noqa: E731
-    else:
-        scores = (base - nll).exp().numpy()
-        value = lambda pick: float(np.exp((base - nll).numpy()[pick].mean()))  # noqa: E731
-    draws = np.random.default_rng(0).integers(0, len(samples), (1000, len(samples)))
-    spread = [value(pick) for pick in draws]
-    shown = [
-        dict(
-            depth=s.depth if s.evidence[1] else None,
-            score=float(c),
-            answer=tokenizer.decode(s.answer),
-            generated=generated_text(b, s, tokenizer),
-        )
-        for s, c, b in zip(samples, scores, best)
-    ]
-    return dict(
-        quality=float(value(np.arange(len(samples)))), quality_low=float(np.quantile(spread, 0.025)),
-        quality_high=float(np.quantile(spread, 0.975)), nll=float(nll.mean()), samples=shown,
-        chance=chance_of(catalog.task(cell.task).metric, samples, base, runs[0].logits.shape[-1]),
-    )  # fmt: skip
-
-
-def chance_of(metric: str, samples: list[Sample], base: Tensor, vocabulary: int) -> float:
-    """The score of guessing: how often a guess is right, or full attention's perplexity over the vocabulary's size."""
-    if metric == "exact":
-        return float(np.mean([s.chance for s in samples]))
-    return min(1.0, math.exp(float(base.mean()) - math.log(vocabulary)))
-
-
-def nlls(runs: list[Pass], answer: Tensor) -> Tensor:
-    """[samples] mean negative log-likelihood of each answer."""
-    logits = torch.cat([r.logits for r in runs]).double().cpu()
-    return -logits.log_softmax(-1).gather(-1, answer[..., None]).squeeze(-1).mean(-1)
-
-
-def generated_text(best: Tensor, sample: Sample, tokenizer: Any) -> str:
-    """What greedy generation says up to its first departure from the answer."""
-    wrong = (best != torch.tensor(sample.answer)).nonzero()
-    stop = int(wrong[0]) + 1 if len(wrong) else len(best)
-    return tokenizer.decode(best[:stop].tolist()) + ("…" if stop < len(best) else "")
-
-
-def fidelity(runs: list[Pass], full: list[Pass]) -> dict:
-    """Agreement of the next token with full attention, and KL(full || method) with its interval over samples."""
-    ours, theirs = (torch.cat([r.logits for r in x]).double().log_softmax(-1) for x in (runs, full))
-    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(-1).cpu().numpy()
-    draws = np.random.default_rng(0).integers(0, len(kl), (1000, len(kl)))
-    low, high = np.quantile(kl[draws].mean(1), (0.025, 0.975))
-    agree = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
-    return dict(agreement=float(agree), kl=float(kl.mean()), kl_low=float(low), kl_high=float(high))
-
-
 @contextmanager
 def peak_memory(device: torch.device):
     """A list that holds, afterwards, the peak bytes of the block: of the GPU, or of the process where Linux tells."""
@@ -338,4 +216,4 @@ def peak_memory(device: torch.device):
         peak[0] = int(line.split()[1]) * 1024
 
 
-__getattr__ = moved(__name__, {"Run": "regard.bench.cell:Pass"})
+__getattr__ = moved(__name__, {"Run": "regard.bench.passes:Pass"})

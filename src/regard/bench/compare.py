@@ -64,6 +64,7 @@ def compare(
     """Measure methods against full attention on a grid of cells; write results.jsonl, report.html, report.md to `out`.
 
     model    a path or name, a loaded (model, tokenizer), or None for the shipped language model
+    tasks    names, with settings as "needle:digits=3", or of a group ("ruler"); None: those that are standard
     methods  names of cache pages, of masks, and of mechanisms that choose blocks of keys, with settings as
              "streaming_llm:sinks=8"; None: all cache pages. Only cache pages have budgets; of the others it is measured
              too from which length on, up to the longest, their first token comes sooner; "block_topk:target=mass:0.95"
@@ -107,7 +108,7 @@ def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Ce
     """The cells of a comparison, full attention first, those of one task and length together."""
     budgets = tuple(parse_budget(budget) for budget in (BUDGETS if budgets is None else budgets))
     lengths = tuple(LENGTHS if lengths is None else lengths)
-    tasks = tuple(catalog.standard_tasks() if tasks is None else tasks)
+    tasks = tuple(catalog.standard_tasks() if tasks is None else catalog.grouped_tasks(tasks))
     for name in tasks:
         catalog.task(name)
     require(tasks and lengths, "there is at least one task and one length", tasks=tasks, lengths=lengths)
@@ -139,17 +140,22 @@ def with_revisions(cells: Sequence[Cell], model: Any) -> list[Cell]:
         "text": None if text is None else Source.from_path(text).revision,
         "model": content_of(model),
     }
-    names = {name for c in cells for name in (c.method, c.task)} - {FULL}
+    names = {name for c in cells for name in (c.method, page_of(c.task))} - {FULL}
     pages = {name: catalog.revision_of(name) for name in names}
     made = []
     for cell in cells:
         learned = cell.settings.get("learned")
         facts = {
-            **common, "method": pages.get(cell.method), "task": pages[cell.task],
+            **common, "method": pages.get(cell.method), "task": pages[page_of(cell.task)],
             "learned": None if learned is None else revision(learned),
         }  # fmt: skip
         made.append(replace(cell, revisions={k: v for k, v in facts.items() if v is not None}))
     return made
+
+
+def page_of(task: str) -> str:
+    """The page of a task that may bring settings."""
+    return parse_spec(task)[0]
 
 
 def content_of(model: Any) -> str | None:

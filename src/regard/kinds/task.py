@@ -7,7 +7,7 @@ from typing import Any
 
 from regard.core import Kind, Method, Page, Unsupported, require
 
-METRICS = ("exact", "nll")
+METRICS = ("exact", "recall", "nll")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +19,18 @@ class TaskPage(Page):
     generate(cfg, count, seed) -> (inputs, labels)
                  [count, length] ids for a model that is trained from nothing; labels of -100 are not scored
 
-    metric       of samples: "exact", the answer is generated exactly; "nll", its mean negative log-likelihood
+    metric       of samples: "exact", the answer is generated exactly (the share of turns, where there are several);
+                 "recall", the share of the texts in `wanted` that stand in what is generated freely;
+                 "nll", the answer's mean negative log-likelihood
     standard     whether compare asks it when no tasks are named
+    group        a name by which compare asks all pages that say it, such as "ruler"
     """
 
     samples: Callable | None = None
     generate: Callable | None = None
     metric: str = "exact"
     standard: bool = False
+    group: str = ""
     kind = "task"
 
     def __post_init__(self) -> None:

@@ -259,7 +259,7 @@ def quality_length(result: Result, task: str, marked: Marks, budgets: list[str])
                 )
     if not traces:
         return None
-    exact = any(r["metric"] == "exact" for r in rows)
+    exact = any(r["metric"] != "nll" for r in rows)
     values = [y for t in traces for y in t["y"] if y is not None]
     yaxis = axis(
         "Share of right answers" if exact else "Perplexity of full ÷ of method",

@@ -13,14 +13,28 @@ from regard.tasks.corpus import Source, encode
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A question that is asked after the answer before it, in the same conversation, and its answer."""
+
+    question: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One question.
+    """One question, or several in turn.
 
     prompt: ids; begins with the tokenizer's first token if it has one; the question is at the end
-    answer: ids that a right model generates next, or, for perplexity, the continuation that is scored
+    answer: ids that a right model generates next, or, for perplexity, the continuation that is scored;
+        where `wanted` says what is looked for, only its length counts: so many tokens are generated
     evidence: first and past-the-last position of the needed fact in the prompt; (0, 0) if there is none
     depth: place of the evidence, 0 start .. 1 end
     chance: how often a guess is right, such as any of the values that the page holds; below it a score says nothing
+    context: the first tokens of the prompt, read (and compressed) before anything of the rest is known;
+        0: all but the last token of the prompt, less those that are `written`
+    written: the tokens of the prompt after the context that are fed one at a time, as if the model had written them
+    turns: further questions; a method meets them with what it has kept
+    wanted: texts looked for in what the model generates freely, for the metric "recall"
     """
 
     prompt: list[int]
@@ -28,6 +42,34 @@ class Sample:
     evidence: tuple[int, int]
     depth: float = 0.0
     chance: float = 0.0
+    context: int = 0
+    written: int = 0
+    turns: tuple[Turn, ...] = ()
+    wanted: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        room = len(self.prompt) - 1
+        require(
+            0 <= self.context <= room and 0 <= self.written <= room - self.context,
+            "context + written <= tokens of the prompt - 1",
+            context=self.context,
+            written=self.written,
+            prompt=len(self.prompt),
+        )
+        require(
+            not (self.wanted and self.turns), "what is generated freely has no turns", turns=len(self.turns)
+        )
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """The answer of each turn."""
+        return [self.answer, *(turn.answer for turn in self.turns)]
+
+    @property
+    def shape(self) -> tuple:
+        """The sizes that samples of one batch share."""
+        turns = tuple((len(turn.question), len(turn.answer)) for turn in self.turns)
+        return len(self.prompt), len(self.answer), self.context, self.written, turns
 
 
 @dataclass(frozen=True)
@@ -86,7 +128,7 @@ def fill(tokenizer, source: Source, rng: random.Random, room: int, without: list
 
 
 def even(samples: list[Sample]) -> list[Sample]:
-    """The same samples, if their prompts and their answers are batched without padding."""
-    sizes = {(len(sample.prompt), len(sample.answer)) for sample in samples}
+    """The same samples, if prompts, questions and answers are batched without padding."""
+    sizes = {sample.shape for sample in samples}
     require(len(sizes) <= 1, "prompts and answers of one call are equally long in tokens", sizes=sizes)
     return samples

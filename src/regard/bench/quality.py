@@ -1,0 +1,146 @@
+"""What a cell's passes are worth: quality by the task's metric, with its interval, and fidelity to full attention."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regard.bench.passes import Pass
+from regard.tasks import Sample
+
+DRAWS = 1000
+PLACES = 8  # of the parts of a scored text whose likelihoods are told apart
+
+
+def quality(
+    metric: str, samples: Sequence[Sample], runs: list[Pass], full: list[Pass], tokenizer: Any
+) -> dict:
+    """Score in [0, 1] with a bootstrap interval, its samples, and what only some metrics have.
+
+    exact   the share of answers, of all turns, that are generated exactly; `by_turn` where there are several
+    recall  the share of wanted texts that stand in what was generated
+    nll     perplexity of full attention over the method's; `nll_by_place`, in parts of the scored text
+    """
+    logits = torch.cat([r.logits for r in runs])
+    vocabulary = logits.shape[-1]
+    if metric == "recall":
+        said = [generated(row, tokenizer) for row in logits.argmax(-1).tolist()]
+        scores = np.array([recall(text, s.wanted) for text, s in zip(said, samples, strict=True)])
+        facts: dict[str, Any] = {"nll": None}
+        return (
+            summary(scores, np.mean)
+            | facts
+            | shown(samples, scores, said, tokenizer, metric)
+            | chance(samples)
+        )
+    answer = torch.tensor([list(chain.from_iterable(s.answers)) for s in samples])
+    nll, base = (nlls(r, answer) for r in (runs, full))
+    best = logits.argmax(-1).cpu()
+    said = [generated_text(b, a, tokenizer) for b, a in zip(best, answer)]
+    facts = {"nll": float(nll.mean())}
+    if metric == "exact":
+        turns = exact_turns(best == answer, samples[0])
+        scores = turns.mean(-1)
+        facts |= {"by_turn": turns.mean(0).tolist()} if turns.shape[1] > 1 else {}
+        return (
+            summary(scores, np.mean)
+            | facts
+            | shown(samples, scores, said, tokenizer, metric)
+            | chance(samples)
+        )
+    worth = (base - nll).mean(-1)
+    facts |= {"nll_by_place": by_place(nll), "chance": foretold(base, vocabulary)}
+    spread = summary(worth.numpy(), lambda drawn: float(np.exp(drawn.mean())))
+    return spread | facts | shown(samples, worth.exp().numpy(), said, tokenizer, metric)
+
+
+def summary(scores: np.ndarray, value: Callable[[np.ndarray], Any]) -> dict:
+    draws = np.random.default_rng(0).integers(0, len(scores), (DRAWS, len(scores)))
+    low, high = np.quantile([value(scores[pick]) for pick in draws], (0.025, 0.975))
+    return dict(quality=float(value(scores)), quality_low=float(low), quality_high=float(high))
+
+
+def shown(
+    samples: Sequence[Sample], scores: np.ndarray, said: list[str], tokenizer: Any, metric: str
+) -> dict:
+    """The samples as the report tells them."""
+    rows = []
+    for sample, score, text in zip(samples, scores, said, strict=True):
+        expected = ", ".join(w.strip() for w in sample.wanted)
+        expected = expected if metric == "recall" else " | ".join(map(tokenizer.decode, sample.answers))
+        depth = sample.depth if sample.evidence[1] else None
+        rows.append(dict(depth=depth, score=float(score), answer=expected, generated=text))
+    return {"samples": rows}
+
+
+def chance(samples: Sequence[Sample]) -> dict:
+    """How often a guess is right."""
+    return {"chance": float(np.mean([s.chance for s in samples]))}
+
+
+def foretold(base: Tensor, vocabulary: int) -> float:
+    """The score of guessing a text: full attention's perplexity over the vocabulary's size."""
+    return min(1.0, math.exp(float(base.mean()) - math.log(vocabulary)))
+
+
+def nlls(runs: list[Pass], answer: Tensor) -> Tensor:
+    """[samples, T] negative log-likelihood of each token of the answers."""
+    logits = torch.cat([r.logits for r in runs]).double().cpu()
+    return -logits.log_softmax(-1).gather(-1, answer[..., None]).squeeze(-1)
+
+
+def exact_turns(right: Tensor, sample: Sample) -> np.ndarray:
+    """[samples, turns] 1 where every token of a turn's answer is right, from [samples, T]."""
+    parts = right.split([len(answer) for answer in sample.answers], dim=1)
+    return torch.stack([part.all(-1) for part in parts], 1).double().numpy()
+
+
+def by_place(nll: Tensor) -> list[list[float]]:
+    """[first token, mean negative log-likelihood] of up to eight parts of the scored text, from its start on."""
+    parts = nll.tensor_split(min(PLACES, nll.shape[1]), dim=1)
+    starts = np.cumsum([0] + [part.shape[1] for part in parts[:-1]])
+    return [[int(start), round(float(part.mean()), 4)] for start, part in zip(starts, parts)]
+
+
+def generated(ids: list[int], tokenizer: Any) -> str:
+    """What was generated, up to the token that ends a text."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    return tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+
+
+def recall(text: str, wanted: Sequence[str]) -> float:
+    """The share of the wanted texts that stand in a text, whatever the case of their letters.
+
+    >>> recall("They are 4821 and Paris.", ["4821", "1177", "paris"])
+    0.6666666666666666
+    """
+    return sum(w.strip().lower() in text.lower() for w in wanted) / len(wanted)
+
+
+def generated_text(best: Tensor, answer: Tensor, tokenizer: Any) -> str:
+    """What greedy generation says up to its first departure from the answer."""
+    wrong = (best != answer).nonzero()
+    stop = int(wrong[0]) + 1 if len(wrong) else len(best)
+    return tokenizer.decode(best[:stop].tolist()) + ("…" if stop < len(best) else "")
+
+
+def fidelity(metric: str, runs: list[Pass], full: list[Pass]) -> dict:
+    """Agreement of the next token with full attention, and KL(full || method) with its interval over samples.
+
+    Where the model is fed what it generates, the steps of a sample count until both have said something else.
+    """
+    ours, theirs = (torch.cat([r.logits for r in x]).double().log_softmax(-1) for x in (runs, full))
+    same = (ours.argmax(-1) == theirs.argmax(-1)).double().cpu()
+    counted = torch.ones_like(same)
+    if metric == "recall":
+        counted[:, 1:] = same.cumprod(-1)[:, :-1]
+    each = ((theirs.exp() * (theirs - ours)).sum(-1).cpu() * counted).sum(-1) / counted.sum(-1)
+    kl = each.numpy()
+    draws = np.random.default_rng(0).integers(0, len(kl), (DRAWS, len(kl)))
+    low, high = np.quantile(kl[draws].mean(1), (0.025, 0.975))
+    agree = (same * counted).sum() / counted.sum()
+    return dict(agreement=float(agree), kl=float(kl.mean()), kl_low=float(low), kl_high=float(high))
