@@ -46,7 +46,7 @@ def run(model: Any, batch: Sequence[Sample], method: Any, weigh: bool = False) -
     Where samples say what is `wanted`, the model is fed what it generates.
     """
     with torch.inference_mode(), nullcontext() if method is None else attach(model, method) as attached:
-        return Reading(model, attached, leaves_unread(method)).through(batch, weigh)
+        return Reading(model, attached, attached if leaves_unread(method) else None).through(batch, weigh)
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Reading:
 
     model: Any
     attached: attach | None
-    chooses: bool
+    chooses: attach | None  # the same, where it leaves keys of a prompt unread
     cache: Cache | None = None
     logits: list[Tensor] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
@@ -64,13 +64,13 @@ class Reading:
     def through(self, batch: Sequence[Sample], weigh: bool) -> Pass:
         first, prompt = batch[0], self.ids([s.prompt for s in batch])
         context = first.context or prompt.shape[1] - 1 - first.written
-        if self.chooses:
-            self.attached.selection(mass=weigh)
+        if self.chooses is not None:
+            self.chooses.selection(mass=weigh)
         start = now(self.model.device)
         with clocked() as parts:
             self.cache = self.model(prompt[:, :context], use_cache=True, logits_to_keep=1).past_key_values
         prefill = now(self.model.device) - start
-        chosen = self.attached.selection() if self.chooses else []
+        chosen = [] if self.chooses is None else self.chooses.selection()
         for t in range(context, context + first.written):
             self.step(prompt[:, t : t + 1])
         self.ask(
