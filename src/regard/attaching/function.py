@@ -17,6 +17,7 @@ from regard.attaching.step import RoleRule, Step, text_labels
 from regard.attaching.views import make_view, run
 from regard.core import Unsupported
 from regard.core.deprecation import moved
+from regard.core.errors import present
 from regard.ops import View, few_rows, per_query_head
 
 # (out [B, N, H, E], weights or None), which transformers expects of an attention function
@@ -88,9 +89,24 @@ def complete(context: Context, call: AttentionCall) -> None:
     call.x, call.rotary = context.inputs.pop(id(module), None), context.rotary
     if call.layer is not None and call.rotary is not None and call.turn.nth == 0:
         call.rotary.owners[call.layer] = module
-        call.layer.note_positions(call.rotary.positions(module), call.order)
+        note_positions(call, call.rotary.positions(module))
     if any(actor.reads_roles for actor in context.actors):
         call.labels = text_labels(call.layer, context.step, context.roles, call.q.shape[2])
+
+
+def note_positions(call: AttentionCall, new: tuple[Tensor, bool] | None) -> None:
+    """Where the model puts this step's tokens; layers that begin with the very same table share what it becomes."""
+    layer = present(call.layer, "positions are those of a stored text")
+    if new is None:
+        return
+    at, several = new
+    facts = (layer.seen, several, layer.positions, at, call.order)
+
+    def noted() -> Tensor | None:
+        layer.note_positions(new, call.order)
+        return layer.positions
+
+    layer.positions = call.step.places.once("positions", facts, noted)
 
 
 def dispatch(context: Context, call: AttentionCall) -> AttentionOutput:

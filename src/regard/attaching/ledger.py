@@ -162,7 +162,7 @@ class LedgerLayer(DynamicLayer):
         """Carry out a policy's answer for one group; heads of unequal length part into groups of their own."""
         self.compressed = True
         slots = kept.slots
-        if slots.shape[1] > 1:
+        if slots.shape[1] > 1 and not kept.full:
             lengths = (slots >= 0).sum(-1).amax(0).tolist()
             if len(set(lengths)) > 1:
                 at = self.groups.index(group)

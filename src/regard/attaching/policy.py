@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.attaching.actors import Actor, AttentionCall
+from regard.attaching.places import places_of
 from regard.attaching.slots import Group, slack
 from regard.attaching.views import at_slots, make_view, visibility
 from regard.core import Method, NeverFired, Unsupported, require
@@ -79,13 +81,23 @@ class CachePolicy(Actor):
         self._prepare(call, view)
         if page.observe is not None and call.turn.of == 1:
             page.observe(view, cfg)
-        slots = page.select(asking(call, view), cfg) if page.select is not None else None
+        slots = self._answer("select", call, asking(call, view))
         if slots is not None:
-            shift = None if page.shift is None else page.shift(view, slots, cfg)
+            shift = self._answer("shift", call, view, slots)
             return view_of_slots(call, view, slots, shift)
         if page.shift is not None:
-            rotate_first(view, page.shift(view, None, cfg), call.slots)
+            rotate_first(view, self._answer("shift", call, view, None), call.slots)
         return view
+
+    def _answer(self, name: str, call: AttentionCall, view: View, *rest: Any) -> Any:
+        """What the page says; where it goes by places alone, what it said of a layer that holds the same tokens."""
+        function = getattr(self.page, name)
+        if function is None:
+            return None
+        answer = lambda: function(view, *rest, self.method.config)  # noqa: E731
+        if not self.page.by_place:
+            return answer()
+        return call.step.places.once(f"{self.name}.{name}", (*places_of(view), *rest), answer)
 
     def _prepare(self, call: AttentionCall, view: View) -> None:
         """Fill in what a page may use beyond the tensors."""
@@ -106,13 +118,14 @@ class CachePolicy(Actor):
             of_queries = page.shift is None
             view.rotate = lambda x, by: rotary.rotate(module, x, by, of_queries)
 
+    @cached_property
     def _asked(self) -> Budget:
         setting = getattr(self.method.config, "budget", None)
         return parse_budget(self.page.budget(self.method.config) if setting is None else setting)
 
     def _held(self, call: AttentionCall, whole: View) -> Tensor:
         """[B] tokens that may stay: a budget in bytes counts all that is held, with tables, first keys and room."""
-        size, group, limits = self._asked().bytes, call.slots, call.step.limits
+        size, group, limits = self._asked.bytes, call.slots, call.step.limits
         if size is None:
             return whole.budget
         if whole.seen not in limits:
@@ -128,7 +141,7 @@ class CachePolicy(Actor):
 
     def budget(self, view: View, group: Group) -> Tensor:
         """[B] tokens that may stay or be read in each row of this step."""
-        budget = self._asked()
+        budget = self._asked
         real = view.length().expand(view.q.shape[0])
         per_slot = (group.keys.shape[-1] + group.values.shape[-1]) * group.keys.element_size()
         return budget.resolve(real, per_slot * view.total_heads * view.q.shape[0])
@@ -168,7 +181,7 @@ class CachePolicy(Actor):
             whole.budget = self._held(call, whole)
         kept: Kept | None = None
         if page.keep is not None:
-            kept = page.keep(whole, cfg)
+            kept = self._answer("keep", call, whole)
         elif page.score is not None and whole.over():
             kept = keep_best(whole, page.score(whole, cfg))
         if kept is not None:
@@ -253,7 +266,7 @@ def rotate_first(view: View, by: Tensor | None, group: Group) -> None:
     if group.origin is None:
         group.origin = group.keys[:, :, :s].clone()
     group.keys[:, :, :s] = rotate(view, group.origin, by)
-    view.cached_scores = None
+    view.cached_scores = view.cached_weights = None
 
 
 def rotate(view: View, keys: Tensor, by: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ class Rotary:
         # how each attention module is asked for its keys, and what came of it
         self.questions: dict[nn.Module, Question | None] = {}
         self.turnings: dict[nn.Module, Turning | Unsupported] = {}
+        # the latest rotation: its call, how far, the shape, and the tables
+        self.moved: tuple[RotaryCall, Tensor, torch.Size, Tables] | None = None
         # queries and keys, while a layer is being asked
         self.probe: list[tuple[Tensor, Tensor]] | None = None
         self.hooks = [
@@ -131,10 +133,17 @@ class Rotary:
         batch, heads, m, width = x.shape
         call = self._call(attention)
         if by.dim() == 3 and by.shape[1] == 1:  # one table for all heads
-            return turning(x.float(), *unscaled(call.at(by[:, 0].expand(-1, m)))).to(x.dtype)
+            return turning(x.float(), *self._further(call, by, by[:, 0].expand(-1, m))).to(x.dtype)
         flat = by.expand(batch, heads, m).reshape(batch * heads, m)
         wide = x.float().reshape(batch * heads, 1, m, width)
-        return turning(wide, *unscaled(call.at(flat))).view(batch, heads, m, width).to(x.dtype)
+        return turning(wide, *self._further(call, by, flat)).view(batch, heads, m, width).to(x.dtype)
+
+    def _further(self, call: RotaryCall, by: Tensor, positions: Tensor) -> Tables:
+        """cos and sin of `by`, in the shape of `positions`; layers that are moved by one tensor share them."""
+        known = self.moved
+        if known is None or known[0] is not call or known[1] is not by or known[2] != positions.shape:
+            known = self.moved = (call, by, positions.shape, unscaled(call.at(positions)))
+        return known[3]
 
     def _call(self, attention: nn.Module) -> RotaryCall:
         call, name = self.call_of(attention), type(attention).__name__

@@ -112,11 +112,11 @@ class Group:
     def keep(self, kept: Kept) -> None:
         """Drop every slot that is not in `kept.slots`; free their memory; add what was merged."""
         slots = kept.slots
+        if kept.merged is None and slots.shape[-1] == self.n - 1 and kept.full:
+            self._drop_one(kept)
+            return
         if not self._keeps_first(slots):
             self.restore()
-        if kept.merged is None and slots.shape[-1] == self.n - 1 and not bool((slots < 0).any()):
-            self._drop_one(slots)
-            return
         self.index = self.table().expand(*slots.shape[:2], -1).gather(-1, slots.clamp(min=0)).int()
         self.index.masked_fill_(slots < 0, -1)
         self.keys, self.values = gather_rows(self.k(), slots), gather_rows(self.v(), slots)
@@ -185,24 +185,25 @@ class Group:
             self.keys[:, :, : self.origin.shape[2]] = self.origin
             self.origin = None
 
-    def _drop_one(self, slots: Tensor) -> None:
+    def _drop_one(self, kept: Kept) -> None:
         """One slot goes: the last one moves into it. What a window does at every step, without copying it all."""
-        last = self.n - 1
-        shifted = slots != torch.arange(last, device=slots.device)
-        hole = torch.where(shifted.any(-1), shifted.to(torch.uint8).argmax(-1), last)  # [1|B, 1|g]
+        last, holes = self.n - 1, kept.holes
+        first = 0 if self.origin is None else self.origin.shape[2]
+        if first and bool((holes < first).any()):
+            self.restore()
         if self.index is None:
             self.index = self.table().int()
-        if hole.numel() == 1:
-            rows: tuple = (slice(None), slice(None), int(hole))
+        tables = self.notes.values() if self.count is None else (*self.notes.values(), self.count)
+        if kept.hole is not None:
+            for t in (self.keys, self.values, self.index, *tables):
+                t[:, :, kept.hole] = t[:, :, last]
         else:
-            b = torch.arange(self.keys.shape[0], device=slots.device)[:, None]
-            g = torch.arange(self.keys.shape[1], device=slots.device)[None]
-            rows = (b, g, hole.expand(self.keys.shape[0], self.keys.shape[1]))
             self.index = self.index.expand(*self.keys.shape[:2], -1).contiguous()
-        for t in (self.keys, self.values, self.index, *self.notes.values()):
-            t[rows] = t[:, :, last]
-        if self.count is not None:
-            self.count[rows] = self.count[:, :, last]
+            place = holes.expand(self.keys.shape[:2])[..., None]
+            for t in (self.index, *tables):
+                t.scatter_(2, place, t[:, :, last:][..., :1])
+            for t in (self.keys, self.values):
+                t.scatter_(2, place[..., None].expand(-1, -1, -1, t.shape[-1]), t[:, :, last : last + 1])
         self.n = last
 
     def _merge(self, k: Tensor, v: Tensor, count: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.attaching.ledger import LedgerLayer
+from regard.attaching.places import Places
 from regard.core import require
 
 RoleRule = Callable[[Tensor], Tensor]  # input ids [B, N] -> bool or int labels [B, N]
@@ -22,6 +23,7 @@ class Step:
     ids_labels  of the latest input ids, which an encoder and attention without a cache read
     budgets     tokens seen -> [B] tokens that may stay or be read; the same in all layers, so computed once
     limits      tokens seen -> [B] tokens that may stay by a budget in bytes, all that is held counted
+    places      answers that depend on places in the text alone, for the layers whose tokens stand alike
     shared      what the layers of a page hand on to those above, by a name of the page
     reported    layer -> bytes that a page with an attention of its own says it read
     bytes_read  layer -> bytes of keys and values that were read
@@ -35,6 +37,7 @@ class Step:
     ids_labels: Labels = field(default_factory=dict)
     budgets: dict[int, Tensor] = field(default_factory=dict)
     limits: dict[int, Tensor] = field(default_factory=dict)
+    places: Places = field(default_factory=Places)
     shared: dict[str, Tensor] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
     bytes_read: dict[int, int] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Step:
         """The first layer begins. A base model that is called by itself begins no new step: nothing old may stay."""
         self.budgets.clear()
         self.limits.clear()
+        self.places.clear()
         self.shared.clear()
         self.reported.clear()
 

@@ -26,6 +26,8 @@ class CachePage(Page):
     rotates    whether the page uses view.rotate where the model has rotary positions, and None elsewhere
     calibrate  what is measured on the model when the page is attached without it: "induction", or ""
     phase      when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")
+    by_place   whether `keep`, `select` and `shift` follow from places in the text alone (index, padding, positions,
+               budget, window), whatever keys and layer: then layers that hold the same tokens share their answers
     reads_generated  whether a step reads, beyond its budget, what was generated since the page's last full step
     """
 
@@ -40,6 +42,7 @@ class CachePage(Page):
     rotates: bool = False
     calibrate: str = ""
     phase: str = "both"
+    by_place: bool = False
     reads_generated: bool = False
     kind = "cache"
 

@@ -1,6 +1,7 @@
 """What a KV-cache policy answers: which slots stay, and the answer that follows from a score."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,36 @@ class Kept:
     slots: Tensor
     merged: tuple[Tensor, Tensor, Tensor] | None = None
 
+    @staticmethod
+    def all_but(hole: Tensor, stored: int) -> "Kept":
+        """All of so many slots but one in each row and head, [b, g]: what most steps of a full budget answer.
+
+        >>> Kept.all_but(torch.tensor([[1, 3]]), 4).slots
+        tensor([[[0, 2, 3],
+                 [0, 1, 2]]])
+        """
+        place = torch.arange(stored - 1, device=hole.device)
+        kept = Kept(place + (place >= hole[..., None]))
+        vars(kept).update(full=True, holes=hole)
+        return kept
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether no row or head keeps fewer slots than another."""
+        return not bool((self.slots < 0).any())
+
+    @cached_property
+    def holes(self) -> Tensor:
+        """[1|B, 1|G] the slot that goes, where all but one stay."""
+        last = self.slots.shape[-1]
+        shifted = self.slots != torch.arange(last, device=self.slots.device)
+        return torch.where(shifted.any(-1), shifted.to(torch.uint8).argmax(-1), last)
+
+    @cached_property
+    def hole(self) -> int | None:
+        """The same as a number, where all rows and heads let go of one slot."""
+        return int(self.holes) if self.holes.numel() == 1 else None
+
 
 def keep_best(view: View, score: Tensor, always: Tensor | None = None) -> Kept | None:
     """Keep the best-scored real tokens within each row's budget; those marked in `always` go first. None: all stay."""
@@ -29,9 +60,22 @@ def keep_best(view: View, score: Tensor, always: Tensor | None = None) -> Kept |
     score = at_least_float32(score)
     if always is not None:
         score = torch.where(always, torch.finfo(score.dtype).max, score)
+    if view.real is None and view.over_by_one():
+        hole = lowest(view, score)
+        if hole is not None:
+            return Kept.all_but(hole, view.stored)
     score = torch.where(view.hold(), score, -torch.inf)
     budget = view.budget if score.shape[0] > 1 else view.budget[:1]
     return Kept(slots_of(best_by_age(view, score, budget[:, None])))
+
+
+def lowest(view: View, score: Tensor) -> Tensor | None:
+    """[b, g] the slot of the lowest score; of equals the one whose token came last. None: there are empty slots."""
+    least = score.amin(-1, keepdim=True)
+    index = torch.where(score == least, view.index, -1)
+    hole = index.argmax(-1)
+    usable = (least > -torch.inf).all() & (view.index >= 0).all()
+    return hole if bool(usable) else None
 
 
 def best_by_age(view: View, score: Tensor, count: Tensor) -> Tensor:

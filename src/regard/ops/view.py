@@ -67,6 +67,8 @@ class View:
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     # keys that a query of a sliding layer sees, its own included; what lies before them never comes back
     window: int | None = None
+    # of a single-query step; not init: a view with anything changed has weights of its own
+    cached_weights: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def stored(self) -> int:
@@ -86,6 +88,11 @@ class View:
         if self.real is None:
             return self.stored > int(self.budget.min())
         return bool((self.real.sum(-1) > self.budget[:, None]).any())
+
+    def over_by_one(self) -> bool:
+        """Whether every row stores one slot more than its budget."""
+        over = self.stored - 1
+        return int(self.budget.min()) == over == int(self.budget.max())
 
     def fits(self) -> bool:
         """Whether every row's budget covers all the real tokens that it stores."""
@@ -118,7 +125,12 @@ class View:
 
     def weights(self, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
         """[B, heads, rows, n] attention weights of these queries, float32, as the model itself would compute them."""
-        return self.normalise(self.scores(rows, heads), rows, heads)
+        if self.cached_weights is not None and heads is None:
+            return self.cached_weights
+        weights = self.normalise(self.scores(rows, heads), rows, heads)
+        if self.new == 1 and heads is None and not weights.requires_grad:
+            self.cached_weights = weights
+        return weights
 
     def normalise(self, s: Tensor, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
         """Mask and softmax of scores [B, heads, rows, n]."""
@@ -223,7 +235,8 @@ class View:
             weights = self.upto(last).weights(cut)
             if asks is not None:
                 weights = weights * asks[:, None, cut, None]
-            total = F.pad(weights.sum(2), (0, self.stored - last)) + total
+            summed = weights.sum(2) if last == self.stored else F.pad(weights.sum(2), (0, self.stored - last))
+            total = summed + total
         return self.by_cache_head(total) + votes
 
     def _asking_rows(self, newest: int | None) -> tuple[slice, Tensor | None]:

@@ -75,6 +75,7 @@ METHOD = CachePage(
     keep=keep,
     shift=shift,
     budget=lambda cfg: cfg.sinks + cfg.window,
+    by_place=True,
     patterns=("causal_self",),
     card=Card(
         title="StreamingLLM",

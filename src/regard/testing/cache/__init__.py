@@ -25,7 +25,7 @@ from regard.testing.cache.checks import (
     check_two_calls,
     full_bytes,
 )
-from regard.testing.cache.handling import check_draft, check_goes_on, check_window
+from regard.testing.cache.handling import check_by_place, check_draft, check_goes_on, check_window
 from regard.testing.cache.oracle import movable
 from regard.testing.cache.script import FAMILIES, PADS, play, script
 from regard.testing.zoo import DECODERS, build
@@ -96,6 +96,9 @@ def check_cache(
             check_budget(method, first, budget, method.page.reads_generated)
             check_attention_budget(method, first, budget)
     check_window(method)
+    for family in DECODERS:
+        if movable(method, build(family)[0]):
+            check_by_place(method, family)
     for check in (check_bytes, check_two_calls, check_generation, check_goes_on, check_draft, check_bfloat16):
         check(method, first)
     return effect

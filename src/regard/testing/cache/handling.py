@@ -3,7 +3,7 @@
 import copy
 import pickle
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from regard.attaching.store import load_cache, save_cache
 from regard.core import Method, Unsupported
 from regard.testing.cache.checks import generate
 from regard.testing.cache.oracle import gap, hide
-from regard.testing.cache.script import NEAR, play, script
+from regard.testing.cache.script import GAPS, NEAR, play, script
 from regard.testing.zoo import build
 
 
@@ -76,6 +76,18 @@ def offloaded(cache: Cache) -> Cache:
     for layer in cache.layers:
         layer.offload()
     return cache
+
+
+def check_by_place(method: Method, family: str) -> None:
+    """A page that says its answers follow from places alone gives, layer by layer, what layers that share them got."""
+    if not method.page.by_place:
+        return
+    model, _ = build(family)
+    each = replace(method, page=replace(method.page, by_place=False))
+    shared, apart = (play(model, m, script(gaps=GAPS)) for m in (method, each))
+    assert shared.stored == apart.stored, f"{method.label} on {family}: by place, other tokens stay"
+    wrong = max(float((a - b).abs().max()) for a, b in zip(shared.outs, apart.outs, strict=True))
+    assert wrong == 0, f"{method.label} on {family}: by place, {wrong:.1e} away from layer by layer"
 
 
 def check_draft(method: Method, family: str) -> None:
