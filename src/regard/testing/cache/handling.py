@@ -7,8 +7,10 @@ from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from regard.attaching.attachment import attach
@@ -16,7 +18,7 @@ from regard.attaching.store import load_cache, save_cache
 from regard.core import Method, Unsupported
 from regard.testing.cache.checks import generate
 from regard.testing.cache.oracle import gap, hide
-from regard.testing.cache.script import GAPS, NEAR, play, script
+from regard.testing.cache.script import GAPS, NEAR, full_cache, play, script
 from regard.testing.zoo import build
 
 
@@ -84,10 +86,21 @@ def check_by_place(method: Method, family: str) -> None:
         return
     model, _ = build(family)
     each = replace(method, page=replace(method.page, by_place=False))
-    shared, apart = (play(model, m, script(gaps=GAPS)) for m in (method, each))
-    assert shared.stored == apart.stored, f"{method.label} on {family}: by place, other tokens stay"
-    wrong = max(float((a - b).abs().max()) for a, b in zip(shared.outs, apart.outs, strict=True))
+    (shared, kept), (apart, stored) = (answers(model, m) for m in (method, each))
+    assert kept == stored, f"{method.label} on {family}: by place, other tokens stay"
+    wrong = max(float((a - b).abs().max()) for a, b in zip(shared, apart, strict=True))
     assert wrong == 0, f"{method.label} on {family}: by place, {wrong:.1e} away from layer by layer"
+
+
+def answers(model: Any, method: Method) -> tuple[list[Tensor], list]:
+    """The logits of each forward of a script, and what every layer held after it."""
+    outs, held, cache = [], [], full_cache(model)
+    with attach(model, method) as attached, torch.no_grad():
+        for feed in script(gaps=GAPS):
+            outs.append(model(**feed, past_key_values=cache).logits)
+            groups = [group for layer in attached.context.caches.layers for group in layer.groups]
+            held.append([group.table().tolist() for group in groups])
+    return outs, held
 
 
 def check_draft(method: Method, family: str) -> None:

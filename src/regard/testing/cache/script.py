@@ -181,7 +181,10 @@ def scattered(slots: Tensor, index: Tensor, seen: int, value: Tensor) -> Tensor:
 
 
 def watched(method: Method, now: dict[int, ReadRecord]) -> Method:
-    """The method with its `select` and `shift` watched: what they answer goes into `now` under the layer's number."""
+    """The method with its `select` and `shift` watched: what they answer goes into `now` under the layer's number.
+
+    Every layer is asked by itself; that layers may share an answer is a check of its own (check_by_place).
+    """
     page = method.page
 
     def select(view, cfg):
@@ -204,7 +207,7 @@ def watched(method: Method, now: dict[int, ReadRecord]) -> Method:
         return by
 
     watch = {name: f for name, f in (("select", select), ("shift", shift)) if getattr(page, name) is not None}
-    return replace(method, page=replace(page, **watch))
+    return replace(method, page=replace(page, **watch, by_place=False))
 
 
 def play(
