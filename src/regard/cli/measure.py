@@ -30,6 +30,12 @@ def compare(
     seed: int = 0,
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
     limit: Annotated[float, typer.Option(help="Seconds a cell may take.")] = 600.0,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            help="local, submitit:partition=NAME,gpus=1,mem=32GB,minutes=60 (Slurm) or ray:address=HOST:PORT."
+        ),
+    ] = None,
     retry: Annotated[
         bool, typer.Option("--retry/--no-retry", help="Run failed cells of an earlier start again.")
     ] = True,
@@ -51,7 +57,7 @@ def compare(
             split_list(budgets), out=folder,
             samples=samples, seed=seed, text=text,
             workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, device=device,
-            progress=progress,
+            executor=executor, progress=progress,
         )  # fmt: skip
     if as_json:
         say_json(
