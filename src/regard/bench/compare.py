@@ -19,6 +19,7 @@ from regard.attaching.converted import marker
 from regard.attaching.knob import Target
 from regard.attaching.sparse import is_sparse
 from regard.bench.cell import FULL, Cell
+from regard.bench.estimate import estimate
 from regard.bench.executor import Executor, InProcess, executor_of
 from regard.bench.prefill import leaves_unread
 from regard.core import Method, Unsupported, require
@@ -60,6 +61,7 @@ def compare(
     trust_remote_code: bool = False,
     executor: str | Executor | None = None,
     progress: Callable[[dict | None, int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Result:
     """Measure methods against full attention on a grid of cells; write results.jsonl, report.html, report.md to `out`.
 
@@ -75,6 +77,7 @@ def compare(
     device   where a model that is loaded by path goes; None: the GPU where there is one
     limit    seconds a cell may take      retry    run failed cells of an earlier start again; False: leave them
     progress called with (row, done, total) as cells end, and with (None, done, total) at the start
+    say      called, before cells run, with one line on the memory that they will take; run.json has it as "memory"
 
     Finished cells are on disk at once; the same call resumes, and measures anew where the content of the text, the
     model or a page of one's own is another. A cell that fails is a row that says why.
@@ -84,11 +87,14 @@ def compare(
     folder = Folder(Path(out))
     name, load_model = loader(model, trust_remote_code, device)
     cells = with_revisions(cells, model)
-    done = folder.open(header(name, cells))
+    memory = estimate(cells, model, runner, device)
+    done = folder.open(header(name, cells, memory=memory))
     kept = keys_of(done, retry)
     todo = [c for c in cells if c.key not in kept]
     progress = progress or (lambda row, done, total: None)
     progress(None, len(cells) - len(todo), len(cells))
+    if say is not None and todo:
+        say(memory["text"])
     for count, row in enumerate(runner.run(todo, load_model), len(cells) - len(todo) + 1):
         folder.add(row)
         progress(row, count, len(cells))
@@ -262,8 +268,8 @@ def loader(
     return str(model), partial(load, str(model), trust_remote_code=trust_remote_code, device=device)
 
 
-def header(name: str, cells: Sequence[Cell]) -> dict:
-    """What run.json says; a later start must agree in `settings`."""
+def header(name: str, cells: Sequence[Cell], **facts: Any) -> dict:
+    """What run.json says, with `facts` beside; a later start must agree in `settings`."""
     settings = {
         "model": name,
         "methods": sorted({c.label for c in cells}),
@@ -285,6 +291,7 @@ def header(name: str, cells: Sequence[Cell]) -> dict:
         "cells": [c.key for c in cells],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": machine(),
+        **facts,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -55,8 +55,8 @@ def executor_of(spec: str, *, workers: int, limit: float, out: str | Path) -> Ex
     `workers` and `limit` hold where the text says nothing else; jobs of submitit lie in `out`/jobs, or in a folder of
     their own in `folder`. KeyError with the near names for another executor or setting.
 
-    >>> executor_of("ray:cpus=4", workers=3, limit=60.0, out="runs")
-    Ray(workers=3, address=None, cpus=4, gpus=0, mem=None, limit=60.0)
+    >>> executor_of("local:threads=4", workers=3, limit=60.0, out="runs")
+    LocalProcesses(workers=3, threads=4, limit=60.0)
     """
     name, settings = parse_spec(spec)
     if name not in EXECUTORS:
@@ -66,10 +66,15 @@ def executor_of(spec: str, *, workers: int, limit: float, out: str | Path) -> Ex
         if key not in known:
             raise unknown(f"setting of {name}", key, known)
     made: dict[str, Any] = {"limit": limit, **settings}
-    if name != "submitit":
-        return EXECUTORS[name](**{"workers": workers, **made})
-    made["folder"] = job_folder(settings.get("folder"), Path(out))
-    return Submitit(**{"jobs": JOBS if made.get("cluster", "slurm") == "slurm" else workers, **made})
+    if name == "submitit":
+        jobs = JOBS if made.get("cluster", "slurm") == "slurm" else workers
+        made = {"jobs": jobs, **made, "folder": job_folder(settings.get("folder"), Path(out))}
+    else:
+        made = {"workers": workers, **made}
+    executor = EXECUTORS[name](**made)
+    if isinstance(executor, Submitit | Ray):
+        executor.check()
+    return executor
 
 
 def settings_of(name: str) -> Sequence[str]:

@@ -51,13 +51,14 @@ def compare(
 
     tokens = split_list(lengths)
     kept = f"Finished cells are kept in {folder}; the same command goes on from there."
-    with if_stopped(kept), watching(as_json) as progress:
+    shown = watching(as_json)
+    with if_stopped(kept), shown as progress:
         result = run(
             model, split_specs(methods), split_specs(tasks), None if tokens is None else [int(n) for n in tokens],
             split_list(budgets), out=folder,
             samples=samples, seed=seed, text=text,
             workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, device=device,
-            executor=executor, progress=progress,
+            executor=executor, progress=progress, say=shown.say,
         )  # fmt: skip
     if as_json:
         say_json(

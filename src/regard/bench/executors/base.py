@@ -128,10 +128,13 @@ def runs_again(main: Any) -> bool:
 
 
 @contextmanager
-def main_kept_out() -> Iterator[None]:
-    """Processes started here import the user's script only if it is guarded; a plain one would begin its run again."""
+def main_kept_out(always: bool = False) -> Iterator[None]:
+    """Processes started here import the user's script only if it is guarded; a plain one would begin its run again.
+
+    `always`: where `__main__` is the program of a cluster's job, which no worker needs.
+    """
     main = sys.modules["__main__"]
-    if runs_again(main):
+    if always or runs_again(main):
         sys.modules["__main__"] = ModuleType("__main__")
     try:
         yield

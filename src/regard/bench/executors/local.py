@@ -150,9 +150,13 @@ class Steady:
     """One worker that is asked cell by cell and replaced when it is lost; WorkerBroken where it cannot load."""
 
     def __init__(self, load: Loader, threads: int, limit: float) -> None:
-        self.make = lambda: Worker(load, threads, limit)
-        self.worker = self.make()
+        self.made = (load, threads, limit)
+        self.worker = self._make()
         self._until_ready()
+
+    def _make(self) -> Worker:
+        with main_kept_out(always=True):
+            return Worker(*self.made)
 
     def _until_ready(self) -> None:
         while not self.worker.ready:
@@ -163,7 +167,7 @@ class Steady:
         """The row of a cell, whatever becomes of it."""
         if not self.worker.process.is_alive():
             self.worker.stop()
-            self.worker = self.make()
+            self.worker = self._make()
         self._until_ready()
         self.worker.assign(cell)
         while (row := self.worker.receive()) is None:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import socket
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from regard.bench.executors.local import Steady, take_near
 from regard.core import require
 
 PATIENCE = 60.0  # seconds without a worker, after which it is said what they wait for
+KNOCK = 10.0  # seconds in which the address of a cluster answers
 STORE = 100 * 2**20  # bytes of a cluster of its own for what is passed around: cells and rows are small
 
 
@@ -100,6 +102,10 @@ class Ray:
                 for actor in crew:
                     ray.kill(actor.handle)
 
+    def check(self) -> None:
+        """Refuse, before any work, a machine without Ray."""
+        optional("ray")
+
     def options(self) -> dict[str, Any]:
         """What each actor asks of its machine. Nothing is tried twice in silence: a lost cell is a row."""
         asked: dict[str, Any] = dict(
@@ -161,10 +167,16 @@ class Ray:
 
 
 def reach(ray: Any, address: str, quiet: dict[str, Any]) -> None:
-    """Connect to a cluster; ValueError with the address where none answers there."""
+    """Connect to a cluster; ValueError with the address where none answers there.
+
+    A port is knocked at first: Ray itself tries for minutes, and then may end the process.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if port.isdigit():
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK).close()
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"must hold: a Ray cluster answers at the address (address={address!r}): {first}"

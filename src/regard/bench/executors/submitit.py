@@ -91,6 +91,7 @@ class Submitit:
             memory_bytes(self.mem)
 
     def run(self, cells: Sequence[Cell], load: Loader) -> Iterator[dict]:
+        self.check()
         executor = self.opened(optional("submitit"), cells)
         rows = earlier(Path(self.folder), cells)
         yield from rows
@@ -114,14 +115,18 @@ class Submitit:
         finally:
             self.stop(running)
 
-    def opened(self, submitit: Any, cells: Sequence[Cell]) -> Any:
-        """submitit's executor, where folder and cluster can be used."""
-        folder = Path(self.folder)
-        check_folder(folder, self.cluster)
+    def check(self) -> None:
+        """Refuse, before any work, a machine without submitit or Slurm, and a folder that cannot be used."""
+        optional("submitit")
+        check_folder(Path(self.folder), self.cluster)
         if self.cluster == "slurm":
             there = shutil.which("sbatch") and shutil.which("srun")
             rule = "cluster=slurm is where sbatch and srun are; cluster=local runs jobs on this machine"
             require(there, rule, cluster=self.cluster)
+
+    def opened(self, submitit: Any, cells: Sequence[Cell]) -> Any:
+        """submitit's executor, with what each job asks for."""
+        folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         executor = submitit.AutoExecutor(folder / LOGS, cluster=self.cluster)
         asked = dict(
