@@ -1,4 +1,4 @@
-"""The memory a run will take, before it starts: what it says is measured against peaks in tests/test_estimate.py.
+"""The memory a run will take, before it starts: what it says is measured against peaks in tests/test_memory.py.
 
     a worker  =  the process  +  weights  +  keys and values  +  activations of a prompt  +  logits
 
