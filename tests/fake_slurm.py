@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HOME = Path(os.environ["FAKE_SLURM"])
+HOME = Path(os.environ.get("FAKE_SLURM", "/nowhere"))
 
 
 def sbatch(script: str) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +64,7 @@ class InProcess:
 class Away:
     """What a process on another machine, or in another shell, needs to be as this one is: `settle` there."""
 
-    load: Loader
+    pickled: bytes  # the loader, which may come from a module that is only found once `paths` are
     threads: int
     limit: float
     pages: dict[str, str]
@@ -72,12 +73,13 @@ class Away:
     @classmethod
     def from_here(cls, load: Loader, threads: int, limit: float) -> "Away":
         paths = [str(Path(path).absolute()) for path in sys.path]
-        return cls(load, threads, limit, catalog.registered(), paths)
+        return cls(pickle.dumps(load), threads, limit, catalog.registered(), paths)
 
-    def settle(self) -> None:
-        """Take over pages of one's own, and the places where their modules are found."""
+    def settle(self) -> Loader:
+        """Take over pages of one's own and the places where modules are found; what loads the model."""
         sys.path += [path for path in self.paths if path not in sys.path]
         catalog.adopt(self.pages)
+        return pickle.loads(self.pickled)
 
 
 def optional(name: str) -> Any:

@@ -3,10 +3,11 @@
 import logging
 import math
 import os
+import re
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from regard.bench.executors.local import Steady, take_near
 from regard.core import require
 
 PATIENCE = 60.0  # seconds without a worker, after which it is said what they wait for
+COLOUR = "\x1b\\[[0-9]*m"  # in Ray's messages
 KNOCK = 10.0  # seconds in which the address of a cluster answers
 STORE = 100 * 2**20  # bytes of a cluster of its own for what is passed around: cells and rows are small
 
@@ -29,8 +31,7 @@ class Measurer:
 
     def load(self) -> str:
         """Load the model; the machine's name."""
-        self.away.settle()
-        self.steady = Steady(self.away.load, self.away.threads, self.away.limit)
+        self.steady = Steady(self.away.settle(), self.away.threads, self.away.limit)
         return os.uname().nodename
 
     def measure(self, cell: Cell) -> dict:
@@ -83,24 +84,29 @@ class Ray:
         with self.connected(ray):
             remote = ray.remote(Measurer).options(**self.options())
             crew = [Actor(remote, away) for _ in range(min(self.workers, len(left)))]
-            began, lost = time.monotonic(), 0
             try:
-                while left or any(a.cell for a in crew):
-                    for actor in crew:
-                        if actor.idle and left:
-                            actor.assign(take_near(left, actor))
-                    for i in answered(ray, crew):
-                        row, gone = self.received(ray, crew[i])
-                        if row is not None:
-                            yield row
-                        if gone:
-                            lost = lost + 1 if row is None else 0
-                            require_loaded(lost, gone)
-                            crew[i] = Actor(remote, away)
-                    began = self.say_waiting(ray, crew, began)
+                yield from self.rows(ray, crew, left, lambda: Actor(remote, away))
             finally:
                 for actor in crew:
                     ray.kill(actor.handle)
+
+    def rows(self, ray: Any, crew: list[Actor], left: list[Cell], new: Callable[[], Actor]) -> Iterator[dict]:
+        """A row for each cell that is left, as they end; an actor that is lost is replaced."""
+        began, lost = time.monotonic(), 0
+        while left or any(actor.cell for actor in crew):
+            for actor in crew:
+                if actor.idle and left:
+                    actor.assign(take_near(left, actor))
+            for i in answered(ray, crew):
+                row, gone = self.received(ray, crew[i])
+                if row is not None:
+                    yield row
+                if gone:
+                    lost = lost + 1 if row is None else 0
+                    require_loaded(lost, gone)
+                if gone and left:
+                    crew[i] = new()
+            began = self.say_waiting(ray, crew, began)
 
     def check(self) -> None:
         """Refuse, before any work, a machine without Ray."""
@@ -144,8 +150,8 @@ class Ray:
         try:
             answer = ray.get(actor.ref)
         except ray.exceptions.RayActorError as error:
-            cell, actor.cell = actor.cell, None
-            why = " ".join(str(error).split())
+            cell, actor.cell, actor.ref, actor.ready = actor.cell, None, None, False
+            why = " ".join(re.sub(COLOUR, "", str(error)).split())
             return (None if cell is None else cell.row(**loss(why))), why
         except ray.exceptions.RayTaskError as error:
             raise WorkerBroken(str(error.cause)) from error
@@ -201,4 +207,4 @@ def loss(why: str) -> dict:
 def require_loaded(lost: int, why: str) -> None:
     """An actor that is lost before its first cell is replaced once; two in a row end the run."""
     if lost > 1:
-        raise WorkerBroken(f"while the model was loading: {why[:300]}")
+        raise WorkerBroken(f"while the model was loading: {why[-300:]}")

@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import socket
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +79,9 @@ class Board:
         self.path.chmod(self.path.stat().st_mode)
 
 
+LOOK = 0.5  # seconds between looks at whether the overseer lives
+
+
 class TimeUp(BaseException):
     """The job's time is nearly over. Not an Exception: a cell must not take it for an error of its own."""
 
@@ -96,16 +101,24 @@ def heard_time() -> Iterator[None]:
         signal.signal(number, before)
 
 
+def end_with(parent: int) -> None:
+    """A job ends with the process that oversees it: nobody waits for its rows any more, and a cell may take long."""
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+    os._exit(1)
+
+
 def measure_share(path: Path, cells: Sequence[Cell], away: Away, minutes: int) -> str:
     """What a job does: the rows of its cells, one by one; "done", or why it ended before: "stopped", "time".
 
     Cells that have a row are left out: Slurm may start a job again from its beginning.
     """
     board = Board(path)
-    away.settle()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    load = away.settle()
     left = [cell for cell in cells if board.row(cell) is None]
     with heard_time():
-        steady = Steady(away.load, away.threads, away.limit)
+        steady = Steady(load, away.threads, away.limit)
         try:
             return each(board, left, steady, minutes)
         finally:
