@@ -19,7 +19,8 @@ from regard.attaching.converted import marker
 from regard.attaching.knob import Target
 from regard.attaching.sparse import is_sparse
 from regard.bench.cell import FULL, Cell
-from regard.bench.executor import Executor, InProcess, LocalProcesses
+from regard.bench.estimate import estimate
+from regard.bench.executor import Executor, InProcess, executor_of
 from regard.bench.prefill import leaves_unread
 from regard.core import Method, Unsupported, require
 from regard.core.spec import parse_spec
@@ -58,8 +59,9 @@ def compare(
     retry: bool = True,
     device: str | None = None,
     trust_remote_code: bool = False,
-    executor: Executor | None = None,
+    executor: str | Executor | None = None,
     progress: Callable[[dict | None, int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Result:
     """Measure methods against full attention on a grid of cells; write results.jsonl, report.html, report.md to `out`.
 
@@ -72,28 +74,50 @@ def compare(
     lengths  prompt lengths in tokens     budgets  tokens, fractions in (0, 1] or texts like "64MB"
     text     a file of your own to draw filler and perplexity text from
     workers  local processes of one thread each; a loaded model is measured in this process
+    executor where cells run: "local", "submitit:partition=gpu,gpus=1" (Slurm), "ray:address=auto", or an Executor
     device   where a model that is loaded by path goes; None: the GPU where there is one
     limit    seconds a cell may take      retry    run failed cells of an earlier start again; False: leave them
     progress called with (row, done, total) as cells end, and with (None, done, total) at the start
+    say      called, before cells run, with one line on the memory that they will take; run.json has it as "memory"
 
     Finished cells are on disk at once; the same call resumes, and measures anew where the content of the text, the
     model or a page of one's own is another. A cell that fails is a row that says why.
     """
     cells = grid(methods, tasks, lengths, budgets, samples, seed, text, chat)
+    runner = runner_of(executor, model, workers, limit, out)
     folder = Folder(Path(out))
     name, load_model = loader(model, trust_remote_code, device)
     cells = with_revisions(cells, model)
-    done = folder.open(header(name, cells))
+    memory = estimate(cells, model, runner, device)
+    done = folder.open(header(name, cells, memory=memory))
     kept = keys_of(done, retry)
     todo = [c for c in cells if c.key not in kept]
     progress = progress or (lambda row, done, total: None)
     progress(None, len(cells) - len(todo), len(cells))
-    if executor is None:
-        executor = InProcess() if isinstance(model, tuple) else LocalProcesses(workers, 1, limit)
-    for count, row in enumerate(executor.run(todo, load_model), len(cells) - len(todo) + 1):
+    if say is not None and todo:
+        say(memory["text"])
+    for count, row in enumerate(runner.run(todo, load_model), len(cells) - len(todo) + 1):
         folder.add(row)
         progress(row, count, len(cells))
     return report(folder)
+
+
+def runner_of(
+    executor: str | Executor | None, model: Any, workers: int, limit: float, out: str | Path
+) -> Executor:
+    """Where the cells run; a loaded model is only here."""
+    if isinstance(executor, str):
+        here = isinstance(model, tuple)
+        rule = "an executor by name loads the model where cells run: give its path or name"
+        require(not here, rule, executor=executor, model=type(model[0]).__name__ if here else model)
+        return executor_of(executor, workers=workers, limit=limit, out=out)
+    if executor is not None:
+        return executor
+    return (
+        InProcess()
+        if isinstance(model, tuple)
+        else executor_of("local", workers=workers, limit=limit, out=out)
+    )
 
 
 def report(folder: Folder) -> Result:
@@ -250,8 +274,8 @@ def loader(
     return str(model), partial(load, str(model), trust_remote_code=trust_remote_code, device=device)
 
 
-def header(name: str, cells: Sequence[Cell]) -> dict:
-    """What run.json says; a later start must agree in `settings`."""
+def header(name: str, cells: Sequence[Cell], **facts: Any) -> dict:
+    """What run.json says, with `facts` beside; a later start must agree in `settings`."""
     settings = {
         "model": name,
         "methods": sorted({c.label for c in cells}),
@@ -273,6 +297,7 @@ def header(name: str, cells: Sequence[Cell]) -> dict:
         "cells": [c.key for c in cells],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": machine(),
+        **facts,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

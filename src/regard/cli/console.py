@@ -59,6 +59,10 @@ class watching:
         self.task = self.bar.add_task("loading the model", total=None)
         return self.step
 
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def step(self, row: dict | None, done: int, total: int) -> None:
         text = (
             "loading the model"

@@ -30,6 +30,12 @@ def compare(
     seed: int = 0,
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
     limit: Annotated[float, typer.Option(help="Seconds a cell may take.")] = 600.0,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            help="local, submitit:partition=NAME,gpus=1,mem=32GB,minutes=60 (Slurm) or ray:address=HOST:PORT."
+        ),
+    ] = None,
     retry: Annotated[
         bool, typer.Option("--retry/--no-retry", help="Run failed cells of an earlier start again.")
     ] = True,
@@ -45,13 +51,14 @@ def compare(
 
     tokens = split_list(lengths)
     kept = f"Finished cells are kept in {folder}; the same command goes on from there."
-    with if_stopped(kept), watching(as_json) as progress:
+    shown = watching(as_json)
+    with if_stopped(kept), shown as progress:
         result = run(
             model, split_specs(methods), split_specs(tasks), None if tokens is None else [int(n) for n in tokens],
             split_list(budgets), out=folder,
             samples=samples, seed=seed, text=text,
             workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, device=device,
-            progress=progress,
+            executor=executor, progress=progress, say=shown.say,
         )  # fmt: skip
     if as_json:
         say_json(

@@ -124,6 +124,11 @@ def load(
     """(model, tokenizer) of a Hugging Face folder or name, or of a GGUF file.
 
     Weights as safetensors; remote code only when asked for. `device` None is the GPU where there is one.
+
+    On the CPU, weights that are stored in the dtype they are loaded in stay in their file's pages (mmap), which all
+    processes of a machine share: a second worker of SmolLM2, 540 MB of float32, takes 340 MB, which are the process.
+    Weights that have to change, for another `dtype` or where transformers fuses experts, are copies of each process.
+    What is written to a weight reaches neither the file nor another process.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = dequantised(path) if is_gguf(path) else path
