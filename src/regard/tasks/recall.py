@@ -10,7 +10,7 @@ this page take for codes too; `values="words"` gives pairs of words, the form th
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -54,11 +54,22 @@ def words() -> tuple[str, ...]:
     return tuple((Path(__file__).parent / "data" / "words.txt").read_text(encoding="utf-8").split())
 
 
-def near_keys(rng: random.Random, count: int) -> list[str]:
-    """Different pairs of words; most share their first or their second word with another."""
-    side = max(2, ceil(sqrt(1.5 * count)))
-    drawn = rng.sample(words(), 2 * side)
+def near_keys(rng: random.Random, count: int, pool: Sequence[str] = ()) -> list[str]:
+    """Different pairs of words, of the pool or of all; most share their first or their second word with another."""
+    side = grid_side(count)
+    drawn = rng.sample(pool or words(), 2 * side)
     return [" ".join(pair) for pair in rng.sample(list(product(drawn[:side], drawn[side:])), count)]
+
+
+def near_pairs(rng: random.Random, count: int, firsts: Sequence[str], seconds: Sequence[str]) -> list[str]:
+    """The same of first and second words that are told apart, such as names."""
+    some = [rng.sample(words, grid_side(count)) for words in (firsts, seconds)]
+    return [" ".join(pair) for pair in rng.sample(list(product(*some)), count)]
+
+
+def grid_side(count: int) -> int:
+    """How many first and how many second words make up so many pairs, most of which share one."""
+    return max(2, ceil(sqrt(1.5 * count)))
 
 
 def even_words(tokenizer) -> list[str]:
@@ -156,11 +167,11 @@ def codes(tokenizer: Any) -> Draw:
 VALUES: dict[str, Callable[[Any], Draw]] = {"digits": codes, "words": pairs_of_words}
 
 
-def draw_facts(rng: random.Random, draw: Draw, number: int) -> list[Fact]:
-    values, keys = draw(rng, number), near_keys(rng, number)
+def draw_facts(rng: random.Random, draw: Draw, number: int, pool: Sequence[str] = ()) -> list[Fact]:
+    values, keys = draw(rng, number), near_keys(rng, number, pool)
     # an answer must not stand anywhere else
     while any(" " + key in values for key in keys):
-        keys = near_keys(rng, number)
+        keys = near_keys(rng, number, pool)
     return [Fact(key, value) for key, value in zip(keys, values, strict=True)]
 
 
