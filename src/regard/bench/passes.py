@@ -64,13 +64,14 @@ class Reading:
     def through(self, batch: Sequence[Sample], weigh: bool) -> Pass:
         first, prompt = batch[0], self.ids([s.prompt for s in batch])
         context = first.context or prompt.shape[1] - 1 - first.written
-        if self.chooses:
-            self.attached.selection(mass=weigh)
+        chooser = self.attached if self.chooses else None
+        if chooser is not None:
+            chooser.selection(mass=weigh)
         start = now(self.model.device)
         with clocked() as parts:
             self.cache = self.model(prompt[:, :context], use_cache=True, logits_to_keep=1).past_key_values
         prefill = now(self.model.device) - start
-        chosen = self.attached.selection() if self.chooses else []
+        chosen = [] if chooser is None else chooser.selection()
         for t in range(context, context + first.written):
             self.step(prompt[:, t : t + 1])
         self.ask(

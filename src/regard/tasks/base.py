@@ -157,6 +157,12 @@ def continuation(tokenizer, before: str, text: str) -> list[int]:
     return whole[same:]
 
 
+def check_writes(tokenizer, text: str) -> None:
+    """ValueError where a tokenizer has no tokens for a text, such as one without digits: nobody could answer it."""
+    read = said(tokenizer, encode(tokenizer, f" {text}"))
+    require(text.lower() in read, "the tokenizer writes the answer", answer=text, read=read)
+
+
 def contains(ids: list[int], piece: list[int]) -> bool:
     return any(ids[i : i + len(piece)] == piece for i in range(len(ids) - len(piece) + 1))
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from regard.core import Card, require
 from regard.kinds.task import TaskPage
-from regard.tasks.base import Frame, Sample, continuation, encode, even, fill
+from regard.tasks.base import Frame, Sample, check_writes, continuation, encode, even, fill
 from regard.tasks.corpus import Source, held_out
 
 TOKENS_PER_FACT, MOST_FACTS = 64, 24
@@ -89,6 +89,7 @@ def passkey(rng: random.Random, digits: int) -> str:
 
 def answer_size(tokenizer: Any, digits: int) -> int:
     """The commonest number of tokens of a passkey; it varies where a tokenizer merges digits."""
+    check_writes(tokenizer, "1234567890")
     rng = random.Random("passkeys")
     return mode(len(Fact("", passkey(rng, digits)).answer(tokenizer)) for _ in range(100))
 

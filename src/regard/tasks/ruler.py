@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any
 
 from regard.core import require
-from regard.tasks.base import Frame, Sample, continuation, encode, even, fill_around
+from regard.tasks.base import Frame, Sample, check_writes, continuation, encode, even, fill_around
 from regard.tasks.corpus import Source, held_out
 from regard.tasks.recall import weave, words
 
@@ -42,6 +42,8 @@ def freely(tokenizer: Any, samples: list[Sample], most: int) -> list[Sample]:
 
     Never fewer than the longest right answer takes; RULER's bound is too small for it in tokenizers of few characters.
     """
+    for text in dict.fromkeys(wanted for sample in samples for wanted in sample.wanted):
+        check_writes(tokenizer, text)
     right = [continuation(tokenizer, "are", f" {listing(s.wanted)}.") for s in samples]
     longest = max(map(len, right))
     count = max(longest, min(most, ceil(1.5 * longest) + SLACK))
