@@ -95,7 +95,8 @@ def test_turns_go_through_compare(measured):
         assert row["status"] == "ok", row["error"]
         assert len(row["by_turn"]) == 2 and sum(row["by_turn"]) / 2 == pytest.approx(row["quality"])
         assert all(sample["depth"] is None for sample in row["samples"])
-    assert rows["full", "turns:questions=2"]["quality"] == 1.0  # the shipped model can answer all of them
+    # one of so many codes by guessing
+    assert rows["full", "turns:questions=2"]["quality"] > rows["full", "turns:questions=2"]["chance"] == 0.25
     assert "Quality by turn" in (folder / "report.md").read_text(encoding="utf-8")
 
 

@@ -244,7 +244,8 @@ def test_later_turns_in_a_chat_end_the_answer_and_begin_a_reply():
     for sample in task("turns").samples(tokenizer, 512, 3, 0, chat=True):
         for turn in sample.turns:
             said = tokenizer.decode(turn.question)
-            asked = r"\.<end>\n<user>\nQuestion: the code of ([\w ]+) is<end>\n<assistant>The code of \1 is"
+            question = r"\nQuestion: What is the code of ([\w ]+) in the text above\?"
+            asked = rf"\.<end>\n<user>{question}<end>\n<assistant>The code of \1 is"
             assert re.fullmatch(asked, said), said
 
 

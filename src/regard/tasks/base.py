@@ -132,17 +132,15 @@ def chat_marks(tokenizer, messages: int) -> list[str]:
     return [*marks, rest]
 
 
-def next_question(
-    tokenizer, question: list[int], prefix: str = "", chat: bool = False, stop: str = ""
-) -> list[int]:
+def next_question(tokenizer, question: str, reply: str, chat: bool = False, stop: str = "") -> list[int]:
     """What stands between an answer and the next: the end of the model's message, the question, what begins a reply.
 
-    `stop` ends the model's sentence; in a chat the template's marks stand around the question. `prefix` as in `Frame`.
+    `stop` ends the model's sentence; question and reply are as in `Frame.freely`.
     """
     if not chat:
-        return encode(tokenizer, stop) + question
+        return encode(tokenizer, f"{stop}{question}\nAnswer: {reply}")
     _, _, between, after = chat_marks(tokenizer, 3)
-    return encode(tokenizer, stop + between) + question + encode(tokenizer, after + prefix)
+    return encode(tokenizer, stop + between) + encode(tokenizer, question) + encode(tokenizer, after + reply)
 
 
 def first_token(tokenizer) -> list[int]:

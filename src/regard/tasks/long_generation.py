@@ -1,7 +1,7 @@
 """Long generation: facts in a text that counts as written by the model itself, and a question about one of them.
 
     context: text        written, a token at a time: ... The code of quiet river is 482. ... text ...
-    Question: the code of quiet river is     -> 482
+    Question: What is the code of quiet river in the text above?     -> 482
 
 Policies that compress a prompt once never meet these facts; those that evict while a model decodes meet each of them on
 its way in, and have to keep it until it is asked for. In a chat the written text is the model's message.
@@ -15,7 +15,8 @@ from regard.core import Card, require
 from regard.kinds.task import TaskPage
 from regard.tasks.base import Frame, Sample, chat_marks, encode, even, fill, first_token, next_question
 from regard.tasks.corpus import Source, held_out
-from regard.tasks.recall import MOST_FACTS, TOKENS_PER_FACT, Fact, codes, draw_facts, weave
+from regard.tasks.recall import MOST_FACTS, TOKENS_PER_FACT, Fact, codes, weave
+from regard.tasks.ruler import asks_for, pairs_of_words
 
 BEGIN = "Continue this text, and write some codes into it that are asked for at the end.\n"
 SHORTEST = 8  # tokens of the text that the prompt begins with
@@ -48,7 +49,9 @@ def samples(
     number, result = min(cfg.most_facts, max(4, length // cfg.tokens_per_fact)), []
     for i in range(count):
         rng, index = random.Random(f"long_generation {seed} {i}"), round(i / max(1, count - 1) * (number - 1))
-        result.append(one(cfg, tokenizer, length, rng, index, draw_facts(rng, draw, number), source, chat))
+        keys = pairs_of_words(rng, number)
+        facts = [Fact(key, value) for key, value in zip(keys, draw(rng, number), strict=True)]
+        result.append(one(cfg, tokenizer, length, rng, index, facts, source, chat))
     return even(result)
 
 
@@ -81,8 +84,7 @@ def one(
 
 def conversation(tokenizer: Any, fact: Fact, chat: bool) -> tuple[list[int], list[int], list[int]]:
     """What stands before the text that is given, between it and the text that is written, and after that."""
-    begin = f"The code of {fact.key} is"
-    tail = next_question(tokenizer, fact.question(tokenizer), begin, chat)
+    tail = next_question(tokenizer, *asks_for(fact.key), chat)
     if not chat:
         return first_token(tokenizer), [], tail
     before, reply, *_ = chat_marks(tokenizer, 3)

@@ -54,10 +54,10 @@ def words() -> tuple[str, ...]:
     return tuple((Path(__file__).parent / "data" / "words.txt").read_text(encoding="utf-8").split())
 
 
-def near_keys(rng: random.Random, count: int, pool: Sequence[str] = ()) -> list[str]:
-    """Different pairs of words, of the pool or of all; most share their first or their second word with another."""
+def near_keys(rng: random.Random, count: int) -> list[str]:
+    """Different pairs of words; most share their first or their second word with another."""
     side = grid_side(count)
-    drawn = rng.sample(pool or words(), 2 * side)
+    drawn = rng.sample(words(), 2 * side)
     return [" ".join(pair) for pair in rng.sample(list(product(drawn[:side], drawn[side:])), count)]
 
 
@@ -168,11 +168,11 @@ def codes(tokenizer: Any) -> Draw:
 VALUES: dict[str, Callable[[Any], Draw]] = {"digits": codes, "words": pairs_of_words}
 
 
-def draw_facts(rng: random.Random, draw: Draw, number: int, pool: Sequence[str] = ()) -> list[Fact]:
-    values, keys = draw(rng, number), near_keys(rng, number, pool)
+def draw_facts(rng: random.Random, draw: Draw, number: int) -> list[Fact]:
+    values, keys = draw(rng, number), near_keys(rng, number)
     # an answer must not stand anywhere else
     while any(" " + key in values for key in keys):
-        keys = near_keys(rng, number, pool)
+        keys = near_keys(rng, number)
     return [Fact(key, value) for key, value in zip(keys, values, strict=True)]
 
 

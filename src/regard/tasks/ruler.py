@@ -81,17 +81,22 @@ def distinct_numbers(rng: random.Random, count: int, digits: int) -> list[str]:
     return list(values)
 
 
-def pairs_of_words(rng: random.Random, count: int) -> list[str]:
-    """Keys of two words; none shares a word with another."""
-    rule = "there are two words for each key"
-    require(2 * count <= len(words()), rule, words=len(words()), keys=count)
-    drawn = rng.sample(words(), 2 * count)
+def pairs_of_words(rng: random.Random, count: int, pool: Sequence[str] = ()) -> list[str]:
+    """Keys of two words, of the pool or of all; none shares a word with another."""
+    pool = pool or words()
+    require(2 * count <= len(pool), "there are two words for each key", words=len(pool), keys=count)
+    drawn = rng.sample(pool, 2 * count)
     return [f"{a} {b}" for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
 
 
 def check_needles(**values: int) -> None:
     for name, value in values.items():
         require(1 <= value <= 99, f"1 <= {name} <= 99", **{name: value})
+
+
+def asks_for(key: str) -> tuple[str, str]:
+    """The question for the code of a key, and how its answer begins."""
+    return f"\nQuestion: What is the code of {key} in the text above?", f"The code of {key} is"
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,7 @@ class Needles:
     def asks(self, keys: Sequence[str]) -> tuple[str, str]:
         """The question, and how its answer begins."""
         if self.values * self.asked == 1:
-            return (
-                f"\nQuestion: What is the code of {keys[0]} in the text above?",
-                f"The code of {keys[0]} is",
-            )
+            return asks_for(keys[0])
         all_of = f"the codes of {listing(keys)}"
         return f"\nQuestion: What are all {all_of} in the text above?", f"T{all_of[1:]} are"
 

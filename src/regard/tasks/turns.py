@@ -1,13 +1,13 @@
 """Turns: one context is read, then several questions about it follow that nobody knew when it was compressed.
 
-    ... text ... The code of quiet river is 482. ... The code of quiet garden is 917. ...      the context
-    Question: the code of quiet garden is -> 917.  Question: the code of early river is -> 305.  ...
+    ... text ... The code of quiet river is 482. ... The code of early garden is 917. ...      the context
+    Question: What is the code of early garden in the text above? -> 917.   Question: What is the code of ...
 
 A method that chooses by a question what to keep looks good on this question and loses what the next one asks for:
 SCBench's finding. Here the context is read and compressed alone and the first question is a stranger too.
 With `known=True` the first question is read with the context, as in the multi-turn mode of SCBench: then the first
-turn is the one that the choice was made for, and the later ones show what it cost. Facts, keys and codes are those of
-`recall`, keys of words that take the same number of tokens.
+turn is the one that the choice was made for, and the later ones show what it cost. Facts are as many as those of
+`recall`; keys share no words, and their words take the same number of tokens, so that turns are equally long.
 """
 
 import random
@@ -23,10 +23,10 @@ from regard.tasks.recall import (
     TOKENS_PER_FACT,
     Fact,
     codes,
-    draw_facts,
     even_words,
     weave,
 )
+from regard.tasks.ruler import asks_for, pairs_of_words
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def samples(
     result = []
     for i in range(count):
         rng = random.Random(f"turns {seed} {i}")
-        facts = draw_facts(rng, draw, number, pool)
+        keys = pairs_of_words(rng, number, pool)
+        facts = [Fact(key, value) for key, value in zip(keys, draw(rng, number), strict=True)]
         result.append(one(cfg, tokenizer, length, rng, facts, source, chat))
     return even(result)
 
@@ -79,13 +80,14 @@ def one(
 ) -> Sample:
     asked = rng.sample(range(len(facts)), cfg.questions)
     first, *later = [facts[i] for i in asked]
-    frame = Frame.of(tokenizer, first.question(tokenizer), begin(first), chat)
+    frame = Frame.freely(tokenizer, *asks_for(first.key), chat)
     statements = [fact.statement(tokenizer) for fact in facts]
     room = frame.room(length, sum(map(len, statements)))
     body, starts = weave(rng, text_for(tokenizer, source, rng, room, facts, asked), statements)
     head = len(frame.head)
     spans = tuple((head + starts[i], head + starts[i] + len(statements[i])) for i in asked)
-    turns = tuple(Turn(question(tokenizer, fact, chat), fact.answer(tokenizer)) for fact in later)
+    asks = [next_question(tokenizer, *asks_for(fact.key), chat, stop=".") for fact in later]
+    turns = tuple(Turn(ask, fact.answer(tokenizer)) for ask, fact in zip(asks, later, strict=True))
     return Sample(
         frame.around(body),
         first.answer(tokenizer),
@@ -107,16 +109,6 @@ def text_for(
         if not any(contains(text, facts[i].answer(tokenizer)) for i in asked):
             return text
     raise ValueError(f"filler without the answers of all turns: not found in 100 draws from {source.name}")
-
-
-def begin(fact: Fact) -> str:
-    """How the reply of a chat begins."""
-    return f"The code of {fact.key} is"
-
-
-def question(tokenizer: Any, fact: Fact, chat: bool) -> list[int]:
-    """What a later turn brings, after the answer before it."""
-    return next_question(tokenizer, fact.question(tokenizer), begin(fact), chat, stop=".")
 
 
 METHOD = TaskPage(
