@@ -152,5 +152,5 @@ def html_table(rows: Sequence[Mapping[str, str]], marked: Marks) -> str:
         cells = [f"<td>{escape(row['task'])}</td><td>{who}</td>"]
         cells += [f'<td class="n">{escape(row.get(h, NONE))}</td>' for h in heads[2:]]
         body.append(f"<tr>{''.join(cells)}</tr>")
-    table = f"<table><thead><tr>{first}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    table = f'<table class="parts"><thead><tr>{first}</tr></thead><tbody>{"".join(body)}</tbody></table>'
     return f'<div class="wide">{table}</div>'
