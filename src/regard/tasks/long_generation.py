@@ -15,7 +15,7 @@ from regard.core import Card, require
 from regard.kinds.task import TaskPage
 from regard.tasks.base import Frame, Sample, chat_marks, encode, even, fill, first_token, next_question
 from regard.tasks.corpus import Source, held_out
-from regard.tasks.recall import MOST_FACTS, TOKENS_PER_FACT, Fact, codes, weave
+from regard.tasks.recall import MOST_FACTS, TOKENS_PER_FACT, Fact, codes, even_words, weave
 from regard.tasks.ruler import asks_for, pairs_of_words
 
 BEGIN = "Continue this text, and write some codes into it that are asked for at the end.\n"
@@ -24,7 +24,7 @@ SHORTEST = 8  # tokens of the text that the prompt begins with
 
 @dataclass(frozen=True)
 class Config:
-    written: float = 0.75  # share of the prompt
+    written: float = 0.75  # share of the prompt beside its marks and question
     tokens_per_fact: int = TOKENS_PER_FACT
     most_facts: int = MOST_FACTS
 
@@ -45,11 +45,11 @@ def samples(
     chat: bool = False,
 ) -> list[Sample]:
     """`count` prompts of exactly `length` tokens; the asked facts spread evenly over the order of facts."""
-    draw, source = codes(tokenizer), source or held_out()
+    draw, pool, source = codes(tokenizer), even_words(tokenizer), source or held_out()
     number, result = min(cfg.most_facts, max(4, length // cfg.tokens_per_fact)), []
     for i in range(count):
         rng, index = random.Random(f"long_generation {seed} {i}"), round(i / max(1, count - 1) * (number - 1))
-        keys = pairs_of_words(rng, number)
+        keys = pairs_of_words(rng, number, pool)
         facts = [Fact(key, value) for key, value in zip(keys, draw(rng, number), strict=True)]
         result.append(one(cfg, tokenizer, length, rng, index, facts, source, chat))
     return even(result)
@@ -67,8 +67,9 @@ def one(
 ) -> Sample:
     fact, statements = facts[index], [f.statement(tokenizer) for f in facts]
     opening, middle, tail = conversation(tokenizer, fact, chat)
-    written, taken = int(cfg.written * length), sum(map(len, statements))
-    start = Frame(opening + middle, tail).room(length, written)
+    room, taken = Frame(opening + middle, tail).room(length, 0), sum(map(len, statements))
+    written = int(cfg.written * room)
+    start = room - written
     rule = f"the written share has room for the facts, and what is left of the rest for {SHORTEST} tokens of text"
     fits = written >= taken and start >= SHORTEST
     require(fits, rule, length=length, written=written, facts=taken, text=start)

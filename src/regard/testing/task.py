@@ -16,11 +16,15 @@ LENGTHS = (256, 300, 1024)
 
 
 class WordTokenizer:
-    """A tokenizer with one id for each word, digit and sign, given out as they come; id 0 begins every text."""
+    """A tokenizer with one id for each word, digit and sign, given out as they come; id 0 begins every text.
+
+    `letters`: longer words take several ids, so that not all texts of so many words are equally long.
+    """
 
     chat_template = None
 
-    def __init__(self, bos: int | None = 0, spare: int = 200) -> None:
+    def __init__(self, bos: int | None = 0, spare: int = 200, letters: int | None = None) -> None:
+        self.word = re.compile(rf"<s>|\d| ?[^\W\d]{f'{{1,{letters}}}' if letters else '+'}|\s|.")
         self.bos_token_id, self.pieces, self.known, self.spare = bos, ["<s>"], {"<s>": 0}, spare
         self.all_special_ids = [0]
 
@@ -29,7 +33,7 @@ class WordTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
-        for piece in re.findall(r"<s>|\d| ?[^\W\d]+|\s|.", text):
+        for piece in self.word.findall(text):
             if piece not in self.known:
                 self.known[piece] = len(self.pieces)
                 self.pieces.append(piece)
@@ -85,9 +89,12 @@ def samples(
 
 
 def check_samples(method: Method) -> None:
-    """As many as asked, prompts of exactly the asked length, answers of one length, depths and chances in [0, 1]."""
-    for length in LENGTHS:
-        drawn = samples(method, length, 5, 0)
+    """As many as asked, prompts of exactly the asked length, all of one shape, depths and chances in [0, 1].
+
+    Also where words differ in their number of tokens.
+    """
+    for length, letters in (*((length, None) for length in LENGTHS), (1024, 5)):
+        drawn = samples(method, length, 5, 0, WordTokenizer(letters=letters))
         assert len(drawn) == 5, f"{method.label}: {len(drawn)} samples, 5 asked"
         sizes = {len(s.prompt) for s in drawn}
         assert sizes == {length}, f"{method.label}: prompts of {sizes} tokens, {length} asked"
