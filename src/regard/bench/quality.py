@@ -72,7 +72,7 @@ def shown(
     for sample, score, text in zip(samples, scores, said, strict=True):
         expected = ", ".join(w.strip() for w in sample.wanted)
         expected = expected if metric == "recall" else " | ".join(map(tokenizer.decode, sample.answers))
-        depth = sample.depth if sample.evidence[1] else None
+        depth = sample.depth if len(sample.needed) == 1 else None  # several facts have no one place
         rows.append(dict(depth=depth, score=float(score), answer=expected, generated=text))
     return {"samples": rows}
 

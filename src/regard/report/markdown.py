@@ -4,6 +4,8 @@ import re
 
 from regard.report.prefill import COLUMNS, first_token_sentence, only_prompts, table_rows
 from regard.report.result import Result
+from regard.report.turns import TITLES, columns
+from regard.report.turns import table_rows as rows_by
 from regard.report.words import budget_text, clean, name, percent, times
 
 
@@ -14,6 +16,22 @@ def escape(text: object) -> str:
 
 def line(values: list[str]) -> str:
     return f"| {' | '.join(values)} |"
+
+
+def parts(title: str, rows: list[dict[str, str]]) -> list[str]:
+    """A table of what was found turn by turn or place by place; nothing where nothing was."""
+    if not rows:
+        return []
+    heads = columns(rows)
+    ruler = ["---", "---", *["---:"] * (len(heads) - 2)]
+    return [
+        "",
+        f"{title}:",
+        "",
+        line(heads),
+        line(ruler),
+        *(line([escape(r.get(h, "")) for h in heads]) for r in rows),
+    ]
 
 
 def to_markdown(result: Result) -> str:
@@ -35,6 +53,8 @@ def to_markdown(result: Result) -> str:
         lines += [line(list(COLUMNS))]
         lines += [line(["---", *["---:"] * (len(COLUMNS) - 1)])]
         lines += [line([escape(row[key]) for key in COLUMNS]) for row in partial]
+    for key, title in TITLES.items():
+        lines += parts(title, rows_by(result, key))
     failed = [
         f"- {escape(name(r))}, {escape(r['task'])} at length {r['length']}: {escape(r['status'])}"
         + (f" ({escape(r['error'])[:200]})" if r.get("error") else "")

@@ -9,6 +9,8 @@ from regard.report.marks import Marks, glyph
 from regard.report.needle import needle_map, needle_tasks
 from regard.report.prefill import LEAD, first_token_sentence, prefill_parts
 from regard.report.result import Result, failed_groups, ok
+from regard.report.turns import LEADS, TITLES, html_table, table_rows
+from regard.report.turns import figures as drawn_by
 from regard.report.words import (
     KEEPS,
     NONE,
@@ -45,6 +47,10 @@ def sections(result: Result, marked: Marks) -> tuple[dict[str, Any], list[str]]:
         length_section(lengths, budgets, chosen),
         needle_section(result, marked),
     ]
+    for key in TITLES:
+        drawn = drawn_by(result, key, marked, budgets)
+        figures |= drawn
+        parts.append(part_section(result, key, drawn, marked))
     parts += [
         table_section(result, marked),
         failed_section(result),
@@ -107,6 +113,15 @@ def first_token_section(result: Result, figure: Figure | None, table: str) -> st
         return ""
     drawn = plot("first-token", figure, "Time to the first token over length", first_token_sentence(result))
     return section("Time to the first token", LEAD, f'<div class="plots">{drawn}</div>{table}')
+
+
+def part_section(result: Result, key: str, figures: dict[str, Figure], marked: Marks) -> str:
+    """Quality by turn, or likelihood by place in a continuation; nothing where no row has several."""
+    if not figures:
+        return ""
+    drawn = "".join(plot(at, figure, TITLES[key]) for at, figure in figures.items())
+    table = html_table(table_rows(result, key), marked)
+    return section(TITLES[key], LEADS[key], f'<div class="plots">{drawn}</div>{table}')
 
 
 def needle_section(result: Result, marked: Marks) -> str:

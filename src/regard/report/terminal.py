@@ -17,6 +17,8 @@ from regard.report.prefill import (
     table_rows,
 )
 from regard.report.result import Result, Row, failed_groups
+from regard.report.turns import TITLES, columns
+from regard.report.turns import table_rows as rows_by
 from regard.report.words import KEEPS, budget_text, clean, name, percent, short, times
 
 TASK_WIDTH = 10  # columns that one task takes beside the summary
@@ -113,6 +115,10 @@ def show(result: Result, console: Console | None = None) -> None:
         for at in range(0, len(tasks), width):
             part = dict(list(by_task.items())[at : at + width])
             console.print(table(rows, {"method": "method", "budget": "budget"} | part, "Quality by task"))
+    if turns := rows_by(result, "by_turn"):
+        heads = columns(turns)
+        by = [{h: right(r.get(h, "")) if h in heads[2:] else r[h] for h in heads} for r in turns]
+        console.print(table(by, heads, TITLES["by_turn"]))
     if partial := table_rows(result):
         rows = [{**r, **{key: right(r[key]) for key in COLUMNS[1:-1]}} for r in partial]
         shown = {key: key for key in COLUMNS[:-1]}

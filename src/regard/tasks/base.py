@@ -1,4 +1,4 @@
-"""What tasks are made of: samples, the frame of a prompt, filler.
+"""What tasks are made of: samples, the frame of a prompt or of a conversation, filler.
 
 Every prompt of one call has exactly the asked number of tokens and every answer the same number, so that
 samples are batched without padding. A tokenizer is passed in; anything with the manners of Hugging Face's
@@ -35,6 +35,8 @@ class Sample:
     written: the tokens of the prompt after the context that are fed one at a time, as if the model had written them
     turns: further questions; a method meets them with what it has kept
     wanted: texts looked for in what the model generates freely, for the metric "recall"
+    facts: first and past-the-last position of each needed fact, where these are several; with `turns`, the
+        fact of each turn, in the order of the turns
     """
 
     prompt: list[int]
@@ -46,6 +48,7 @@ class Sample:
     written: int = 0
     turns: tuple[Turn, ...] = ()
     wanted: tuple[str, ...] = ()
+    facts: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         room = len(self.prompt) - 1
@@ -66,6 +69,11 @@ class Sample:
         return [self.answer, *(turn.answer for turn in self.turns)]
 
     @property
+    def needed(self) -> tuple[tuple[int, int], ...]:
+        """First and past-the-last position of all that the answers need; none where no fact is asked for."""
+        return self.facts or ((self.evidence,) if self.evidence[1] else ())
+
+    @property
     def shape(self) -> tuple:
         """The sizes that samples of one batch share."""
         turns = tuple((len(turn.question), len(turn.answer)) for turn in self.turns)
@@ -84,13 +92,14 @@ class Frame:
         """`prefix` begins the reply of a chat model, so that its answer is the same tokens as anyone's."""
         if not chat:
             return cls(first_token(tokenizer), question)
-        require(bool(getattr(tokenizer, "chat_template", None)), "chat=True needs a chat template", chat=chat)
-        mark = "<-the-text->"
-        messages = [{"role": "user", "content": mark}]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        require(whole.count(mark) == 1, "the chat template says the message once", times=whole.count(mark))
-        before, after = whole.split(mark)
+        before, after = chat_marks(tokenizer, 1)
         return cls(encode(tokenizer, before), question + encode(tokenizer, after + prefix))
+
+    @classmethod
+    def freely(cls, tokenizer, question: str, reply: str, chat: bool = False) -> "Frame":
+        """Of a question whose answer is generated freely; `reply` begins it, in a chat as the model's own words."""
+        asked = question if chat else f"{question}\nAnswer: {reply}"
+        return cls.of(tokenizer, encode(tokenizer, asked), reply, chat)
 
     def room(self, length: int, taken: int) -> int:
         """How many tokens of filler a prompt of `length` has room for beside `taken` tokens of facts."""
@@ -100,6 +109,38 @@ class Frame:
 
     def around(self, body: list[int]) -> list[int]:
         return self.head + body + self.tail
+
+
+def chat_marks(tokenizer, messages: int) -> list[str]:
+    """What a chat template writes before, between and after so many messages, the user's and the model's in turn.
+
+    The last is the user's, and what begins the model's reply follows it. A system prompt that the template brings
+    stands before the first message; it is not said again in later turns, as it would be if each were a
+    conversation of its own.
+    """
+    known = bool(getattr(tokenizer, "chat_template", None))
+    require(known, "chat=True needs a tokenizer with a chat template", chat_template=None)
+    conversation = [
+        {"role": ("user", "assistant")[i % 2], "content": f"<-text-{i}->"} for i in range(messages)
+    ]
+    rest, marks = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True), []
+    for message in conversation:
+        times = rest.count(message["content"])
+        require(times == 1, "the chat template says each message once, in order", times=times)
+        mark, rest = rest.split(message["content"])
+        marks.append(mark)
+    return [*marks, rest]
+
+
+def next_question(tokenizer, question: str, reply: str, chat: bool = False, stop: str = "") -> list[int]:
+    """What stands between an answer and the next: the end of the model's message, the question, what begins a reply.
+
+    `stop` ends the model's sentence; question and reply are as in `Frame.freely`.
+    """
+    if not chat:
+        return encode(tokenizer, f"{stop}{question}\nAnswer: {reply}")
+    _, _, between, after = chat_marks(tokenizer, 3)
+    return encode(tokenizer, stop + between) + encode(tokenizer, question) + encode(tokenizer, after + reply)
 
 
 def first_token(tokenizer) -> list[int]:
@@ -114,6 +155,12 @@ def continuation(tokenizer, before: str, text: str) -> list[int]:
     return whole[same:]
 
 
+def check_writes(tokenizer, text: str) -> None:
+    """ValueError where a tokenizer has no tokens for a text, such as one without digits: nobody could answer it."""
+    read = said(tokenizer, encode(tokenizer, f" {text}"))
+    require(text.lower() in read, "the tokenizer writes the answer", answer=text, read=read)
+
+
 def contains(ids: list[int], piece: list[int]) -> bool:
     return any(ids[i : i + len(piece)] == piece for i in range(len(ids) - len(piece) + 1))
 
@@ -125,6 +172,23 @@ def fill(tokenizer, source: Source, rng: random.Random, room: int, without: list
         if not contains(text, without):
             return text
     raise ValueError(f"filler without the answer {without}: not found in 100 draws from {source.name}")
+
+
+def said(tokenizer, ids: list[int]) -> str:
+    """Tokens as a reader of texts sees them, whatever the case of letters."""
+    return tokenizer.decode(ids).lower()
+
+
+def fill_around(
+    tokenizer, source: Source, rng: random.Random, room: int, wanted: tuple[str, ...]
+) -> list[int]:
+    """`room` tokens of running text in which none of the wanted texts occurs."""
+    for _ in range(100):
+        ids = source.take(tokenizer, room, rng)
+        text = said(tokenizer, ids)
+        if not any(w.lower() in text for w in wanted):
+            return ids
+    raise ValueError(f"filler without {', '.join(wanted)}: not found in 100 draws from {source.name}")
 
 
 def even(samples: list[Sample]) -> list[Sample]:

@@ -10,7 +10,7 @@ this page take for codes too; `values="words"` gives pairs of words, the form th
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -21,7 +21,7 @@ from typing import Any
 
 from regard.core import Card, require
 from regard.kinds.task import TaskPage
-from regard.tasks.base import Frame, Sample, continuation, encode, even, fill
+from regard.tasks.base import Frame, Sample, check_writes, continuation, encode, even, fill
 from regard.tasks.corpus import Source, held_out
 
 TOKENS_PER_FACT, MOST_FACTS = 64, 24
@@ -56,9 +56,20 @@ def words() -> tuple[str, ...]:
 
 def near_keys(rng: random.Random, count: int) -> list[str]:
     """Different pairs of words; most share their first or their second word with another."""
-    side = max(2, ceil(sqrt(1.5 * count)))
+    side = grid_side(count)
     drawn = rng.sample(words(), 2 * side)
     return [" ".join(pair) for pair in rng.sample(list(product(drawn[:side], drawn[side:])), count)]
+
+
+def near_pairs(rng: random.Random, count: int, firsts: Sequence[str], seconds: Sequence[str]) -> list[str]:
+    """The same of first and second words that are told apart, such as names."""
+    some = [rng.sample(words, grid_side(count)) for words in (firsts, seconds)]
+    return [" ".join(pair) for pair in rng.sample(list(product(*some)), count)]
+
+
+def grid_side(count: int) -> int:
+    """How many first and how many second words make up so many pairs, most of which share one."""
+    return max(2, ceil(sqrt(1.5 * count)))
 
 
 def even_words(tokenizer) -> list[str]:
@@ -78,6 +89,7 @@ def passkey(rng: random.Random, digits: int) -> str:
 
 def answer_size(tokenizer: Any, digits: int) -> int:
     """The commonest number of tokens of a passkey; it varies where a tokenizer merges digits."""
+    check_writes(tokenizer, "1234567890")
     rng = random.Random("passkeys")
     return mode(len(Fact("", passkey(rng, digits)).answer(tokenizer)) for _ in range(100))
 

@@ -1,6 +1,7 @@
 """Checks that every task page must pass; yours too: `check_task(Method(name, METHOD, Config()))`."""
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -8,17 +9,22 @@ import torch
 from regard import catalog
 from regard.core import Method
 from regard.kinds.task import TaskPage, ask
-from regard.tasks.base import contains
+from regard.tasks import Sample
+from regard.tasks.base import contains, said
 
 LENGTHS = (256, 300, 1024)
 
 
 class WordTokenizer:
-    """A tokenizer with one id for each word, digit and sign, given out as they come; id 0 begins every text."""
+    """A tokenizer with one id for each word, digit and sign, given out as they come; id 0 begins every text.
+
+    `letters`: longer words take several ids, so that not all texts of so many words are equally long.
+    """
 
     chat_template = None
 
-    def __init__(self, bos: int | None = 0, spare: int = 200) -> None:
+    def __init__(self, bos: int | None = 0, spare: int = 200, letters: int | None = None) -> None:
+        self.word = re.compile(rf"<s>|\d| ?[^\W\d]{f'{{1,{letters}}}' if letters else '+'}|\s|.")
         self.bos_token_id, self.pieces, self.known, self.spare = bos, ["<s>"], {"<s>": 0}, spare
         self.all_special_ids = [0]
 
@@ -27,7 +33,7 @@ class WordTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
-        for piece in re.findall(r"<s>|\d| ?[^\W\d]+|\s|.", text):
+        for piece in self.word.findall(text):
             if piece not in self.known:
                 self.known[piece] = len(self.pieces)
                 self.pieces.append(piece)
@@ -36,6 +42,20 @@ class WordTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(self.pieces[i] for i in ids)
+
+
+class ChatTokenizer(WordTokenizer):
+    """The same with a chat template: a system prompt of its own where none is given, marks around each message."""
+
+    SYSTEM, END = "<s><system>Answer in few words.<end>\n", "<end>\n"
+    chat_template = "a template"
+
+    def apply_chat_template(
+        self, messages: list[dict], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        assert not tokenize, "the tasks ask for text"
+        said = "".join(f"<{m['role']}>{m['content']}{self.END}" for m in messages)
+        return self.SYSTEM + said + ("<assistant>" if add_generation_prompt else "")
 
 
 def check_task_page(name: str) -> dict[str, str]:
@@ -51,8 +71,8 @@ def check_task(method: Method) -> dict[str, str]:
     """Every law that the task can be asked: "held" or "not applicable: reason". Raises AssertionError."""
     page: TaskPage = method.page
     report = {}
-    for law, part in ((check_samples, "samples"), (check_seed, "samples"), (check_evidence, "samples"),
-                      (check_first_token, "samples"), (check_generate, "generate")):  # fmt: skip
+    asked = (check_samples, check_seed, check_evidence, check_context, check_chat, check_first_token)
+    for law, part in (*((law, "samples") for law in asked), (check_generate, "generate")):
         name = law.__name__.removeprefix("check_")
         if getattr(page, part) is None:
             report[name] = f"not applicable: it gives no {part}"
@@ -62,20 +82,26 @@ def check_task(method: Method) -> dict[str, str]:
     return report
 
 
-def samples(method: Method, length: int, count: int, seed: int, tokenizer: Any = None) -> list:
-    return ask(method).samples(tokenizer or WordTokenizer(), length, count, seed)
+def samples(
+    method: Method, length: int, count: int, seed: int, tokenizer: Any = None, chat: bool = False
+) -> list[Sample]:
+    return ask(method).samples(tokenizer or WordTokenizer(), length, count, seed, chat=chat)
 
 
 def check_samples(method: Method) -> None:
-    """As many as asked, prompts of exactly the asked length, answers of one length, depths and chances in [0, 1]."""
-    for length in LENGTHS:
-        drawn = samples(method, length, 5, 0)
+    """As many as asked, prompts of exactly the asked length, all of one shape, depths and chances in [0, 1].
+
+    Also where words differ in their number of tokens.
+    """
+    for length, letters in (*((length, None) for length in LENGTHS), (1024, 5)):
+        drawn = samples(method, length, 5, 0, WordTokenizer(letters=letters))
         assert len(drawn) == 5, f"{method.label}: {len(drawn)} samples, 5 asked"
         sizes = {len(s.prompt) for s in drawn}
         assert sizes == {length}, f"{method.label}: prompts of {sizes} tokens, {length} asked"
         assert len({len(s.answer) for s in drawn}) == 1 and drawn[0].answer, (
             f"{method.label}: answers of one length"
         )
+        assert len({s.shape for s in drawn}) == 1, f"{method.label}: questions and turns of one shape"
         assert all(0 <= s.depth <= 1 for s in drawn), f"{method.label}: depths lie in [0, 1]"
         assert all(0 <= s.chance < 1 for s in drawn), f"{method.label}: what guessing gives lies in [0, 1)"
 
@@ -90,22 +116,110 @@ def check_seed(method: Method) -> None:
 
 
 def check_evidence(method: Method) -> str | None:
-    """The answer stands in the evidence and nowhere else; a task without one says (0, 0), of every sample."""
-    drawn = samples(method, 512, 9, 3)
-    known = [sample.evidence != (0, 0) for sample in drawn]
+    """What is answered stands in the facts of its turn and nowhere else; a task without facts says so of every sample.
+
+    Facts lie within the evidence and do not overlap. Wanted texts are looked for as they are scored: as texts, whatever
+    the case of their letters; answers that are generated exactly as tokens.
+    """
+    tokenizer = WordTokenizer()
+    drawn = samples(method, 512, 9, 3, tokenizer)
+    known = [bool(sample.needed) for sample in drawn]
     if not any(known):
         return "its answers stand nowhere in the prompt"
     assert all(known), f"{method.label}: {known.count(False)} of {len(known)} samples have no evidence"
     for sample in drawn:
-        first, past = sample.evidence
-        assert contains(sample.prompt[first:past], sample.answer), (
-            f"{method.label}: the answer is not in the evidence"
-        )
-        outside = sample.prompt[:first], sample.prompt[past:]
-        assert not any(contains(part, sample.answer) for part in outside), (
-            f"{method.label}: the answer stands elsewhere"
-        )
+        hold_evidence(method.label, sample, tokenizer)
     return None
+
+
+def hold_evidence(label: str, sample: Sample, tokenizer: Any) -> None:
+    spans = sorted(sample.needed)
+    assert all(0 <= first < past <= len(sample.prompt) for first, past in spans), (
+        f"{label}: facts in the prompt"
+    )
+    assert all(a[1] <= b[0] for a, b in pairwise(spans)), f"{label}: two facts overlap"
+    if sample.wanted:
+        return hold_wanted(label, sample, tokenizer)
+    if sample.turns:
+        assert len(sample.facts) == len(sample.answers), f"{label}: a fact for each turn"
+    for answer, (first, past) in zip(sample.answers, sample.needed, strict=True):
+        assert contains(sample.prompt[first:past], answer), f"{label}: the answer is not in the evidence"
+        outside = sample.prompt[:first], sample.prompt[past:], *(turn.question for turn in sample.turns)
+        assert not any(contains(part, answer) for part in outside), f"{label}: the answer stands elsewhere"
+    return None
+
+
+def hold_wanted(label: str, sample: Sample, tokenizer: Any) -> None:
+    first, past = sample.evidence
+    assert (first, past) == (min(sample.needed)[0], max(sample.needed)[1]), (
+        f"{label}: the evidence spans the facts"
+    )
+    facts = [said(tokenizer, sample.prompt[slice(*span)]) for span in sample.needed]
+    rest, last = [], 0
+    for start, end in sorted(sample.needed):
+        rest.append(said(tokenizer, sample.prompt[last:start]))
+        last = end
+    rest.append(said(tokenizer, sample.prompt[last:]))
+    for text in (wanted.strip().lower() for wanted in sample.wanted):
+        assert any(text in fact for fact in facts), f"{label}: {text!r} is not in the evidence"
+        assert not any(text in part for part in rest), f"{label}: {text!r} stands elsewhere"
+    assert len(set(sample.wanted)) == len(sample.wanted), f"{label}: a text is wanted twice"
+
+
+def check_context(method: Method) -> str | None:
+    """What is read before the question holds every fact whole, and nothing of a question."""
+    tokenizer = WordTokenizer()
+    drawn = samples(method, 512, 9, 3, tokenizer)
+    if not any(sample.context or sample.written for sample in drawn):
+        return "context and question are read together"
+    for sample in drawn:
+        written = len(sample.prompt) - 1 if not sample.context else sample.context + sample.written
+        cuts = {sample.context or written - sample.written, written}
+        for first, past in sample.needed:
+            assert past <= written, f"{method.label}: a fact stands after the context"
+            assert not any(first < cut < past for cut in cuts), f"{method.label}: the cut splits a fact"
+        before = tokenizer.decode(sample.prompt[:written])
+        for line in questions(sample, written, tokenizer):
+            assert line not in before, f"{method.label}: the context holds the question {line!r}"
+    return None
+
+
+def questions(sample: Sample, start: int, tokenizer: Any) -> list[str]:
+    """The lines of all questions, those of at least three words."""
+    texts = [sample.prompt[start:], *(turn.question for turn in sample.turns)]
+    lines = [line.strip() for ids in texts for line in tokenizer.decode(ids).splitlines()]
+    return [line for line in lines if len(line.split()) >= 3]
+
+
+def check_chat(method: Method) -> str | None:
+    """In a chat, prompt and turns are one conversation: the template's marks around each message, its start once."""
+    tokenizer = ChatTokenizer()
+    plain, drawn = (samples(method, 512, 5, 3, tokenizer, chat) for chat in (False, True))
+    if plain == drawn:
+        return "it is no conversation"
+    assert len({s.shape for s in drawn}) == 1, f"{method.label}: prompts and turns of one shape in a chat"
+    for sample in drawn:
+        assert len(sample.prompt) == 512, f"{method.label}: a prompt of {len(sample.prompt)} tokens in a chat"
+        hold_conversation(method.label, sample, tokenizer)
+        if sample.needed:
+            hold_evidence(method.label, sample, tokenizer)
+    return None
+
+
+def hold_conversation(label: str, sample: Sample, tokenizer: ChatTokenizer) -> None:
+    """The whole, up to the last answer, is what the template makes of messages that take turns."""
+    turns = zip(sample.answers, sample.turns, strict=False)
+    whole = tokenizer.decode(sample.prompt + [i for answer, turn in turns for i in (*answer, *turn.question)])
+    assert whole.startswith(tokenizer.SYSTEM), f"{label}: a chat begins as the template does"
+    *messages, reply = whole.removeprefix(tokenizer.SYSTEM).split(tokenizer.END)
+    # what the model wrote is a message of its own, before the question
+    asked = len(sample.turns) + 1 + bool(sample.written)
+    roles = ["<user>", "<assistant>"] * asked
+    assert len(messages) == 2 * asked - 1, f"{label}: {len(messages)} messages end, not {2 * asked - 1}"
+    for role, message in zip(roles, [*messages, reply], strict=True):
+        assert message.startswith(role), f"{label}: a message of {role} begins {message[:20]!r}"
+        assert not any(r in message.removeprefix(role) for r in roles), f"{label}: marks within {message!r}"
+    assert whole.count("<s>") == whole.count("<system>") == 1, f"{label}: the chat's start is said again"
 
 
 def check_first_token(method: Method) -> None:
