@@ -181,7 +181,7 @@ def finished(
 
 
 def samples_file(key: str) -> str:
-    return f"samples-{key}.jsonl"
+    return f"samples-{key.replace('/', '_')}.jsonl"
 
 
 def answer(
@@ -282,7 +282,9 @@ def grouped(rows: Sequence[dict], loaded: Loaded) -> list[dict]:
     for (method, label, budget), own in sides.items():
         documents = {row["task"]: row["documents"] for row in own}
         common = {"kind": "score", "cell": "", "key": "", "method": method, "label": label, "budget": budget}
-        made += [{**common, **row} for row in tasks_of.group_rows(loaded.groups, own, documents)]
+        for row in tasks_of.group_rows(loaded.groups, own, documents):
+            shares = [leaf["share"] for leaf in own if leaf["metric"] == row["metric"]]
+            made.append({**common, "share": all(shares), **row})
     return made
 
 

@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from regard.attaching.hybrid_layer import has_states, holds_no_keys
 from regard.bench.cell import own_bytes
-from regard.core import require
+from regard.core import Unsupported, require
 
 NEEDS = ("lm_eval", "accelerate")
 INSTALL = "pip install 'regard[eval]'"
@@ -260,11 +260,11 @@ def stepwise(model: Any, batch: Sequence[Text], pad: int) -> Iterator[Tensor]:
     mask, cache = real[:, :0], None
     if batch[0].prompt:
         prompt, mask = padded([text.prompt for text in batch], pad, model.device, left=True)
-        cache = forward(model, prompt, mask, None).past_key_values
+        cache = cache_of(forward(model, prompt, mask, None), model)
     for t in range(fed.shape[1]):
         mask = torch.cat([mask, real[:, t : t + 1]], 1)
         out = forward(model, fed[:, t : t + 1], mask, cache)
-        cache = out.past_key_values
+        cache = cache_of(out, model)
         yield out.logits[:, -1]
 
 
@@ -273,6 +273,17 @@ def whole(model: Any, batch: Sequence[Text], pad: int) -> Iterator[Tensor]:
     tokens, mask = padded([text.prompt + text.fed for text in batch], pad, model.device, left=True)
     logits = forward(model, tokens, mask, None, keep=max(len(text.fed) for text in batch)).logits
     yield from logits.unbind(1)
+
+
+def cache_of(output: Any, model: Any) -> Any:
+    """The cache that a forward gives back, under which the next goes on."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        name = type(model).__name__
+        raise Unsupported(
+            f"{name} gives no past_key_values back, under which a continuation could follow its prompt"
+        )
+    return cache
 
 
 def forward(model: Any, tokens: Tensor, mask: Tensor, cache: Any, keep: int = 1) -> Any:

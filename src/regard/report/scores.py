@@ -104,7 +104,7 @@ def with_differences(
     for row in rows:
         theirs = full.get((row["task"], row["metric"], row["filter"]))
         apart = {} if row is theirs else difference(row, theirs, aggregate(row["task"], row["metric"]))
-        made.append({**row, "share": is_share(row), **apart})
+        made.append({"share": is_share(row), **row, **apart})
     return made
 
 
