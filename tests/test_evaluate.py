@@ -363,7 +363,7 @@ def test_what_fails_is_a_row(ask, folder, tmp_path, capsys):
 def test_a_method_that_the_model_cannot_do_is_a_row(folder, lm, tmp_path):
     model = BloomForCausalLM(BloomConfig(vocab_size=2048, hidden_size=32, n_layer=2, n_head=4)).eval()
     found = module.evaluate(
-        (model, lm[1]), ["longheads", "streaming_llm"], ["t_empty"], [4], out=tmp_path, include_path=folder
+        (model, lm[1]), ["longheads", "snapkv"], ["t_empty"], [4], out=tmp_path, include_path=folder
     )
     assert [cell["status"] for cell in found.cells] == ["ok", "unsupported", "ok"]
     assert "position bias" in found.failed()[0]["error"]
