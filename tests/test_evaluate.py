@@ -360,13 +360,11 @@ def test_what_fails_is_a_row(ask, folder, tmp_path, capsys):
 
 
 @needs
-def test_a_method_that_the_model_cannot_do_is_a_row(folder, lm, tmp_path):
+def test_a_model_that_cannot_be_reached_is_a_row(folder, lm, tmp_path):
     model = BloomForCausalLM(BloomConfig(vocab_size=2048, hidden_size=32, n_layer=2, n_head=4)).eval()
-    found = module.evaluate(
-        (model, lm[1]), ["longheads", "snapkv"], ["t_empty"], [4], out=tmp_path, include_path=folder
-    )
-    assert [cell["status"] for cell in found.cells] == ["ok", "unsupported", "ok"]
-    assert "position bias" in found.failed()[0]["error"]
+    found = module.evaluate((model, lm[1]), ["snapkv"], ["t_empty"], [4], out=tmp_path, include_path=folder)
+    assert [cell["status"] for cell in found.cells] == ["ok", "unsupported"]
+    assert "AttentionInterface" in found.failed()[0]["error"]
 
 
 def test_a_model_that_keeps_its_cache_to_itself_is_refused():
