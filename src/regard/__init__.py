@@ -18,6 +18,7 @@ WHERE = {
     "calibrate": "regard.attaching.knob",
     "compare": "regard.bench.compare",
     "doctor": "regard.models.doctor",
+    "evaluate": "regard.bench.evaluate",
     "find": "regard.catalog",
     "list_methods": "regard.catalog",
     "register": "regard.catalog",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from regard.attaching.knob import calibrate
     from regard.attaching.store import load_cache, save_cache
     from regard.bench.compare import compare
+    from regard.bench.evaluate import evaluate
     from regard.catalog import find, list_methods, method, pages, register
     from regard.core import Edit, Observer, Site
     from regard.core.mask import Mask
@@ -58,6 +60,7 @@ __all__ = [
     "calibrate",
     "compare",
     "doctor",
+    "evaluate",
     "find",
     "list_methods",
     "load_cache",

@@ -17,6 +17,7 @@ from regard.bench.executors.base import (
     runs_again,
     safely,
     script_text,
+    why,
 )
 from regard.bench.executors.local import LocalProcesses, Worker, take_near, work
 from regard.bench.executors.ray import Ray
@@ -43,6 +44,7 @@ __all__ = [
     "safely",
     "script_text",
     "take_near",
+    "why",
     "work",
 ]
 

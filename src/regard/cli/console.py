@@ -67,7 +67,7 @@ class watching:
         text = (
             "loading the model"
             if row is None
-            else f"{row['label']} {row['budget'] or ''} {row['task']} {row['length']}"
+            else f"{row['label']} {row['budget'] or ''} {row['task']} {row.get('length', '')}"
         )
         self.bar.update(self.task, completed=done, total=total, description=text)
         if row is not None and row["status"] != "ok" and not self.quiet:

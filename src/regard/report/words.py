@@ -31,6 +31,16 @@ def percent(value: object) -> str:
     return f"{value:.1%}".replace("%", " %") if 0 < value < 0.0995 else f"{value:.0%}".replace("%", " %")
 
 
+def over_text(value: object, base: object) -> str:
+    """A value over another, as per cent.
+
+    >>> over_text(1, 4), over_text(1, None)
+    ('25 %', '–')
+    """
+    value, base = number(value), number(base)
+    return percent(value / base if value is not None and base else None)
+
+
 def times(value: object) -> str:
     """A ratio of times: `0.81×` is faster than what it is compared with."""
     value = number(value)

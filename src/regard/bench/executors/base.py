@@ -37,17 +37,21 @@ def safely(cell: Cell, bench: Bench) -> dict:
     """Measure a cell; whatever goes wrong becomes its row."""
     try:
         return measure(cell, bench)
-    except (Unsupported, Unreachable) as error:
-        return cell.row(status="unsupported", error=str(error))
-    except MemoryError as error:
-        return cell.row(status="memory", error=str(error) or "out of memory")
     except Exception as error:
-        memory = "memory" in str(error).lower() and (
-            "alloc" in str(error).lower() or "out of" in str(error).lower()
-        )
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {error} ({last.filename.rsplit('/', 1)[-1]}:{last.lineno})"
-        return cell.row(status="memory" if memory else "failed", error=message)
+        return cell.row(**why(error))
+
+
+def why(error: Exception) -> dict[str, str]:
+    """The status of a cell that failed, and the error in words: "unsupported", "memory" or "failed"."""
+    if isinstance(error, Unsupported | Unreachable):
+        return {"status": "unsupported", "error": str(error)}
+    if isinstance(error, MemoryError):
+        return {"status": "memory", "error": str(error) or "out of memory"}
+    text = str(error).lower()
+    memory = "memory" in text and ("alloc" in text or "out of" in text)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    message = f"{type(error).__name__}: {error} ({last.filename.rsplit('/', 1)[-1]}:{last.lineno})"
+    return {"status": "memory" if memory else "failed", "error": message}
 
 
 @dataclass
