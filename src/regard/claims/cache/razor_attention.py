@@ -1,7 +1,8 @@
 """RazorAttention's claim: which heads need the whole cache to find a passkey?
 
 Passkeys lie outside the window of the other heads, so only heads with the full cache can reach them. The prompts are
-read once, with full attention as under the method, whose heads are cut when the answer begins.
+read once, with full attention as under the method, whose heads are cut when the answer begins. Beside the bound stand
+twice as many heads, and as many chosen by the retrieval score (methods/tracing/retrieval_heads.py) on other needles.
 """
 
 import random
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from regard import catalog
-from regard.attaching.calibrate import induction_heads
+from regard.attaching.calibrate import by_kv_head, induction_heads
 from regard.claims.lab import difference, generator, mean
 from regard.claims.shipped_lm import samples, shipped
 from regard.core.claim import Claim, Measured
-from regard.explain.tracing import accuracy, read_all
+from regard.explain.tracing import accuracy, read_all, scored
 from regard.methods.caches import razor_attention as page
 from regard.ops import View, softmax_attention
 from regard.tasks import Sample
@@ -25,9 +26,9 @@ SINKS, WINDOW = 4, 64
 SHARE = 0.15  # of the KV heads: 2 of 12, 14 of 90
 
 
-def questions(model: str) -> list[list[Sample]]:
+def questions(model: str, seed: int = 1) -> list[list[Sample]]:
     """Needles outside the window, max(64, N / 5), when the first token is generated."""
-    needles = [samples("needle", n, DEPTHS, seed=1, model=model) for n in LENGTHS]
+    needles = [samples("needle", n, DEPTHS, seed, model=model) for n in LENGTHS]
     outside = [
         [s for s in group if s.evidence[1] <= n - max(WINDOW, n // 5)] for n, group in zip(LENGTHS, needles)
     ]
@@ -73,11 +74,16 @@ def measure(on: str) -> Measured:
     full, kept = accuracy(model, texts), accuracy(model, texts, razor(best))
     count = round(SHARE * len(best))
     draws = [accuracy(model, texts, razor(heads)) for heads in random_heads(best, count)]
+    twice = catalog.method("razor_attention", heads=best, **{**settings, "retrieval": 2 * SHARE})
+    # other needles, of the shorter length: which heads copy an answer there
+    retrieving = by_kv_head(model, scored(model, read_all(model, questions(on, seed=0)[:1])).scores)
     numbers: dict[str, Any] = {
         "accuracy_full": full,
         "accuracy_induction_heads": kept,
         "accuracy_random_heads": mean(draws),
         "random_draws": draws,
+        "accuracy_twice_the_heads": accuracy(model, texts, [twice]),
+        "accuracy_heads_by_retrieval_score": accuracy(model, texts, razor(retrieving)),
         "heads": [list(head) for head in best[:count]],
         "kv_heads": len(best),
         "questions": sum(map(len, groups)),
