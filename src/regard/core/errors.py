@@ -15,6 +15,10 @@ class Unsupported(TypeError):
     """A method that this pattern, model or way of generating cannot do. The message names both."""
 
 
+class NotInstalled(ValueError):
+    """Something that a package or a file would bring, and neither is here. The message says how to get it."""
+
+
 class NeverFired(RuntimeError):
     """An edit that was attached and changed nothing: its layer, head, row or phase never came."""
 

