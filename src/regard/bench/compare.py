@@ -1,6 +1,7 @@
 """`regard.compare`: which method is best on this model, these tasks, this budget?"""
 
 import itertools
+import os
 import platform
 import shlex
 import sys
@@ -25,8 +26,9 @@ from regard.core import Method, Unsupported, require
 from regard.core.spec import parse_spec
 from regard.kinds.mask import build_mask, refuse_ahead
 from regard.models.revision import revision
-from regard.models.shipped import load, load_shipped, shipped_name, source_of
+from regard.models.shipped import load, load_shipped, shipped_name, source_of, stored_dtype
 from regard.ops import parse_budget
+from regard.ops.machine import cpu_facts, slow_on_cpu
 from regard.report.folder import Folder, keys_of
 from regard.report.html import to_html
 from regard.report.markdown import to_markdown
@@ -36,6 +38,7 @@ from regard.tasks import Source
 BUDGETS = (0.1, 0.25, 0.5)
 LENGTHS = (256, 512, 1024)
 SAMPLES = 8
+LOADED = ("float32", "bfloat16", "float16")  # dtypes that a model may be loaded in
 CROSSING_TEXT = (
     "perplexity"  # the task whose texts are read to find from which length on a sparse prefill pays
 )
@@ -57,6 +60,7 @@ def compare(
     limit: float = 600.0,
     retry: bool = True,
     device: str | None = None,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
     executor: Executor | None = None,
     progress: Callable[[dict | None, int, int], None] | None = None,
@@ -72,6 +76,7 @@ def compare(
     text     a file of your own to draw filler and perplexity text from
     workers  local processes of one thread each; a loaded model is measured in this process
     device   where a model that is loaded by path goes; None: the GPU where there is one
+    dtype    "float32", "bfloat16" or "float16" for a model that is loaded by path; None: as its weights are
     limit    seconds a cell may take      retry    run failed cells of an earlier start again; False: leave them
     progress called with (row, done, total) as cells end, and with (None, done, total) at the start
 
@@ -80,9 +85,9 @@ def compare(
     """
     cells = grid(methods, tasks, lengths, budgets, samples, seed, text, chat)
     folder = Folder(Path(out))
-    name, load_model = loader(model, trust_remote_code, device)
-    cells = with_revisions(cells, model)
-    done = folder.open(header(name, cells))
+    name, load_model = loader(model, trust_remote_code, device, dtype)
+    cells = with_revisions(cells, model, dtype)
+    done = folder.open({**header(name, cells), "slow": slow_model(model, device, dtype)})
     kept = keys_of(done, retry)
     todo = [c for c in cells if c.key not in kept]
     progress = progress or (lambda row, done, total: None)
@@ -132,12 +137,22 @@ def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Ce
     return cells + unread
 
 
-def with_revisions(cells: Sequence[Cell], model: Any) -> list[Cell]:
+def slow_model(model: Any, device: str | None = None, dtype: str | None = None) -> str | None:
+    """What is to be said of a model whose dtype this CPU does not multiply; None where there is nothing to say."""
+    if isinstance(model, tuple):
+        return slow_on_cpu(model[0].dtype, model[0].device)
+    held = getattr(torch, dtype) if dtype else stored_dtype(model)
+    place = device or ("cuda" if torch.cuda.is_available() and shipped_name(model) is None else "cpu")
+    return None if held is None else slow_on_cpu(held, place)
+
+
+def with_revisions(cells: Sequence[Cell], model: Any, dtype: str | None = None) -> list[Cell]:
     """The cells with the content of all that they read from outside the package; what is no text is refused here."""
     text = cells[0].text
     common = {
         "text": None if text is None else Source.from_path(text).revision,
         "model": content_of(model),
+        "dtype": dtype,
     }
     names = {name for c in cells for name in (c.method, c.task)} - {FULL}
     pages = {name: catalog.revision_of(name) for name in names}
@@ -225,9 +240,12 @@ def check_comparable(method: Method) -> None:
 
 
 def loader(
-    model: Any, trust_remote_code: bool, device: str | None = None
+    model: Any, trust_remote_code: bool, device: str | None = None, dtype: str | None = None
 ) -> tuple[str, Callable[[], tuple[Any, Any]]]:
     """A name for the run's header, and a function that gives (model, tokenizer) in any process."""
+    require(dtype in (None, *LOADED), f"dtype is one of {LOADED}", dtype=dtype)
+    by_path = not isinstance(model, tuple) and shipped_name(model) is None
+    require(dtype is None or by_path, "dtype= is of a model that is loaded by path", dtype=dtype)
     if isinstance(model, tuple):
         return type(model[0]).__name__, lambda: model
     name = shipped_name(model)
@@ -241,7 +259,9 @@ def loader(
         "the model path holds a config.json, or is a GGUF file",
         path=str(model),
     )
-    return str(model), partial(load, str(model), trust_remote_code=trust_remote_code, device=device)
+    return str(model), partial(
+        load, str(model), dtype=dtype or "auto", trust_remote_code=trust_remote_code, device=device
+    )
 
 
 def header(name: str, cells: Sequence[Cell]) -> dict:
@@ -272,12 +292,11 @@ def header(name: str, cells: Sequence[Cell]) -> dict:
 
 
 def machine() -> dict:
-    import os
-
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
         "system": platform.system(),
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "gpu": device,
+        **cpu_facts(),
     }
