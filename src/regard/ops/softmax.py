@@ -58,12 +58,13 @@ def widened(a: Tensor, x: Tensor, transposed: bool) -> Tensor:
     if tokens <= step or torch.is_grad_enabled() or torch.compiler.is_compiling():
         x = x.float()
         return a @ (x.mT if transposed else x)
-    cuts = [slice(i, i + step) for i in range(0, tokens, step)]
-    if transposed:
-        return torch.cat([a @ x[:, :, cut].float().mT for cut in cuts], dim=-1)
-    return sum(
-        (a[..., cut] @ x[:, :, cut].float() for cut in cuts[1:]), a[..., cuts[0]] @ x[:, :, cuts[0]].float()
-    )
+    # one buffer for all: memory that is new for every piece costs more than what is done in it
+    wide, parts = a.new_empty(*x.shape[:2], step, x.shape[3]), list[Tensor]()
+    for cut in (slice(i, i + step) for i in range(0, tokens, step)):
+        piece = x[:, :, cut]
+        piece = wide[:, :, : piece.shape[2]].copy_(piece)
+        parts.append(a @ piece.mT if transposed else a[..., cut] @ piece)
+    return torch.cat(parts, dim=-1) if transposed else torch.stack(parts).sum(0)
 
 
 def scores(
