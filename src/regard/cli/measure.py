@@ -156,7 +156,8 @@ def bench(
         shown = [{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
         columns = ["case", "ratio", "of_bound", "spread", "note"]
     if as_json:
-        say_json(rows)
+        # JSON has no NaN: what was not measured is null
+        say_json([{k: None if v != v else v for k, v in row.items()} for row in rows])
     else:
         facts = cpu_facts()
         units = "" if facts["multiplies_bf16"] else "not "
