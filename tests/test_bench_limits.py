@@ -113,6 +113,22 @@ def test_a_model_that_is_timed_is_of_a_dtype_that_the_cpu_multiplies(monkeypatch
     assert operators.shape_here(shape, "attach") == shape
 
 
+def test_time_that_runs_out_while_a_cache_is_made(monkeypatch):
+    ledger = operators.Shape.ledger
+
+    def slow(shape):
+        monkeypatch.setattr(timing, "left", lambda: 0.0)
+        return ledger(shape)
+
+    model = SMALL.model()
+    monkeypatch.setattr(operators.Shape, "model", lambda shape: model)
+    monkeypatch.setattr(operators, "left", lambda: 1.0)
+    monkeypatch.setattr(operators.Shape, "ledger", slow)
+    with torch.inference_mode():
+        rows = operators.decode_in(SMALL, 1e10, lambda text: None)
+    assert all(math.isnan(row["ratio"]) and timing.OUT in row["note"] for row in rows[:4])
+
+
 def test_decode_needs_the_memory_that_it_says(monkeypatch):
     monkeypatch.setattr(operators, "memory_available", lambda: SMALL.cached)
     rows = operators.decode_in(SMALL, 1e10, lambda text: None)
