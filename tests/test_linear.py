@@ -342,7 +342,7 @@ def test_operators_say_what_they_return():
     g, state = -torch.rand(4, 70), torch.randn(4, 5, 6)
     tests = ("test_schema", "test_faketensor")
     for ones in (False, True):
-        arguments = (q, k, v, g, state if ones else None, 2, 16, ones, 1e-6, True)
+        arguments = (q, k, v, g, state if ones else None, 2, 16, ones, 1e-6, False, True)
         torch.library.opcheck(scan_tiles, arguments, test_utils=tests)
 
 
@@ -352,7 +352,7 @@ def test_memory_does_not_grow_with_the_text():
     for n in (4096, 16384):
         q, k, v = (torch.randn(1, 1, n, 16) for _ in range(3))
         inputs = (t[0] for t in (q, k, v))
-        _, _, starts, total = scan_tiles(*inputs, None, None, 1, 64, False, 0.0, True)
+        _, _, starts, total = scan_tiles(*inputs, None, None, 1, 64, False, 0.0, False, True)
         sizes[n] = starts.numel() / n
         assert total.numel() == 0
     assert sizes[16384] <= sizes[4096] <= 1.0

@@ -18,7 +18,7 @@ from regard.attaching.views import make_view, run
 from regard.core import Unsupported
 from regard.core.deprecation import moved
 from regard.core.errors import present
-from regard.ops import View, few_rows, per_query_head
+from regard.ops import View, few_rows, mix
 
 # (out [B, N, H, E], weights or None), which transformers expects of an attention function
 AttentionOutput = tuple[Tensor, Tensor | None]
@@ -139,8 +139,7 @@ def native(call: AttentionCall) -> AttentionOutput:
     view = make_view(replace(call, layer=None, group=None))
     if options.get("output_attentions"):
         weights = view.weights()
-        mixed = weights.to(call.v.dtype) @ per_query_head(call.v, call.q.shape[1])
-        return mixed.transpose(1, 2).contiguous(), weights
+        return mix(weights, call.v).transpose(1, 2).contiguous(), weights
     return run(view).transpose(1, 2).contiguous(), None
 
 

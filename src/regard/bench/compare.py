@@ -1,6 +1,7 @@
 """`regard.compare`: which method is best on this model, these tasks, this budget?"""
 
 import itertools
+import os
 import platform
 import shlex
 import sys
@@ -26,8 +27,9 @@ from regard.core import Method, Unsupported, require
 from regard.core.spec import parse_spec
 from regard.kinds.mask import build_mask, refuse_ahead
 from regard.models.revision import revision
-from regard.models.shipped import load, load_shipped, shipped_name, source_of
+from regard.models.shipped import load, load_shipped, shipped_name, source_of, stored_dtype
 from regard.ops import parse_budget
+from regard.ops.machine import cpu_facts, slow_on_cpu
 from regard.report.folder import Folder, keys_of
 from regard.report.html import to_html
 from regard.report.markdown import to_markdown
@@ -37,6 +39,7 @@ from regard.tasks import Source
 BUDGETS = (0.1, 0.25, 0.5)
 LENGTHS = (256, 512, 1024)
 SAMPLES = 8
+LOADED = ("float32", "bfloat16", "float16")  # dtypes that a model may be loaded in
 CROSSING_TEXT = (
     "perplexity"  # the task whose texts are read to find from which length on a sparse prefill pays
 )
@@ -58,6 +61,7 @@ def compare(
     limit: float = 600.0,
     retry: bool = True,
     device: str | None = None,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
     executor: str | Executor | None = None,
     progress: Callable[[dict | None, int, int], None] | None = None,
@@ -76,6 +80,7 @@ def compare(
     workers  local processes of one thread each; a loaded model is measured in this process
     executor where cells run: "local", "submitit:partition=gpu,gpus=1" (Slurm), "ray:address=auto", or an Executor
     device   where a model that is loaded by path goes; None: the GPU where there is one
+    dtype    "float32", "bfloat16" or "float16" for a model that is loaded by path; None: as its weights are
     limit    seconds a cell may take      retry    run failed cells of an earlier start again; False: leave them
     progress called with (row, done, total) as cells end, and with (None, done, total) at the start
     say      called, before cells run, with one line on the memory that they will take; run.json has it as "memory"
@@ -86,10 +91,10 @@ def compare(
     cells = grid(methods, tasks, lengths, budgets, samples, seed, text, chat)
     runner = runner_of(executor, model, workers, limit, out)
     folder = Folder(Path(out))
-    name, load_model = loader(model, trust_remote_code, device)
-    cells = with_revisions(cells, model)
-    memory = estimate(cells, model, runner, device)
-    done = folder.open(header(name, cells, memory=memory))
+    name, load_model = loader(model, trust_remote_code, device, dtype)
+    cells = with_revisions(cells, model, dtype)
+    memory = estimate(cells, model, runner, device, dtype)
+    done = folder.open(header(name, cells, memory=memory, slow=slow_model(model, device, dtype)))
     kept = keys_of(done, retry)
     todo = [c for c in cells if c.key not in kept]
     progress = progress or (lambda row, done, total: None)
@@ -157,12 +162,22 @@ def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Ce
     return cells + unread
 
 
-def with_revisions(cells: Sequence[Cell], model: Any) -> list[Cell]:
+def slow_model(model: Any, device: str | None = None, dtype: str | None = None) -> str | None:
+    """What is to be said of a model whose dtype this CPU does not multiply; None where there is nothing to say."""
+    if isinstance(model, tuple):
+        return slow_on_cpu(model[0].dtype, model[0].device)
+    held = getattr(torch, dtype) if dtype else stored_dtype(model)
+    place = device or ("cuda" if torch.cuda.is_available() and shipped_name(model) is None else "cpu")
+    return None if held is None else slow_on_cpu(held, place)
+
+
+def with_revisions(cells: Sequence[Cell], model: Any, dtype: str | None = None) -> list[Cell]:
     """The cells with the content of all that they read from outside the package; what is no text is refused here."""
     text = cells[0].text
     common = {
         "text": None if text is None else Source.from_path(text).revision,
         "model": content_of(model),
+        "dtype": dtype,
     }
     names = {name for c in cells for name in (c.method, page_of(c.task))} - {FULL}
     pages = {name: catalog.revision_of(name) for name in names}
@@ -255,9 +270,12 @@ def check_comparable(method: Method) -> None:
 
 
 def loader(
-    model: Any, trust_remote_code: bool, device: str | None = None
+    model: Any, trust_remote_code: bool, device: str | None = None, dtype: str | None = None
 ) -> tuple[str, Callable[[], tuple[Any, Any]]]:
     """A name for the run's header, and a function that gives (model, tokenizer) in any process."""
+    require(dtype in (None, *LOADED), f"dtype is one of {LOADED}", dtype=dtype)
+    by_path = not isinstance(model, tuple) and shipped_name(model) is None
+    require(dtype is None or by_path, "dtype= is of a model that is loaded by path", dtype=dtype)
     if isinstance(model, tuple):
         return type(model[0]).__name__, lambda: model
     name = shipped_name(model)
@@ -271,7 +289,9 @@ def loader(
         "the model path holds a config.json, or is a GGUF file",
         path=str(model),
     )
-    return str(model), partial(load, str(model), trust_remote_code=trust_remote_code, device=device)
+    return str(model), partial(
+        load, str(model), dtype=dtype or "auto", trust_remote_code=trust_remote_code, device=device
+    )
 
 
 def header(name: str, cells: Sequence[Cell], **facts: Any) -> dict:
@@ -303,12 +323,11 @@ def header(name: str, cells: Sequence[Cell], **facts: Any) -> dict:
 
 
 def machine() -> dict:
-    import os
-
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
         "system": platform.system(),
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "gpu": device,
+        **cpu_facts(),
     }

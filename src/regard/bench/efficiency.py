@@ -12,6 +12,7 @@ records: exact, so it has no interval. It is compared with SDPA, and with softma
 """
 
 import gc
+import math
 import os
 import statistics
 import time
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from regard import catalog
+from regard.bench.timing import left, within
 from regard.core import Method, require, unknown
 from regard.core.deprecation import moved, renamed
 from regard.core.shapes import PATTERNS
@@ -184,6 +186,8 @@ def climb(workload: Workload, page: Mechanism, most: int) -> tuple[dict[int, dic
         points[n] = measured(workload, page, n)
         if 2 * n <= most and (why := stop_reason(points, n)):
             return points, why
+        if 2 * n <= most and left() <= 0:
+            return points, f"its share of the benchmark's time was used up at {n} tokens"
         n *= 2
     return points, ""
 
@@ -213,6 +217,8 @@ def crossing(
         return start
     low, high = max(n for n in tested if n < start), start
     for _ in range(3):
+        if left() <= 0:
+            break
         middle = round((low * high) ** 0.5)
         points[middle] = points.get(middle) or measure_at(middle)
         low, high = (low, middle) if below(points[middle]) else (middle, high)
@@ -272,11 +278,13 @@ def efficiency(
     pattern: str = "causal_self",
     most: int = 16_384,
     progress: Callable[[str], None] | None = None,
+    limit: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Two rows for each mechanism that can do the pattern, forward and forward with backward.
 
     time, memory, memory_unfused: the efficiency length against SDPA in time and memory, against explicit weights in
-    memory; None where there is none up to `most` of the row, the longest length that was run.
+    memory; None where there is none up to `most` of the row, the longest length that was run. In `limit` seconds every
+    row has an equal share of what is left: a row that it ended says so.
     """
     if pattern not in PATTERNS:
         raise unknown("pattern", pattern, PATTERNS)
@@ -286,10 +294,12 @@ def efficiency(
     require(most >= 2 * LEAST, f"most >= {2 * LEAST}", most=most)
     rows, workloads = [], [Workload(pattern, backward) for backward in (False, True)]
     gc.freeze()  # what is there already is not looked through at every measurement
-    for name in names or able:
-        for workload in workloads:
+    asked = [(name, workload) for name in names or able for workload in workloads]
+    with within(limit):
+        for i, (name, workload) in enumerate(asked):
             start = time.perf_counter()
-            rows.append(attempt(workload, name, most))
+            with within(max(0.0, left()) / (len(asked) - i)):
+                rows.append(attempt(workload, name, most))
             if progress:
                 progress(f"{name}, {PASSES[workload.backward]}: {time.perf_counter() - start:.0f} s")
     gc.unfreeze()

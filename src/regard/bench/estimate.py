@@ -102,14 +102,18 @@ class Memory:
 
 
 def estimate(
-    cells: Sequence[Cell], model: Any, executor: Executor, device: str | None = None
+    cells: Sequence[Cell],
+    model: Any,
+    executor: Executor,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """The memory of a run, as run.json has it: bytes by what they are for, and one line as `text`.
 
     Nothing is refused here: where the model's config or weights are not to be read, `text` says so and no more.
     """
     try:
-        config, weights = described(model)
+        config, weights = described(model, dtype)
     except (OSError, ValueError, KeyError) as error:
         return {"text": f"memory: not estimated, {str(error).splitlines()[0][:120]}"}
     return memory(cells, config, weights, executor, device_of(model, device)).to_dict()
@@ -179,7 +183,7 @@ def item_size(config: Any) -> int:
     return 4 if dtype is None else dtype.itemsize
 
 
-def described(model: Any) -> tuple[Any, Weights]:
+def described(model: Any, dtype: str | None = None) -> tuple[Any, Weights]:
     """A model's text config, with the dtype it is loaded in, and its weights, without loading them."""
     if isinstance(model, tuple):
         held = sum(p.numel() * p.element_size() for p in model[0].parameters())
@@ -190,6 +194,8 @@ def described(model: Any) -> tuple[Any, Weights]:
     config = whole.get_text_config()
     if name is not None:
         config.dtype = torch.float32  # what load_shipped asks for
+    elif dtype is not None:
+        config.dtype = getattr(torch, dtype)
     elif config.dtype is None:
         config.dtype = whole.dtype
     return config, stored(folder_of(path), config.dtype)

@@ -23,14 +23,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import catalog
-from regard.bench.timing import paired, row, seconds
+from regard.bench.timing import (
+    copy_bandwidth,
+    fresh,
+    left,
+    paired,
+    product_rate,
+    row,
+    seconds,
+    typical,
+    unmeasured,
+)
 from regard.core import Method
 from regard.core.call import Call
 from regard.core.deprecation import renamed
 from regard.nn import RegardConfig, RegardForCausalLM
+from regard.ops.machine import product_dtype
 
 LIGHTNING = "lightning_attention_2"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+LOWER = 1.2  # times its time in float32 that a page may take in bfloat16
 SLOWER = 2.5  # times Lightning Attention-2's time: what another linear mechanism may take
 
 
@@ -57,7 +69,7 @@ QUICK = Sizes(512, 1_024, 2_048, 512, 256, (10, 1_000), 2, 64, 2)
 def rows(quick: bool = False, progress: Callable[[str], None] | None = None) -> list[dict]:
     """Everything that this benchmark measures. Say what is being measured through `progress`."""
     sizes, progress = QUICK if quick else Sizes(), progress or (lambda text: None)
-    parts = (forward, longest, trained_operator, share, flat, memory, decode, others, decoder)
+    parts = (forward, trained_operator, lower, share, flat, memory, decode, others, decoder, longest)
     results: list[dict] = []
     with torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(0)
@@ -92,16 +104,17 @@ def longest(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     """SDPA takes half a minute here: it is timed once."""
     for name, dtype in DTYPES.items():
         qkv = sizes.qkv(sizes.longest, dtype)
+        case = f"forward, {sizes.longest:,} tokens, {name}, over SDPA"
+        shorter = sizes.qkv(sizes.longest // 4, dtype)
+        takes = 16 * seconds(lambda: softmax(*shorter)) if left() > 0 else 0.0  # noqa: B023
+        if takes > left():
+            note = f"SDPA would take {takes:.0f} s, and {max(0.0, left()):.0f} s are left"
+            yield row(case, unmeasured(), None, 60.0, note)
+            continue
         mine = typical(lambda: lightning(*qkv), sizes.repeats)  # noqa: B023
-        base = seconds(lambda: softmax(*qkv))  # noqa: B023
+        base = seconds(lambda: softmax(*qkv)) if mine > 0 else mine  # noqa: B023
         times = dict(ratio=base / mine, spread=0.0, ms=1e3 * mine, baseline_ms=1e3 * base)
-        yield row(f"forward, {sizes.longest:,} tokens, {name}, over SDPA", times, None, 60.0, "SDPA once")
-
-
-def typical(work: Callable[[], Any], repeats: int) -> float:
-    """Median seconds, after a first time that does not count."""
-    work()
-    return statistics.median(seconds(work) for _ in range(repeats))
+        yield row(case, times, None, 60.0, "SDPA once")
 
 
 def trained_operator(sizes: Sizes, progress: Callable) -> Iterator[dict]:
@@ -119,15 +132,53 @@ def trained_operator(sizes: Sizes, progress: Callable) -> Iterator[dict]:
         yield row(f"forward and backward, {sizes.long:,} tokens, {name}, over SDPA", times, None, target)
 
 
+def lower(sizes: Sizes, progress: Callable) -> Iterator[dict]:
+    """bfloat16 against float32 on every page, the same numbers: no CPU is to make it the slower one."""
+    for name, method, pattern in linear_pages():
+        case = f"{name}, {pattern}, {sizes.others:,} tokens, bfloat16 over float32"
+        progress(case)
+        target = 1.0 if name == LIGHTNING else 1 / LOWER
+        try:
+            inputs, qkv = arguments(method, sizes), sizes.qkv(sizes.others, torch.float32)
+            sides = [(halved(inputs), [t.bfloat16() for t in qkv]), (inputs, qkv)]
+            low, wide = (
+                lambda inputs=inputs, qkv=qkv: seconds(lambda: run(method, qkv, pattern, inputs))  # noqa: B023
+                for inputs, qkv in sides
+            )
+            yield row(case, paired(low, wide, sizes.repeats), None, target)
+        except Exception as error:  # a page that cannot is a row that says so
+            yield row(case, {**unmeasured(), "ratio": 0.0}, None, target, f"{type(error).__name__}: {error}")
+        gc.collect()
+
+
+def halved(inputs: dict) -> dict:
+    """Parameters and the layer's input in bfloat16."""
+    params = {name: t.bfloat16() if t.is_floating_point() else t for name, t in inputs["params"].items()}
+    return {"params": params, "x": None if inputs["x"] is None else inputs["x"].bfloat16()}
+
+
+def linear_pages() -> Iterator[tuple[str, Method, str]]:
+    """(name, method at its default settings, pattern: causal where it can be) of the linear family."""
+    for name in catalog.list_methods(kind="mechanism"):
+        method = catalog.method(name)
+        pattern = "causal_self" if "causal_self" in method.page.patterns else "self"
+        if ".mechanisms.linear." in catalog.pages()[name] and pattern in method.page.patterns:
+            yield name, method, pattern
+
+
 def share(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     chunk = catalog.method(LIGHTNING).config.chunk
     d, n = sizes.width, sizes.long
     for (name, dtype), target in zip(DTYPES.items(), (0.35, 0.5)):
         qkv = sizes.qkv(n, dtype)
+        case = f"share of the bound, {n:,} tokens, {name}"
+        if left() <= 0:
+            yield row(case, unmeasured(), None, target)
+            continue
         took, rate, speed = [], 0.0, 0.0
         lightning(*qkv)
         for _ in range(max(5, sizes.repeats)):
-            rate, speed = max(rate, product_rate(dtype)), max(speed, copy_bandwidth())
+            rate, speed = max(rate, product_rate(product_dtype(qkv[0]))), max(speed, copy_bandwidth())
             took.append(seconds(lambda: lightning(*qkv)))  # noqa: B023
         operations = sizes.heads * n * (4 * d * d + 2 * chunk * d)
         bound = max(operations / rate, 4 * qkv[0].nbytes / speed)
@@ -136,25 +187,8 @@ def share(sizes: Sizes, progress: Callable) -> Iterator[dict]:
         )  # fmt: skip
         pages = f"new pages {1e3 * fresh(qkv[0].nbytes):.1f} ms"
         note = f"products at {rate / 1e9:.0f} GFLOP/s, copies at {speed / 1e9:.0f} GB/s; {pages}"
-        result = row(f"share of the bound, {n:,} tokens, {name}", times, None, target, note)
+        result = row(case, times, None, target, note)
         yield {**result, "of_bound": times["ratio"]}
-
-
-def product_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Operations per second of a large matrix product."""
-    a, out = torch.ones(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
-    return 2 * size**3 / min(seconds(lambda: torch.mm(a, a, out=out)) for _ in range(3))
-
-
-def copy_bandwidth(size: int = 128 << 20) -> float:
-    """Bytes per second, read and written."""
-    source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
-    return 2 * size / min(seconds(lambda: target.copy_(source)) for _ in range(3))
-
-
-def fresh(size: int) -> float:
-    """Seconds that the first touch of a new tensor of this many bytes takes: the system's part of any output."""
-    return statistics.median(seconds(lambda: torch.zeros(size, dtype=torch.uint8)) for _ in range(3))
 
 
 def flat(sizes: Sizes, progress: Callable) -> Iterator[dict]:
@@ -246,15 +280,11 @@ def prefilled(sizes: Sizes, tokens: int, dtype: torch.dtype, segment: int = 8_19
 
 def others(sizes: Sizes, progress: Callable) -> Iterator[dict]:
     """Every other linear mechanism of the catalogue at its default settings, causal where it can be."""
-    for name in catalog.list_methods(kind="mechanism"):
-        method = catalog.method(name)
-        if name == LIGHTNING or ".mechanisms.linear." not in catalog.pages()[name]:
+    for name, method, pattern in linear_pages():
+        if name == LIGHTNING:
             continue
-        pattern = "causal_self" if "causal_self" in method.page.patterns else "self"
         case = f"{name}, {pattern}, {sizes.others:,} tokens, Lightning Attention-2 over it"
         progress(case)
-        if pattern not in method.page.patterns:
-            continue
         try:
             inputs = arguments(method, sizes)
             qkv = sizes.qkv(sizes.others, torch.float32)

@@ -6,9 +6,12 @@ of the ratio over the repetitions), ms, baseline_ms, target, holds, note.
 """
 
 import gc
+import re
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,22 +22,24 @@ from regard import catalog
 from regard.attaching.attachment import attach
 from regard.attaching.ledger import LedgerLayer
 from regard.bench import mechanisms, sparse
-from regard.bench.timing import paired, row, seconds
+from regard.bench.timing import LIMIT, QUICK_LIMIT, left, paired, row, seconds, unmeasured, with_cpu, within
 from regard.core import unknown
 from regard.core.deprecation import renamed
+from regard.ops.machine import product_dtype_of
 
 TOKEN = 7
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The model that is timed: random weights, bfloat16, batch 1."""
+    """The model that is timed: random weights, batch 1."""
 
     context: int = 32_768
     layers: int = 16
     heads: int = 16
     width: int = 64
     prompt: int = 2_048
+    dtype: torch.dtype = torch.bfloat16
 
     def model(self) -> LlamaForCausalLM:
         config = LlamaConfig(
@@ -43,10 +48,15 @@ class Shape:
             head_dim=self.width, max_position_embeddings=2 * self.context,
         )  # fmt: skip
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        return LlamaForCausalLM(config).to(self.dtype).eval()
 
     def keys(self) -> torch.Tensor:
-        return torch.randn(1, self.heads, self.context, self.width, dtype=torch.bfloat16)
+        return drawn(self).clone()
+
+    @property
+    def cached(self) -> int:
+        """Bytes of a full cache."""
+        return 2 * self.layers * self.heads * self.context * self.width * self.dtype.itemsize
 
     def ledger(self) -> Cache:
         """A full cache of random keys and values, in ledger layers."""
@@ -63,6 +73,12 @@ class Shape:
         return cache
 
 
+@lru_cache(maxsize=1)
+def drawn(shape: Shape) -> torch.Tensor:
+    """The keys of one layer: random numbers take longer than the steps, so layers have the same."""
+    return torch.randn(1, shape.heads, shape.context, shape.width).to(shape.dtype)
+
+
 QUICK = Shape(context=4_096, layers=4, prompt=512)
 
 
@@ -70,14 +86,22 @@ QUICK = Shape(context=4_096, layers=4, prompt=512)
 def bench(name: str, quick: bool = False, progress: Callable[[str], None] | None = None) -> list[dict]:
     """Rows of one benchmark: "decode", "attach", "mechanisms" or "sparse"."""
     known = {"decode": decode, "attach": attached}
-    if name == "mechanisms":
-        return mechanisms.rows(quick, progress or (lambda text: None))
-    if name == "sparse":
-        return sparse.rows(quick, progress or (lambda text: None))
-    if name not in known:
-        raise unknown("benchmark", name, [*known, "mechanisms", "sparse", "efficiency"])
-    with torch.inference_mode():
-        return known[name](QUICK if quick else Shape(), progress or (lambda text: None))
+    others = {"mechanisms": mechanisms.rows, "sparse": sparse.rows}
+    if name not in {**known, **others}:
+        raise unknown("benchmark", name, [*known, *others, "efficiency"])
+    progress = progress or (lambda text: None)
+    with within(QUICK_LIMIT if quick else LIMIT):
+        if name in others:
+            return with_cpu(others[name](quick, progress))
+        with torch.inference_mode():
+            return with_cpu(known[name](shape_here(QUICK if quick else Shape(), name), progress))
+
+
+def shape_here(shape: Shape, name: str) -> Shape:
+    """The shape that is timed on this CPU: where it does not multiply bfloat16 a model of float32, of as many bytes."""
+    if name == "decode" or product_dtype_of(shape.dtype, "cpu") == shape.dtype:
+        return shape
+    return replace(shape, dtype=torch.float32, context=shape.context // 2)
 
 
 def read_bandwidth() -> float:
@@ -99,32 +123,82 @@ def step(model: Any, cache: Any, method: Any, facts: dict) -> float:
     return took
 
 
+def steady(model: Any, cache: Any, method: Any, facts: dict) -> float:
+    """As `step`, the second step under one attachment: the first asks the model how its keys turn."""
+    tokens = torch.tensor([[TOKEN]])
+    with attach(model, method) as att:
+        model(tokens, past_key_values=cache, use_cache=True)
+        took = seconds(lambda: model(tokens, past_key_values=cache, use_cache=True))
+        facts.setdefault("reads", []).append(att.bytes_read())
+    return took
+
+
+CASES = {
+    "streaming_llm, budget 5 %": ("streaming_llm", {}, 7.0),
+    "tidaldecode, budget 5 %": ("tidaldecode", {}, 2.0),
+    "tokenselect, budget 5 %": ("tokenselect", {"reuse": None}, 1.5),
+    "tokenselect, budget 5 %, reuse": ("tokenselect", {}, 3.0),
+}
+
+
 def decode(shape: Shape, progress: Callable[[str], None]) -> list[dict]:
-    """A decode step, end to end, of cache methods at a 5 % budget against full attention (SDPA, same ledger cache)."""
-    model, speed = shape.model(), read_bandwidth()
+    """A decode step, end to end, of cache methods at a 5 % budget against full attention (SDPA, same ledger cache).
+
+    In bfloat16 and in float32; half of the time is for each.
+    """
+    speed, rows = read_bandwidth(), list[dict]()
+    for i, dtype in enumerate((torch.bfloat16, torch.float32)):
+        with within(left() / (2 - i)):
+            rows += decode_in(replace(shape, dtype=dtype), speed, progress)
+        drawn.cache_clear()
+        gc.collect()
+    return rows
+
+
+def decode_in(shape: Shape, speed: float, progress: Callable[[str], None]) -> list[dict]:
+    """The rows of one dtype."""
+    name = str(shape.dtype).removeprefix("torch.")
+    labels = {f"{case}, {name}": asked for case, asked in CASES.items()}
+    room = memory_available()
+    if room is not None and 2.5 * shape.cached > room:
+        note = f"not measured: two caches of {shape.cached / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free"
+        return [row(case, unmeasured(), None, target, note) for case, (_, _, target) in labels.items()]
+    model, rows = shape.model(), list[dict]()
     weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
-    cases = {
-        "streaming_llm, budget 5 %": (catalog.method("streaming_llm", budget=0.05), 5.0),
-        "tidaldecode, budget 5 %": (catalog.method("tidaldecode", budget=0.05), 2.0),
-        "tokenselect, budget 5 %": (catalog.method("tokenselect", budget=0.05, reuse=None), 1.5),
-        "tokenselect, budget 5 %, reuse": (catalog.method("tokenselect", budget=0.05), 2.5),
-    }
-    rows: list[dict] = []
     base_cache = shape.ledger()
     progress(
         f"read bandwidth {speed / 1e9:.1f} GB/s; weights {weights / 1e6:.0f} MB; context {shape.context}"
     )
-    for case, (method, target) in cases.items():
+    for case, (page, settings, target) in labels.items():
         progress(case)
+        if left() <= 0:
+            rows.append(row(case, unmeasured(), None, target))
+            continue
         cache, facts = shape.ledger(), dict[str, Any]()
-        times = paired(lambda: step(model, cache, method, facts), lambda: step(model, base_cache, None, {}))  # noqa: B023
-        read = statistics.median(facts["reads"][1:])  # the first step is not timed
-        note = f"reads {read / 1e6:.0f} MB of keys and values, {speed / 1e9:.1f} GB/s"
-        rows.append(row(case, times, (read + weights) / speed, target, note))
+        method = catalog.method(page, budget=0.05, **settings)
+        times = paired(
+            lambda: steady(model, cache, method, facts),  # noqa: B023
+            lambda: steady(model, base_cache, None, {}),
+        )
+        if "reads" in facts:
+            read = statistics.median(facts["reads"][1:])  # the first step is not timed
+            note = f"reads {read / 1e6:.0f} MB of keys and values, {speed / 1e9:.1f} GB/s"
+            rows.append(row(case, times, (read + weights) / speed, target, note))
+        else:  # the time ran out while the cache was made
+            rows.append(row(case, times, None, target))
         del cache
         gc.collect()
-    rows.append(held(shape, model))
+    del base_cache
+    if shape.dtype == torch.bfloat16:
+        rows.append(held(shape, model))
     return rows
+
+
+def memory_available() -> int | None:
+    """Bytes that a process may take, where Linux tells."""
+    told = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text()) if told.exists() else None
+    return None if found is None else 1024 * int(found[1])
 
 
 def held(shape: Shape, model: Any) -> dict:

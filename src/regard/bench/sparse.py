@@ -19,13 +19,13 @@ from regard import catalog
 from regard.api import attend
 from regard.attaching.attachment import attach
 from regard.bench.efficiency import bytes_held
-from regard.bench.timing import paired, row, seconds
+from regard.bench.timing import OUT, fitting, left, paired, row, seconds, unmeasured
 from regard.core import Method
 from regard.core.mask import causal, window
 from regard.kinds.mechanism import run
 from regard.models.shipped import load_shipped
 from regard.ops.blocks import BlockSettings
-from regard.ops.blocks.attention import multiplies_bfloat16
+from regard.ops.machine import multiplies
 
 GROWTH = {"hip_attention": 1.25, "hyperattention": 1.25, "superlinear_attention": 1.6}
 
@@ -66,7 +66,7 @@ def rows(quick: bool = False, progress: Callable[[str], None] | None = None) -> 
 def dtypes() -> dict[str, torch.dtype]:
     """float32, and bfloat16 where this CPU has products of it."""
     found = {"float32": torch.float32}
-    return found | {"bfloat16": torch.bfloat16} if multiplies_bfloat16() else found
+    return found | {"bfloat16": torch.bfloat16} if multiplies(torch.bfloat16) else found
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -76,6 +76,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def baseline(qkv: list[Tensor]) -> Callable[[], float]:
     """Seconds of causal SDPA, in this dtype or in float32 if that is faster."""
     wide = [t.float() for t in qkv]
+    if left() <= 0:
+        return lambda: math.nan
     low, high = (seconds(lambda t=t: sdpa(*t)) for t in (qkv, wide))
     best = qkv if low <= high else wide
     return lambda: seconds(lambda: sdpa(*best))
@@ -95,11 +97,14 @@ def compiled(sizes: Sizes) -> Iterator[dict]:
     from torch._inductor.exc import InductorError
     from torch.nn.attention.flex_attention import flex_attention
 
+    case = f"window of {sizes.window}, {sizes.long:,} tokens, float32, over compiled FlexAttention"
+    if left() <= 0:
+        yield row(case, unmeasured(), None, 1.5)
+        return
     qkv = sizes.qkv(sizes.long)
     method = catalog.method("window", window=sizes.window)
     mask = (causal() & window(sizes.window)).block_mask(sizes.long)
     flex = torch.compile(flex_attention)
-    case = f"window of {sizes.window}, {sizes.long:,} tokens, float32, over compiled FlexAttention"
     try:
         flex(*qkv, block_mask=mask)
     except (InductorError, RuntimeError) as error:
@@ -157,14 +162,16 @@ def growth(sizes: Sizes) -> Iterator[dict]:
                 f"{name}: power of the length in time, {sizes.short:,} to {sizes.longest:,}", power, most
             )
     for name in sparse_pages():
+        case = f"{name}: power of the length in memory"
+        if left() <= 0:
+            yield at_most(case, math.nan, 1.1)
+            continue
         held = [
             bytes_held(lambda n=n, name=name: work(catalog.method(name), sizes.qkv(n)))
             for n in (sizes.short, sizes.long)
         ]
         power = math.log(held[1] / held[0]) / math.log(sizes.long / sizes.short)
-        yield at_most(
-            f"{name}: power of the length in memory", power, 1.1, f"{held[1] / 1e6:.0f} MB at {sizes.long:,}"
-        )
+        yield at_most(case, power, 1.1, f"{held[1] / 1e6:.0f} MB at {sizes.long:,}")
 
 
 def sparse_pages() -> list[str]:
@@ -185,9 +192,14 @@ def work(method: Method, qkv: list[Tensor]) -> Any:
 
 
 def typical(method: Method, qkv: list[Tensor], repeats: int) -> float:
-    """The least seconds of some runs, after one that does not count: what else the machine does only adds."""
-    work(method, qkv)
-    return min(seconds(lambda: work(method, qkv)) for _ in range(max(2, repeats)))
+    """The least seconds of some runs, after one that does not count: what else the machine does only adds.
+
+    NaN where no time is left.
+    """
+    if left() <= 0:
+        return math.nan
+    took = seconds(lambda: work(method, qkv))
+    return min(seconds(lambda: work(method, qkv)) for _ in range(fitting(max(2, repeats), took)))
 
 
 def at_most(case: str, value: float, most: float, note: str = "") -> dict:
@@ -199,7 +211,7 @@ def at_most(case: str, value: float, most: float, note: str = "") -> dict:
         **none,
         "target": most,
         "holds": value <= most,
-        "note": f"at most. {note}",
+        "note": f"at most. {OUT if math.isnan(value) else note}",
     }
 
 

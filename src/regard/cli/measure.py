@@ -42,14 +42,20 @@ def compare(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1; none: the GPU where there is one.")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; none: as the weights are.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
     as_json: Json = False,
 ) -> None:
     """Which method is best on this model, these tasks, this budget? Exit status 1 if a cell failed."""
     from regard.bench.compare import compare as run
+    from regard.bench.compare import slow_model
     from regard.report import show as show_result
 
     tokens = split_list(lengths)
+    if slow := slow_model(model, device, dtype):
+        err.print(f"regard: {slow}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     kept = f"Finished cells are kept in {folder}; the same command goes on from there."
     shown = watching(as_json)
     with if_stopped(kept), shown as progress:
@@ -57,7 +63,7 @@ def compare(
             model, split_specs(methods), split_specs(tasks), None if tokens is None else [int(n) for n in tokens],
             split_list(budgets), out=folder,
             samples=samples, seed=seed, text=text,
-            workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, device=device,
+            workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, device=device, dtype=dtype,
             executor=executor, progress=progress, say=shown.say,
         )  # fmt: skip
     if as_json:
@@ -150,13 +156,16 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Operator speed, paired with full attention in one process, against the machine's own bound."""
+    from regard.bench.timing import LIMIT, QUICK_LIMIT, with_cpu
+    from regard.ops.machine import cpu_facts
     from regard.report import table
 
     progress = None if as_json else lambda t: err.print(t, highlight=False)
     if name == "efficiency":
         from regard.bench import efficiency
 
-        rows = efficiency.efficiency(split_list(names), pattern, 2_048 if quick else 16_384, progress)
+        most, limit = (2_048, QUICK_LIMIT) if quick else (16_384, LIMIT)
+        rows = with_cpu(efficiency.efficiency(split_list(names), pattern, most, progress, limit))
         shown = efficiency.shown(rows)
         columns = list(shown[0])
     else:
@@ -166,6 +175,10 @@ def bench(
         shown = [{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
         columns = ["case", "ratio", "of_bound", "spread", "note"]
     if as_json:
-        say_json(rows)
+        # JSON has no NaN: what was not measured is null
+        say_json([{k: None if v != v else v for k, v in row.items()} for row in rows])
     else:
-        out.print(table(shown, columns, title=f"bench {name}"))
+        facts = cpu_facts()
+        units = "" if facts["multiplies_bf16"] else "not "
+        title = f"bench {name}, {facts['cpu']}, bfloat16 {units}multiplied natively ({facts['torch_uses']})"
+        out.print(table(shown, columns, title=title))

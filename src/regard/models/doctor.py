@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from regard.attaching.attachment import attach
 from regard.attaching.sites import ATTENTION, recurrent_layers, site_of, towers
 from regard.core.deprecation import moved
+from regard.ops.machine import slow_on_cpu
 
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")
 
@@ -21,7 +22,8 @@ __getattr__ = moved(__name__, {"Report": "regard.models.doctor:ModelReport"})
 class ModelReport:
     """What the doctor found. `drift` is the largest difference of the outputs, attached against not.
 
-    `recurrent` are layers that hold a state and no keys: nothing attached acts there, and nothing is amiss.
+    `recurrent` are layers that hold a state and no keys: nothing attached acts there, and nothing is amiss. `slow` says
+    that the CPU does not multiply the model's dtype; empty where it does.
     """
 
     model: str
@@ -30,6 +32,7 @@ class ModelReport:
     drift: float | None
     refused: str = ""
     recurrent: tuple[str, ...] = ()
+    slow: str = ""
 
     @property
     def healthy(self) -> bool:
@@ -43,7 +46,9 @@ class ModelReport:
             return f"{self.model}: cannot be attached to. {self.refused}"
         missed = f"; missed: {', '.join(self.missed)}" if self.missed else ""
         beside = f"; without attention: {', '.join(self.recurrent)}" if self.recurrent else ""
-        return f"{self.model}: {len(self.reached)} attention sites reached{missed}{beside}; drift {self.drift:.1e}"
+        slow = f". {self.slow}" if self.slow else ""
+        reached = f"{len(self.reached)} attention sites reached{missed}{beside}"
+        return f"{self.model}: {reached}; drift {self.drift:.1e}{slow}"
 
 
 def doctor(model: PreTrainedModel, **inputs: Any) -> ModelReport:
@@ -73,7 +78,8 @@ def doctor(model: PreTrainedModel, **inputs: Any) -> ModelReport:
     refused = f"Its code never calls the attention interface ({names})." if names else ""
     beside = tuple(f"layer {i} ({kind})" for i, kind in kinds.items())
     drift = float((plain - through).abs().max())
-    return ModelReport(type(model).__name__, reached, missed, drift, refused, beside)
+    slow = slow_on_cpu(model.dtype, model.device) or ""
+    return ModelReport(type(model).__name__, reached, missed, drift, refused, beside, slow)
 
 
 def watched(model: nn.Module, inputs: dict) -> tuple[Tensor, list[str]]:

@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,27 @@ def source_of(model: str | Path | None) -> str | Path | None:
     if name is None:
         return model
     return pretrained(name) if name in PRETRAINED else None
+
+
+def stored_dtype(model: str | Path) -> torch.dtype | None:
+    """The dtype in which a model's weights are loaded, by its configuration; None where nothing of it is here."""
+    if shipped_name(model) is not None or is_gguf(model):
+        return torch.float32
+    local = Path(model) / "config.json"
+    file = local if local.exists() else cached_config(str(model))
+    if file is None:
+        return None
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    name = config.get("dtype", config.get("torch_dtype", config.get("text_config", {}).get("dtype")))
+    return getattr(torch, name, None) if isinstance(name, str) else None
+
+
+def cached_config(name: str) -> str | None:
+    """The configuration of a model of the hub, where it is on this machine already."""
+    try:
+        return cached_file(name, "config.json", local_files_only=True)
+    except OSError:
+        return None
 
 
 def load_any(

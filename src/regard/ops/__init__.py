@@ -6,6 +6,7 @@ from regard.ops.distances import Distances
 from regard.ops.features import elu_plus_one, taylor
 from regard.ops.kept import Kept, keep_best
 from regard.ops.linear import Form, dense_linear, linear, run_form, shown, undecayed
+from regard.ops.machine import for_products, matmul, product_dtype, products_in
 from regard.ops.pattern import carried, visible
 from regard.ops.recurrence import exact, heads_of, initial, quotient, recurrence, rounded
 from regard.ops.short_convolution import closed_up, short_convolution
@@ -49,6 +50,7 @@ __all__ = [
     "explicit",
     "few_rows",
     "finish",
+    "for_products",
     "fused",
     "gather_rows",
     "heads_of",
@@ -58,11 +60,14 @@ __all__ = [
     "linear",
     "lower_right",
     "masked_softmax",
+    "matmul",
     "merge",
     "mix",
     "parse_budget",
     "partial",
     "per_query_head",
+    "product_dtype",
+    "products_in",
     "quotient",
     "recurrence",
     "rounded",

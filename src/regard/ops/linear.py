@@ -30,6 +30,7 @@ from regard.core.call import Call
 from regard.core.errors import Unsupported, require
 from regard.ops.backend import causal, on_triton
 from regard.ops.chunk import LOWEST
+from regard.ops.machine import product_dtype
 from regard.ops.softmax import at_least_float32, lower_right, per_query_head
 
 CHUNK = 64
@@ -156,8 +157,9 @@ def linear(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """As dense_linear, in time and memory that grow with N + M: (out [B, H, N, E], state).
 
-    Products are taken in the input's dtype; sums, decays and states in float32 at least. `chunk` changes the speed,
-    never the result; `backend` is "auto", "torch" or "triton", which raises where there is no kernel.
+    Products are taken in the input's dtype where the machine multiplies it; sums, decays and states in float32 at
+    least. `chunk` changes the speed, never the result; `backend` is "auto", "torch" or "triton", which raises where
+    there is no kernel.
     """
     n, dtype = q.shape[2], v.dtype
     q, k, v, g = prepared(q, k, v, log_decay, key_mask, False)
@@ -190,7 +192,7 @@ def cut(g: Tensor | None, tokens: slice) -> Tensor | None:
 
 def read(q: Tensor, state: Tensor, normalise: bool, eps: float, dtype: torch.dtype) -> Tensor:
     """What queries find in a state; the product in their dtype."""
-    state = state.to(q.dtype) if q.dtype == torch.bfloat16 else state
+    state = state.to(q.dtype) if product_dtype(q) == torch.bfloat16 else state
     if not normalise:
         return in_dtype(q, state).to(dtype)
     total = at_least_float32(in_dtype(q, state[..., -1:])) + eps
@@ -198,8 +200,8 @@ def read(q: Tensor, state: Tensor, normalise: bool, eps: float, dtype: torch.dty
 
 
 def in_dtype(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in bfloat16 if both are, else in float32 at least."""
-    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
+    """a @ b in bfloat16 if both are and it is multiplied here, else in float32 at least."""
+    if not product_dtype(a) == product_dtype(b) == torch.bfloat16:
         a, b = at_least_float32(a), at_least_float32(b)
     return dense(a) @ dense(b)
 
@@ -217,7 +219,7 @@ def memory(k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, ones: b
         g = g[None, :, None].expand(1, -1, k.shape[2]) if g.dim() == 1 else g
         left, whole = decays_left(g.clamp(min=LOWEST))
         left, whole = left.exp(), whole.exp()[..., None]
-        k = (at_least_float32(k) * (left if left.dim() == 4 else left[..., None])).to(k.dtype)
+        k = (at_least_float32(k) * (left if left.dim() == 4 else left[..., None])).to(product_dtype(k))
         whole = whole if whole.dim() == 4 else whole[..., None]
     added = at_least_float32(in_dtype(k.mT, v))
     if ones:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.ops.machine import LOW, product_dtype
 from regard.ops.precision import as_written
 from regard.ops.transforms import asks_values
 
-LOW = (torch.bfloat16, torch.float16)
 LONG = 4096  # stored tokens from which on a head is worth a product of its own; changes the speed only
 BLOCK = 1 << 20  # numbers in one block of scores: bounds the memory, never changes the result
+PIECE = 1 << 20  # stored numbers that are widened at a time: changes the speed only
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -35,8 +36,11 @@ def times(a: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
     """a @ x, or a @ xᵀ, for stored keys or values x [B, G, n, D] that may be a part of a longer buffer.
 
     a is [B, G, r, ...]. Batched products in low precision on a CPU are 12 times slower when the batch is not dense
-    (docs/log.md): a short x is copied, a long one is taken head by head.
+    (docs/log.md): a short x is copied, a long one is taken head by head. Where the CPU does not multiply x's dtype, the
+    products and what comes out are in float32.
     """
+    if product_dtype(x) != x.dtype:
+        return widened(a, x, transposed)
     slow = x.device.type == "cpu" and x.dtype in LOW and not x.is_contiguous() and a.shape[:2] == x.shape[:2]
     if slow and x.shape[2] >= LONG:
         heads = [
@@ -45,6 +49,22 @@ def times(a: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
         return torch.stack(heads).unflatten(0, a.shape[:2])
     x = x.contiguous() if slow else x
     return a @ (x.mT if transposed else x)
+
+
+def widened(a: Tensor, x: Tensor, transposed: bool) -> Tensor:
+    """a @ x, or a @ xᵀ, in float32; a piece of a long x at a time, so that no wide copy of it leaves the cache."""
+    a, tokens = a.float(), x.shape[2]
+    step = max(1, PIECE // max(1, x.shape[0] * x.shape[1] * x.shape[3]))
+    if tokens <= step or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        x = x.float()
+        return a @ (x.mT if transposed else x)
+    # one buffer for all: memory that is new for every piece costs more than what is done in it
+    wide, parts = a.new_empty(*x.shape[:2], step, x.shape[3]), list[Tensor]()
+    for cut in (slice(i, i + step) for i in range(0, tokens, step)):
+        piece = x[:, :, cut]
+        piece = wide[:, :, : piece.shape[2]].copy_(piece)
+        parts.append(a @ piece.mT if transposed else a[..., cut] @ piece)
+    return torch.cat(parts, dim=-1) if transposed else torch.stack(parts).sum(0)
 
 
 def scores(
@@ -102,12 +122,12 @@ def masked_softmax(s: Tensor, mask: Tensor | None = None, sinks: Tensor | None =
 
 def mix(weights: Tensor, v: Tensor) -> Tensor:
     """[B, H, N, E] = weights [B, H, N, M] times the values of each head's KV head, in the values' dtype."""
-    weights = weights.to(v.dtype)
+    weights = weights.to(product_dtype(v))
     heads, groups = weights.shape[1], v.shape[1]
     if groups in (1, heads):
-        return times(weights, v)
+        return times(weights, v).to(v.dtype)
     packed = weights.reshape(weights.shape[0], groups, -1, weights.shape[-1])
-    return times(packed, v).view(*weights.shape[:3], v.shape[-1])
+    return times(packed, v).view(*weights.shape[:3], v.shape[-1]).to(v.dtype)
 
 
 def row_blocks(rows: int, per_row: int) -> Iterator[slice]:

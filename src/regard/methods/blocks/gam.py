@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from regard.core import Card, require
 from regard.core.call import Call
 from regard.kinds.block import BlockPage
-from regard.ops import at_least_float32, exact, initial, rounded
+from regard.ops import at_least_float32, exact, for_products, initial, rounded
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def one_token(x: Tensor, past: Tensor, p: dict[str, Tensor], cfg: Config) -> tup
 
 
 def fast(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, Tensor]:
-    """All tokens at once, the products in the dtype of x."""
+    """All tokens at once, the products in the dtype of x where it is multiplied."""
+    dtype, (x,) = x.dtype, for_products(x)
     p = {name: t.to(x.dtype) for name, t in call.params.items()}
     wide = layer_norm(x, call, "ln_1", cfg)
     line, position, state = lined_up(wide, call, cfg.kernel - 1)
@@ -114,7 +115,8 @@ def fast(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, Tensor]:
     g_1, g_2 = F.linear(y, p["gate"], p["gate_bias"]).sigmoid().chunk(2, dim=-1)
     x = x + g_1 * local + g_2 * stored
     y = layer_norm(x, call, "ln_2", cfg).to(x.dtype)
-    return x + F.linear(F.gelu(F.linear(y, p["up"], p["up_bias"])), p["down"], p["down_bias"]), state
+    x = x + F.linear(F.gelu(F.linear(y, p["up"], p["up_bias"])), p["down"], p["down_bias"])
+    return x.to(dtype), state
 
 
 def layer_norm(x: Tensor, call: Call, name: str, cfg: Config) -> Tensor:

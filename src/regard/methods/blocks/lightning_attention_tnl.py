@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from regard.core import Card, require
 from regard.core.call import Call
 from regard.kinds.block import BlockPage
-from regard.ops import at_least_float32, initial, linear, rounded
+from regard.ops import at_least_float32, for_products, initial, linear, rounded
 from regard.ops.lightning import DECAYS, layer_decay, waves_moved, with_waves
 
 
@@ -122,13 +122,14 @@ def norm(x: Tensor, eps: float) -> Tensor:
 
 
 def fast(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, Tensor | None]:
+    dtype, (x,) = x.dtype, for_products(x)
     weights = {name: p.to(x.dtype) for name, p in call.params.items() if name != "theta"}
     q, k, v, u = torch.einsum("bnc,cphd->pbhnd", norm(x, cfg.eps), weights["qkvu"])
     o, end = mixed(q, k, v, cfg, call)
     o = norm(o.transpose(1, 2).flatten(2), cfg.eps).to(x.dtype)  # [B, N, C]
     x = x + (o * u.transpose(1, 2).flatten(2)) @ weights["out"]
     value, gate = torch.einsum("bnc,cpu->pbnu", norm(x, cfg.eps), weights["vu"])
-    return x + (value * gate) @ weights["down"], end
+    return (x + (value * gate) @ weights["down"]).to(dtype), end
 
 
 def mixed(q: Tensor, k: Tensor, v: Tensor, cfg: Config, call: Call) -> tuple[Tensor, Tensor | None]:

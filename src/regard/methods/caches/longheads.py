@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from regard.core import Card, Unsupported, require
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, View, best, capped, gather_rows, mix, parse_budget, slots_of
+from regard.ops import Budget, View, best, capped, gather_rows, matmul, mix, parse_budget, slots_of
 from regard.ops.softmax import at_least_float32, lower_right, masked_softmax, row_blocks, softmax_attention
 
 
@@ -173,7 +173,7 @@ def dense(view: View, part: Part, q: Tensor, first: int, k: Tensor, v: Tensor) -
     # [b, G, C, H/G, r]
     at = (rows + chosen.cumsum(-1) - 1).unflatten(1, (k.shape[1], -1)).permute(0, 1, 4, 2, 3)
     packed = rotated.flatten(0, 3).index_select(0, at.flatten()).view(*at.shape[:3], -1, q.shape[-1])
-    s = (packed @ k.unflatten(2, (-1, w)).mT).unflatten(3, at.shape[3:])  # [b, G, C, H/G, r, w]
+    s = matmul(packed, k.unflatten(2, (-1, w)).mT).unflatten(3, at.shape[3:])  # [b, G, C, H/G, r, w]
     s = s.permute(0, 1, 3, 4, 2, 5).flatten(4).flatten(1, 2)  # [b, H, r, C·w]
     position = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
     seen = chosen.repeat_interleave(w, -1) & (torch.arange(k.shape[2], device=q.device) <= position)
@@ -187,7 +187,7 @@ def gathered(view: View, part: Part) -> Tensor:
     # [b, H, k·w]
     slots = (slots_of(chosen[:, :, 0])[..., None] * w + torch.arange(w, device=chosen.device)).flatten(2)
     k, v = (gather_rows(x, slots.clamp(max=last)) for x in (part.k, part.v))
-    s = (k.unflatten(2, (-1, w)) @ rotated[:, :, 0, :, :, None]).flatten(2)  # [b, H, k·w]
+    s = matmul(k.unflatten(2, (-1, w)), rotated[:, :, 0, :, :, None]).flatten(2)  # [b, H, k·w]
     # what this step reads of the layer, instead of all that is stored
     view.report_bytes(view.memory["keys"].nbytes + len(view.q) // len(part.q) * (k.nbytes + v.nbytes))
     return blend(view, s[:, :, None], (slots <= last)[:, :, None], v)

@@ -9,7 +9,6 @@ are merged by them.
 """
 
 import itertools
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from regard.ops.blocks.layout import Blocks
 from regard.ops.blocks.schedule import Plan, Work, pieces, schedule
+from regard.ops.machine import product_dtype
 from regard.ops.precision import as_written
 from regard.ops.softmax import at_least_float32
 from regard.ops.transforms import transformed
@@ -154,13 +154,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 
 def fused(q: Tensor) -> bool:
     """Whether the fused kernel is the fastest way for these queries."""
-    return q.device.type == "cpu" and not (q.dtype == torch.bfloat16 and multiplies_bfloat16())
-
-
-@lru_cache
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has products of bfloat16: then two of them beat the fused kernel (docs/log.md)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # where the CPU has products of bfloat16, two of them beat the kernel (docs/log.md)
+    return q.device.type == "cpu" and product_dtype(q) != torch.bfloat16
 
 
 @gathered.register_fake

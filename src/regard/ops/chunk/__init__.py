@@ -16,7 +16,8 @@ gate, and none behind more gates than the sum: nothing small is a difference of 
 Exponents are differences that are <= 0. With gates per channel no W multiplies q kᵀ: tokens of one sub-block meet at a
 reference in its middle if its gates keep above e^-60 together, others at the border between two sub-blocks. How fine
 these are the gates of a tile decide, and sums of log decay are in float64 where they are large, so strong gates cost
-time, never digits. Products are in the inputs' dtype (float16 in float32), states and sums in float32 at least.
+time, never digits. Products are in the inputs' dtype (float16, and bfloat16 where the CPU does not multiply it, in
+float32), states and sums in float32 at least.
 
     tiles         which rows and tokens a tile holds; the scratch in which its products are made
     products      the few batched products that both directions use

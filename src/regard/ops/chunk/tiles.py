@@ -7,6 +7,8 @@ from torch import Tensor
 
 # numbers in the queries or values of a tile, by bytes of a number
 TILE = {2: 1 << 18, 4: 1 << 17, 8: 1 << 15}
+# the same where inputs of two bytes are widened in scratch
+WIDENED = 1 << 16
 # chunks in a tile: T grows with their square, and with gates per channel there are D of them
 MOST, FEW = 64, 32
 # tokens of a chunk with gates per channel
@@ -35,13 +37,13 @@ class Tile(NamedTuple):
 class Workspace:
     """What the tiles of one call share: its inputs, their shapes and dtypes, buffers for products.
 
-    `ones` adds a column of 1 to the values, whose sum is the denominator; `precise` takes products in the dtype of
-    sums.
+    `ones` adds a column of 1 to the values, whose sum is the denominator; `low` takes products in bfloat16, as the
+    inputs are, and `precise` in the dtype of sums all the same.
     """
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, heads: int, chunk: int, ones: bool,
-        precise: bool = False,
+        low: bool = False, precise: bool = False,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.g = q, k, v, g
         self.rows, self.n, self.d = k.shape
@@ -50,13 +52,14 @@ class Workspace:
         self.chunk = min(CHANNELS if self.channels else chunk, self.n)
         self.inputs = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         self.sums = torch.promote_types(self.inputs, torch.float32)
-        self.dtype = self.inputs if self.inputs == torch.bfloat16 and not precise else self.sums
+        self.tile = TILE[self.inputs.itemsize] if low or self.inputs.itemsize > 2 else WIDENED
+        self.dtype = self.inputs if low and not precise else self.sums
         self.device = k.device
         self.scratch: dict[tuple, Tensor] = {}
 
     def tiles(self) -> list[Tile]:
         """In the order of time: many chunks of one row, or many rows where texts are short."""
-        per = max(1, TILE[self.inputs.itemsize] // (self.chunk * max(self.d, self.e)))
+        per = max(1, self.tile // (self.chunk * max(self.d, self.e)))
         full = self.n // self.chunk
         count = max(1, min(full, per, FEW if self.channels else MOST))
         together = max(1, per // count) if count == full else 1

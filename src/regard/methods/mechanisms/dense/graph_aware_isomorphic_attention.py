@@ -36,6 +36,7 @@ from regard.ops import (
     at_least_float32,
     carried,
     exact,
+    for_products,
     heads_of,
     per_query_head,
     quotient,
@@ -106,11 +107,13 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     eps = cfg.eps if cfg.eps is not None else call.params["eps"].to(own.dtype)[:, None, None]
     x = ((1 + eps) * own + told).to(v.dtype)
     x = gin(x, call, cfg) if cfg.expand else x
+    x = x.to(v.dtype)
     return x if seen is None else x.masked_fill(~seen.any(-1, keepdim=True), 0), state
 
 
 def gin(x: Tensor, call: Call, cfg: Config) -> Tensor:
-    """The MLP of each head on x [B, H, N, E], its products in the dtype of x, its norm in float32."""
+    """The MLP of each head on x [B, H, N, E]: products in the dtype of x if it is multiplied, the norm in float32."""
+    (x,) = for_products(x)
     w_1, b_1, w_2, b_2 = (call.params[name].to(x.dtype) for name in ("w_1", "b_1", "w_2", "b_2"))
     middle = at_least_float32(x @ w_1.mT + b_1[:, None])
     spread = (middle.square().mean(-1, keepdim=True) + cfg.norm_eps).rsqrt()

@@ -34,6 +34,7 @@ from regard.ops import (
     exact,
     heads_of,
     masked_softmax,
+    matmul,
     mix,
     per_query_head,
     quotient,
@@ -88,8 +89,8 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None, 
     k, v, state = carried(k, v, call)
     (batch, heads, n, _), m = q.shape, k.shape[2]
     w_1, w_2 = (call.params[name].to(q.dtype).mT for name in ("key", "query"))
-    keys = at_least_float32(per_query_head(k, heads) @ w_1)  # [B, H, M, A]
-    queries = at_least_float32(q @ w_2)
+    keys = at_least_float32(matmul(per_query_head(k, heads), w_1))  # [B, H, M, A]
+    queries = at_least_float32(matmul(q, w_2))
     w = call.params["score"].to(keys.dtype)[:, None, :, None]
     seen, parts = visible(call, n, m, q.device), []
     for rows in row_blocks(n, batch * heads * m * w.shape[2]):
