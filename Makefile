@@ -5,7 +5,7 @@ OUT ?= runs/compare
 READY := .venv/.ready
 REAL := .venv/.real
 
-.PHONY: help compare real test check claims bench format clean
+.PHONY: help compare real test check claims families bench format clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -45,6 +45,10 @@ check: $(READY)
 ## make claims    measure every claim now
 claims: $(READY)
 	$(BIN)/regard claims
+
+## make families every decoder of transformers, tiny: docs/families.md
+families: $(READY)
+	$(BIN)/regard doctor --families --markdown > docs/families.md
 
 ## make bench     operator speed against full attention and the machine's bound
 bench: $(READY)

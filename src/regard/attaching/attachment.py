@@ -140,6 +140,7 @@ class attach:
                 )
             self._undo.append(lambda c=config, o=old: setattr(c, "_attn_implementation_internal", o))
             config._attn_implementation_internal = name
+            self.context.standins.own[id(config)] = old
 
     def _hook(self) -> None:
         hooks = [self.model.register_forward_pre_hook(uncompiled(self._before_forward), with_kwargs=True)]

@@ -15,13 +15,15 @@ from regard.attaching.rotary import Rotary
 from regard.attaching.sites import ModuleSite, Sites
 from regard.attaching.step import RoleRule, Step, text_labels
 from regard.attaching.views import make_view, run
-from regard.core import Unsupported
+from regard.core import Unsupported, show
 from regard.core.deprecation import moved
 from regard.core.errors import present
 from regard.ops import View, few_rows, mix
 
 # (out [B, N, H, E], weights or None), which transformers expects of an attention function
 AttentionOutput = tuple[Tensor, Tensor | None]
+# options with numbers that this function computes with
+KNOWN = ("position_bias", "s_aux")
 
 __getattr__ = moved(__name__, {"Attended": "regard.attaching.function:AttentionOutput"})
 
@@ -79,10 +81,12 @@ def complete(context: Context, call: AttentionCall) -> None:
     context.sites.count(call.site)
     call.layer, call.turn = context.caches.layer_of(call.q, call.k, call.v)
     call.layers = context.caches.layers
-    if call.options.get("indices") is not None:
-        raise Unsupported(
-            f"{type(module).__name__} hands over its own sparse indices, which is not supported"
-        )
+    refuse_options(call)
+    chosen = call.options.pop("indices", None)
+    if chosen is not None:
+        if call.rule is None:
+            raise Unsupported(f"{call.where} chooses its keys itself, beside a 4-D mask of your own")
+        call.mask = LazyMask.of(call.rule.among(chosen))
     # many models do not pass it on
     if context.step.output_attentions:
         call.options["output_attentions"] = True
@@ -109,6 +113,20 @@ def note_positions(call: AttentionCall, new: tuple[Tensor, bool] | None) -> None
     layer.positions = call.step.places.once("positions", facts, noted)
 
 
+def refuse_options(call: AttentionCall) -> None:
+    """Raise for what a model hands to its attention beside the scores, and nothing here would compute."""
+    name = type(call.module).__name__
+    if call.options.get("block_indices") is not None:
+        raise Unsupported(f"{name} hands over its own list of blocks, which is not supported")
+    heads, queries = call.q.shape[1:3]
+    for option, x in call.options.items():
+        if option in KNOWN or not isinstance(x, Tensor) or not x.is_floating_point():
+            continue
+        by_query = x.dim() == 4 and x.shape[1] in (1, heads) and x.shape[2] == queries
+        if by_query or x.shape == (heads,):
+            raise Unsupported(f"{name} hands {option} {show(x)} to its attention, which is not known here")
+
+
 def dispatch(context: Context, call: AttentionCall) -> AttentionOutput:
     """A mechanism instead of attention, the model's own attention, or the stages of what acts here."""
     for actor in context.actors:
@@ -131,6 +149,9 @@ def native(call: AttentionCall) -> AttentionOutput:
     explicit = explicit or (call.own_mask and mask is not None and mask.dtype != torch.bool)
     if not explicit:
         sdpa_mask = mask.rule.native() if isinstance(mask, LazyMask) else mask
+        if call.rule is not None and sdpa_mask is None and not call.rule.bidirectional:
+            # no mask says causal here; modules of some models (BigBird-Pegasus) do not say that they are
+            options = {**options, "is_causal": True}
         return ALL_ATTENTION_FUNCTIONS["sdpa"](call.module, call.q, call.k, call.v, sdpa_mask, **options)
     if options.get("dropout") and call.module.training:
         raise Unsupported(

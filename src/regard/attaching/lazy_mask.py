@@ -1,7 +1,7 @@
 """A mask that is not there yet: it carries the model's own mask function and is evaluated where it is needed.
 
 Hugging Face builds one mask per layer type, sized for one layer. Here the mask interface returns a 4-D tensor of
-one byte that remembers how the mask would be built: `native()` is what the model's SDPA would have been given,
+one number that remembers how the mask would be built: `native()` is what the model's SDPA would have been given,
 `at(rows, index)` the same rule at any stored tokens. Any other use turns it into the dense tensor.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from regard.core import Unsupported
 
@@ -25,7 +25,8 @@ class MaskRule:
     """What the mask of one layer type is made of. `q_offset` is the true index of the first query.
 
     `narrowings` are masks attached beside it; `native` and `dense` are the model's own mask without them.
-    `ahead`: they show later tokens too, and causality is theirs to say.
+    `ahead`: they show later tokens too, and causality is theirs to say. `additive`: the model by itself has masks of
+    numbers that are added to scores, as eager attention has.
     """
 
     batch: int
@@ -40,6 +41,12 @@ class MaskRule:
     cached: dict = field(default_factory=dict)
     narrowings: tuple[Narrowing, ...] = ()
     ahead: bool = False
+    additive: bool = False
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether the model lets its queries see later tokens: where that is so, no mask needs no causality."""
+        return bool(self.arguments.get("allow_is_bidirectional_skip"))
 
     @property
     def model_causal(self) -> bool:
@@ -79,9 +86,22 @@ class MaskRule:
             arguments={**self.arguments, **moved}, cached={},
         )  # fmt: skip
 
+    def among(self, chosen: Tensor) -> "MaskRule":
+        """The rule under which each query sees, of what it saw, the keys of these columns [B, N, k] alone."""
+        shown = torch.zeros(*chosen.shape[:2], self.keys, dtype=torch.bool, device=chosen.device)
+        shown.scatter_(-1, chosen.long(), True)
+
+        def function(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return self.function(b, h, q, k) & shown[b, q - self.q_offset, k - self.kv_offset]
+
+        whole = dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, mask_function=function)
+        pads = {name: x for name, x in self.cached.items() if name in ("pad", "order")}
+        return replace(self, function=function, arguments={**self.arguments, **whole}, cached=pads)
+
     def dense(self) -> Tensor:
+        """[B, 1, N, M] what the model by itself would have: True where a query sees a key, or numbers to add."""
         whole = {**self.arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return sdpa_mask(**whole)  # type: ignore[return-value]
+        return (eager_mask if self.additive else sdpa_mask)(**whole)  # type: ignore[return-value]
 
     def at(self, rows: slice, index: Tensor) -> Tensor:
         """[b, g, rows, n] bool: whether these queries see the tokens with true index [b, g, n] (-1: nobody does)."""
@@ -133,7 +153,9 @@ class LazyMask(Tensor):
 
     @staticmethod
     def of(rule: MaskRule) -> "LazyMask":
-        one = torch.zeros((), dtype=torch.bool, device=rule.device)
+        # of the kind that the model would have: some ask for the dtype of their mask
+        dtype = rule.arguments.get("dtype", torch.float32) if rule.additive else torch.bool
+        one = torch.zeros((), dtype=dtype, device=rule.device)
         shape = (rule.batch, 1, rule.queries, rule.keys)
         mask = torch.Tensor._make_subclass(LazyMask, one.expand(shape))
         mask.rule = rule
@@ -142,7 +164,7 @@ class LazyMask(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in KEEP:
+        if func in KEEP and not any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values())):
             return args[0]
         if func.__name__ == "__get__":
             with torch._C.DisableTorchFunctionSubclass():
@@ -151,20 +173,33 @@ class LazyMask(Tensor):
             start = first_row(*args)
             if start is not None:
                 return LazyMask.of(args[0].rule.last_rows(start))
-        dense = lambda x: x.rule.dense() if isinstance(x, LazyMask) else x  # noqa: E731
-        return func(*[dense(a) for a in args], **{k: dense(v) for k, v in kwargs.items()})
+        return func(*dense(args), **dense(kwargs))
+
+
+def dense(x: Any) -> Any:
+    """Arguments with every stand-in in them as the mask it stands for; torch.cat takes them in a list."""
+    if isinstance(x, LazyMask):
+        return x.rule.dense()
+    if isinstance(x, dict):
+        return {name: dense(part) for name, part in x.items()}
+    return type(x)(dense(part) for part in x) if type(x) in (list, tuple) else x
 
 
 class Standins:
-    """Masks for a compiled model. torch.compile takes no tensor of our own kind: a plain one is known by its byte."""
+    """The masks of an attachment. torch.compile takes no tensor of our own kind: a plain one is known by its byte."""
 
     def __init__(self) -> None:
+        # the attention that a model has by itself, by the identity of its configuration
+        self.own: dict[int, str | None] = {}
         # where the byte lies -> the byte itself, so that nothing else comes to lie there, and what it stands for
         self.rules: dict[int, tuple[Tensor, MaskRule]] = {}
 
     def mask(self, *args: Any, **kwargs: Any) -> Tensor:
         """The mask function that an attachment registers with transformers."""
-        return self.plain(*args, **kwargs) if torch.compiler.is_compiling() else lazy_mask(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        additive = self.own.get(id(kwargs.get("config"))) == "eager"
+        return lazy_mask(*args, **kwargs, additive=additive)
 
     @torch._dynamo.disable
     def plain(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -195,6 +230,7 @@ def lazy_mask(
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
+    additive: bool = False,
     **others: Any,
 ) -> LazyMask:
     """The mask function that an attachment registers with transformers."""
@@ -207,5 +243,6 @@ def lazy_mask(
     rule = MaskRule(
         batch=batch_size, queries=q_length, keys=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         function=mask_function, padding=attention_mask, arguments=arguments, device=torch.device(device),
+        additive=additive,
     )  # fmt: skip
     return LazyMask.of(rule)

@@ -86,7 +86,12 @@ class CachePolicy(Actor):
             shift = self._answer("shift", call, view, slots)
             return view_of_slots(call, view, slots, shift)
         if page.shift is not None:
-            rotate_first(view, self._answer("shift", call, view, None), call.slots)
+            by = self._answer("shift", call, view, None)
+            if by is not None and view.k.data_ptr() != call.slots.keys.data_ptr():
+                raise Unsupported(
+                    f"{self.name} at {call.where}: keys that a layer expands after they were stored cannot be moved"
+                )
+            rotate_first(view, by, call.slots)
         return view
 
     def _answer(self, name: str, call: AttentionCall, view: View, *rest: Any) -> Any:
@@ -173,7 +178,7 @@ class CachePolicy(Actor):
         if page.observe is not None and len(calls) > 1:
             page.observe(voted([c.stored for c in calls]), cfg)
         ledger = call.ledger
-        left = ledger.window is not None and call.slots.forget(ledger.reach(ledger.seen))
+        left = ledger.window is not None and call.slots.forget(ledger.reach(ledger.seen), viewed=True)
         whole = voted([without_what_left(c) if left else c.stored for c in calls])
         if page.phase == "prefill" and whole.phase != "prefill":
             return

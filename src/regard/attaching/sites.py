@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from regard.core import Unreachable
 
-ATTENTION = re.compile(r"Attention|Attn(?!.*Norm)")
+ATTENTION = re.compile(r"Attention|Attn(?!.*Norm)|MLA$")
 # kinds of layers, as configurations name them, that hold a state and no keys
 RECURRENT = ("linear_attention", "conv", "recurrent")
 VISION = re.compile(r"(^|\.)(vision\w*|visual|image_\w+|vit|vpm)(\.|$)")

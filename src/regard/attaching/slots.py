@@ -111,12 +111,16 @@ class Group:
 
     def keep(self, kept: Kept) -> None:
         """Drop every slot that is not in `kept.slots`; free their memory; add what was merged."""
-        slots = kept.slots
-        if kept.merged is None and slots.shape[-1] == self.n - 1 and kept.full:
+        if kept.merged is None and kept.slots.shape[-1] == self.n - 1 and kept.full:
             self._drop_one(kept)
             return
-        if not self._keeps_first(slots):
+        if not self._keeps_first(kept.slots):
             self.restore()
+        self._gather(kept)
+
+    def _gather(self, kept: Kept) -> None:
+        """Only `kept.slots` in memory of their own; what looked at the old ones looks at them still."""
+        slots = kept.slots
         self.index = self.table().expand(*slots.shape[:2], -1).gather(-1, slots.clamp(min=0)).int()
         self.index.masked_fill_(slots < 0, -1)
         self.keys, self.values = gather_rows(self.k(), slots), gather_rows(self.v(), slots)
@@ -129,8 +133,11 @@ class Group:
         if kept.merged is not None:
             self._merge(*kept.merged)
 
-    def forget(self, before: int) -> bool:
-        """Drop the tokens whose true index is below `before`, which no query will see again; whether any was there."""
+    def forget(self, before: int, viewed: bool = False) -> bool:
+        """Drop the tokens whose true index is below `before`, which no query will see again; whether any was there.
+
+        viewed: a view of the slots is still read, so nothing may be written over
+        """
         if self.index is None:
             gone = min(max(before - self.start, 0), self.n)
             self._drop_first(gone)
@@ -138,7 +145,10 @@ class Group:
         table = self.table()
         out = (table >= 0) & (table < before)
         dropped = before > 0 and bool(out.any())
-        if dropped:
+        if dropped and viewed:
+            self.restore()
+            self._gather(Kept(slots_of((table >= 0) & ~out)))
+        elif dropped:
             self.keep(Kept(slots_of((table >= 0) & ~out)))
         return dropped
 

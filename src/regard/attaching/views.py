@@ -71,9 +71,10 @@ def slot_bias(call: AttentionCall) -> Tensor | None:
         return per_query_head(count[..., : call.k.shape[2]].log()[:, :, None], call.q.shape[1])
     if bias is None or group is None or call.layer is None or call.layer.plain:
         return bias
-    # the model's bias is that of every token seen
+    # the model's bias is that of every token seen, in a sliding layer of those that its window reaches
     bias = bias if call.heads is None or bias.shape[1] == 1 else bias[:, list(call.heads)]
-    return at_slots(bias, group.table(), call.q.shape[1])
+    first = call.layer.reach(call.layer.seen - call.fed)
+    return at_slots(bias, group.table() - first, call.q.shape[1])
 
 
 def at_slots(x: Tensor, slots: Tensor, heads: int) -> Tensor:

@@ -77,6 +77,33 @@ class watching:
         self.bar.stop()
 
 
+class counting:
+    """A progress bar over things with a name; silent for programs."""
+
+    def __init__(self, quiet: bool, total: int) -> None:
+        self.quiet, self.total = quiet, total
+
+    def __enter__(self):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:<24.24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=err, disable=self.quiet)
+        self.bar.start()
+        self.task = self.bar.add_task("starting", total=self.total)
+        return self.step
+
+    def step(self, name: str, done: int) -> None:
+        self.bar.update(self.task, completed=done, description=name)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
 class training:
     """A progress bar with the loss and the last score of a training run; silent for programs."""
 

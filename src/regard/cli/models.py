@@ -5,22 +5,32 @@ from typing import Annotated
 
 import typer
 
-from regard.cli.console import Json, app, converting, if_stopped, out, say_json, training
+from regard.cli.console import Json, app, converting, counting, if_stopped, out, say_json, training
 from regard.core.spec import parse_spec, split_list, split_specs
 
 
 @app.command()
 def doctor(
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A Hugging Face folder or name, a GGUF file, lm, smollm2, or a family of tiny models."
         ),
-    ],
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    families: Annotated[
+        bool,
+        typer.Option("--families", help="Build every decoder of transformers tiny, and try regard on it."),
+    ] = False,
+    only: Annotated[str, typer.Option(help="Of these families alone: llama,phi.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="The families as docs/families.md.")] = False,
     as_json: Json = False,
 ) -> None:
     """Which attention sites of a model are reached, which are missed, and whether attaching changes anything."""
+    if families:
+        return examine_families(split_list(only) or None, markdown, as_json)
+    if model is None:
+        raise typer.BadParameter("a model, or --families", param_hint="MODEL")
     from regard.models.doctor import doctor as examine
     from regard.models.shipped import load_any
     from regard.testing.zoo import ZOO, build
@@ -33,6 +43,30 @@ def doctor(
     report = examine(loaded, **inputs)
     say_json(report.to_dict()) if as_json else out.print(str(report), highlight=False, soft_wrap=True)
     if not report.healthy:
+        raise typer.Exit(1)
+
+
+def examine_families(only: list[str] | None, markdown: bool, as_json: bool) -> None:
+    """The rows of the survey as a table, a page or JSON; exit 1 if any is wrong or crashed."""
+    from datetime import date
+
+    import transformers
+
+    from regard.testing.families import names, survey
+    from regard.testing.families import table as tables
+
+    which, rows = only or names(), []
+    with counting(as_json or markdown, len(which)) as step:
+        for row in survey(which):
+            rows.append(row)
+            step(row.name, len(rows))
+    if as_json:
+        say_json([row.to_dict() for row in rows])
+    elif markdown:
+        typer.echo(tables.markdown(rows, transformers.__version__, date.today().isoformat()), nl=False)
+    else:
+        out.print(tables.terminal(rows))
+    if any(row.verdict in ("wrong", "crashed") for row in rows):
         raise typer.Exit(1)
 
 

@@ -1,8 +1,10 @@
 """The oracle: a full cache with an explicit softmax in which the tokens that a policy dropped are hidden."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,35 +25,79 @@ def by_head(x: Tensor, heads: int) -> Tensor:
     return torch.stack([x[:, i * x.shape[1] // heads] for i in range(heads)], 1)
 
 
+# model types whose rotation leaves some layers alone -> whether it does this one
+UNTURNED: dict[str, Callable[[Any, int], bool]] = {
+    "cohere2": lambda config, layer: config.layer_types[layer] == "full_attention",
+    "smollm3": lambda config, layer: not config.no_rope_layers[layer],
+}
+UNTURNED |= dict.fromkeys(
+    ("afmoe", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1"), UNTURNED["cohere2"]
+)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What a position does to the vectors of one layer: pair i is turned by angle i.
+
+    half  how the model's file turns by a right angle; it says which are a pair: x_i and x_{i + pairs}, or neighbours
+    """
+
+    angle: Tensor  # [pairs] float64
+    half: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor, by: Tensor) -> Tensor:
+        """x [B, H, n, D] turned by `by` [b, h, n] positions."""
+        width = 2 * len(self.angle)
+        turned = by[..., None].double() * self.angle[self._pair_of(width)]
+        inner = x[..., :width].double()
+        inner = inner * turned.cos() + self.half(inner) * turned.sin()
+        return torch.cat([inner.to(x), x[..., width:]], -1)
+
+    def _pair_of(self, width: int) -> Tensor:
+        """[width] the pair that each dimension is in, pairs counted by their first dimension."""
+        partner = self.half(torch.arange(1.0, width + 1)).abs().long() - 1
+        first = torch.minimum(partner, torch.arange(width))
+        return torch.unique(first, return_inverse=True)[1]
+
+
+def halves(x: Tensor) -> Tensor:
+    """The right angle where x_i and x_{i + pairs} are a pair."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([-b, a], -1)
+
+
+def rotation(model: Any, layer: int) -> Rotation | None:
+    """What the configuration and `rotate_half` of the model's file say; None: no plain rotary positions."""
+    angle = angles(model, layer)
+    if angle is None:
+        return None
+    return Rotation(angle, getattr(sys.modules[type(model).__module__], "rotate_half", halves))
+
+
 def angles(model: Any, layer: int) -> Tensor | None:
     """Angles per position of the rotated pairs, from the configuration alone; None: no plain rotary positions."""
     config = model.config.get_text_config()
+    leaves = UNTURNED.get(config.model_type)
     config = getattr(config, "per_layer_config", {layer: config})[layer]
     rope = getattr(config, "rope_parameters", None)
     if rope and "rope_theta" not in rope:
         rope = rope.get(config.layer_types[layer])
     if not rope or "mrope_section" in rope or hasattr(config, "kv_lora_rank"):
         return None
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    named = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None)
+    width = named or config.hidden_size // config.num_attention_heads
     pairs = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
     # proportional: all pairs of the head are there, those beyond the rotated ones stand still
     whole = {"default": pairs, "proportional": width // 2}.get(rope["rope_type"])
     if whole is None:
         return None
     turned = [rope["rope_theta"] ** (-i / whole) if i < pairs else 0.0 for i in range(whole)]
-    return torch.tensor(turned, dtype=torch.float64)
+    still = leaves is not None and leaves(config, layer)
+    return torch.tensor(turned, dtype=torch.float64) * (0.0 if still else 1.0)
 
 
-def present_angles(model: Any, layer: int) -> Tensor:
-    return present(angles(model, layer), "the model has plain rotary positions", layer=layer)
-
-
-def rotated(k: Tensor, by: Tensor, angle: Tensor) -> Tensor:
-    """Keys [B, H, n, D] rotated by `by` [b, h, n] positions: pair i is the plane (x_i, x_{i + pairs})."""
-    pairs = len(angle)
-    plane = torch.complex(k[..., :pairs].double(), k[..., pairs : 2 * pairs].double())
-    plane = plane * torch.polar(torch.ones((), dtype=torch.float64), by[..., None].double() * angle)
-    return torch.cat([plane.real.to(k), plane.imag.to(k), k[..., 2 * pairs :]], -1)
+def present_rotation(model: Any, layer: int) -> Rotation:
+    return present(rotation(model, layer), "the model has plain rotary positions", layer=layer)
 
 
 # (layer, "scores", "weights" or "z", x, seen) -> x
@@ -59,20 +105,25 @@ Change = Callable[[int, str, Tensor, Tensor], Tensor]
 
 
 def oracle_function(
-    model: Any, now: dict[int, ReadRecord], change: Change | None = None, own: OwnAttention | None = None
+    model: Any,
+    now: dict[int, ReadRecord],
+    change: Change | None = None,
+    own: OwnAttention | None = None,
+    wrote: list[int] | None = None,
 ) -> Callable:
+    """The attention function; `wrote` has the cache layer that was just written, where a layer runs several times."""
     change = change or (lambda layer, quantity, x, seen: x)
     layers = {id(module): site_of(name).layer for name, module in model.named_modules()}
 
     def oracle(module, query, key, value, attention_mask=None, *args, scaling=None, **kwargs):
-        heads, layer = query.shape[1], layers[id(module)]
+        heads, layer = query.shape[1], wrote.pop() if wrote else layers[id(module)]
         read = now.get(layer)
         k, v = by_head(key, heads), by_head(value, heads)
         seen = attention_mask.expand(-1, heads, -1, -1)
         if read is not None:
             seen = seen & by_head(read.alive, heads)[:, :, None]
             if read.moved is not None:
-                k = rotated(k, by_head(read.moved, heads), angles(model, layer))
+                k = present_rotation(model, layer)(k, by_head(read.moved, heads))
         s = torch.einsum("bhnd,bhmd->bhnm", query.float(), k.float()) * scaling
         if kwargs.get("softcap") is not None:
             s = kwargs["softcap"] * torch.tanh(s / kwargs["softcap"])
@@ -107,13 +158,17 @@ def oracle_function(
 
 @contextmanager
 def explicit_attention(
-    model: Any, now: dict[int, ReadRecord], change: Change | None = None, own: OwnAttention | None = None
+    model: Any,
+    now: dict[int, ReadRecord],
+    change: Change | None = None,
+    own: OwnAttention | None = None,
+    wrote: list[int] | None = None,
 ) -> Iterator[None]:
     """The model computes attention by `oracle_function` and reads, in layer i, only what now[i] says."""
     config = model.config.get_text_config()
     name, old = f"oracle/{id(now)}", config._attn_implementation_internal
     whole = dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    AttentionInterface.register(name, oracle_function(model, now, change, own))
+    AttentionInterface.register(name, oracle_function(model, now, change, own, wrote))
     AttentionMaskInterface.register(name, lambda *a, **k: sdpa_mask(*a, **{**k, **whole}))
     config._attn_implementation_internal = name
     try:
@@ -138,13 +193,9 @@ def hide(
     attention of its own, whose reference answers.
     """
     now: dict[int, ReadRecord] = {}
-    own = (
-        None
-        if method is None
-        else OwnAttention(method, lambda i, x, by: rotated(x, by, present_angles(model, i)))
-    )
-    cache, outs = cache or full_cache(model), []
-    with explicit_attention(model, now, change, own), torch.no_grad():
+    own = None if method is None else OwnAttention(method, lambda i, x, by: present_rotation(model, i)(x, by))
+    cache, outs, wrote = cache or full_cache(model), [], []
+    with explicit_attention(model, now, change, own, wrote), noting(cache, wrote), torch.no_grad():
         for i, feed in enumerate(feeds):
             if own is not None:
                 own.real = feed["attention_mask"].bool()
@@ -152,6 +203,22 @@ def hide(
             now.update(reads[i] if reads is not None else {})
             outs.append(model(**feed, past_key_values=cache).logits)
     return outs
+
+
+@contextmanager
+def noting(cache: Cache, wrote: list[int]) -> Iterator[None]:
+    """Within the block, `wrote` is the number of the layer of the cache that was written last."""
+    update = cache.update
+
+    def noted(k: Tensor, v: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        wrote[:] = [layer]
+        return update(k, v, layer, *args, **kwargs)
+
+    cache.update = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del cache.update
 
 
 def gap(feeds: list[dict], logits: list[Tensor], expected: list[Tensor]) -> float:
