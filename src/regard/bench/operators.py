@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from regard import catalog
 from regard.attaching.attachment import attach
 from regard.attaching.ledger import LedgerLayer
+from regard.bench import attached as pretrained
 from regard.bench import mechanisms, sparse
 from regard.bench.timing import LIMIT, QUICK_LIMIT, left, paired, row, seconds, unmeasured, with_cpu, within
 from regard.core import unknown
@@ -85,16 +86,21 @@ QUICK = Shape(context=4_096, layers=4, prompt=512)
 @renamed(told="progress")
 def bench(name: str, quick: bool = False, progress: Callable[[str], None] | None = None) -> list[dict]:
     """Rows of one benchmark: "decode", "attach", "mechanisms" or "sparse"."""
-    known = {"decode": decode, "attach": attached}
+    own = ("decode", "attach")
     others = {"mechanisms": mechanisms.rows, "sparse": sparse.rows}
-    if name not in {**known, **others}:
-        raise unknown("benchmark", name, [*known, *others, "efficiency"])
+    if name not in (*own, *others):
+        raise unknown("benchmark", name, [*own, *others, "efficiency"])
     progress = progress or (lambda text: None)
     with within(QUICK_LIMIT if quick else LIMIT):
         if name in others:
             return with_cpu(others[name](quick, progress))
         with torch.inference_mode():
-            return with_cpu(known[name](shape_here(QUICK if quick else Shape(), name), progress))
+            shape = shape_here(QUICK if quick else Shape(), name)
+            if name == "decode":
+                return with_cpu(decode(shape, progress))
+            with within(left() / 3):
+                rows = attached(shape, progress)
+            return with_cpu([*rows, *pretrained.rows(quick, progress)])
 
 
 def shape_here(shape: Shape, name: str) -> Shape:

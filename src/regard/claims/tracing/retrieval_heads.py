@@ -3,8 +3,8 @@
 Detected on one seed, ablated on another. As in the released code the prompt is read in full, heads are switched off
 by uniform attention while the answer is generated, and random heads are drawn from those that do not retrieve. On the
 small model five draws of 2 heads out of some 18 are a matter of luck when one of them is needed: all pairs are measured
-as well, and both means must hold. SmolLM2 has 270 heads, of which 14 are switched off; there the share of heads that
-retrieve can be held to the paper's 5 %, and `overlap` says how many of the top heads are those of the other texts too.
+as well, and both means must hold. SmolLM2 has 270 heads, of which 14 are switched off: as many as retrieve, 5.2 %, where
+the paper finds fewer than 5 % in larger models. `overlap` says how many of the top heads are those of other texts too.
 """
 
 import random
@@ -79,8 +79,7 @@ def measure(on: str) -> Measured:
     if on == "lm":
         numbers |= all_pairs(others, drops(on, questions, full, combinations(others, count)))
     few = max(numbers["drop_random_5_draws"], numbers.get("drop_random_all_pairs", 0.0))
-    sparse = on == "lm" or share < 0.05
-    return Measured(numbers["drop_top"] >= 50 and few <= 10 and sparse, numbers)
+    return Measured(numbers["drop_top"] >= 50 and few <= 10, numbers)
 
 
 CLAIM = Claim(
@@ -91,7 +90,7 @@ CLAIM = Claim(
     ),
     bound=(
         "accuracy drop >= 50 points (top heads) and <= 10 (mean of 5 random draws; on the small model the mean of all "
-        "possible draws too); share of heads >= 0.1 reported, on SmolLM2 below 5 %"
+        "possible draws too); share of heads >= 0.1 reported (the paper: below 5 %, on models of 6B and more)"
     ),
     measure=measure,
     models=("lm", "smollm2"),
@@ -100,11 +99,6 @@ CLAIM = Claim(
             "the top 2 heads carry all recall, but a model of 24 heads has no spare ones: heads that retrieve nothing "
             "form the query while the answer is generated, and random pairs that contain one (worst_other_head) lose "
             "nearly everything, so that their mean loss stays far above 10 points, over five draws and over all pairs"
-        ),
-        "smollm2": (
-            "by a head: 14 of 270 heads reach a score of 0.1, 5.2 %, where the bound of 5 %, which the paper has from "
-            "models of 6B and more, has room for 13. Switching off is as in the paper: without the top 14 no needle is "
-            "found, and with any of five draws of 14 others switched off all are"
         ),
     },
 )
