@@ -3,8 +3,8 @@
 Detected on one seed, ablated on another. As in the released code the prompt is read in full, heads are switched off
 by uniform attention while the answer is generated, and random heads are drawn from those that do not retrieve. On the
 small model five draws of 2 heads out of some 18 are a matter of luck when one of them is needed: all pairs are measured
-as well, and both means must hold. SmolLM2 has 270 heads, of which 14 are switched off: as many as retrieve, 5.2 %, where
-the paper finds fewer than 5 % in larger models. `overlap` says how many of the top heads are those of other texts too.
+as well, and both means must hold. SmolLM2 has 270 heads, of which 14 are switched off: as many as retrieve, 5.2 %,
+where the paper finds fewer than 5 % in larger models. `overlap` says how many of the top are those of other texts too.
 """
 
 import random
