@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from regard.bench.harness import language_model
 from regard.core import require
 from regard.report.words import number
 
@@ -296,6 +295,3 @@ def group_rows(
     made = aggregate_groups(EvalAcc(metrics=metrics, groups=dict(held))).metrics  # type: ignore[arg-type]
     return [{**row, "task": name, "documents": made[name].get("sample_len")}
             for name in held for row in score_rows(made[name], {}, [])]  # fmt: skip
-
-
-__all__ = ["Asking", "Loaded", "aggregation", "ask", "group_rows", "language_model", "load_tasks", "quiet"]
