@@ -204,8 +204,8 @@ def late_keys(self, k, v, start, append=Group.append):
     append(self, k.roll(1, 1), v, start)
 
 
-def once_evicted_nothing_leaves(self, before, forget=Group.forget):
-    return forget(self, before) if self.index is None else False
+def once_evicted_nothing_leaves(self, before, viewed=False, forget=Group.forget):
+    return forget(self, before, viewed) if self.index is None else False
 
 
 STREAM = catalog.method("streaming_llm", budget=8)

@@ -58,7 +58,8 @@ class CachePolicy(Actor):
             )
         if call.layer is not None and call.own_mask:
             raise Unsupported(
-                "a 4-D mask of your own beside a cache method: slots and columns would not agree"
+                "a 4-D mask of your own, or of the model's own making, beside a cache method: slots and columns would "
+                "not agree"
             )
         if call.turn.nth >= call.turn.of:
             raise Unsupported(
@@ -86,12 +87,7 @@ class CachePolicy(Actor):
             shift = self._answer("shift", call, view, slots)
             return view_of_slots(call, view, slots, shift)
         if page.shift is not None:
-            by = self._answer("shift", call, view, None)
-            if by is not None and view.k.data_ptr() != call.slots.keys.data_ptr():
-                raise Unsupported(
-                    f"{self.name} at {call.where}: keys that a layer expands after they were stored cannot be moved"
-                )
-            rotate_first(view, by, call.slots)
+            rotate_first(view, self._answer("shift", call, view, None), call)
         return view
 
     def _answer(self, name: str, call: AttentionCall, view: View, *rest: Any) -> Any:
@@ -262,15 +258,21 @@ def view_of_slots(call: AttentionCall, view: View, slots: Tensor, shift: Tensor 
     return replace(view, cached_scores=None, k=k, v=v, index=index, real=real, visible=visible, bias=bias)
 
 
-def rotate_first(view: View, by: Tensor | None, group: Group) -> None:
+def rotate_first(view: View, by: Tensor | None, call: AttentionCall) -> None:
     """Rotate the first keys of a group in place; the keys as they first were are kept, so errors never add up."""
+    group = call.slots
     if by is None:
         group.restore()
         return
     s = by.shape[-1]
-    if group.origin is None:
-        group.origin = group.keys[:, :, :s].clone()
-    group.keys[:, :, :s] = rotate(view, group.origin, by)
+    origin = group.keys[:, :, :s].clone() if group.origin is None else group.origin
+    turned = rotate(view, origin, by)
+    if view.k.data_ptr() != group.keys.data_ptr():
+        raise Unsupported(
+            f"{call.where} expands its keys after they were stored, so they cannot be moved in place"
+        )
+    group.origin = origin
+    group.keys[:, :, :s] = turned
     view.cached_scores = view.cached_weights = None
 
 

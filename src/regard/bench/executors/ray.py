@@ -17,7 +17,7 @@ from regard.bench.executors.base import Away, Loader, WorkerBroken, memory_bytes
 from regard.bench.executors.local import Steady, take_near
 from regard.core import require
 
-PATIENCE = 60.0  # seconds without a worker, after which it is said what they wait for
+PATIENCE = 180.0  # seconds without a worker, after which it is said what they wait for
 COLOUR = "\x1b\\[[0-9]*m"  # in Ray's messages
 KNOCK = 10.0  # seconds in which the address of a cluster answers
 STORE = 100 * 2**20  # bytes of a cluster of its own for what is passed around: cells and rows are small

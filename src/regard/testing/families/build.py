@@ -1,6 +1,6 @@
 """Any causal decoder of the installed transformers, tiny and random, from its configuration's fields alone."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -71,9 +71,9 @@ def generic(kind: type) -> dict[str, Any]:
         if name in has and getattr(default, name, None):
             settings[name] = mixed(getattr(default, name))
     for name in getattr(kind, "sub_configs", None) or {}:
-        inner = type(getattr(default, name, None))
-        if name in has and is_dataclass(inner):
-            settings[name] = {**generic(inner), "model_type": getattr(inner, "model_type", "")}
+        inner = getattr(default, name, None)
+        if name in has and isinstance(inner, tf.PreTrainedConfig):
+            settings[name] = {**generic(type(inner)), "model_type": inner.model_type}
     return settings
 
 

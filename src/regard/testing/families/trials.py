@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 from regard import catalog
 from regard.attaching.attachment import attach
@@ -163,9 +163,7 @@ def surroundings(model: nn.Module) -> list[Any]:
         for m in model.modules()
     ]
     configs = [
-        getattr(m.config, "_attn_implementation_internal", None)
-        for m in model.modules()
-        if hasattr(m, "config")
+        m.config._attn_implementation_internal for m in model.modules() if isinstance(m, PreTrainedModel)
     ]
     return [
         hooks,
