@@ -21,13 +21,15 @@ from regard import catalog
 from regard.bench.cell import Cell
 from regard.bench.executor import Executor, InProcess, LocalProcesses, Ray, Submitit
 from regard.bench.executors.base import memory_bytes
+from regard.core.spec import parse_spec
 from regard.models.shipped import SHIPPED, pretrained, shipped_name
 from regard.tasks.perplexity import CONTINUATION
 
 # measured with torch 2.13 and transformers 5.23 on Linux, without a GPU: a process that has imported them, what is its
 # own and what it maps of the libraries' files
 PROCESS, LIBRARIES = 330 * 2**20, 140 * 2**20
-EXACT_ANSWER = 8  # tokens of an answer that is a code or a word
+# tokens of an answer that is a code or a word, of all turns; of one that is generated freely
+ANSWER = {"exact": 16, "recall": 64}
 # bytes a logit takes while two runs are compared: both in float32, then as log-probabilities in float64 with the terms
 # of KL (bench/cell.fidelity)
 LOGIT = 48
@@ -175,7 +177,9 @@ def batch(cell: Cell) -> int:
 
 
 def answer(cell: Cell) -> int:
-    return CONTINUATION if catalog.task(cell.task).metric == "nll" else EXACT_ANSWER
+    """Tokens of an answer, as far as the task's metric and settings tell."""
+    scored = parse_spec(cell.task)[1].get("continuation", CONTINUATION)
+    return ANSWER.get(catalog.task(cell.task).metric, scored)
 
 
 def item_size(config: Any) -> int:

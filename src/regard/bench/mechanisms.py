@@ -147,8 +147,13 @@ def lower(sizes: Sizes, progress: Callable) -> Iterator[dict]:
             )
             yield row(case, paired(low, wide, sizes.repeats), None, target)
         except Exception as error:  # a page that cannot is a row that says so
-            yield row(case, {**unmeasured(), "ratio": 0.0}, None, target, f"{type(error).__name__}: {error}")
+            yield failed(case, target, error)
         gc.collect()
+
+
+def failed(case: str, target: float, error: Exception) -> dict:
+    """The row of a page that raised: nothing was measured, and its note is the error."""
+    return {**row(case, unmeasured(), None, target), "note": f"{type(error).__name__}: {error}"}
 
 
 def halved(inputs: dict) -> dict:
@@ -295,8 +300,7 @@ def others(sizes: Sizes, progress: Callable) -> Iterator[dict]:
             )
             yield row(case, times, None, 1 / SLOWER)
         except Exception as error:  # a page that cannot is a row that says so
-            none = dict(ratio=0.0, spread=0.0, ms=0.0, baseline_ms=0.0)
-            yield row(case, none, None, 1 / SLOWER, f"{type(error).__name__}: {error}")
+            yield failed(case, 1 / SLOWER, error)
         gc.collect()
 
 
