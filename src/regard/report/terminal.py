@@ -21,7 +21,7 @@ from regard.report.turns import TITLES, columns
 from regard.report.turns import table_rows as rows_by
 from regard.report.words import KEEPS, budget_text, clean, name, percent, short, times
 
-TASK_WIDTH = 10  # columns that one task takes beside the summary
+SUMMARY, PERCENT, GAP = 84, 5, 2  # columns of the summary, of a number, between columns
 
 
 def table(rows: Iterable[Row], columns: Sequence[str] | Mapping[str, str], title: str = "") -> Table:
@@ -87,6 +87,24 @@ def right(text: str, style: str = "") -> Text:
     return Text(text, style=style, justify="right")
 
 
+def in_parts(heads: Mapping[str, str], room: int) -> list[dict[str, str]]:
+    """The columns of one wide table as those of several, each at least one column and no wider than there is room.
+
+    >>> in_parts({"a": "needle", "b": "variable_tracking", "c": "turns"}, 26)
+    [{'a': 'needle'}, {'b': 'variable_tracking', 'c': 'turns'}]
+    """
+    parts: list[dict[str, str]] = []
+    for key, head in heads.items():
+        if not parts or widths({**parts[-1], key: head}) > room:
+            parts.append({})
+        parts[-1][key] = head
+    return parts
+
+
+def widths(heads: Mapping[str, str]) -> int:
+    return sum(max(len(head), PERCENT) + GAP for head in heads.values())
+
+
 def failed_rows(result: Result) -> list[dict[str, Any]]:
     return [
         row | {"status": Text(clean(row["status"]), style="red"), "why": clean(row["why"])[:300]}
@@ -106,14 +124,13 @@ def show(result: Result, console: Console | None = None) -> None:
         *(["failed"] if any(r["failed"].plain for r in rows) else []),
     ]
     by_task = {f"task {t}": clean(t) for t in tasks}
-    inside = len(tasks) > 1 and console.width >= 84 + TASK_WIDTH * len(tasks)
+    inside = len(tasks) > 1 and console.width >= SUMMARY + widths(by_task)
     first = {k: k for k in ("method", "budget", "quality")} | {"front": "●"}
     shown = first | (by_task if inside else {}) | {k: k for k in costs}
     console.print(table(rows, shown, "Relative to full attention; ● on the front of quality and bytes held"))
     if len(tasks) > 1 and not inside:
-        width = max(1, (console.width - 36) // TASK_WIDTH)
-        for at in range(0, len(tasks), width):
-            part = dict(list(by_task.items())[at : at + width])
+        taken = max(len(row["method"].plain) for row in rows) + len("budget") + 3 * GAP
+        for part in in_parts(by_task, console.width - taken):
             console.print(table(rows, {"method": "method", "budget": "budget"} | part, "Quality by task"))
     if turns := rows_by(result, "by_turn"):
         heads = columns(turns)
