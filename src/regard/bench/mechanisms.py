@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from regard import catalog
 from regard.bench.timing import (
     copy_bandwidth,
+    failed,
     fresh,
     left,
     paired,
@@ -149,11 +150,6 @@ def lower(sizes: Sizes, progress: Callable) -> Iterator[dict]:
         except Exception as error:  # a page that cannot is a row that says so
             yield failed(case, target, error)
         gc.collect()
-
-
-def failed(case: str, target: float, error: Exception) -> dict:
-    """The row of a page that raised: nothing was measured, and its note is the error."""
-    return {**row(case, unmeasured(), None, target), "note": f"{type(error).__name__}: {error}"}
 
 
 def halved(inputs: dict) -> dict:

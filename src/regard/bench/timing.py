@@ -84,6 +84,11 @@ def row(case: str, times: dict, bound: float | None, target: float, note: str = 
     return {"case": case, **times, "of_bound": share, "target": target, "holds": holds, "note": note}
 
 
+def failed(case: str, target: float, error: Exception) -> dict:
+    """The row of a page that raised: nothing was measured, and its note is the error."""
+    return {**row(case, unmeasured(), None, target), "note": f"{type(error).__name__}: {error}"}
+
+
 def product_rate(dtype: torch.dtype, size: int = 2048) -> float:
     """Operations per second of a large matrix product."""
     a, out = torch.ones(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
