@@ -127,7 +127,7 @@ def test_time_that_runs_out_while_a_cache_is_made(monkeypatch):
 
 
 def test_decode_needs_the_memory_that_it_says(monkeypatch):
-    monkeypatch.setattr(operators, "memory_available", lambda: SMALL.cached)
+    monkeypatch.setattr(operators, "free_here", lambda: SMALL.cached)
     rows = operators.decode_in(SMALL, 1e10, lambda text: None)
     assert len(rows) == len(operators.CASES) and all("are free" in row["note"] for row in rows)
 

@@ -6,12 +6,10 @@ of the ratio over the repetitions), ms, baseline_ms, target, holds, note.
 """
 
 import gc
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from regard.attaching.attachment import attach
 from regard.attaching.ledger import LedgerLayer
 from regard.bench import attached as pretrained
 from regard.bench import mechanisms, sparse
+from regard.bench.estimate import free_here
 from regard.bench.timing import LIMIT, QUICK_LIMIT, left, paired, row, seconds, unmeasured, with_cpu, within
 from regard.core import unknown
 from regard.core.deprecation import renamed
@@ -165,8 +164,8 @@ def decode_in(shape: Shape, speed: float, progress: Callable[[str], None]) -> li
     """The rows of one dtype."""
     name = str(shape.dtype).removeprefix("torch.")
     labels = {f"{case}, {name}": asked for case, asked in CASES.items()}
-    room = memory_available()
-    if room is not None and 2.5 * shape.cached > room:
+    room = free_here()
+    if 2.5 * shape.cached > room:
         note = f"not measured: two caches of {shape.cached / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free"
         return [row(case, unmeasured(), None, target, note) for case, (_, _, target) in labels.items()]
     model, rows = shape.model(), list[dict]()
@@ -198,13 +197,6 @@ def decode_in(shape: Shape, speed: float, progress: Callable[[str], None]) -> li
     if shape.dtype == torch.bfloat16:
         rows.append(held(shape, model))
     return rows
-
-
-def memory_available() -> int | None:
-    """Bytes that a process may take, where Linux tells."""
-    told = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text()) if told.exists() else None
-    return None if found is None else 1024 * int(found[1])
 
 
 def held(shape: Shape, model: Any) -> dict:

@@ -17,7 +17,9 @@ def compare(
         typer.Option(help="A Hugging Face folder or name, a GGUF file, smollm2; none: the shipped lm."),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Names, with settings as NAME:key=value.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="needle, recall, perplexity, turns, ruler ...")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Names or groups: regard list --kind task; ruler.")
+    ] = None,
     lengths: Annotated[str | None, typer.Option(help="Prompt lengths in tokens.")] = None,
     budgets: Annotated[str | None, typer.Option(help='Tokens, fractions or bytes: "256,0.1,64MB".')] = None,
     folder: Annotated[

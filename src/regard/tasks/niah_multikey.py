@@ -28,8 +28,7 @@ class Config:
     haystack: str = "text"  # or "needles": as many as fit
 
     def __post_init__(self) -> None:
-        check_needles(keys=self.keys)
-        require(2 <= self.digits <= 20, "2 <= digits <= 20", digits=self.digits)
+        check_needles(self.digits, keys=self.keys)
         require(self.haystack in HAYSTACKS, f"haystack is one of {HAYSTACKS}", haystack=self.haystack)
 
 

@@ -9,7 +9,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from regard.core import Card, require
+from regard.core import Card
 from regard.kinds.task import TaskPage
 from regard.tasks.base import Sample
 from regard.tasks.corpus import Source
@@ -23,9 +23,7 @@ class Config:
     digits: int = 7  # of a code
 
     def __post_init__(self) -> None:
-        check_needles(values=self.values)
-        require(0 <= self.distractors <= 99, "0 <= distractors <= 99", distractors=self.distractors)
-        require(2 <= self.digits <= 20, "2 <= digits <= 20", digits=self.digits)
+        check_needles(self.digits, self.distractors, values=self.values)
 
 
 def samples(

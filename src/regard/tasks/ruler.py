@@ -89,9 +89,12 @@ def pairs_of_words(rng: random.Random, count: int, pool: Sequence[str] = ()) -> 
     return [f"{a} {b}" for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
 
 
-def check_needles(**values: int) -> None:
-    for name, value in values.items():
+def check_needles(digits: int, distractors: int = 0, **counts: int) -> None:
+    """Refuse settings of a page of needles: how many of what it counts, digits of a code, keys that nobody asks for."""
+    for name, value in counts.items():
         require(1 <= value <= 99, f"1 <= {name} <= 99", **{name: value})
+    require(0 <= distractors <= 99, "0 <= distractors <= 99", distractors=distractors)
+    require(2 <= digits <= 20, "2 <= digits <= 20", digits=digits)
 
 
 def asks_for(key: str) -> tuple[str, str]:
