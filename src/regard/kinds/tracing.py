@@ -25,12 +25,16 @@ class TracingPage(Page):
     """An explanation of a model: numbers per layer and head, through observers and edits.
 
     measure(...)             the mathematics, on tensors
+    reference(...)           the same by its definition, in float64, plain: shares nothing with `measure`
+    cases(seed)              arguments of both, a tuple each: what the checks compare them on
     observer()               the Observer whose records `score` reads
     score(steps, answers)    [B, heads] of one layer from its records, one for each generated token
     ablate(heads, cfg)       edits that switch off what was found, to show that it is a cause
     """
 
     measure: Callable = None  # type: ignore[assignment]
+    reference: Callable = None  # type: ignore[assignment]
+    cases: Callable = None  # type: ignore[assignment]
     observer: Callable | None = None
     score: Callable | None = None
     ablate: Callable | None = None

@@ -59,6 +59,25 @@ def measure(top: Tensor, prompt: Tensor, emitted: Tensor, needle: Iterable[tuple
     return torch.stack(rows)
 
 
+def reference(top: Tensor, prompt: Tensor, emitted: Tensor, needle: Iterable[tuple[int, int]]) -> Tensor:
+    """[B, H] by the definition: the set of needle places that a head copied, counted one by one."""
+    scores = torch.zeros(top.shape[:2], dtype=torch.float64)
+    for b, (first, last) in enumerate(needle):
+        for h in range(top.shape[1]):
+            at = [int(j) for j in top[b, h]]
+            copied = {j for t, j in enumerate(at) if first <= j < last and prompt[b, j] == emitted[b, t]}
+            scores[b, h] = len(copied) / (last - first)
+    return scores
+
+
+def cases(seed: int) -> Iterable[tuple]:
+    """Heads that hit and miss a needle of few tokens, with repeated hits, at its ends and beyond the prompt."""
+    g = torch.Generator().manual_seed(seed)
+    for batch, heads, steps, n in ((1, 1, 1, 5), (2, 3, 6, 12), (3, 4, 9, 40)):
+        prompt, emitted = (torch.randint(3, (batch, k), generator=g) for k in (n, steps))
+        yield torch.randint(n, (batch, heads, steps), generator=g), prompt, emitted, [(2, 5)] * batch
+
+
 def score(steps: list[Tensor], answers: Answers) -> Tensor:
     """[B, H] of one layer, from the places that its heads attended to most, one [B, H, 1] a generated token."""
     return measure(torch.cat(steps, -1), answers.prompt, answers.emitted, answers.spans)
@@ -77,6 +96,8 @@ def ablate(heads: Iterable[tuple[int, int]], cfg: Config, phase: str = "decode")
 METHOD = TracingPage(
     config=Config,
     measure=measure,
+    reference=reference,
+    cases=cases,
     observer=observer,
     score=score,
     ablate=ablate,
