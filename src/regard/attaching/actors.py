@@ -4,6 +4,7 @@ Masks, mechanisms, cache policies, edits and observers are all actors. The atten
 
     check_call, acts_on     whether this call can be acted on, and is
     replace                 a mechanism instead of attention: nothing else follows
+    rewrite                 edits of q, k and v
     narrow                  masks: what queries see
     select                  a policy: which slots are read
     attend                  an attention of one's own over what is read
@@ -146,6 +147,7 @@ class Actor:
     evicts = False  # it decides which stored tokens stay or are read
     keeps_state = False  # its cache layers hold a state and no keys
     needs_rotary = False
+    rewrites = False  # it changes queries, keys or values
     needs_input = False  # it reads the layer's input
     reads_roles = False
     # it changes or records single rows and heads, and leaves all others to be bitwise those of the model
@@ -174,6 +176,9 @@ class Actor:
     def replace(self, call: AttentionCall) -> Tensor | None:
         """[B, H, N, E] instead of attention."""
         return None
+
+    def rewrite(self, call: AttentionCall, view: View) -> None:
+        """Change the queries, keys and values of the call, and what the cache holds of them."""
 
     def narrow(self, call: AttentionCall) -> AttentionCall:
         """The call in which queries see less."""

@@ -27,6 +27,7 @@ from regard.attaching.rotary import Rotary
 from regard.attaching.selected import selection
 from regard.attaching.sites import ATTENTION, Sites, refuse_unreachable, towers
 from regard.attaching.step import RoleRule
+from regard.attaching.streams import Streams
 from regard.attaching.turning import is_rotary_table
 from regard.core import Unsupported, show
 
@@ -87,6 +88,7 @@ class attach:
         for actor in self.actors:
             if isinstance(actor, Observers):
                 self.records = actor.records
+        self.streams = streams_of(model, self.actors, lambda: self.context.step.number)
         self._undo: list[Callable[[], Any]] = []
 
     def __enter__(self) -> "attach":
@@ -150,6 +152,8 @@ class attach:
                     module.register_forward_pre_hook(uncompiled(self._before_attention), with_kwargs=True)
                 )
         self._undo.extend(h.remove for h in hooks)
+        if self.streams is not None:
+            self._undo.extend(h.remove for h in self.streams.hook())
         if any(actor.needs_rotary for actor in self.actors):
             self.context.rotary = Rotary(self.model)
             self._undo.append(self.context.rotary.remove)
@@ -224,6 +228,13 @@ class attach:
     def stored(self) -> list[list[int]]:
         """Slots held: a list by layer of a list by head."""
         return [layer.stored() for layer in self.context.caches.layers]
+
+
+def streams_of(model: PreTrainedModel, actors: list[Any], step: Callable[[], int]) -> Streams | None:
+    """What edits and observers do outside attention; None: nothing."""
+    receipts = [r for a in actors if isinstance(a, Edits) for r in a.of_streams()]
+    observers = [o for a in actors if isinstance(a, Observers) for o in a.of_streams()]
+    return Streams(model, receipts, observers, step) if receipts or observers else None
 
 
 def uncompiled(function: Callable) -> Callable:

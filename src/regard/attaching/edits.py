@@ -8,9 +8,12 @@ from torch import Tensor
 
 from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.targets import Rows, cells, heads_of, rows_of, seen_columns
-from regard.core import Edit, NeverFired
-from regard.core.errors import present
+from regard.attaching.verbs import changed, edited, index, moved, spread, texts_of, value_at
+from regard.core import Edit, NeverFired, Unsupported
+from regard.core.edit import BY_KEY, STREAMS
 from regard.ops import View, mix, row_blocks
+
+INPUTS = ("q", "k", "v")
 
 
 @dataclass
@@ -38,7 +41,10 @@ class Receipt:
 
 
 class Edits(Actor):
-    """All edits of an attachment: on scores first, then on weights, then on z, each kind in the order given."""
+    """All edits of an attachment: on q, k and v first, then scores, weights and z, each kind in the order given.
+
+    Those of a layer as a whole are carried out by hooks (streams.py); their receipts are here with the others.
+    """
 
     name = "edits"
     reads_roles = True
@@ -46,8 +52,13 @@ class Edits(Actor):
 
     def __init__(self, edits: Sequence[Edit]) -> None:
         self.receipts = [Receipt(edit) for edit in edits]
+        self.needs_rotary = any(edit.verb == "rotate" for edit in edits)
+        self.rewrites = any(edit.site.quantity in INPUTS for edit in edits)
         # heads at which an edit, by id, met keys that are seen, in the call that is being edited
         self._met: dict[int, set[int]] = {}
+
+    def of_streams(self) -> list[Receipt]:
+        return [r for r in self.receipts if r.edit.site.quantity in STREAMS]
 
     def check_fired(self, forwards: int) -> None:
         silent = [r.missing() for r in self.receipts if r.missing()]
@@ -56,31 +67,46 @@ class Edits(Actor):
 
     def _of(self, call: AttentionCall) -> list[Receipt]:
         at = call.site.layer, call.site.tower, call.phase
-        return [r for r in self.receipts if r.edit.site.covers(*at)]
+        mine = (r for r in self.receipts if r.edit.site.quantity not in STREAMS)
+        return [r for r in mine if r.edit.site.covers(*at)]
 
     def acts_on(self, call: AttentionCall) -> bool:
         return bool(self._of(call))
 
+    def rewrite(self, call: AttentionCall, view: View) -> None:
+        """Edits of q, k and v: what attention is given, and what the cache holds of the new tokens."""
+        for receipt in self._of(call):
+            edit = receipt.edit
+            if edit.site.quantity not in INPUTS:
+                continue
+            x = getattr(call, edit.site.quantity)
+            heads, rows = heads_of(edit.site, x.shape[1]), rows_of(edit.site, view)
+            if heads and rows.columns:
+                write_input(call, edit, heads, rows, view.asking())
+                receipt.note(call.site.layer, heads)
+
     def edit(self, call: AttentionCall, view: View, out: Tensor) -> Tensor:
         """out [B, H, N, E] with the edits of this site."""
         targets = [
-            (r, heads_of(r.edit.site, out.shape[1]), rows_of(r.edit.site, view)) for r in self._of(call)
+            (r, heads_of(r.edit.site, out.shape[1]), rows_of(r.edit.site, view))
+            for r in self._of(call)
+            if r.edit.site.quantity not in INPUTS
         ]
         targets = [(r, heads, rows) for r, heads, rows in targets if heads and rows.columns]
         if not targets:
             return out
-        old, out, self._met = out, out.clone(), {}
-        recomputed = [(h, rows) for r, h, rows in targets if r.edit.site.quantity != "z"]
-        self._recompute(call, view, out, [(h, rows.columns) for h, rows in recomputed])
-        if any(rows.number is not None for _, rows in recomputed):
-            out = torch.where(touched(out, recomputed), out, old)
+        recomputed = [(r.edit, h, rows) for r, h, rows in targets if r.edit.site.quantity in BY_KEY]
+        if recomputed:
+            old, out, self._met = out, out.clone(), {}
+            self._recompute(call, view, out, [(h, rows.columns) for _, h, rows in recomputed])
+            if any(rows.number is not None or e.site.texts is not None for e, _, rows in recomputed):
+                out = torch.where(touched(out, recomputed), out, old)
         for receipt, heads, rows in targets:
-            edit, met = receipt.edit, self._met.get(id(receipt.edit))
-            if edit.site.quantity == "z":
-                at = (slice(None), torch.tensor(heads)[:, None], torch.tensor(rows.columns)[None])
-                here, new = rows.here(rows.columns), changed(out[at], edit, value_at(edit, out, heads, rows))
-                out[at] = new if here is None else torch.where(here, new, out[at])
+            if receipt.edit.site.quantity == "z":
+                out = edited(out, receipt.edit, heads, rows, view.asking())
                 met = set(heads)
+            else:
+                met = self._met.get(id(receipt.edit), set())
             if met:
                 receipt.note(call.site.layer, met)
         return out
@@ -98,7 +124,7 @@ class Edits(Actor):
 
     def weights(self, call: AttentionCall, view: View, rows: slice, heads: list[int] | None) -> Tensor | None:
         """[B, heads, rows, n] those of the view, after every edit that covers them."""
-        edits = [r.edit for r in self._of(call) if r.edit.site.quantity != "z"]
+        edits = [r.edit for r in self._of(call) if r.edit.site.quantity in BY_KEY]
         if not edits:
             return None
         heads = list(range(view.q.shape[1])) if heads is None else heads
@@ -119,74 +145,87 @@ class Edits(Actor):
             columns = [r for r in rows.columns if r in span]
             if not edit_heads or not columns:
                 continue
-            at = (
-                slice(None),
-                torch.tensor([heads.index(h) for h in edit_heads])[:, None],
-                torch.tensor([r - span.start for r in columns])[None],
-            )
-            keys, here = (
-                seen_columns(view, edit.site.keys, call.labels, edit_heads, columns),
-                rows.here(columns),
-            )
-            keys = keys if here is None else keys & here
+            texts = texts_of(edit, x.shape[0])
+            at = index(texts, [heads.index(h) for h in edit_heads], [r - span.start for r in columns])
+            keys = seen_columns(view, edit.site.keys, call.labels, edit_heads, columns)
+            here = rows.here(columns)
+            keys = of_texts(keys if here is None else keys & here, texts)
             if edit.verb == "move":
-                to = seen_columns(view, edit.to, call.labels, edit_heads, columns)
+                to = of_texts(seen_columns(view, edit.to, call.labels, edit_heads, columns), texts)
                 x[at] = moved(x[at], keys, to, edit.value)
                 keys = keys & to.any(-1, keepdim=True)
+            elif edit.verb == "uniform":
+                x[at] = spread(x[at], keys)
             else:
-                new = changed(x[at], edit, value_at(edit, x, edit_heads, rows, columns, view.q.shape[1]))
-                x[at] = torch.where(keys, new, x[at])
+                value = value_at(edit.value, edit, x, edit_heads, rows, columns, view.q.shape[1])
+                x[at] = torch.where(keys, changed(x[at], edit, value), x[at])
             if bool(keys.any()):
                 self._met.setdefault(id(edit), set()).update(edit_heads)
         return x
 
 
-def touched(out: Tensor, sites: list[tuple[list[int], Rows]]) -> Tensor:
-    """[B, H, N, 1] bool: the rows and heads that any of these sites names, text by text."""
+def of_texts(x: Tensor, texts: list[int]) -> Tensor:
+    """x [1|B, ...] for these texts."""
+    return x if x.shape[0] == 1 else x[texts]
+
+
+def touched(out: Tensor, sites: list[tuple[Edit, list[int], Rows]]) -> Tensor:
+    """[B, H, N, 1] bool: the texts, rows and heads that any of these sites names."""
     result = torch.zeros_like(out[..., :1], dtype=torch.bool)
-    for heads, rows in sites:
-        at = (slice(None), torch.tensor(heads)[:, None], torch.tensor(rows.columns)[None])
-        here = rows.here(rows.columns)
-        result[at] |= torch.ones_like(result[at]) if here is None else here
+    for edit, heads, rows in sites:
+        texts = texts_of(edit, out.shape[0])
+        at, here = index(texts, heads, rows.columns), rows.here(rows.columns)
+        result[at] |= torch.ones_like(result[at]) if here is None else here[texts]
     return result
 
 
-def value_at(
-    edit: Edit, like: Tensor, heads: list[int], rows: Rows, columns: list[int] | None = None, of: int = 0
-) -> Tensor | None:
-    """The edit's value for these heads and columns: a number, or [B, heads, columns, width] of its tensor.
-
-    `of`: how many heads the layer has, if `like` has not all of them. A tensor has an entry for each row of the site.
-    """
-    if edit.value is None:
-        return None
-    value = torch.as_tensor(edit.value, dtype=like.dtype, device=like.device)
-    if value.dim() == 0:
-        return value
-    columns = rows.columns if columns is None else columns
-    edit_heads, at = heads_of(edit.site, of or like.shape[1]), [rows.columns.index(c) for c in columns]
-    value = value.expand(like.shape[0], len(edit_heads), rows.count(), like.shape[-1])
-    value = value[:, [edit_heads.index(h) for h in heads]]
-    if rows.number is None:
-        return value[:, :, at]
-    return value.take_along_dim(rows.number[:, at].clamp(min=0)[:, None, :, None], 2)
-
-
-def changed(x: Tensor, edit: Edit, value: Tensor | None) -> Tensor:
-    """x after replace, scale or block."""
-    if edit.verb == "block":
-        return torch.full_like(x, -torch.inf if edit.site.quantity == "scores" else 0.0)
-    value = present(value, f"{edit.verb} takes a value")
-    return x * value if edit.verb == "scale" else value.expand_as(x)
+def write_input(call: AttentionCall, edit: Edit, heads: list[int], rows: Rows, real: Tensor | None) -> None:
+    """Put the edited q, k or v of the new tokens in the place of what the call, and its cache, have."""
+    name = edit.site.quantity
+    if name == "q":
+        call.q = new_input(call, call.q, edit, heads, rows, real)
+        return
+    new, whole = call.q.shape[2], getattr(call, name)
+    refuse_elsewhere(call, name)
+    old = whole[:, :, -new:]
+    x = new_input(call, old, edit, heads, rows, real)
+    whole = torch.cat([whole[:, :, :-new], x], 2)
+    setattr(call, name, whole)
+    if call.group is None:
+        return
+    buffer = "keys" if name == "k" else "values"
+    stored = getattr(call.group, buffer)
+    if whole.requires_grad or stored.requires_grad:
+        setattr(call.group, buffer, whole)
+    else:
+        stored[:, :, call.group.n - new : call.group.n] = x
 
 
-def moved(w: Tensor, source: Tensor, to: Tensor, share: float) -> Tensor:
-    """Take `share` of the mass on source and give it to `to`; a row that sees no `to` keeps its mass."""
-    visible = to.expand_as(w)
-    taken = torch.where(source, w * share, 0)
-    mass = torch.where(visible, w, 0)
-    even = visible / visible.sum(-1, keepdim=True).clamp(min=1)
-    total = mass.sum(-1, keepdim=True)
-    part = torch.where(total > 0, mass / total.clamp(min=1e-30), even.to(w.dtype))
-    new = w - taken + taken.sum(-1, keepdim=True) * part
-    return torch.where(visible.any(-1, keepdim=True), new, w)
+def refuse_elsewhere(call: AttentionCall, name: str) -> None:
+    """Raise where the keys of this call are not those of its own new tokens, stored as they are."""
+    new, seen, where = call.q.shape[2], getattr(call, name).shape[2], call.where
+    if call.layer is None and seen != new:
+        raise Unsupported(
+            f"an edit of {name} at {where}: keys of another text, or of a cache that is no ledger"
+        )
+    if call.turn.nth or call.turn.of > 1:
+        raise Unsupported(f"an edit of {name} at {where}: several layers read these keys")
+    stored = None if call.group is None else call.group.k() if name == "k" else call.group.v()
+    if stored is not None and stored.shape != getattr(call, name).shape:
+        raise Unsupported(f"an edit of {name} at {where}: it is not stored as attention is given it")
+
+
+def new_input(
+    call: AttentionCall, x: Tensor, edit: Edit, heads: list[int], rows: Rows, real: Tensor | None
+) -> Tensor:
+    if edit.verb != "rotate":
+        return edited(x, edit, heads, rows, real)
+    if call.rotary is None:
+        raise Unsupported(f"rotate at {call.where}: it has no rotary tables")
+    by = torch.full((1, 1, x.shape[2]), int(edit.value), device=x.device)
+    turned = call.rotary.rotate(call.module, x, by, queries=edit.site.quantity == "q")
+    result, here = x.clone(), rows.here(rows.columns)
+    texts = texts_of(edit, x.shape[0])
+    at = index(texts, heads, rows.columns)
+    result[at] = turned[at] if here is None else torch.where(here[texts], turned[at], x[at])
+    return result

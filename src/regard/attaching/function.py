@@ -185,7 +185,10 @@ def by_groups(call: AttentionCall) -> AttentionOutput:
 
 
 def run_stages(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """Narrow, select, attend, edit, observe, evict: [B, H, N, E], and weights where the model wants them."""
+    """Rewrite, narrow, select, attend, edit, observe, evict: [B, H, N, E], and weights where the model wants them."""
+    for actor in call.acting:
+        if actor.rewrites:
+            actor.rewrite(call, make_view(call))
     for actor in call.acting:
         call = actor.narrow(call)
     call.view = read = make_view(call)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.targets import Rows, cells, heads_of, rows_of
-from regard.core import Observer, Site
+from regard.core import Observer, Site, Unsupported
+from regard.core.edit import BY_KEY, STREAMS, int_tuple
 from regard.core.errors import present
 from regard.ops import View, per_query_head, row_blocks
 
@@ -25,9 +26,13 @@ class Observers(Actor):
         self.observers: list[tuple[Observer, list[Record]]] = [(o, []) for o in observers]
         self.records = {o.name or o.statistic: records for o, records in self.observers}
 
+    def of_streams(self) -> list[tuple[Observer, list[Record]]]:
+        return [(o, records) for o, records in self.observers if o.site.quantity in STREAMS]
+
     def _of(self, call: AttentionCall) -> list[tuple[Observer, list[Record]]]:
         at = call.site.layer, call.site.tower, call.phase
-        return [(o, records) for o, records in self.observers if o.site.covers(*at)]
+        mine = ((o, records) for o, records in self.observers if o.site.quantity not in STREAMS)
+        return [(o, records) for o, records in mine if o.site.covers(*at)]
 
     def acts_on(self, call: AttentionCall) -> bool:
         return bool(self._of(call))
@@ -35,10 +40,13 @@ class Observers(Actor):
     def observe(self, call: AttentionCall, view: View, out: Tensor) -> None:
         for observer, records in self._of(call):
             last = observer.statistic == "last_row"
-            heads = heads_of(observer.site, view.q.shape[1])
+            of_keys = observer.statistic == "value" and observer.site.quantity in ("k", "v")
+            heads = heads_of(observer.site, (view.k if of_keys else view.q).shape[1])
             rows = rows_of(NEWEST if last else observer.site, view)
             if heads and rows.columns:
                 observed = observation(call, view, out, observer, heads, rows)
+                texts = int_tuple(observer.site.texts)
+                observed = observed if texts is None else observed[list(texts)]
                 records.append((call.site.layer, call.step.number, observed))
 
 
@@ -48,8 +56,14 @@ NEWEST = Site(rows=-1)
 def observation(
     call: AttentionCall, view: View, out: Tensor, observer: Observer, heads: list[int], rows: Rows
 ) -> Tensor:
-    if observer.statistic == "z":
-        return rows.picked(out[:, heads][:, :, rows.columns].detach().clone(), torch.nan)
+    if observer.statistic == "value" and observer.site.quantity in BY_KEY:
+        return values_by_key(call, view, observer, heads, rows)
+    if observer.statistic in ("z", "value"):
+        quantity = "z" if observer.statistic == "z" else observer.site.quantity
+        x = new_tokens(call, quantity) if quantity != "z" else out
+        if observer.site.heads is not None or observer.site.rows is not None:
+            x = rows.picked(x[:, heads][:, :, rows.columns], torch.nan)
+        return x if observer.live else x.detach().clone()
     parts = []
     for run, _ in cells([(heads, rows.columns)]):
         for block in row_blocks(run.stop - run.start, view.q.shape[0] * len(heads) * view.stored):
@@ -65,6 +79,35 @@ def observation(
         return torch.stack(parts).sum(0)
     seen = rows.picked(torch.cat(parts, dim=2), -1 if observer.statistic == "top1" else torch.nan)
     return seen[:, :, 0] if observer.statistic == "last_row" else seen
+
+
+def new_tokens(call: AttentionCall, quantity: str) -> Tensor:
+    """[B, heads, N, width] q, k or v of this forward's tokens."""
+    x = getattr(call, quantity)
+    if quantity == "q":
+        return x
+    new = call.q.shape[2]
+    if call.layer is None and x.shape[2] != new:
+        raise Unsupported(
+            f"{quantity} at {call.where}: its keys are of another text, or of a cache that is no ledger"
+        )
+    return x if x.shape[2] == new else x[:, :, -new:]
+
+
+def values_by_key(
+    call: AttentionCall, view: View, observer: Observer, heads: list[int], rows: Rows
+) -> Tensor:
+    """[B, heads, rows, n] scores (-inf where a row does not see a slot) or weights of the rows of a site."""
+    parts = []
+    for run, _ in cells([(heads, rows.columns)]):
+        if observer.site.quantity == "weights":
+            parts.append(call.weights(view, run, heads))
+            continue
+        x, seen = view.scores(run, heads), view.visible(run)
+        seen = seen if seen is None or seen.shape[1] == 1 else seen[:, heads]
+        parts.append(x if seen is None else x.masked_fill(~seen, -torch.inf))
+    x = rows.picked(torch.cat(parts, 2), torch.nan)
+    return x if observer.live else x.detach().clone()
 
 
 def asked_weights(view: View, rows: Rows, w: Tensor, cut: slice) -> Tensor:

@@ -7,10 +7,31 @@ from typing import Any
 from regard.core.deprecation import moved, renamed_fields
 from regard.core.errors import require
 
-QUANTITIES = ("scores", "weights", "z")
-VERBS = ("replace", "scale", "block", "move")
+HEADED = ("q", "k", "v", "scores", "weights", "z")  # in the attention function, by head
+STREAMS = (
+    "resid_pre",
+    "out",
+    "resid_mid",
+    "mlp",
+    "resid_post",
+    "logits",
+)  # of a layer as a whole; logits of the model
+QUANTITIES = (*HEADED, *STREAMS)
+BY_KEY = ("scores", "weights")
+VERBS = (
+    "replace", "zero", "mean", "resample", "scale", "add", "project", "block", "uniform", "move", "rotate",
+)  # fmt: skip
+# verbs that act on some quantities only
+ONLY = {
+    "block": ("scores", "weights", "z"),
+    "uniform": ("weights",),
+    "move": ("weights",),
+    "rotate": ("q", "k"),
+    **dict.fromkeys(("mean", "resample", "project"), ("q", "k", "v", "z", *STREAMS)),
+}
+WITHOUT_VALUE = ("zero", "mean", "resample", "block", "uniform")
 PHASES = ("prefill", "decode", "both")
-STATISTICS = ("last_row", "top1", "received", "mass_at", "z")
+STATISTICS = ("last_row", "top1", "received", "mass_at", "z", "value")
 
 __getattr__ = moved(__name__, {"LOOKS": "regard.core.edit:STATISTICS"})
 
@@ -24,13 +45,17 @@ def int_tuple(value: Any) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Site:
-    """Where in a model's attention. Padding has no number: rows and keys count the tokens of each text of a batch.
+    """Where in a model. Padding has no number: rows and keys count the tokens of each text of a batch.
 
-    quantity  "scores" (before the softmax), "weights" (after it) or "z" (a head's output, before the projection)
-    layers    layer numbers, None: all          heads   query heads, None: all
-    rows      queries by number within the forward (negative from its end; -1 the last), None: all
+    quantity  by head: "q", "k" (as attention uses them, rotated where the model rotates), "v", "scores" (before the
+              softmax), "weights" (after it), "z" (a head's output, before the projection). Of a layer: "resid_pre"
+              (its input), "out" and "mlp" (what its two sublayers add to the residual), "resid_mid" (between them),
+              "resid_post" (its output). "logits" of the model
+    layers    layer numbers, None: all          heads   query heads, of k and v the cache's heads; None: all
+    rows      queries by number within the forward (negative from its end; -1 the last), None: all. Of k and v: tokens
     keys      tokens by number within the text (negative from its end), or a role name such as "image"; None: all
     phase     "prefill", "decode" or "both"     tower   "text", "vision", "encoder", "decoder", "cross" or None: any
+    texts     texts by number within the batch, None: all
     """
 
     quantity: str = "weights"
@@ -40,14 +65,22 @@ class Site:
     keys: tuple[int, ...] | int | str | None = None
     phase: str = "both"
     tower: str | None = None
+    texts: tuple[int, ...] | int | None = None
 
     def __post_init__(self) -> None:
         require(self.quantity in QUANTITIES, f"quantity is one of {QUANTITIES}", quantity=self.quantity)
         require(self.phase in PHASES, f"phase is one of {PHASES}", phase=self.phase)
-        for name in ("layers", "heads", "rows"):
+        for name in ("layers", "heads", "rows", "texts"):
             object.__setattr__(self, name, int_tuple(getattr(self, name)))
         if not isinstance(self.keys, str):
             object.__setattr__(self, "keys", int_tuple(self.keys))
+        if self.quantity == "z":
+            require(self.keys is None, "a head's output has no keys", keys=self.keys)
+        rule = f"{self.quantity} has no keys: only scores and weights have"
+        require(self.keys is None or self.quantity in BY_KEY, rule, keys=self.keys)
+        rule = f"{self.quantity} is of a whole layer: only {', '.join(HEADED)} have heads"
+        require(self.heads is None or self.quantity in HEADED, rule, heads=self.heads)
+        require(self.quantity != "logits" or self.layers is None, "logits have no layer", layers=self.layers)
 
     def covers(self, layer: int, tower: str, phase: str) -> bool:
         layers = int_tuple(self.layers)
@@ -62,11 +95,21 @@ class Site:
 class Edit:
     """A site and a verb.
 
-    replace  the quantity becomes `value`: a number or a tensor that broadcasts to [B, heads, rows, keys or width]
-    scale    the quantity at these keys is multiplied by `value`; weights are not renormalised
-    block    scores: these keys are hidden and the rest renormalised; weights and z: set to zero
-    move     weights: the share `value` in [0, 1] of the mass on `keys` goes to `to`, in proportion to what is there
-             (evenly where nothing is); every row keeps its sum
+    replace   the quantity becomes `value`: a number, or a tensor that broadcasts to [texts, heads, rows, keys or
+              width], of a layer as a whole to [texts, rows, width]
+    zero      it becomes zero; weights are not renormalised
+    mean      it becomes its mean over the rows of the site, text by text, or `value`, a mean over other texts
+    resample  it becomes that of another text of this forward at the same row: of the next one, or `value`: the number
+              of a text for each one of the site
+    scale     it is multiplied by `value`; weights are not renormalised
+    add       `value` is added
+    project   its part in the space of `value` [width, r], orthonormal columns, is taken out, or becomes that part of
+              `source`, a tensor as `replace` takes one
+    block     scores: these keys are hidden and the rest renormalised; weights and z: set to zero
+    uniform   weights: the mass on `keys` is shared evenly among those of them that a row sees
+    move      weights: the share `value` in [0, 1] of the mass on `keys` goes to `to`, in proportion to what is there
+              (evenly where nothing is); every row keeps its sum
+    rotate    q and k: turned `value` positions further, by the model's own rotary tables
     """
 
     site: Site
@@ -74,23 +117,21 @@ class Edit:
     value: Any = None
     to: tuple[int, ...] | int | str | None = None
     name: str = ""
+    source: Any = None
 
     def __post_init__(self) -> None:
         require(self.verb in VERBS, f"verb is one of {VERBS}", verb=self.verb)
-        require(
-            self.verb != "move" or self.site.quantity == "weights", "move acts on weights", site=self.site
-        )
-        require(self.verb != "move" or self.to is not None, "move says where to", to=self.to)
-        require(
-            self.verb == "block" or self.value is not None, f"{self.verb} takes a value", value=self.value
-        )
-        if self.verb == "move":
+        allowed, verb = ONLY.get(self.verb, QUANTITIES), self.verb
+        rule = f"{verb} acts on {', '.join(allowed)}"
+        require(self.site.quantity in allowed, rule, quantity=self.site.quantity)
+        require(verb in WITHOUT_VALUE or self.value is not None, f"{verb} takes a value", value=self.value)
+        unused = verb in WITHOUT_VALUE and verb not in ("mean", "resample") and self.value is not None
+        require(not unused, f"{verb} takes no value", value=self.value)
+        require(self.to is None or verb == "move", "only move goes somewhere", verb=verb, to=self.to)
+        require(self.source is None or verb == "project", "only project has a source", verb=verb)
+        if verb == "move":
+            require(self.to is not None, "move says where to", to=self.to)
             require(0 <= self.value <= 1, "the moved share lies in [0, 1]", value=self.value)
-        require(
-            self.site.quantity != "z" or self.site.keys is None,
-            "a head's output has no keys",
-            keys=self.site.keys,
-        )
         if not isinstance(self.to, str):
             object.__setattr__(self, "to", int_tuple(self.to))
 
@@ -112,6 +153,8 @@ class Observer:
     last_row  [B, heads, n] weights of the last query        top1  [B, heads, rows] number of the top key's token
     received  [B, heads, n] weights summed over the rows     z     [B, heads, rows, E] head outputs
     mass_at   [B, heads, rows] weight on one key a row: `keys_of(rows) -> number of a token per row` (-1: none)
+    value     the quantity of the site itself: q, k, v or z [B, heads, rows, width], of a layer [B, rows, width]; where
+              rows are named scores and weights too [B, heads, rows, n]
 
     In a padded batch n is the stored slots, and rows those of the site that the longest text has: NaN, and -1 of top1,
     where a text has fewer.  Without rows in the site, rows are the columns of the forward, padding included.
@@ -121,6 +164,7 @@ class Observer:
     site: Site = Site()
     keys_of: Callable[[Any], Any] | None = None
     name: str = ""
+    live: bool = False  # records stay in the graph of autograd; else they are copies
 
     def __post_init__(self) -> None:
         require(self.statistic in STATISTICS, f"statistic is one of {STATISTICS}", statistic=self.statistic)
@@ -128,4 +172,12 @@ class Observer:
             (self.statistic == "mass_at") == (self.keys_of is not None),
             "mass_at takes keys_of",
             keys_of=self.keys_of,
+        )
+        if self.site.quantity in BY_KEY and self.statistic == "value":
+            require(
+                self.site.rows is not None, "the value of scores or weights names rows", rows=self.site.rows
+            )
+        rule = "of a layer as a whole the value is observed"
+        require(
+            self.site.quantity not in STREAMS or self.statistic == "value", rule, statistic=self.statistic
         )
