@@ -1,13 +1,15 @@
 """Observers at work: what a model used at a site is recorded, as it is after the edits."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from regard.attaching.actors import Actor, AttentionCall
+from regard.attaching.function import native
 from regard.attaching.targets import Rows, cells, heads_of, rows_of
-from regard.core import Observer, Site, Unsupported
+from regard.core import Observer, Site, Unsupported, require
 from regard.core.edit import BY_KEY, STREAMS, int_tuple
 from regard.core.errors import present
 from regard.ops import View, per_query_head, row_blocks
@@ -58,6 +60,8 @@ def observation(
 ) -> Tensor:
     if observer.statistic == "value" and observer.site.quantity in BY_KEY:
         return values_by_key(call, view, observer, heads, rows)
+    if observer.statistic == "z_if":
+        return rows.picked(z_if(call, observer)[:, heads][:, :, rows.columns], torch.nan)
     if observer.statistic in ("z", "value"):
         quantity = "z" if observer.statistic == "z" else observer.site.quantity
         x = new_tokens(call, quantity) if quantity != "z" else out
@@ -79,6 +83,20 @@ def observation(
         return torch.stack(parts).sum(0)
     seen = rows.picked(torch.cat(parts, dim=2), -1 if observer.statistic == "top1" else torch.nan)
     return seen[:, :, 0] if observer.statistic == "last_row" else seen
+
+
+@torch.no_grad()
+def z_if(call: AttentionCall, observer: Observer) -> Tensor:
+    """[B, H, N, E] the model's own attention over this call with q, k or v given; nothing else of the model is run."""
+    if call.layer is not None and (not call.layer.plain or call.layer.seen != call.q.shape[2]):
+        raise Unsupported(f"z_if at {call.where}: what would be is asked of a whole text at once")
+    name = str(observer.site.quantity)
+    old, given = getattr(call, name), observer.given.to(getattr(call, name))
+    require(
+        given.shape == old.shape, f"z_if is given {name} of this call", given=given.shape, wanted=old.shape
+    )
+    q, k, v = (given if name == n else getattr(call, n) for n in ("q", "k", "v"))
+    return native(replace(call, q=q, k=k, v=v))[0].transpose(1, 2)
 
 
 def new_tokens(call: AttentionCall, quantity: str) -> Tensor:

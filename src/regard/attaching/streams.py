@@ -91,6 +91,11 @@ class Streams:
         of = [int_tuple(s.layers) for s in sites if s.quantity in quantities]
         return any(layer is None or layers is None or layer in layers for layers in of)
 
+    def _live(self, quantity: str, layer: int) -> bool:
+        """Whether a record of this quantity stays in the graph."""
+        sites = [o.site for o, _ in self.observers if o.live and o.site.quantity == quantity]
+        return any(s.layers is None or layer in (int_tuple(s.layers) or ()) for s in sites)
+
     def _hook_layer(self, layer: LayerAnatomy) -> list[Any]:
         n, middle = layer.number, self._named(("resid_mid",), layer.number)
         if middle and not layer.sequential:
@@ -146,7 +151,10 @@ class Streams:
             pre, out = self.pre[layer.number], present(live(y), "a sublayer returns what it adds")
             old = pre + layer.scale * out
             new = self._changed("resid_mid", layer.number, old)
-            return y if new is old else put(y, torch.where(new == old, out, (new - pre) / layer.scale))
+            if new is not old:
+                return put(y, torch.where(new == old, out, (new - pre) / layer.scale))
+            # what is recorded in the graph must lie on the way to what follows
+            return put(y, (old - pre) / layer.scale) if self._live("resid_mid", layer.number) else y
 
         return hook
 
@@ -155,7 +163,9 @@ class Streams:
             out = present(live(y), "a sublayer returns what it adds")
             x = layer.scale * out if layer.scale != 1 else out
             new = self._changed(quantity, layer.number, x)
-            return y if new is x else put(y, new / layer.scale if layer.scale != 1 else new)
+            if new is x and not (layer.scale != 1 and self._live(quantity, layer.number)):
+                return y
+            return put(y, new / layer.scale if layer.scale != 1 else new)
 
         return hook
 

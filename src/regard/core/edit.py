@@ -31,7 +31,7 @@ ONLY = {
 }
 WITHOUT_VALUE = ("zero", "mean", "resample", "block", "uniform")
 PHASES = ("prefill", "decode", "both")
-STATISTICS = ("last_row", "top1", "received", "mass_at", "z", "value")
+STATISTICS = ("last_row", "top1", "received", "mass_at", "z", "value", "z_if")
 
 __getattr__ = moved(__name__, {"LOOKS": "regard.core.edit:STATISTICS"})
 
@@ -155,6 +155,7 @@ class Observer:
     mass_at   [B, heads, rows] weight on one key a row: `keys_of(rows) -> number of a token per row` (-1: none)
     value     the quantity of the site itself: q, k, v or z [B, heads, rows, width], of a layer [B, rows, width]; where
               rows are named scores and weights too [B, heads, rows, n]
+    z_if      [B, heads, N, E] what z would be if q, k or v, the quantity of the site, were `given` in all heads
 
     In a padded batch n is the stored slots, and rows those of the site that the longest text has: NaN, and -1 of top1,
     where a text has fewer.  Without rows in the site, rows are the columns of the forward, padding included.
@@ -164,6 +165,7 @@ class Observer:
     site: Site = Site()
     keys_of: Callable[[Any], Any] | None = None
     name: str = ""
+    given: Any = None  # of z_if: a tensor [B, heads, N, D]
     live: bool = False  # records stay in the graph of autograd; else they are copies
 
     def __post_init__(self) -> None:
@@ -173,6 +175,9 @@ class Observer:
             "mass_at takes keys_of",
             keys_of=self.keys_of,
         )
+        rule, what_if = "z_if is given q, k or v", self.statistic == "z_if"
+        require(what_if == (self.given is not None), rule, statistic=self.statistic)
+        require(not what_if or self.site.quantity in ("q", "k", "v"), rule, quantity=self.site.quantity)
         if self.site.quantity in BY_KEY and self.statistic == "value":
             require(
                 self.site.rows is not None, "the value of scores or weights names rows", rows=self.site.rows
