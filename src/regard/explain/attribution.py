@@ -100,16 +100,10 @@ def attributed(
         for layer, x in donors[q].items():
             donors[q][layer], usable = pairs.donor(x)
     clean = pairs.score(logits)
-    line: list[tuple[Tensor | None, float]] = [(None, 1.0)]
-    base: Values | None = None
-    if steps:
-        _, base = capture(model, pairs.corrupt, quantities)
-        start, end = (embeddings(model, b) for b in (pairs.corrupt, pairs.clean))
-        require(start.shape == end.shape, "integrated gradients run between prompts of one length")
-        line = [(start + (i + 0.5) / steps * (end - start), 1 / steps) for i in range(steps)]
+    base = capture(model, pairs.corrupt, quantities)[1] if steps else None
     total: Sums = {q: {} for q in quantities}
     corrupt = None
-    for given, weight in line:
+    for given, weight in line_between(model, pairs, steps):
         backward = Backward(pairs, donors, base, weight, corrected, total)
         scores = backward.run(model, pairs.corrupt, given, quantities)
         corrupt = scores if given is None else corrupt
@@ -118,6 +112,18 @@ def attributed(
     if usable is not None:
         total = {q: {n: x * usable[:, None] for n, x in by_layer.items()} for q, by_layer in total.items()}
     return (clean - corrupt).double().cpu(), total
+
+
+def line_between(model: PreTrainedModel, pairs: Pairs, steps: int) -> list[tuple[Tensor | None, float]]:
+    """Embeddings at the middle of each of `steps` parts of the way from the corrupted to the clean prompt, and weights.
+
+    Without steps the corrupted prompt itself: None.
+    """
+    if not steps:
+        return [(None, 1.0)]
+    start, end = (embeddings(model, b) for b in (pairs.corrupt, pairs.clean))
+    require(start.shape == end.shape, "integrated gradients run between prompts of one length")
+    return [(start + (i + 0.5) / steps * (end - start), 1 / steps) for i in range(steps)]
 
 
 @torch.no_grad()
