@@ -6,10 +6,9 @@
 
 A high IIA proves little alone: a network that cannot do the task may reach it with enough freedom, and a subspace may
 work through directions that it otherwise leaves dormant. So `interchange` is measured on pairs that were not trained
-on, beside a random subspace of the same width, one that was trained on shuffled sources, and the whole state.
+on, beside a random subspace of the same width, one that was trained on shuffled answers, and the whole state.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from regard.core import Edit, Site, require
 from regard.core.edit import HEADED
+from regard.core.errors import present
 from regard.explain.pairs import Pairs
 from regard.explain.patching import in_groups, texts_at_once
 from regard.explain.runs import capture, forward, frozen
@@ -92,19 +92,24 @@ def random_subspace(at: Subspace, seed: int = 0) -> Subspace:
 
 
 def shuffled(pairs: Pairs, seed: int = 0) -> Pairs:
-    """Pairs whose sources are those of other pairs: a subspace trained on them has nothing to learn."""
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    return replace(pairs, clean=pairs.clean.at(order))
+    """Half of the pairs ask for the other answer, whatever their source: an interchange has nothing to learn."""
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).to(pairs.target.device)
+    other, foil = order < len(pairs) // 2, present(pairs.foil, "an interchange asks target or foil")
+    return replace(
+        pairs, target=torch.where(other, foil, pairs.target), foil=torch.where(other, pairs.target, foil)
+    )
 
 
 def audited(
     model: PreTrainedModel, train: Pairs, test: Pairs, quantity: str, layer: int, **how: object
 ) -> dict[str, float]:
-    """IIA on held-out pairs of a learned subspace and its placebos: {"das", "random", "shuffled", "whole"}."""
+    """IIA on held-out pairs of a learned subspace and its placebos: {"das", "random", "whole", "shuffled"}.
+
+    "shuffled" is trained on answers that nothing decides, and asked for such answers: some half, or the test is too small.
+    """
     learned = fit_das(model, train, quantity, layer, **how)  # type: ignore[arg-type]
     placebo = fit_das(model, shuffled(train), quantity, layer, **how)  # type: ignore[arg-type]
     whole = replace(learned, basis=torch.eye(len(learned.basis)).to(learned.basis))
-    sides: Sequence[tuple[str, Subspace]] = [
-        ("das", learned), ("random", random_subspace(learned)), ("shuffled", placebo), ("whole", whole),
-    ]  # fmt: skip
-    return {name: interchange(model, test, at) for name, at in sides}
+    sides = {"das": learned, "random": random_subspace(learned), "whole": whole}
+    found = {name: interchange(model, test, at) for name, at in sides.items()}
+    return {**found, "shuffled": interchange(model, shuffled(test, seed=1), placebo)}
