@@ -105,7 +105,7 @@ def audited(
 ) -> dict[str, float]:
     """IIA on held-out pairs of a learned subspace and its placebos: {"das", "random", "whole", "shuffled"}.
 
-    "shuffled" is trained on answers that nothing decides, and asked for such answers: some half, or the test is too small.
+    "shuffled" is trained on answers that nothing decides, and asked for such: about a half, or the test is too small.
     """
     learned = fit_das(model, train, quantity, layer, **how)  # type: ignore[arg-type]
     placebo = fit_das(model, shuffled(train), quantity, layer, **how)  # type: ignore[arg-type]
