@@ -30,7 +30,10 @@ NEAR = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfl
 
 @dataclass(frozen=True, eq=False)
 class LayerAnatomy:
-    """A decoder layer and the modules that return what its sublayers add to the residual, times `scale`."""
+    """A decoder layer and the modules that return what its sublayers add to the residual, times `scale`.
+
+    project   the module whose product attention returns: it takes the heads' outputs, side by side; None: unknown
+    """
 
     number: int
     name: str
@@ -40,6 +43,7 @@ class LayerAnatomy:
     mlp: nn.Module
     scale: float
     sequential: bool
+    project: nn.Module | None = None
 
 
 @dataclass
@@ -171,9 +175,23 @@ def layer_of(
             )
             module = None if attention is None else attention.module
             return LayerAnatomy(
-                number, name, whole.module, module, first.module, second.module, scale, reads_middle
-            )
+                number, name, whole.module, module, first.module, second.module, scale, reads_middle,
+                projection(ran, attention),
+            )  # fmt: skip
     raise refusal(model, name, "no two of its modules return what it adds to the residual")
+
+
+def projection(ran: list[Seen], attention: Seen | None) -> nn.Module | None:
+    """The module with a matrix, within attention, that returns just what attention does."""
+    if attention is None or attention.y is None:
+        return None
+    found = [
+        s.module
+        for s in ran
+        if s is not attention and is_within(s, attention) and s.y is not None and torch.equal(s.y, attention.y)
+        and getattr(getattr(s.module, "weight", None), "ndim", 0) == 2
+    ]  # fmt: skip
+    return found[-1] if found else None
 
 
 def pairs(inner: list[Seen], attention: Seen | None) -> Iterator[tuple[Seen, Seen]]:

@@ -34,15 +34,20 @@ class Kept:
         self.rows[key] = values
 
 
+def content_of(pairs: Pairs) -> str:
+    """What the prompts, images and answers are, in 16 characters."""
+    content = hashlib.sha256()
+    sides = [x for side in (pairs.clean, pairs.corrupt) for x in (side.ids, side.mask, *side.image.values())]
+    for x in (*sides, pairs.target, pairs.foil, pairs.align):
+        content.update(b"-" if x is None else x.detach().float().cpu().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
 def header(model: PreTrainedModel, pairs: Pairs, grid: Grid, direction: str) -> dict[str, Any]:
     """What a scan is of: a folder of another one is refused."""
-    content = hashlib.sha256()
-    sides = [x for side in (pairs.clean, pairs.corrupt) for x in (side.ids, side.mask)]
-    for x in (*sides, pairs.target, pairs.foil, pairs.align):
-        content.update(b"-" if x is None else x.cpu().numpy().tobytes())
     return {
         "settings": {
-            "model": of_loaded(model, None), "pairs": content.hexdigest()[:16],
+            "model": of_loaded(model, None), "pairs": content_of(pairs),
             "metric": getattr(pairs.metric, "__name__", repr(pairs.metric)),
             "quantity": grid.quantity, "layers": list(grid.layers), "rows": grid.rows, "tokens": grid.tokens,
             "direction": direction,

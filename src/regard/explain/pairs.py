@@ -6,7 +6,7 @@ A pair is batched with padding to the left. Tokens of the two prompts belong tog
 equally long; else `align` says which token of the clean prompt each one of the corrupted stands for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -22,10 +22,14 @@ CONSTANT = 1e-6  # a metric that differs by no more between all clean and corrup
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts [B, N] with padding to the left; `mask` [B, N] is 1 at tokens."""
+    """Prompts [B, N] with padding to the left; `mask` [B, N] is 1 at tokens.
+
+    image   what a processor makes of one text's images (pixel_values, ...), which all texts of the batch share
+    """
 
     ids: Tensor
     mask: Tensor
+    image: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,8 +40,13 @@ class Batch:
 
     def inputs(self) -> dict[str, Tensor]:
         """What a model is given; positions count the tokens of each text."""
+        images = {name: x.repeat(len(self), *[1] * (x.dim() - 1)) for name, x in self.image.items()}
         if bool(self.mask.all()):
-            return {"input_ids": self.ids}
+            return {"input_ids": self.ids, **images}
+        rule = (
+            "prompts beside an image are equally long: positions of image tokens are not counted one by one"
+        )
+        require(not images, rule, tokens=self.lengths.tolist())
         places = (self.mask.cumsum(-1) - 1).clamp(min=0)
         return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": places}
 
@@ -45,14 +54,15 @@ class Batch:
         """These texts, without the padding that all of them have."""
         ids, mask = self.ids[list(texts)], self.mask[list(texts)]
         first = ids.shape[1] - int(mask.sum(-1).max())
-        return Batch(ids[:, first:], mask[:, first:])
+        return Batch(ids[:, first:], mask[:, first:], self.image)
 
     def repeated(self, times: int) -> "Batch":
         """The texts, `times` over."""
-        return Batch(self.ids.repeat(times, 1), self.mask.repeat(times, 1))
+        return Batch(self.ids.repeat(times, 1), self.mask.repeat(times, 1), self.image)
 
     def to(self, device: Any) -> "Batch":
-        return Batch(self.ids.to(device), self.mask.to(device))
+        images = {name: x.to(device) for name, x in self.image.items()}
+        return Batch(self.ids.to(device), self.mask.to(device), images)
 
 
 def batch_of(texts: Sequence[Sequence[int]], pad: int = 0) -> Batch:
@@ -92,7 +102,7 @@ class Pairs:
     def at(self, pairs: Sequence[int]) -> "Pairs":
         """These pairs; of those that are aligned the padding stays."""
         chosen = list(pairs)
-        pick = lambda b: b.at(chosen) if self.align is None else Batch(b.ids[chosen], b.mask[chosen])  # noqa: E731
+        pick = lambda b: b.at(chosen) if self.align is None else Batch(b.ids[chosen], b.mask[chosen], b.image)  # noqa: E731
         foil = None if self.foil is None else self.foil[chosen]
         align = None if self.align is None else self.align[chosen]
         return replace(self, clean=pick(self.clean), corrupt=pick(self.corrupt), target=self.target[chosen],

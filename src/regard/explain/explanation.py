@@ -1,0 +1,343 @@
+"""`regard.explain(model, tokenizer, prompt, target=..., foil=...)`: what in this model caused this output.
+
+Which heads, MLPs and source tokens carried the answer: screened by gradients, the largest verified exactly, with
+intervals over variations of the prompt, beside controls, on any model that an attachment reaches.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regard.core import require
+from regard.core.errors import present
+from regard.explain.attribution import attribute
+from regard.explain.circuit import faithfulness, nodes_of, random_directions, random_heads, together
+from regard.explain.edges import ROOM, edge_senders, edges, top_edges
+from regard.explain.effects import Effects, finite, rank_correlation
+from regard.explain.kept import Kept, content_of
+from regard.explain.pairs import Pairs
+from regard.explain.patching import patch
+from regard.explain.questions import Asked, Question, asked
+from regard.explain.runs import forward, heads_at, layers_of
+from regard.explain.sources import carried, last_rows, parts_of
+from regard.explain.why import why
+from regard.models.revision import of_loaded
+from regard.report.explanation import explanation_page, explanation_snippet, explanation_text
+
+Watch = Callable[[str, int, int], Any]  # stage, done, of how many
+LONG = 1024  # tokens beyond which exact scans, removals and edges are cut down
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured: the more the slower, and never another result for what is.
+
+    verify    heads whose effect is measured exactly, of those with the largest estimate; MLPs a quarter of that
+    top       heads that count as those that mattered
+    draws     random sets of heads, the control of the top ones
+    removals  removals for the surrogate; half as many judge all ways
+    parts     spans that a long prompt is cut into
+    edges     edges of the graph; 0: no graph
+    why       whether the score of each top head is split over what wrote its query and its key
+    """
+
+    verify: int = 20
+    top: int = 5
+    draws: int = 20
+    removals: int = 64
+    parts: int = 64
+    edges: int = 24
+    why: bool = False
+    seed: int = 0
+
+    def for_length(self, tokens: int) -> "Settings":
+        """What a prompt of this length leaves time for."""
+        if tokens <= LONG:
+            return self
+        less = max(1, round(tokens / LONG))
+        return Settings(max(4, self.verify // less), self.top, max(4, self.draws // less), max(8, self.removals // less),
+                        max(8, self.parts // less), 0, self.why, self.seed)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found, as data; pages and texts are drawn from it."""
+
+    found: Mapping[str, Any]
+
+    def to_html(self) -> str:
+        """One self-contained page."""
+        return explanation_page(dict(self.found))
+
+    def text(self, width: int = 80) -> str:
+        return explanation_text(dict(self.found), width)
+
+    def save(self, path: str | Path) -> Path:
+        path = Path(path)
+        path.write_text(self.to_html(), encoding="utf8")
+        return path
+
+    def _repr_html_(self) -> str:
+        """A notebook's display: no script, nothing fetched."""
+        return explanation_snippet(dict(self.found))
+
+
+@dataclass
+class Work:
+    """One explanation being made: every stage is kept as it ends."""
+
+    model: PreTrainedModel
+    question: Asked
+    settings: Settings
+    kept: Kept
+    watch: Watch | None
+    folder: Path | None
+    tested: list[str] = field(default_factory=list)
+
+    def stage(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What a stage found, now or in an earlier start."""
+        if name not in self.kept.rows:
+            self.kept.add(name, measure())
+        return self.kept.rows[name]
+
+    def progress(self, name: str) -> Callable[[int, int], Any] | None:
+        return None if self.watch is None else lambda done, total: self.watch(name, done, total)  # type: ignore[misc]
+
+    @property
+    def pairs(self) -> Pairs:
+        return self.question.pairs
+
+
+def explain(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str | Sequence[Question],
+    *,
+    target: str | None = None,
+    foil: str | None = None,
+    corrupt: str | None = None,
+    images: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
+    variations: int = 8,
+    chat: bool = False,
+    settings: Settings | None = None,
+    folder: str | Path | None = None,
+    progress: Watch | None = None,
+    name: str = "",
+) -> Explanation:
+    """What in this model caused this output.
+
+    prompt      a text, or several questions; the first one's tokens are shown
+    target      the answer that is explained, one token; None: the token that the model finds likeliest
+    foil        another answer; the metric is then the difference of both logits, else the target's log probability
+    corrupt     a prompt of equally many tokens that should not be answered so; None: made from the prompt
+    images      what a processor made of the images of the clean and the corrupted prompt (pixel_values, ...); the prompt is
+                then given with its image tokens
+    variations  how many variations of each prompt the intervals come from
+    folder      stages and cells are kept here as they end; the same call goes on
+
+    >>> from regard import load_shipped
+    >>> model, tokenizer = load_shipped("lm")
+    >>> few = Settings(verify=2, draws=2, removals=4, edges=2)
+    >>> prompt = "<s>The code of warning is 16122. Question: the code of warning is "
+    >>> found = explain(model, tokenizer, prompt, target="1", foil="7", variations=2, settings=few).found
+    >>> len(found["effects"]["mean"]), len(found["effects"]["mean"][0])
+    (4, 6)
+
+    Raises ValueError for answers of several tokens, prompts of unequal length, a metric that does not tell both prompts
+    apart; Unreachable for a model whose residual is not reached.
+    """
+    start = perf_counter()
+    questions = [Question(prompt, target, foil, corrupt)] if isinstance(prompt, str) else list(prompt)
+    questions = [answered(model, tokenizer, q, chat, images) for q in questions]
+    question = with_images(asked(tokenizer, questions, variations=variations, chat=chat), images)
+    settings = (settings or Settings()).for_length(question.pairs.clean.ids.shape[1])
+    kept = Kept.open(folder, lambda: header_of(model, question, settings))
+    work = Work(model, question, settings, kept, progress, None if folder is None else Path(folder))
+    found = {**facts(work, name), **everything(work)}
+    return Explanation({**found, "tested": work.tested, "seconds": round(perf_counter() - start, 1)})
+
+
+def header_of(model: PreTrainedModel, question: Asked, settings: Settings) -> dict[str, Any]:
+    return {"settings": {"model": of_loaded(model, None), "pairs": content_of(question.pairs), **vars(settings)}}
+
+
+@torch.no_grad()
+def answered(model: PreTrainedModel, tokenizer: Any, q: Question, chat: bool, images: Any) -> Question:
+    """The question with the model's own answer where no target is given."""
+    if q.target is not None:
+        return q
+    alone = asked(tokenizer, [Question(q.prompt, tokenizer.decode([0]), None, q.prompt)], variations=1, chat=chat)
+    logits, _ = forward(model, with_images(alone, images).pairs.clean.to(model.device))
+    return Question(q.prompt, tokenizer.decode([int(logits[0].argmax())]), q.foil, q.corrupt)
+
+
+def with_images(question: Asked, images: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None) -> Asked:
+    """The pairs with what a processor made of the images of each side."""
+    if images is None:
+        return question
+    clean, corrupt = (replace(side, image=dict(image)) for side, image in
+                      zip((question.pairs.clean, question.pairs.corrupt), images, strict=True))  # fmt: skip
+    shapes = [{n: tuple(x.shape) for n, x in side.image.items()} for side in (clean, corrupt)]
+    rule = "both images have the same grid of tokens"
+    require(shapes[0] == shapes[1], rule, clean=shapes[0], corrupt=shapes[1])
+    return replace(question, pairs=replace(question.pairs, clean=clean, corrupt=corrupt))
+
+
+def facts(work: Work, name: str) -> dict[str, Any]:
+    q, model = work.question, work.model
+    clean, corrupt = (mean_score(model, q.pairs, side) for side in ("clean", "corrupt"))
+    if clean <= 0 and q.foil is not None:
+        work.tested.append(f"the model itself prefers {q.foil!r} to {q.target!r} here ({clean:.2f}): the explanation is of why")
+    return {
+        "model": name or type(model).__name__, "revision": of_loaded(model, None), "pairs": len(q.pairs),
+        "tokens": q.tokens, "target": q.target, "foil": q.foil,
+        "metric": "logit difference" if q.foil is not None else "log probability",
+        "clean": clean, "corrupt": corrupt, "corruption": q.corruption, "direction": "denoise",
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def mean_score(model: PreTrainedModel, pairs: Pairs, side: str) -> float:
+    pairs = pairs.to(model.device)
+    return float(pairs.score(forward(model, getattr(pairs, side))[0]).mean())
+
+
+def everything(work: Work) -> dict[str, Any]:
+    """All stages, one after the other."""
+    estimated = attribute(work.model, work.pairs, progress=work.progress("gradients"))
+    heads, mlps = verified(work, estimated)
+    top = [tuple(map(int, site)) for site in heads.top(work.settings.top)]
+    return {
+        "effects": shown_effects(heads, mlps, estimated["z"]),
+        "heads": work.stage("heads", lambda: shown_heads(work, heads, top)),
+        "controls": work.stage("controls", lambda: controls(work, top)),
+        "sources": work.stage("sources", lambda: sources(work, top)),
+        "graph": work.stage("graph", lambda: graph(work)),
+        "faithfulness": work.stage("faithfulness", lambda: curve(work, estimated)),
+    }
+
+
+def verified(work: Work, estimated: dict[str, Effects]) -> tuple[Effects, Effects]:
+    """Effects of heads and MLPs, the largest measured exactly."""
+    result = []
+    for q, count in (("z", work.settings.verify), ("mlp", max(1, work.settings.verify // 4))):
+        folder = None if work.folder is None else work.folder / f"patching-{q}"
+        exact = patch(work.model, work.pairs, q, sites=estimated[q].top(count), folder=folder,
+                      progress=work.progress(f"patching {q}"))  # fmt: skip
+        result.append(estimated[q].with_exact(exact))
+    n, of = int(result[0].exact.sum()), result[0].exact.numel()
+    work.tested.append(f"{n} of {of} heads exactly, by patching one at a time; the others by their gradients")
+    return result[0], result[1]
+
+
+def shown_effects(heads: Effects, mlps: Effects, estimated: Effects) -> dict[str, Any]:
+    low, high = heads.interval()
+    low_m, high_m = mlps.interval()
+    exact = heads.exact
+    agree = rank_correlation(estimated.mean[exact], heads.mean[exact]) if int(exact.sum()) > 2 else None
+    return {
+        "layers": list(heads.coords["layer"]), "heads": len(heads.coords["head"]),
+        "mean": finite(heads.mean), "low": finite(low), "high": finite(high), "exact": exact.tolist(),
+        "mlp": {"mean": finite(mlps.mean), "low": finite(low_m), "high": finite(high_m), "exact": mlps.exact.tolist()}
+        if mlps.coords["layer"] == heads.coords["layer"] else None,
+        "normalised": True, "spearman": agree,
+    }  # fmt: skip
+
+
+def shown_heads(work: Work, effects: Effects, top: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """The heads that mattered, with the row of the last token, and why they attend where that is asked."""
+    first = work.pairs.at([0]).clean.to(work.model.device)
+    rows, (low, high) = last_rows(work.model, first), effects.interval()
+    shown = []
+    for layer, head in top:
+        at = effects.index((layer, head))
+        reasons = None
+        if work.settings.why:
+            reasons = why(work.model, first, layer, head, key=key_of(rows[layer][head])).top(6)
+        shown.append({
+            "layer": layer, "head": head, "mean": finite(effects.mean[at]), "low": finite(low[at]), "high": finite(high[at]),
+            "attention": {"query": len(work.question.tokens) - 1, "weights": rows[layer][head].tolist()}, "why": reasons,
+        })  # fmt: skip
+    return shown
+
+
+def key_of(row: Tensor) -> int:
+    """The token that is attended to most, the first one, where a sink may be, left out."""
+    return int(row[1:].argmax()) + 1 if len(row) > 1 else 0
+
+
+def controls(work: Work, top: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """The top heads together, random heads of the same layers, random directions of the same norm."""
+    target = [(n, h) for n, h in top]
+    draws = random_heads(work.model, target, work.settings.draws, work.settings.seed)
+    both = together(work.model, work.pairs, [target, *draws])
+    noise = random_directions(work.model, work.pairs, target, max(2, work.settings.draws // 3), work.settings.seed)
+    names = (f"top {len(top)} heads together", f"as many random heads of the same layers, {len(draws)} draws",
+             f"random changes of the same size at the top heads, {noise.values.shape[1]} draws")  # fmt: skip
+    rest = Effects(both.values[:, 1:].mean(1, keepdim=True), ("set",), {"set": [1]}, both.span, both.exact[:1])
+    random = Effects(noise.values.mean(1, keepdim=True), ("set",), {"set": [1]}, noise.span, noise.exact[:1])
+    work.tested.append(f"{names[0]} against {names[1]}, none of them among the top, and {names[2]}")
+    only = Effects(both.values[:, :1], ("set",), {"set": [0]}, both.span, both.exact[:1])
+    return [bar(n, e, i > 0) for i, (n, e) in enumerate(zip(names, (only, rest, random), strict=True))]
+
+
+def bar(name: str, effects: Effects, control: bool) -> dict[str, Any]:
+    low, high = effects.interval()
+    return {"name": name, "mean": finite(effects.mean[0]), "low": finite(low[0]), "high": finite(high[0]), "control": control}
+
+
+def sources(work: Work, top: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+    spans = parts_of(work.question.tokens, work.settings.parts, keep=1)
+    s = work.settings
+    found = carried(work.model, work.pairs.at([0]), spans, [(n, h) for n, h in top], samples=s.removals,
+                    held=max(4, s.removals // 2), seed=s.seed, progress=work.progress("removals"))  # fmt: skip
+    work.tested.append(f"{len(found)} ways to say which of {len(spans)} parts of the prompt mattered, each by removal")
+    return [c.to_dict() for c in found]
+
+
+def graph(work: Work) -> dict[str, Any] | None:
+    """The largest edges, and the nodes that they join."""
+    width = work.model.config.get_text_config().hidden_size
+    need = (len(edge_senders(work.model)) + 1) * work.pairs.clean.ids.shape[1] * width * 4
+    if not work.settings.edges or need > ROOM:
+        work.tested.append("no graph of edges: the prompt is too long for it")
+        return None
+    found = edges(work.model, work.pairs, progress=work.progress("edges"))
+    largest = top_edges(found, work.settings.edges)
+    grouped = heads_at("k", work.model) != heads_at("z", work.model)
+    drawn = [{"from": node_id(s, grouped), "to": node_id(r, grouped), "score": v} for s, r, v in largest]
+    names = {name.split(".")[0] for e in drawn for name in (e["from"], e["to"])}
+    work.tested.append(f"{int(found.mean.isfinite().sum())} edges by their gradients, of which the largest are drawn")
+    return {"nodes": [node_of(n, layers_of(work.model)[-1]) for n in sorted(names)], "edges": drawn,
+            "of": int(found.mean.isfinite().sum())}  # fmt: skip
+
+
+def node_id(name: str, grouped: bool) -> str:
+    """ "layer 1 q head 2" -> "L1H2.q"; of grouped heads "layer 1 k head 2" -> "L1KV2.k": heads of the cache."""
+    words = name.split()
+    if words == ["logits"] or words[2] == "resid_pre":
+        return "logits" if words == ["logits"] else "embedding"
+    if words[2] == "mlp":
+        return f"L{words[1]}MLP"
+    kind = "KV" if grouped and words[2] in ("k", "v") else "H"
+    return f"L{words[1]}{kind}{words[4]}" + ("" if words[2] == "z" else f".{words[2]}")
+
+
+def node_of(name: str, last: int) -> dict[str, Any]:
+    if name in ("embedding", "logits"):
+        return {"id": name, "layer": -1 if name == "embedding" else last + 1, "kind": name}
+    layer = re.match(r"L(\d+)", name)
+    return {"id": name, "layer": int(present(layer, "a node has a layer")[1]), "kind": "mlp" if name.endswith("MLP") else "head"}
+
+
+def curve(work: Work, estimated: dict[str, Effects]) -> dict[str, Any] | None:
+    found = faithfulness(work.model, work.pairs, nodes_of(estimated))
+    work.tested.append(f"how much of the answer the best heads and MLPs keep alone, {found.nodes} in all")
+    return found.to_dict()
