@@ -40,8 +40,11 @@ def to_html(result: Result) -> str:
     return page(title, [HATCH, *head(result, title), legend(marked), *parts], figures)
 
 
-def page(title: str, body: list[str], data: dict[str, Any]) -> str:
-    """A whole page: escaped title, parts that are HTML already, and the figures that its script draws by their ids."""
+def page(title: str, body: list[str], data: dict[str, Any], style: str = "") -> str:
+    """A whole page: escaped title, parts that are HTML already, and the figures that its script draws by their ids.
+
+    `style` is CSS of its own, after that of every page.
+    """
     from plotly.offline import get_plotlyjs
 
     scripts = [ERRORS, get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")]
@@ -49,7 +52,7 @@ def page(title: str, body: list[str], data: dict[str, Any]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy(scripts)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>\n<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style>",
+        f"<title>{escape(title)}</title>\n<style>{(HERE / 'page.css').read_text(encoding='utf-8')}{style}</style>",
         f"<script>{scripts[0]}</script>\n</head>\n<body>",
         '<div id="script-errors" data-script-errors="0" hidden></div>',
         *body,
