@@ -157,3 +157,33 @@ class converting:
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
+
+
+class stages:
+    """A progress bar that begins anew with each stage; silent for programs."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.stage = quiet, ""
+
+    def __enter__(self):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:<24.24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=err, disable=self.quiet)
+        self.bar.start()
+        self.task = self.bar.add_task("loading the model", total=None)
+        return self.step
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        if stage != self.stage:
+            self.stage = stage
+            self.bar.reset(self.task, total=total)
+        self.bar.update(self.task, completed=done, total=total, description=stage)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()

@@ -62,8 +62,8 @@ class Settings:
         if tokens <= LONG:
             return self
         less = max(1, round(tokens / LONG))
-        return Settings(max(4, self.verify // less), self.top, max(4, self.draws // less), max(8, self.removals // less),
-                        max(8, self.parts // less), 0, self.why, self.seed)  # fmt: skip
+        cut = {n: max(4, getattr(self, n) // less) for n in ("verify", "draws", "removals", "parts")}
+        return replace(self, **cut, edges=0)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Work:
 def explain(
     model: PreTrainedModel,
     tokenizer: Any,
-    prompt: str | Sequence[Question],
+    prompt: str | Sequence[int] | Sequence[Question],
     *,
     target: str | None = None,
     foil: str | None = None,
@@ -133,12 +133,12 @@ def explain(
 ) -> Explanation:
     """What in this model caused this output.
 
-    prompt      a text, or several questions; the first one's tokens are shown
+    prompt      a text, its tokens, or several questions; the first one's tokens are shown
     target      the answer that is explained, one token; None: the token that the model finds likeliest
     foil        another answer; the metric is then the difference of both logits, else the target's log probability
     corrupt     a prompt of equally many tokens that should not be answered so; None: made from the prompt
-    images      what a processor made of the images of the clean and the corrupted prompt (pixel_values, ...); the prompt is
-                then given with its image tokens
+    images      what a processor made of the images of the clean and the corrupted prompt (pixel_values, ...); the
+                prompt then has its image tokens
     variations  how many variations of each prompt the intervals come from
     folder      stages and cells are kept here as they end; the same call goes on
 
@@ -154,9 +154,12 @@ def explain(
     apart; Unreachable for a model whose residual is not reached.
     """
     start = perf_counter()
-    questions = [Question(prompt, target, foil, corrupt)] if isinstance(prompt, str) else list(prompt)
+    several = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Question)
+    questions = list(prompt) if several else [Question(prompt, target, foil, corrupt)]  # type: ignore[arg-type]
     questions = [answered(model, tokenizer, q, chat, images) for q in questions]
-    question = with_images(asked(tokenizer, questions, variations=variations, chat=chat), images)
+    by_image = images is not None and images[0] is not images[1]
+    question = asked(tokenizer, questions, variations=variations, chat=chat, by_image=by_image)
+    question = with_images(question, images)
     settings = (settings or Settings()).for_length(question.pairs.clean.ids.shape[1])
     kept = Kept.open(folder, lambda: header_of(model, question, settings))
     work = Work(model, question, settings, kept, progress, None if folder is None else Path(folder))
@@ -165,7 +168,9 @@ def explain(
 
 
 def header_of(model: PreTrainedModel, question: Asked, settings: Settings) -> dict[str, Any]:
-    return {"settings": {"model": of_loaded(model, None), "pairs": content_of(question.pairs), **vars(settings)}}
+    return {
+        "settings": {"model": of_loaded(model, None), "pairs": content_of(question.pairs), **vars(settings)}
+    }
 
 
 @torch.no_grad()
@@ -173,9 +178,11 @@ def answered(model: PreTrainedModel, tokenizer: Any, q: Question, chat: bool, im
     """The question with the model's own answer where no target is given."""
     if q.target is not None:
         return q
-    alone = asked(tokenizer, [Question(q.prompt, tokenizer.decode([0]), None, q.prompt)], variations=1, chat=chat)
+    alone = asked(
+        tokenizer, [Question(q.prompt, tokenizer.decode([0]), None, q.prompt)], variations=1, chat=chat
+    )
     logits, _ = forward(model, with_images(alone, images).pairs.clean.to(model.device))
-    return Question(q.prompt, tokenizer.decode([int(logits[0].argmax())]), q.foil, q.corrupt)
+    return replace(q, target=tokenizer.decode([int(logits[0].argmax())]))
 
 
 def with_images(question: Asked, images: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None) -> Asked:
@@ -194,7 +201,7 @@ def facts(work: Work, name: str) -> dict[str, Any]:
     q, model = work.question, work.model
     clean, corrupt = (mean_score(model, q.pairs, side) for side in ("clean", "corrupt"))
     if clean <= 0 and q.foil is not None:
-        work.tested.append(f"the model itself prefers {q.foil!r} to {q.target!r} here ({clean:.2f}): the explanation is of why")
+        work.tested.append(f"the model itself prefers {q.foil!r} to {q.target!r} here, by {-clean:.2f}")
     return {
         "model": name or type(model).__name__, "revision": of_loaded(model, None), "pairs": len(q.pairs),
         "tokens": q.tokens, "target": q.target, "foil": q.foil,
@@ -261,10 +268,9 @@ def shown_heads(work: Work, effects: Effects, top: Sequence[tuple[int, ...]]) ->
         reasons = None
         if work.settings.why:
             reasons = why(work.model, first, layer, head, key=key_of(rows[layer][head])).top(6)
-        shown.append({
-            "layer": layer, "head": head, "mean": finite(effects.mean[at]), "low": finite(low[at]), "high": finite(high[at]),
-            "attention": {"query": len(work.question.tokens) - 1, "weights": rows[layer][head].tolist()}, "why": reasons,
-        })  # fmt: skip
+        row = {"query": len(work.question.tokens) - 1, "weights": rows[layer][head].tolist()}
+        numbers = {"mean": finite(effects.mean[at]), "low": finite(low[at]), "high": finite(high[at])}
+        shown.append({"layer": layer, "head": head, **numbers, "attention": row, "why": reasons})
     return shown
 
 
@@ -278,10 +284,14 @@ def controls(work: Work, top: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]
     target = [(n, h) for n, h in top]
     draws = random_heads(work.model, target, work.settings.draws, work.settings.seed)
     both = together(work.model, work.pairs, [target, *draws])
-    noise = random_directions(work.model, work.pairs, target, max(2, work.settings.draws // 3), work.settings.seed)
+    noise = random_directions(
+        work.model, work.pairs, target, max(2, work.settings.draws // 3), work.settings.seed
+    )
     names = (f"top {len(top)} heads together", f"as many random heads of the same layers, {len(draws)} draws",
              f"random changes of the same size at the top heads, {noise.values.shape[1]} draws")  # fmt: skip
-    rest = Effects(both.values[:, 1:].mean(1, keepdim=True), ("set",), {"set": [1]}, both.span, both.exact[:1])
+    rest = Effects(
+        both.values[:, 1:].mean(1, keepdim=True), ("set",), {"set": [1]}, both.span, both.exact[:1]
+    )
     random = Effects(noise.values.mean(1, keepdim=True), ("set",), {"set": [1]}, noise.span, noise.exact[:1])
     work.tested.append(f"{names[0]} against {names[1]}, none of them among the top, and {names[2]}")
     only = Effects(both.values[:, :1], ("set",), {"set": [0]}, both.span, both.exact[:1])
@@ -290,15 +300,24 @@ def controls(work: Work, top: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]
 
 def bar(name: str, effects: Effects, control: bool) -> dict[str, Any]:
     low, high = effects.interval()
-    return {"name": name, "mean": finite(effects.mean[0]), "low": finite(low[0]), "high": finite(high[0]), "control": control}
+    return {
+        "name": name,
+        "mean": finite(effects.mean[0]),
+        "low": finite(low[0]),
+        "high": finite(high[0]),
+        "control": control,
+    }
 
 
 def sources(work: Work, top: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
     spans = parts_of(work.question.tokens, work.settings.parts, keep=1)
     s = work.settings
-    found = carried(work.model, work.pairs.at([0]), spans, [(n, h) for n, h in top], samples=s.removals,
+    same = work.pairs.at(range(len(work.pairs) // work.question.questions))  # variations of the first prompt
+    found = carried(work.model, same, spans, [(n, h) for n, h in top], samples=s.removals,
                     held=max(4, s.removals // 2), seed=s.seed, progress=work.progress("removals"))  # fmt: skip
-    work.tested.append(f"{len(found)} ways to say which of {len(spans)} parts of the prompt mattered, each by removal")
+    work.tested.append(
+        f"{len(found)} ways to say which of {len(spans)} parts of the prompt mattered, each by removal"
+    )
     return [c.to_dict() for c in found]
 
 
@@ -312,9 +331,13 @@ def graph(work: Work) -> dict[str, Any] | None:
     found = edges(work.model, work.pairs, progress=work.progress("edges"))
     largest = top_edges(found, work.settings.edges)
     grouped = heads_at("k", work.model) != heads_at("z", work.model)
-    drawn = [{"from": node_id(s, grouped), "to": node_id(r, grouped), "score": v} for s, r, v in largest]
+    drawn: list[dict[str, Any]] = [
+        {"from": node_id(s, grouped), "to": node_id(r, grouped), "score": v} for s, r, v in largest
+    ]
     names = {name.split(".")[0] for e in drawn for name in (e["from"], e["to"])}
-    work.tested.append(f"{int(found.mean.isfinite().sum())} edges by their gradients, of which the largest are drawn")
+    work.tested.append(
+        f"{int(found.mean.isfinite().sum())} edges by their gradients, of which the largest are drawn"
+    )
     return {"nodes": [node_of(n, layers_of(work.model)[-1]) for n in sorted(names)], "edges": drawn,
             "of": int(found.mean.isfinite().sum())}  # fmt: skip
 
@@ -334,7 +357,11 @@ def node_of(name: str, last: int) -> dict[str, Any]:
     if name in ("embedding", "logits"):
         return {"id": name, "layer": -1 if name == "embedding" else last + 1, "kind": name}
     layer = re.match(r"L(\d+)", name)
-    return {"id": name, "layer": int(present(layer, "a node has a layer")[1]), "kind": "mlp" if name.endswith("MLP") else "head"}
+    return {
+        "id": name,
+        "layer": int(present(layer, "a node has a layer")[1]),
+        "kind": "mlp" if name.endswith("MLP") else "head",
+    }
 
 
 def curve(work: Work, estimated: dict[str, Effects]) -> dict[str, Any] | None:

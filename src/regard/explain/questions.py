@@ -21,12 +21,15 @@ VARIED, CORRUPTED = 0.1, 0.3  # shares of tokens that are exchanged
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the answer that is explained, another one that was possible, and the prompt that does not have it."""
+    """A prompt, the answer that is explained, another one that was possible, and the prompt that does not have it.
 
-    prompt: str
+    Prompts are texts, or tokens where a processor has made them.
+    """
+
+    prompt: str | Sequence[int]
     target: str | None = None
     foil: str | None = None
-    corrupt: str | None = None
+    corrupt: str | Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,19 @@ def read_questions(path: Path, target: str | None, foil: str | None, corrupt: st
 
 def asked(
     tokenizer: Any, questions: Sequence[Question], *, variations: int = 8, seed: int = 0, chat: bool = False,
-    metric: Metric | None = None,
+    metric: Metric | None = None, by_image: bool = False,
 ) -> Asked:  # fmt: skip
-    """The pairs of these questions, each in so many variations. Raises ValueError as `make_pairs` does."""
+    """The pairs of these questions, each in so many variations. Raises ValueError as `make_pairs` does.
+
+    by_image   the two prompts differ by their images: where no corrupted text is given the text is the same
+    """
     require(len(questions) > 0 and variations >= 1, "a question, a variation", variations=variations)
     clean, corrupt, targets, foils, how = [], [], [], [], []
     g = torch.Generator().manual_seed(seed)
     for q in questions:
         ids = ids_of(tokenizer, q.prompt, chat)
-        other, said = corrupted(tokenizer, q, ids, chat)
+        same = by_image and q.corrupt is None
+        other, said = (ids, "the other image") if same else corrupted(tokenizer, q, ids, chat)
         how.append(said)
         for i in range(variations):
             one = resampled(ids, g) if other is None else other
@@ -87,7 +94,9 @@ def asked(
     return Asked(pairs, tokens, str(first.target), first.foil, words, len(questions))
 
 
-def ids_of(tokenizer: Any, text: str, chat: bool) -> list[int]:
+def ids_of(tokenizer: Any, text: str | Sequence[int], chat: bool) -> list[int]:
+    if not isinstance(text, str):
+        return [int(i) for i in text]
     if not chat:
         return list(tokenizer.encode(text))
     require(bool(getattr(tokenizer, "chat_template", None)), "a tokenizer with a chat template", chat=chat)

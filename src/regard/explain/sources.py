@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from regard.attaching.anatomy import anatomy
 from regard.core import Edit, Observer, Site, Unsupported, require
+from regard.explain.effects import bootstrap, finite
 from regard.explain.pairs import Batch, Pairs
 from regard.explain.patching import TOKENS, Progress
 from regard.explain.runs import embedded, forward, frozen, heads_at, layers_of
@@ -46,7 +47,7 @@ class Carried:
     method: str
     parts: Tensor  # [parts]
     tokens: Tensor  # [N]
-    drop: dict[str, list[float]]  # k, mean
+    drop: dict[str, list]  # k, mean
     lds: dict[str, float] | None
     control: bool = False
 
@@ -86,12 +87,16 @@ class Without:
     """The metric of a prompt of which only some parts are kept: a function of masks [S, parts], True where kept."""
 
     model: PreTrainedModel
-    ids: Tensor  # [N]
     spans: Sequence[Span]
-    pairs: Pairs  # whose target, foil and metric are asked
+    pairs: Pairs  # one, whose clean prompt, target, foil and metric are asked
     progress: Progress | None = None
     done: int = 0
     total: int = 0
+
+    @property
+    def ids(self) -> Tensor:
+        """[N]"""
+        return self.pairs.clean.ids[0]
 
     @torch.no_grad()
     def __call__(self, masks: Tensor) -> Tensor:
@@ -230,25 +235,24 @@ def carried(
     ks: Sequence[int] = (1, 2, 4, 8),
     progress: Progress | None = None,
 ) -> list[Carried]:
-    """Every way for the clean prompt of one pair, the best by its drops first, then the controls.
+    """Every way for the clean prompt of the first pair, the best by its drops first, then the controls.
 
+    pairs     the others are variations of the first, equally long: drops are measured on all of them
     heads     those whose attention is read (layer, query head): the ones that mattered
     samples   removals that the surrogate is fitted to; `held` others on which all ways are scored
     """
-    require(len(pairs) == 1, "tokens are explained of one prompt at a time", prompts=len(pairs))
     if not pairs.clean.image:
         check_positions(model)
-    ids = pairs.clean.ids[0].cpu()
     masks = removal_masks(len(spans), held, seed + 1)
     ks = [k for k in ks if k <= len(spans)]
-    without = Without(model, ids, spans, pairs.to("cpu"), progress)
-    without.total = held + len(spans) + 1 + samples + 8 * (len(ks) + 1)
+    withouts = [Without(model, spans, pairs.at([i]).to("cpu"), progress) for i in range(len(pairs))]
+    without = withouts[0]
+    without.total = held + len(spans) + 1 + samples + 7 * (len(ks) + 1)
     truth = asked(without, masks)
-    device_pairs = pairs.to(model.device)
-    ways = scores_of(model, device_pairs, spans, heads, without, samples, seed)
+    ways = scores_of(model, pairs.at([0]).to(model.device), spans, heads, without, samples, seed)
     found = []
     for name, (by_part, by_token) in ways.items():
-        drop = {"k": [float(k) for k in ks], "mean": drops(without, by_part, ks)}
+        drop = dropped(withouts, by_part, ks)
         lds = datamodelling(by_part, masks, truth)
         found.append(Carried(name, by_part, by_token, drop, lds, name in ("random", "last layer")))
     return sorted(found, key=lambda c: (c.control, -sum(c.drop["mean"])))
@@ -285,8 +289,15 @@ def spread(x: Tensor, spans: Sequence[Span], n: int) -> Tensor:
     return result
 
 
+def dropped(withouts: Sequence[Without], scores: Tensor, ks: Sequence[int]) -> dict[str, list]:
+    """What the metric loses without the k parts of the highest scores, with its interval over the prompts."""
+    each = torch.tensor([drops(w, scores, ks) for w in withouts], dtype=torch.float64)
+    low, high = bootstrap(each, torch.ones(len(each)))
+    return {"k": [*ks], "mean": each.mean(0).tolist(), "low": finite(low), "high": finite(high)}
+
+
 def drops(without: Without, scores: Tensor, ks: Sequence[int]) -> list[float]:
-    """What the metric loses without the k parts of the highest scores."""
+    """What the metric of one prompt loses without the k parts of the highest scores."""
     masks = torch.ones(len(ks) + 1, len(scores), dtype=torch.bool)
     order = scores.argsort(descending=True, stable=True)
     for row, k in enumerate(ks):
