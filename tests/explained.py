@@ -173,3 +173,31 @@ def graph(rng, best, layers):
         {"from": "embedding", "to": "logits", "score": 0.1},
     ]
     return {"nodes": nodes, "edges": edges, "of": 12345}
+
+
+def hostile():
+    """Hostile text wherever text can be."""
+    found = fake(extra=EVIL)
+    evil = f"{BREAKOUT}\u202e\x1b[31m\n{HOSTILE}"
+    for key in (
+        "model",
+        "revision",
+        "command",
+        "prompt_name",
+        "target",
+        "foil",
+        "metric",
+        "corruption",
+        "direction",
+    ):
+        found[key] = evil
+    for row in (*found["sources"], *found["controls"]):
+        row["method" if "method" in row else "name"] = evil
+    found["heads"][0]["why"] = [{"query_part": evil, "key_part": evil, "share": 0.5}]
+    old, new = found["graph"]["nodes"][2]["id"], evil.replace(".", "_")
+    found["graph"]["nodes"][2]["id"] = new
+    for edge in found["graph"]["edges"]:
+        edge |= {key: edge[key].replace(old, new) for key in ("from", "to")}
+    found["faithfulness"]["ablation"] = evil
+    found["tested"] = [evil]
+    return found

@@ -9,11 +9,10 @@ import time
 
 import pytest
 from rich.cells import cell_len
-from tests.explained import EVIL, curve, fake, interval
-from tests.test_report import BREAKOUT, HOSTILE, browse, plotly_source
+from tests.explained import EVIL, curve, fake, hostile, interval
+from tests.test_report import HOSTILE, browse, plotly_source
 
 from regard.report import explanation_page, explanation_snippet, explanation_text
-from regard.report.circuit import HIGH, WIDE, at, circuit_svg, drawn_edges, hits, placed, routes, rows
 from regard.report.explained_check import leaves
 from regard.report.explained_words import notes, plain, sentences, visible
 
@@ -37,7 +36,7 @@ def test_heads_that_stand_out_are_named_beside_their_control():
         "the control (5 random heads of the same layers, 20 draws) carries 0.02, 95 % −0.02 to 0.06." in said
     )
     assert "Against it works layer 11 head 0 (−0.17" in said
-    assert "the token ' Paris' weighs most (by gradient)" in said
+    assert "Of the text, ' Paris' weighs most (by gradient)" in said
     assert said.endswith("falls by 2.90, 95 % 2.70 to 3.10, without 4 at random by 0.10, 95 % −0.10 to 0.30.")
 
 
@@ -193,34 +192,6 @@ def test_a_part_of_another_shape_is_an_error_that_names_it(path, value, said):
 # Hostile text
 
 
-def hostile():
-    """Hostile text wherever text can be."""
-    found = fake(extra=EVIL)
-    evil = f"{BREAKOUT}\u202e\x1b[31m\n{HOSTILE}"
-    for key in (
-        "model",
-        "revision",
-        "command",
-        "prompt_name",
-        "target",
-        "foil",
-        "metric",
-        "corruption",
-        "direction",
-    ):
-        found[key] = evil
-    for row in (*found["sources"], *found["controls"]):
-        row["method" if "method" in row else "name"] = evil
-    found["heads"][0]["why"] = [{"query_part": evil, "key_part": evil, "share": 0.5}]
-    old, new = found["graph"]["nodes"][2]["id"], evil.replace(".", "_")
-    found["graph"]["nodes"][2]["id"] = new
-    for edge in found["graph"]["edges"]:
-        edge |= {key: edge[key].replace(old, new) for key in ("from", "to")}
-    found["faithfulness"]["ablation"] = evil
-    found["tested"] = [evil]
-    return found
-
-
 def test_hostile_text_is_escaped_and_seen():
     page, snippet, said = (
         explanation_page(hostile()),
@@ -235,6 +206,7 @@ def test_hostile_text_is_escaped_and_seen():
             not any(c in text for c in "\u202e\u200b\x1b\ud800") and "[U+202E]" in text and "[U+001B]" in text
         )
         text.encode("utf-8")
+    assert not re.search(r'<\w[^>]* id="', snippet)  # they would meet those of another cell of the notebook
     assert "<script" not in snippet and " on" not in "".join(re.findall(r"<\w+([^>\"]*)", snippet))
     assert not any(c in said for c in "\u202e\u200b\x1b\ud800\ue000\u2068\u2069")
 
@@ -258,6 +230,17 @@ def test_terminal_fits(width):
     assert not re.search(r"( 95|\s')$", text, re.M)  # no line ends before a per cent or inside of a token
 
 
+def test_tokens_of_an_image_are_squares_and_have_a_place():
+    found = fake()
+    found["token_roles"] = ["image" if 20 <= i < 40 else None for i in range(90)]
+    assert "Of the text, image token 30 weighs most" in told(found)
+    page = explanation_page(found)
+    assert len(re.findall(r'<span class="[^"]*\bim"[^>]*></span>', page)) == 20 * (
+        1 + 5
+    )  # the text, five heads
+    assert "image token 30" in explanation_text(found, 80)
+
+
 # Size, and the browser
 
 
@@ -269,34 +252,9 @@ def test_8192_tokens_are_quick_and_small():
     assert time.process_time() - start < 3
     assert len(page.encode()) - len(plotly_source().encode()) < 6e6
     assert len(explanation_snippet(found).encode()) < 1e5
-    assert page.count('<a href="#t') >= 190 and "The 30 largest scores" in page
-
-
-def test_no_edge_runs_behind_a_part_that_is_not_its_own():
-    graph = fake()["graph"]
-    edges = drawn_edges(graph)
-    nodes = placed(rows(graph["nodes"], edges))
-    assert [e.score for e in edges] == sorted((e["score"] for e in graph["edges"]), key=abs, reverse=True)
-    assert (
-        nodes["embedding"].y > nodes["L0H1"].y > nodes["L0M"].y > nodes["L3H2"].y > nodes["logits"].y
-    )  # y is down
-    for edge, points in zip(edges, routes(edges, nodes), strict=True):
-        others = [(n.x, n.y) for n in nodes.values() if n.name not in (edge.start, edge.end)]
-        assert not any(hits(at(points, i / 100), others, WIDE / 2, HIGH / 2) for i in range(101)), edge
-
-
-def test_a_large_circuit_is_quick():
-    rng = random.Random(0)
-    nodes = [{"id": f"L{i}H{j}", "layer": i, "kind": "head"} for i in range(30) for j in range(4)]
-    pairs = [(a["id"], b["id"]) for a in nodes for b in nodes if a["layer"] < b["layer"]]
-    edges = [
-        {"from": a, "to": f"{b}.{rng.choice('qkv')}", "score": rng.gauss(0, 1)}
-        for a, b in rng.sample(pairs, 500)
-    ]
-    start = time.process_time()
-    drawn = circuit_svg({"nodes": nodes, "edges": edges})
-    assert time.process_time() - start < 3
-    assert drawn.count("<path") >= 60 and "nan" not in drawn
+    places = re.findall(r'<a href="#(t\d+)"', page)
+    assert len(places) >= 190 and set(places) == set(re.findall(r'<span[^>]* id="(t\d+)"', page))
+    assert "The 30 largest scores" in page
 
 
 @pytest.fixture(scope="module", params=["short", "hostile", "long"])

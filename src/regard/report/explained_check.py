@@ -73,7 +73,7 @@ def curve(field: str, found: Found | None, over: str) -> None:
     """A mean and its ends over rising places, none of which is missing."""
     if not found:
         return
-    places = found.get(over)
+    places = found.get(over) or []
     require(
         isinstance(places, Sequence) and len(places),
         "there are places",

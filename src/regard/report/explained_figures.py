@@ -31,15 +31,20 @@ def effect_map(effects: Found) -> Figure:
         column = {key: [[v] for v in values] for key, values in mlp.items() if values is not None}
         beside = {**column, "names": ["MLP"], "what": "MLP"}
         traces += [trace | {"xaxis": "x2"} for trace in (heat(beside, layers), dots(beside, layers))]
-        split = max(0.6, 1 - 1.6 / (len(names) + 2))
-        axes = {"xaxis2": axis("", domain=[split + 0.015, 1], type="category", ticks="", showgrid=False)}
+        split = min(0.955, 1 - 1.6 / (len(names) + 2))
+        axes = {"xaxis2": cells_axis("", 1, domain=[split + 0.015, 1], ticks="")}
     top = limit(effects)
-    bar = {"thickness": 12, "len": 1, "outlinewidth": 0, "title": {"text": "effect", "side": "right"}}
-    xaxis = axis("Head", type="category", domain=[0, split if axes else 1], showgrid=False)
-    yaxis = axis("Layer", type="category", showgrid=False)
+    bar = {"thickness": 12, "len": 1, "outlinewidth": 0}
+    xaxis = cells_axis("Head", len(names), domain=[0, split if axes else 1])
+    yaxis = cells_axis("Layer", len(layers))
     colours = {"colorscale": DIVERGING, "cmin": -top, "cmax": top, "colorbar": bar}
     height = min(1000, max(260, 110 + 18 * len(layers)))
     return {"data": traces, "layout": untitled(xaxis, yaxis, coloraxis=colours, height=height, **axes)}
+
+
+def cells_axis(title: str, cells: int, **more: Any) -> Figure:
+    """An axis of so many cells, without room around them."""
+    return axis(title, type="category", showgrid=False, range=[-0.5, cells - 0.5], **more)
 
 
 def heat(effects: Found, layers: Sequence[str]) -> Figure:
@@ -74,6 +79,7 @@ def cell(matrix: Sequence[Sequence[Any]] | None, i: int, j: int) -> Any:
 def dots(effects: Found, layers: Sequence[str]) -> Figure:
     """A dot in each cell that was verified exactly."""
     exact = effects.get("exact") or [[] for _ in layers]
+    size = 5 if max(len(layers), len(effects["names"])) <= 40 else 3
     places = [
         (layer, effects["names"][j]) for layer, row in zip(layers, exact) for j, e in enumerate(row) if e
     ]
@@ -82,7 +88,7 @@ def dots(effects: Found, layers: Sequence[str]) -> Figure:
         "mode": "markers",
         "x": [x for _, x in places],
         "y": [y for y, _ in places],
-        "marker": {"size": 5, "color": "#23272b", "line": {"width": 1, "color": "#ffffff"}},
+        "marker": {"size": size, "color": "#23272b", "line": {"width": 0.2 * size, "color": "#ffffff"}},
         "hoverinfo": "skip",
     }
 

@@ -202,7 +202,7 @@ def head_details(found: Found, head: Found) -> str:
         said = f"Attention{asked}: {sink_text(weights)}"
         short = len(found["tokens"]) <= STRIP
         inside = [0.0, *weights[1:]]
-        shown = strip(found, weights) if short else top_table(found["tokens"], inside, 8, "Weight")
+        shown = strip(found, weights) if short else top_table(found["tokens"], inside, 8, "Weight", 0.02)
         parts.append(f'<p class="lead">{words(said)}</p>{shown}')
     if why := head.get("why"):
         rows = [[esc(w["query_part"]), esc(w["key_part"]), percent(w["share"])] for w in why]
@@ -245,7 +245,7 @@ def circuit_section(found: Found) -> str:
         "(v); the wider, the larger its effect; orange for the answer, blue and dashed against it."
     )
     table = f"<details><summary>The edges as a table</summary>{edge_table(graph)}</details>"
-    return section("The circuit", lead, f'<div class="wide" tabindex="0">{drawn}</div>{table}')
+    return section("The circuit", lead, f'<div class="wide drawing" tabindex="0">{drawn}</div>{table}')
 
 
 def faithfulness_section(found: Found) -> str:

@@ -233,8 +233,16 @@ def weighty(scores: Sequence[float | None], most: int) -> list[int]:
     >>> weighty([0.1, 0.9, -2.0, 0.3, None], 3)
     [1, 3]
     """
-    top = top_tokens(scores, most)
-    return [i for i in top if scores[i] >= 0.25 * scores[top[0]]]
+    known = [0.0 if v is None else v for v in scores]
+    return [i for i in top_tokens(scores, most) if known[i] >= 0.25 * max(known)]
+
+
+def token_name(found: Found, place: int, most: int = 40) -> str:
+    """A token by its text, one of an image by its place."""
+    roles = found.get("token_roles")
+    return (
+        f"image token {place}" if roles and roles[place] == "image" else quoted(found["tokens"][place], most)
+    )
 
 
 def drop_at(source: Found | None, k: int) -> Found | None:
@@ -256,8 +264,7 @@ def tokens_sentence(found: Found) -> str:
     named = weighty(source["scores"], min(k, 4))
     if not named:
         return f"No token has a score above 0 by {visible(source['method'])}."
-    first = f"Of the text, {'the token' if len(named) == 1 else 'the tokens'} "
-    first += f"{listing(quoted(found['tokens'][i]) for i in named)} weigh{'s' * (len(named) == 1)} most"
+    first = f"Of the text, {listing(token_name(found, i) for i in named)} weigh{'s' * (len(named) == 1)} most"
     first += f" (by {visible(source['method'])})"
     removed = drop_at(source, k)
     return f"{first}{removal_clause(found, removed, k)}." if removed else f"{first}."

@@ -28,6 +28,7 @@ from regard.report.explained_words import (
     plain,
     quoted,
     sentences,
+    token_name,
     top_tokens,
     visible,
 )
@@ -146,7 +147,8 @@ def snippet_bars(found: Found) -> str:
 def explanation_text(found: Found, width: int) -> str:
     """The sentence, the top heads with their intervals, the top tokens and the controls, in so many columns."""
     found = checked(found)
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    out = io.StringIO()
+    console = Console(file=out, width=width, color_system=None)
     for said in (*sentences(found), *(f"Note: {note}" for note in notes(found))):
         console.print(Text(plain(said, TIED)))
     shown = {"Model", "Answer", "Metric", "Corruption", "Pairs"}
@@ -156,7 +158,7 @@ def explanation_text(found: Found, width: int) -> str:
     for name, rows, columns in terminal_tables(found):
         if rows:
             console.print(table(rows, columns, name))
-    printed = console.file.getvalue().replace(TIED, " ")
+    printed = out.getvalue().replace(TIED, " ")
     return "\n".join(line.rstrip() for line in printed.splitlines()).strip() + "\n"
 
 
@@ -169,11 +171,9 @@ def terminal_tables(found: Found) -> list[tuple[str, list[dict[str, Any]], dict[
     heads = by_effect(found)
     ends = {"mean": "effect", "low": "95 % from", "high": "to"}
     source = best_source(found)
-    top = top_tokens(source["scores"], 8) if source else []
-    tokens = [
-        {"n": i, "token": plain(quoted(found["tokens"][i])), "score": amounts(source["scores"][i])[0]}
-        for i in top
-    ]
+    scores = source["scores"] if source else []
+    top = top_tokens(scores, 8)
+    tokens = [{"n": i, "token": plain(token_name(found, i)), "score": amounts(scores[i])[0]} for i in top]
     controls = [
         {"name": visible(r["name"]), "kind": "control" if r.get("control") else "", **numbers(r)}
         for r in found.get("controls") or []

@@ -68,5 +68,6 @@ for (const button of document.querySelectorAll("[data-all]")) button.addEventLis
 for (const head of document.querySelectorAll("th[data-sort]")) head.querySelector("button").addEventListener("click", () => sortBy(head));
 for (const radio of document.querySelectorAll("input[name=budget]")) radio.addEventListener("change", () => { budget = Number(radio.value); refresh(); });
 document.getElementById("intervals")?.addEventListener("change", (event) => { intervals = event.target.checked; refresh(); });
+for (const box of document.querySelectorAll(".drawing")) box.scrollLeft = (box.scrollWidth - box.clientWidth) / 2; // a narrow screen begins at its middle
 addEventListener("beforeprint", () => printWidth(true));
 addEventListener("afterprint", () => printWidth(false));

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from regard.report.explained_words import HIDDEN, amount, amounts, as_html, mark, quoted, visible
+from regard.report.explained_words import HIDDEN, amount, amounts, as_html, mark, token_name, visible
 from regard.report.words import number, plural
 
 Found = Mapping[str, Any]
@@ -166,9 +166,9 @@ def context(tokens: Sequence[str], place: int, against: bool = False, around: in
     return f"<bdi>{start}{before}</bdi><mark{css}><bdi>{token_html(tokens[place])}</bdi></mark><bdi>{after}{end}</bdi>"
 
 
-def top_table(tokens: Sequence[str], scores: Scores, most: int, head: str) -> str:
-    """The largest scores with the words around them."""
-    places = top_places(scores, most)
+def top_table(tokens: Sequence[str], scores: Scores, most: int, head: str, least: float = 0.0) -> str:
+    """The largest scores with the words around them; `least` is the share of the largest that is worth a row."""
+    places = [i for i in top_places(scores, most) if abs(scores[i] or 0.0) >= least * largest(scores)]
     if not places:
         return '<p class="meta">Every score is 0.</p>'
     top = largest(scores)
@@ -197,8 +197,8 @@ def sink_text(weights: Scores) -> str:
 def looked_at(found: Found, weights: Scores, most: int = 4) -> str:
     """The tokens with the largest weights, the first one left out."""
     inside = [0.0, *weights[1:]]
-    places = [i for i in top_places(inside, most) if weights[i] >= 0.1 * largest(inside)]
-    said = [f"{quoted(found['tokens'][i], 24)} {amounts(weights[i], 0.1)[0]}" for i in places]
+    places = [i for i in top_places(inside, most) if (weights[i] or 0.0) >= 0.1 * largest(inside)]
+    said = [f"{token_name(found, i, 24)} {amounts(weights[i], 0.1)[0]}" for i in places]
     return ", ".join(as_html(text) for text in said) or "the first token only"
 
 
@@ -206,11 +206,11 @@ def strip(found: Found, weights: Scores) -> str:
     """One row of attention over a short text; its colours leave the first token out where that is a sink."""
     inside = [None, *weights[1:]] if (weights[0] or 0) >= 0.2 else weights
     top = largest(inside)
-    cells = []
+    roles, cells = found.get("token_roles") or [None] * len(weights), []
     for i, (token, weight) in enumerate(zip(found["tokens"], weights, strict=True)):
-        css = "sink" if inside[i] is None else level("z", weight, top)
+        image = roles[i] == "image"
+        colour = "sink" if inside[i] is None else level("z", weight, top)
         title = escape(f"token {i} '{visible(token)}': {amounts(weight, 0.1)[0]}")
-        cells.append(
-            f'<span{f" class={css}" if css else ""} title="{title}">{token_html(token, True)}</span>'
-        )
+        css = " ".join(filter(None, [colour, "im" * image]))
+        cells.append(f'<span class="{css}" title="{title}">{"" if image else token_html(token, True)}</span>')
     return scale(top, LOOKS, both=False) + text_box("".join(cells), "line")
