@@ -9,8 +9,10 @@ through the model's own modules: grouped heads, norms after a sublayer, parallel
 With `steps`: gradients along the line between both prompts' embeddings (EAP-IG, "Have Faith in Faithfulness", 2024).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 
 from regard.attaching.anatomy import anatomy
 from regard.core import require
+from regard.core.errors import present
 from regard.explain.attribution import forward_only, line_between
 from regard.explain.effects import Effects
 from regard.explain.pairs import Pairs
@@ -88,11 +91,19 @@ def before(model: PreTrainedModel, senders: Sequence[Node], receivers: Sequence[
 
 def group_size(model: PreTrainedModel, pairs: Pairs, senders: int, batch: int | None) -> int:
     """Pairs whose senders' residuals fit."""
-    width = model.config.get_text_config().hidden_size
-    one = senders * pairs.clean.ids.shape[1] * width * 4
+    one = bytes_of_one(model, pairs, senders)
     rule = "the residuals of all senders of one pair fit in 2 GiB: shorter prompts"
     require(one <= ROOM, rule, tokens=pairs.clean.ids.shape[1], senders=senders, bytes=one)
     return min(texts_at_once(pairs, batch), ROOM // one)
+
+
+def bytes_of_one(model: PreTrainedModel, pairs: Pairs, senders: int) -> int:
+    """What the residuals of the senders of one pair take."""
+    return senders * pairs.clean.ids.shape[1] * model.config.get_text_config().hidden_size * 4
+
+
+def edges_fit(model: PreTrainedModel, pairs: Pairs) -> bool:
+    return bytes_of_one(model, pairs, len(edge_senders(model)) + 1) <= ROOM
 
 
 def edges_of(
@@ -183,3 +194,31 @@ def top_edges(effects: Effects, k: int) -> list[tuple[str, str, float]]:
     mean = effects.mean.nan_to_num(0.0)
     order = mean.abs().flatten().argsort(descending=True, stable=True)[:k].tolist()
     return [(*effects.coordinates(i), float(mean.flatten()[i])) for i in order]
+
+
+def as_graph(model: PreTrainedModel, effects: Effects, k: int) -> dict[str, Any]:
+    """The k largest edges, the nodes that they join and how many edges there are, as data for a drawing."""
+    grouped = heads_at("k", model) != heads_at("z", model)
+    ids = [(node_id(s, grouped), node_id(r, grouped), v) for s, r, v in top_edges(effects, k)]
+    names = {name.split(".")[0] for s, r, _ in ids for name in (s, r)}
+    nodes = [drawn_node(n, len(anatomy(model))) for n in sorted(names)]
+    drawn = [{"from": s, "to": r, "score": v} for s, r, v in ids]
+    return {"nodes": nodes, "edges": drawn, "of": int(effects.mean.isfinite().sum())}
+
+
+def node_id(name: str, grouped: bool) -> str:
+    """ "layer 1 q head 2" -> "L1H2.q"; of grouped heads "layer 1 k head 2" -> "L1KV2.k": heads of the cache."""
+    words = name.split()
+    if words == ["logits"] or words[2] == "resid_pre":
+        return "logits" if words == ["logits"] else "embedding"
+    if words[2] == "mlp":
+        return f"L{words[1]}MLP"
+    kind = "KV" if grouped and words[2] in ("k", "v") else "H"
+    return f"L{words[1]}{kind}{words[4]}" + ("" if words[2] == "z" else f".{words[2]}")
+
+
+def drawn_node(name: str, layers: int) -> dict[str, Any]:
+    if name in ("embedding", "logits"):
+        return {"id": name, "layer": -1 if name == "embedding" else layers, "kind": name}
+    layer = present(re.match(r"L(\d+)", name), "a node has a layer")
+    return {"id": name, "layer": int(layer[1]), "kind": "mlp" if name.endswith("MLP") else "head"}

@@ -4,7 +4,6 @@ Which heads, MLPs and source tokens carried the answer: screened by gradients, t
 intervals over variations of the prompt, beside controls, on any model that an attachment reaches.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,16 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.core import require
-from regard.core.errors import present
 from regard.explain.attribution import attribute
 from regard.explain.circuit import faithfulness, nodes_of, random_directions, random_heads, together
-from regard.explain.edges import ROOM, edge_senders, edges, top_edges
+from regard.explain.edges import as_graph, edges, edges_fit
 from regard.explain.effects import Effects, finite, rank_correlation
 from regard.explain.kept import Kept, content_of
 from regard.explain.pairs import Pairs
 from regard.explain.patching import patch
 from regard.explain.questions import Asked, Question, asked
-from regard.explain.runs import forward, heads_at, layers_of
+from regard.explain.runs import forward
 from regard.explain.sources import carried, last_rows, parts_of
 from regard.explain.why import why
 from regard.models.revision import of_loaded
@@ -323,45 +321,13 @@ def sources(work: Work, top: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
 
 def graph(work: Work) -> dict[str, Any] | None:
     """The largest edges, and the nodes that they join."""
-    width = work.model.config.get_text_config().hidden_size
-    need = (len(edge_senders(work.model)) + 1) * work.pairs.clean.ids.shape[1] * width * 4
-    if not work.settings.edges or need > ROOM:
-        work.tested.append("no graph of edges: the prompt is too long for it")
+    if not work.settings.edges or not edges_fit(work.model, work.pairs):
+        work.tested.append("no graph of edges: the prompt is too long for it, or none was asked for")
         return None
     found = edges(work.model, work.pairs, progress=work.progress("edges"))
-    largest = top_edges(found, work.settings.edges)
-    grouped = heads_at("k", work.model) != heads_at("z", work.model)
-    drawn: list[dict[str, Any]] = [
-        {"from": node_id(s, grouped), "to": node_id(r, grouped), "score": v} for s, r, v in largest
-    ]
-    names = {name.split(".")[0] for e in drawn for name in (e["from"], e["to"])}
-    work.tested.append(
-        f"{int(found.mean.isfinite().sum())} edges by their gradients, of which the largest are drawn"
-    )
-    return {"nodes": [node_of(n, layers_of(work.model)[-1]) for n in sorted(names)], "edges": drawn,
-            "of": int(found.mean.isfinite().sum())}  # fmt: skip
-
-
-def node_id(name: str, grouped: bool) -> str:
-    """ "layer 1 q head 2" -> "L1H2.q"; of grouped heads "layer 1 k head 2" -> "L1KV2.k": heads of the cache."""
-    words = name.split()
-    if words == ["logits"] or words[2] == "resid_pre":
-        return "logits" if words == ["logits"] else "embedding"
-    if words[2] == "mlp":
-        return f"L{words[1]}MLP"
-    kind = "KV" if grouped and words[2] in ("k", "v") else "H"
-    return f"L{words[1]}{kind}{words[4]}" + ("" if words[2] == "z" else f".{words[2]}")
-
-
-def node_of(name: str, last: int) -> dict[str, Any]:
-    if name in ("embedding", "logits"):
-        return {"id": name, "layer": -1 if name == "embedding" else last + 1, "kind": name}
-    layer = re.match(r"L(\d+)", name)
-    return {
-        "id": name,
-        "layer": int(present(layer, "a node has a layer")[1]),
-        "kind": "mlp" if name.endswith("MLP") else "head",
-    }
+    drawn = as_graph(work.model, found, work.settings.edges)
+    work.tested.append(f"{drawn['of']} edges by their gradients, of which the largest are drawn")
+    return drawn
 
 
 def curve(work: Work, estimated: dict[str, Effects]) -> dict[str, Any] | None:

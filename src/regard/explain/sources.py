@@ -8,9 +8,9 @@
     random, last     controls: a random order, the attention of the last layer averaged over heads
 
 A part is a token of a short prompt and a span of a long one. It is removed as if it had never been fed: the others keep
-their positions, and a window reaches past what is gone; beside an image it is hidden from every query. What a way is worth is what the metric loses without
-the k parts that it names first, and the rank correlation of its sums with the metric over removals that no way has seen
-(linear datamodelling score).
+their positions, and a window reaches past what is gone; beside an image it is hidden from every query. What a way is
+worth is what the metric loses without the k parts that it names first, and the rank correlation of its sums with the
+metric over removals that no way has seen (linear datamodelling score).
 """
 
 import inspect
