@@ -5,7 +5,7 @@ copy, on random tokens that repeat) of any head gets a dictionary of 4 features 
 outputs of running text (half of the held-out text, which the model has not seen either), recall, needles and random
 tokens that repeat, in about the shares that the model was trained on. λ, the rate, the number of steps and the rule
 for induction features (by how many features it gives) were chosen on the validation split; all that is judged comes
-from the test split: another part of the text, other seeds.
+from the test split: another part of the text, other seeds (the filler between facts is drawn from all of the text).
 
 What is judged.
 sum      |by_source summed over tokens and heads + b_dec and b_enc - pre-activation| in float32, where attention and
