@@ -40,7 +40,7 @@ class attach:
     """Attach methods to a model for the length of a `with` block.
 
     model    a transformers model whose code calls the attention interface; others raise Unreachable by name
-    methods  a method's name, a configured `regard.method(...)`, a Mask, an Edit, an Observer, or a list of them;
+    methods  a method's name, a configured `regard.method(...)`, a Mask, Edit, Observer or Actor, or a list of them;
              None attaches the bare machinery (the ledger cache and native attention)
     where    "text", "vision" or None for all towers; what changes the cache, the mask or the mechanism goes to the
              text tower by itself

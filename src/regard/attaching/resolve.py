@@ -18,18 +18,20 @@ from regard.core import Edit, Method, Observer, Unsupported, show
 from regard.core.mask import Mask
 from regard.kinds.mask import build_mask
 
-Attachable = str | Method | Mask | Converted | Replacement | Edit | Observer
+Attachable = str | Method | Mask | Converted | Edit | Observer | Actor
 
 
 def actors_of(
     model: PreTrainedModel, methods: Attachable | Iterable[Attachable] | None, config: dict[str, Any]
 ) -> list[Actor]:
-    """Masks, a mechanism, a cache policy, edits and observers, in this order."""
+    """Masks, a mechanism, a cache policy, edits, other actors and observers, in this order."""
     items = [methods] if isinstance(methods, Attachable) else list(methods or [])
     if config and not any(isinstance(x, str) for x in items):
         raise ValueError(f"settings without a method's name: {', '.join(config)}")
     items = [catalog.method(x, **config) if isinstance(x, str) else x for x in items]
-    by_kind: dict[str, list] = {kind: [] for kind in ("mask", "mechanism", "cache", "edit", "observer")}
+    by_kind: dict[str, list] = {
+        kind: [] for kind in ("mask", "mechanism", "cache", "edit", "actor", "observer")
+    }
     for item in items:
         by_kind[kind_of(item)].append(item)
     policies = [CachePolicy(x) for x in by_kind["cache"]]
@@ -41,6 +43,7 @@ def actors_of(
     actors += policies
     if by_kind["edit"]:
         actors.append(Edits(by_kind["edit"]))
+    actors += by_kind["actor"]
     if by_kind["observer"]:
         actors.append(Observers(by_kind["observer"]))
     return actors
@@ -58,6 +61,8 @@ def kind_of(item: Any) -> str:
         return "mask"
     if isinstance(item, Converted | Replacement):
         return "mechanism"
+    if isinstance(item, Actor):
+        return "actor"
     if not isinstance(item, Method):
         raise TypeError(f"attach takes masks, names, methods, edits and observers, not {show(item)}")
     if item.page.kind not in ("mask", "mechanism", "cache"):
