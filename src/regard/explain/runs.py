@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from regard.attaching.anatomy import anatomy
 from regard.attaching.attachment import attach
-from regard.core import Edit, Observer, Site
+from regard.core import Edit, Observer, Site, Unreachable
 from regard.core.edit import HEADED
 from regard.explain.pairs import Batch
 
@@ -46,6 +46,11 @@ def capture(
 ) -> tuple[Tensor, Values]:
     """(logits [B, V], what the model used at these quantities)."""
     logits, attached = forward(model, batch, observers(quantities, layers))
+    silent = [q for q in quantities if not attached.records[q]]
+    if silent:
+        raise Unreachable(
+            f"{type(model).__name__}: {', '.join(silent)} never came; regard.doctor(model) says what is reached"
+        )
     return logits, values_of(attached.records, quantities)
 
 
