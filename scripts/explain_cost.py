@@ -88,7 +88,7 @@ def edited_over_sdpa(model, ids, change) -> float:
         ours = lambda: function(*calls[0][0], **options)  # noqa: E731
         plain = lambda: ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, q, k, v, None, **{**options, "is_causal": True}
-        )  # noqa: E731
+        )
         return round(paired_ratios(plain, ours, rounds=31, warm=3).median, 3)
 
 
