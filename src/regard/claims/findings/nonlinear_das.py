@@ -28,6 +28,7 @@ learned the task, where the same search succeeds.
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class Orthogonal(nn.Module):
         return self.turn(h)
 
     def inverse(self, z: Tensor) -> Tensor:
-        return z @ self.turn.weight
+        return z @ cast(Tensor, self.turn.weight)
 
 
 class Coupling(nn.Module):
@@ -150,24 +151,25 @@ class RevNet(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         for block in reversed(self.blocks):
-            z = block.inverse(z)
+            z = cast(Coupling, block).inverse(z)
         return z
 
 
-MAPS: dict[str, Callable[[int], nn.Module]] = {"revnet": RevNet, "orthogonal": Orthogonal}
+Map = Identity | Orthogonal | RevNet
+MAPS: dict[str, Callable[[int], Map]] = {"revnet": RevNet, "orthogonal": Orthogonal}
 
 
 # interchange, and what is learned
 
 
-def interchanged(network: Network, phi: nn.Module, x: Tensor, taken: Tensor) -> Tensor:
+def interchanged(network: Network, phi: Map, x: Tensor, taken: Tensor) -> Tensor:
     """Logits [B, 2] on bases x[0], with the variables in taken [B, 2] from sources x[1] and x[2]."""
     base, first, second = phi(network.first(x)).unflatten(-1, (2, -1))  # [B, variable, width / 2] each
     sources = torch.stack([first[:, 0], second[:, 1]], 1)
     return network.rest(phi.inverse(torch.where(taken[..., None], sources, base).flatten(1)))
 
 
-def learned(kind: str, network: Network, seed: int, rate: float, steps: int) -> nn.Module:
+def learned(kind: str, network: Network, seed: int, rate: float, steps: int) -> Map:
     """A map of the frozen network's first layer."""
     with seeded(seed):
         phi = MAPS[kind](network.layers[0].out_features)
@@ -182,7 +184,7 @@ def learned(kind: str, network: Network, seed: int, rate: float, steps: int) -> 
 
 
 @torch.no_grad()
-def iia(network: Network, phi: nn.Module, seed: int) -> float:
+def iia(network: Network, phi: Map, seed: int) -> float:
     """On pairs that no map was learned from."""
     x, taken, labels = interchanges(TESTED, generator(2000 + seed))
     return (interchanged(network, phi, x, taken).argmax(-1) == labels).double().mean().item()
@@ -208,7 +210,7 @@ def solved(seed: int) -> Network:
 
 
 @torch.no_grad()
-def inverse_error(network: Network, phi: nn.Module) -> float:
+def inverse_error(network: Network, phi: Map) -> float:
     """Largest |φ⁻¹(φ(h)) - h| over the largest |h|, in float64; a matrix learned in float32 is orthogonal as far."""
     h = network.first(interchanges(TESTED, generator(2000))[0]).double()
     exact = phi.double()

@@ -202,7 +202,8 @@ def measure() -> Measured:
         numbers["toy_mixed_off_source"] < 1e-6 and numbers["toy_e1_change"] == numbers["toy_e2_change"] == 0
     )
     there = numbers["turned_direction"] >= 0.05 >= numbers["turned_whole"]
-    return Measured(exact and there and numbers["drop_turned_row_only"] >= 0.8, numbers)
+    unread = abs(numbers["moved_null_only"]) < 1e-4  # the down projection alone reads the site
+    return Measured(exact and there and unread and numbers["drop_turned_row_only"] >= 0.8, numbers)
 
 
 CLAIM = Claim(

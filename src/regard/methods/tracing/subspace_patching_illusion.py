@@ -134,9 +134,9 @@ def reference(base: Tensor, source: Tensor, basis: Tensor, weight: Tensor, cfg: 
         patched = patched + ((source - base) * v).sum(-1, keepdim=True) * v
     for v in gram_schmidt(rows, cfg.tolerance) if cfg.renormalised else rows:
         row_only = row_only + ((source - base) * v).sum(-1, keepdim=True) * v
-    norms = (torch.stack([v.norm() for v in part]) for part in (rows, nulls))
+    row_norms, null_norms = (torch.stack([v.norm() for v in part]) for part in (rows, nulls))
     leak = torch.stack([(w @ v).abs() for w in weight for v in nulls]).max()
-    return Patched(patched, row_only, *norms, leak)
+    return Patched(patched, row_only, row_norms, null_norms, leak)
 
 
 def cases(seed: int) -> Iterable[tuple]:
