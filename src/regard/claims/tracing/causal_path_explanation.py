@@ -22,7 +22,7 @@ gradient x activation is exact as long as no unit switches, with tanh it is not.
 on another network (seed 1) and the images of "choice" first; nothing was set by it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,16 +54,18 @@ class Class:
         return images[page.states(self.layers, images)[-1].argmax(1) == self.label]
 
     def intervention(self, images: Tensor) -> Scores:
-        clean = page.states(self.layers, images)
-        kept = [torch.ones(clean[0].shape[1]).bool(), *self.graph.kept, torch.arange(10) == self.label]
-        between = range(1, len(self.layers))
-        return [page.path_effects(self.layers, clean, at, self.label, kept) for at in between]
+        return self.effects(images, self.graph.kept)
 
     def alone(self, images: Tensor) -> Scores:
+        return self.effects(images, [torch.ones_like(keep) for keep in self.graph.kept])
+
+    def effects(self, images: Tensor, kept: Sequence[Tensor]) -> Scores:
+        """Of all units, what leaves them passing through these alone."""
         clean = page.states(self.layers, images)
-        every = [torch.ones(h.shape[1]).bool() for h in clean]
+        units = [torch.arange(h.shape[1]) for h in clean]
+        every = [units[0] < 0, *kept, units[-1] == self.label]
         between = range(1, len(self.layers))
-        return [page.path_effects(self.layers, clean, at, self.label, every) for at in between]
+        return [page.path_effects(self.layers, clean, at, self.label, every, units[at]) for at in between]
 
     def gradient(self, images: Tensor) -> Scores:
         """Gradient x activation, summed over places."""

@@ -22,15 +22,18 @@ neurons, or whole filters of a convolution.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from regard.core import Card, require
 from regard.kinds.tracing import TracingPage
 
 Layers = Sequence[Callable[[Tensor], Tensor]]
+Each = Sequence[Tensor]  # a tensor for each of h_0 to h_L
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,7 @@ class Graph:
 
 def states(layers: Layers, x: Tensor) -> list[Tensor]:
     """h_0 to h_L."""
-    found = [x]
-    for layer in layers:
-        found.append(layer(found[-1]))
-    return found
+    return list(accumulate(layers, lambda h, layer: layer(h), initial=x))
 
 
 def channels(kept: Tensor, like: Tensor) -> Tensor:
@@ -69,9 +69,7 @@ def channels(kept: Tensor, like: Tensor) -> Tensor:
     return kept.view(1, -1, *[1] * (like.dim() - 2))
 
 
-def through(
-    layers: Layers, clean: Sequence[Tensor], changed: Tensor, at: int, kept: Sequence[Tensor]
-) -> Tensor:
+def through(layers: Layers, clean: Each, changed: Tensor, at: int, kept: Each) -> Tensor:
     """The last state [N, C] when h_at is `changed` [N, U, ...], N a multiple of B, and only kept [l] pass it on."""
     for n in range(at, len(layers)):
         out = layers[n](changed)
@@ -82,16 +80,13 @@ def through(
 
 def without_each(h: Tensor, units: Tensor) -> Tensor:
     """[units · B, U, ...]: the state as often as there are units, each time with one of them at zero."""
-    off = torch.nn.functional.one_hot(units, h.shape[1]).bool()  # [units, U]
+    off = F.one_hot(units, h.shape[1]).bool()  # [units, U]
     off = off[:, None].unflatten(-1, (-1, *[1] * (h.dim() - 2)))
     return h.masked_fill(off, 0).flatten(0, 1)
 
 
-def path_effects(
-    layers: Layers, clean: Sequence[Tensor], at: int, label: int, kept: Sequence[Tensor]
-) -> Tensor:  # fmt: skip
-    """[B, U] by how much the logit falls when a unit of h_at is zero; clean h_0 to h_L, kept [U] of each."""
-    units = torch.arange(clean[at].shape[1], device=clean[at].device)
+def path_effects(layers: Layers, clean: Each, at: int, label: int, kept: Each, units: Tensor) -> Tensor:
+    """[B, units] by how much the logit falls when a unit of h_at is zero; kept [U] of every layer."""
     logits = through(layers, clean, without_each(clean[at], units), at, kept)
     return clean[-1][:, label, None] - logits[:, label].view(len(units), -1).T
 
@@ -106,40 +101,33 @@ def significant(effects: Tensor, cfg: Config) -> Tensor:
 @torch.no_grad()
 def measure(layers: Layers, x: Tensor, label: int, cfg: Config | None = None) -> Graph:
     """The graph of one class. layers take [N, ...] and give [N, U, ...], the last one logits; x [B, ...], B >= 2."""
-    require(len(x) >= 2, "two examples or more", x=x)
-    require(len(layers) >= 2, "two layers or more", layers=len(layers))
+    require(len(x) >= 2 and len(layers) >= 2, "two examples and two layers, or more", x=x, layers=len(layers))
     cfg = cfg or Config()
     clean = states(layers, x)
     require(0 <= label < clean[-1].shape[1], "a class of the logits", label=label, logits=clean[-1])
-    nothing = [torch.zeros(h.shape[1], dtype=torch.bool, device=x.device) for h in clean]
-    kept, effects, edges = list(nothing), [], []
-    kept[-1] = torch.arange(clean[-1].shape[1], device=x.device) == label
+    units, effects, edges = [torch.arange(h.shape[1], device=x.device) for h in clean], [], []
+    kept = [u == label if h is clean[-1] else u < 0 for u, h in zip(units, clean, strict=True)]
     for at in range(len(layers) - 1, 0, -1):
-        effects.insert(0, path_effects(layers, clean, at, label, kept))
+        effects.insert(0, path_effects(layers, clean, at, label, kept, units[at]))
         kept[at] = significant(effects[0], cfg)
         edges.insert(0, edges_of(layers, clean, at, label, kept))
     return Graph(tuple(effects), tuple(kept[1:-1]), tuple(edges), saliency(layers, clean, label, kept))
 
 
-def edges_of(
-    layers: Layers, clean: Sequence[Tensor], at: int, label: int, kept: Sequence[Tensor]
-) -> Tensor:  # fmt: skip
+def edges_of(layers: Layers, clean: Each, at: int, label: int, kept: Each) -> Tensor:
     """[U, U'] mean effects of kept units through one kept unit of the next layer each."""
     found = clean[-1].new_zeros(len(kept[at]), len(kept[at + 1]))
-    units, after = kept[at].nonzero().flatten(), kept[at + 1].nonzero().flatten()
-    for v in after.tolist() if len(units) else ():
-        only = list(kept)
+    units, only = kept[at].nonzero().flatten(), list(kept)
+    for v in kept[at + 1].nonzero().flatten().tolist() if len(units) else ():
         only[at + 1] = torch.arange(found.shape[1], device=found.device) == v
-        logits = through(layers, clean, without_each(clean[at], units), at, only)[:, label]
-        found[units, v] = (clean[-1][:, label] - logits.view(len(units), -1)).mean(1)
+        found[units, v] = path_effects(layers, clean, at, label, only, units).mean(0)
     return found
 
 
-def saliency(layers: Layers, clean: Sequence[Tensor], label: int, kept: Sequence[Tensor]) -> Tensor:
+def saliency(layers: Layers, clean: Each, label: int, kept: Each) -> Tensor:
     """As x: the gradient of the logit by the input where units that are not kept are constants."""
     with torch.enable_grad():
-        x = clean[0].detach().requires_grad_()
-        h = x
+        x = h = clean[0].detach().requires_grad_()
         for layer, keep in zip(layers, kept[1:], strict=True):
             out = layer(h)
             h = torch.where(channels(keep, out), out, out.detach())
@@ -166,19 +154,14 @@ class Plain:
 
     def effects(self, at: int, u: int, only: set[int] | None = None) -> list[float]:
         """By example."""
-        found = []
-        for b, row in enumerate(self.clean[at]):
-            h = row.clone()
-            h[u] = 0
-            found.append(float(self.clean[-1][b, self.label]) - self.logit(b, at, h, only))
-        return found
+        off = [row.index_fill(0, torch.tensor(u), 0) for row in self.clean[at]]
+        logits = [float(row[self.label]) for row in self.clean[-1]]
+        return [y - self.logit(b, at, h, only) for b, (y, h) in enumerate(zip(logits, off, strict=True))]
 
     def chosen(self, table: list[list[float]]) -> set[int]:
         """The units of effects by unit and example that are kept."""
-        n, means = len(table[0]), [sum(row) / len(row) for row in table]
-        squares = [sum((e - mean) ** 2 for e in row) for row, mean in zip(table, means, strict=True)]
-        errors = [(square / (n - 1) / n) ** 0.5 for square in squares]
-        least = [max(self.cfg.z * error, self.cfg.share * max(means)) for error in errors]
+        means, n = [fmean(row) for row in table], len(table[0])
+        least = [max(self.cfg.z * stdev(row) / n**0.5, self.cfg.share * max(means)) for row in table]
         return {u for u, mean in enumerate(means) if mean > 0 and mean >= least[u]}
 
     def slope(self, b: int, i: int, step: float = 3e-5) -> float:
@@ -191,26 +174,18 @@ class Plain:
 
 def reference(layers: Layers, x: Tensor, label: int, cfg: Config | None = None) -> Graph:
     """The walk by the definition, each intervention by itself."""
-    clean = [x.double()]
-    for layer in layers:
-        clean.append(layer(clean[-1]))
+    clean, effects, kept, edges = [*accumulate(layers, lambda h, f: f(h), initial=x.double())], [], [], []
     plain = Plain(layers, clean, label, cfg or Config(), {len(layers): {label}})
-    effects, edges = {}, {}
     for at in reversed(range(1, len(layers))):
         table = [plain.effects(at, u) for u in range(clean[at].shape[1])]
         plain.keep[at] = plain.chosen(table)
-        effects[at] = torch.tensor(table, dtype=torch.float64).T
-        edges[at] = torch.zeros(len(table), clean[at + 1].shape[1], dtype=torch.float64)
+        effects.insert(0, torch.tensor(table, dtype=torch.float64).T)
+        kept.insert(0, torch.tensor([u in plain.keep[at] for u in range(len(table))]))
+        edges.insert(0, torch.zeros(len(table), clean[at + 1].shape[1], dtype=torch.float64))
         for u, v in product(plain.keep[at], plain.keep[at + 1]):
-            edges[at][u, v] = sum(plain.effects(at, u, {v})) / len(x)
+            edges[0][u, v] = fmean(plain.effects(at, u, {v}))
     slopes = [[plain.slope(b, i) for i in range(row.numel())] for b, row in enumerate(x)]
-    walked = sorted(effects)
-    return Graph(
-        tuple(effects[at] for at in walked),
-        tuple(torch.tensor([u in plain.keep[at] for u in range(clean[at].shape[1])]) for at in walked),
-        tuple(edges[at] for at in walked),
-        torch.tensor(slopes, dtype=torch.float64).view_as(x),
-    )
+    return Graph(tuple(effects), tuple(kept), tuple(edges), x.new_tensor(slopes).double().view_as(x))
 
 
 def cases(seed: int) -> Iterable[tuple]:
@@ -220,9 +195,7 @@ def cases(seed: int) -> Iterable[tuple]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    def dense(
-        *widths: int, bend: Callable[[Tensor], Tensor] = torch.relu
-    ) -> list[Callable[[Tensor], Tensor]]:
+    def dense(*widths: int, bend: Callable[[Tensor], Tensor] = torch.relu) -> Layers:
         weights = [random(a, b) for a, b in pairwise(widths)]
         last = weights[-1] + 0.5  # most units speak for a class
         return [*(lambda h, w=w: bend(h @ w) for w in weights[:-1]), lambda h: h @ last]
@@ -236,14 +209,9 @@ def cases(seed: int) -> Iterable[tuple]:
     yield top(dense(4, 6, 5, 1, 3, bend=torch.tanh), start + 0.3 * random(9, 4), Config(z=0.0, share=0.0))
     yield [lambda h: h, lambda h: -h.square().sum(1, keepdim=True)], random(3, 2), 0
     filters, twice = random(3, 2, 2, 2), torch.tensor([0, 1, 2, 2])
-    convolve = [
-        lambda h: torch.nn.functional.conv2d(h, filters).relu()[:, twice],
-        lambda h: h.mean((2, 3)),
-        *dense(4, 5, 3),
-    ]
+    convolve = [lambda h: F.conv2d(h, filters).relu()[:, twice], lambda h: h.mean((2, 3)), *dense(4, 5, 3)]
     images = random(1, 2, 4, 3) + 0.3 * random(5, 2, 4, 3)
-    for share in (0.0, 0.3):
-        yield top(convolve, images, Config(z=1.0, share=share))
+    yield from (top(convolve, images, Config(1.0, share)) for share in (0.0, 0.3))
 
 
 METHOD = TracingPage(

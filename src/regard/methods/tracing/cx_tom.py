@@ -203,8 +203,7 @@ METHOD = TracingPage(
         caveat="the dialogue and the model of a user's beliefs are not here: their results are of studies with people. "
         "The search is for any class ahead of all others; concepts are the caller's (the claim: NMF). The released "
         "code of the sibling CoCoX has concept vectors and their directional derivatives, and no search for a "
-        "fault-line: hinge, penalty and bounds follow the abstract and the text as far as known, and the weights' "
-        "path, one weight for both kinds of move, squared hinge and the last pruning are ours. Of a curved lead the "
-        "set need not be the smallest",
+        "fault-line; of the paper, its abstract was read. The squared hinge, the bounds, the path of weights, one "
+        "weight for both kinds of move and the last pruning are ours. A curved lead need not give the smallest set",
     ),
 )
