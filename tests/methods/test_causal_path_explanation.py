@@ -49,8 +49,15 @@ def test_the_walk_ends_where_no_unit_counts():
 
 
 def test_an_effect_must_stand_above_its_error():
-    effects = torch.tensor([[1.0, 9.0, 4.0, 0.2], [1.2, -8.0, 4.0, 0.2]])
-    assert page.significant(effects, page.Config(z=2.0, share=0.1)).tolist() == [True, False, True, False]
+    # the last: 2.1, which is over twice its standard error of 0.9 and not over twice its deviation of 1.27
+    effects = torch.tensor([[1.0, 9.0, 4.0, 0.2, 1.2], [1.2, -8.0, 4.0, 0.2, 3.0]])
+    assert page.significant(effects, page.Config(z=2.0, share=0.1)).tolist() == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
     assert page.significant(effects, page.Config(z=0.0, share=0.0)).all()
 
 
