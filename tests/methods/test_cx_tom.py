@@ -72,3 +72,15 @@ def test_what_is_no_activation_is_refused():
         page.measure(case[0], case[1], case[2][:, :3], case[3])
     with pytest.raises(ValueError, match="ratio"):
         page.Config(ratio=1.0)
+
+
+def test_what_is_added_never_lowers_an_activation():
+    a, t = torch.tensor([[0.5, 0.2, 0.0]]), torch.tensor([[0.3, 0.6, 0.0]])
+    assert torch.equal(page.moved(a, t, torch.zeros(1, 3), torch.ones(1, 3)), torch.tensor([[0.5, 0.6, 0.0]]))
+    assert not page.moved(a, t, torch.ones(1, 3), torch.zeros(1, 3)).any()
+
+
+def test_the_move_that_gains_least_is_spared_first():
+    gains = torch.tensor([[1.0, 2.0, 4.0]])
+    kept = page.pruned(lambda moves: (moves * gains).sum(1) - 3.5, torch.ones(1, 3))
+    assert kept.tolist() == [[0.0, 0.0, 1.0]]
