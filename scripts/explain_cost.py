@@ -86,9 +86,8 @@ def edited_over_sdpa(model, ids, change) -> float:
         model(input_ids=ids, use_cache=False)
         ((module, q, k, v, *_), options) = calls[0]
         ours = lambda: function(*calls[0][0], **options)  # noqa: E731
-        plain = lambda: ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, q, k, v, None, **{**options, "is_causal": True}
-        )
+        sdpa, given = ALL_ATTENTION_FUNCTIONS["sdpa"], {**options, "is_causal": True}
+        plain = lambda: sdpa(module, q, k, v, None, **given)  # noqa: E731
         return round(paired_ratios(plain, ours, rounds=31, warm=3).median, 3)
 
 
