@@ -61,7 +61,7 @@ def test_a_removed_token_was_never_there(family):
             logits, _ = forward(model, pairs.clean, edits)
         assert float(score) == pytest.approx(float(pairs.score(logits)), abs=2e-5)
     # and so it is beside an image
-    torch.testing.assert_close(without.hidden(masks), found, rtol=0, atol=2e-5)
+    torch.testing.assert_close(without.hidden(masks).double(), found, rtol=0, atol=2e-5)
 
 
 def test_ways_are_their_definitions():

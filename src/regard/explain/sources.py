@@ -90,6 +90,7 @@ class Without:
     spans: Sequence[Span]
     pairs: Pairs  # one, whose clean prompt, target, foil and metric are asked
     progress: Progress | None = None
+    known: dict[tuple[bool, ...], float] = field(default_factory=dict)  # what was asked before
     done: int = 0
     total: int = 0
 
@@ -100,11 +101,14 @@ class Without:
 
     @torch.no_grad()
     def __call__(self, masks: Tensor) -> Tensor:
-        scores = [self.some(rows) for rows in masks.split(max(1, TOKENS // len(self.ids)))]
+        keys = [tuple(mask.tolist()) for mask in masks]
+        new = list(dict.fromkeys(key for key in keys if key not in self.known))
+        for some in torch.tensor(new, dtype=torch.bool).split(max(1, TOKENS // len(self.ids))) if new else ():
+            self.known.update(zip(map(tuple, some.tolist()), self.some(some).tolist(), strict=True))
         self.done += len(masks)
         if self.progress is not None:
             self.progress(self.done, max(self.total, self.done))
-        return torch.cat(scores)
+        return torch.tensor([self.known[key] for key in keys], dtype=torch.float64)
 
     def hidden(self, masks: Tensor) -> Tensor:
         """[S] scores of whole texts, in which no query sees what is taken away."""

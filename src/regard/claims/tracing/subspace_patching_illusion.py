@@ -11,9 +11,9 @@ contexts. The site, 32 contexts, 200 steps and the rate were chosen on other pai
     turned    share of held-out answers that become the source's (interchange accuracy)
     moved     mean logit difference of both answers: 0 as in the base, 1 as in the source
 
-The null part is removed and the rest left as it is: both `turned` and `moved` must fall by 80 %. The released code brings
-the rest to unit length: there 4.3 % turned fall to 0.7 %, by 84 %, and `moved` from 46 % to 13 %, by 71 %, outside the 80 %
-in the paper itself. At unit length `turned` must fall by 80 % here too, and `moved` is reported.
+The null part is removed and the rest left as it is: both `turned` and `moved` must fall by 80 %. The released code
+brings the rest to unit length: there 4.3 % turned fall to 0.7 %, by 84 %, and `moved` from 46 % to 13 %, by 71 %,
+outside the 80 % in the paper itself. At unit length `turned` must fall by 80 % here too, and `moved` is reported.
 """
 
 import random
@@ -217,8 +217,9 @@ CLAIM = Claim(
     ),
     bound=(
         "toy: |out - x_src| < 1e-6 along the mixed direction, change 0 along e1 and e2; shipped model: the share of "
-        "held-out answers that the optimised direction turns, and the logit difference that it moves, drop >= 80 % after "
-        "removing the null part; the share too with the rest at unit length; the direction turns >= 5 %, the whole site less"
+        "held-out answers that the optimised direction turns, and the logit difference that it moves, drop >= 80 % "
+        "after removing the null part; the share too with the rest at unit length; the direction turns >= 5 %, the "
+        "whole site less"
     ),
     measure=measure,
 )
