@@ -17,10 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from regard import Edit, Site, attach, catalog, load_shipped
 from regard.claims.lab import paired_ratios
-from regard.explain.attribution import attribute
-from regard.explain.effects import rank_correlation
-from regard.explain.pairs import Batch, Pairs, batch_of
-from regard.explain.patching import patch
+from regard.explaining.attribution import attribute
+from regard.explaining.effects import rank_correlation
+from regard.explaining.pairs import Batch, Pairs, batch_of
+from regard.explaining.patching import patch
 
 TOKENS = 8192
 SCANS = {"z": ["z"], "z and mlp": ["z", "mlp"], "q, k with the QK correction": ["q", "k"]}

@@ -13,12 +13,12 @@ import torch
 from tests.test_explain_scans import MORE, Words, random_pairs, tiny
 
 from regard.core import Edit, Observer, Site, Unsupported
-from regard.explain.explanation import Explanation, Settings, explain
-from regard.explain.images import processed
-from regard.explain.pairs import Batch, Pairs, batch_of
-from regard.explain.questions import Question, asked, read_questions
-from regard.explain.runs import capture, forward
-from regard.explain.sources import (
+from regard.explaining.explanation import Explanation, Settings, explain
+from regard.explaining.images import processed
+from regard.explaining.pairs import Batch, Pairs, batch_of
+from regard.explaining.questions import Question, asked, read_questions
+from regard.explaining.runs import capture, forward
+from regard.explaining.sources import (
     Without,
     attention_scores,
     carried,
@@ -28,7 +28,7 @@ from regard.explain.sources import (
     parts_of,
     written_lengths,
 )
-from regard.explain.why import why
+from regard.explaining.why import why
 from regard.models.shipped import load_shipped
 from regard.testing.zoo import build
 

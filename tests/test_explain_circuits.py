@@ -6,14 +6,14 @@ from tests.test_explain_scans import FAMILIES, MORE, forwarded, linear_model, ra
 
 from regard.attaching.attachment import attach
 from regard.core import Edit, Site
-from regard.explain.attribution import attribute
-from regard.explain.circuit import area, faithfulness, nodes_of, random_directions, random_heads, together
-from regard.explain.das import Subspace, audited, interchange, random_subspace
-from regard.explain.edges import EMBEDDINGS, edge_receivers, edges, top_edges
-from regard.explain.pairs import Pairs, batch_of
-from regard.explain.patching import patch
-from regard.explain.paths import LOGITS, Node, path_patch
-from regard.explain.runs import capture
+from regard.explaining.attribution import attribute
+from regard.explaining.circuit import area, faithfulness, nodes_of, random_directions, random_heads, together
+from regard.explaining.das import Subspace, audited, interchange, random_subspace
+from regard.explaining.edges import EMBEDDINGS, edge_receivers, edges, top_edges
+from regard.explaining.pairs import Pairs, batch_of
+from regard.explaining.patching import patch
+from regard.explaining.paths import LOGITS, Node, path_patch
+from regard.explaining.runs import capture
 
 
 @pytest.mark.parametrize("receiver", [Node("v", 2, 0), Node("mlp", 1), Node("mlp", 2), LOGITS], ids=str)

@@ -6,12 +6,12 @@ import transformers as tf
 
 from regard.attaching.attachment import attach
 from regard.core import Edit, Site
-from regard.explain.attribution import attribute, screen
-from regard.explain.effects import rank_correlation
-from regard.explain.pairs import Batch, Pairs, batch_of, make_pairs, prob
-from regard.explain.patching import patch
-from regard.explain.paths import LOGITS, Node, all_senders, path_patch
-from regard.explain.runs import capture
+from regard.explaining.attribution import attribute, screen
+from regard.explaining.effects import rank_correlation
+from regard.explaining.pairs import Batch, Pairs, batch_of, make_pairs, prob
+from regard.explaining.patching import patch
+from regard.explaining.paths import LOGITS, Node, all_senders, path_patch
+from regard.explaining.runs import capture
 from regard.testing.tiny import TEXT
 from regard.testing.zoo import build
 
@@ -323,7 +323,7 @@ def forwarded(model, ids, edits):
 
 @torch.no_grad()
 def capture_beside(model, batch, quantities, *edits):
-    from regard.explain.runs import forward, observers, values_of
+    from regard.explaining.runs import forward, observers, values_of
 
     logits, attached = forward(model, batch, [*edits, *observers(quantities)])
     return logits, values_of(attached.records, quantities)

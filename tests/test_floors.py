@@ -16,7 +16,7 @@ from regard import catalog
 SRC = Path(__file__).parents[1] / "src"
 FLOORS = {
     "core": 0, "ops": 1, "report": 1, "kinds": 2, "methods": 3, "tasks": 3, "catalog": 4, "api": 5, "nn": 5,
-    "attaching": 5, "models": 5, "train": 6, "explain": 6, "bench": 7, "testing": 7, "claims": 8, "cli": 9,
+    "attaching": 5, "models": 5, "train": 6, "explaining": 6, "bench": 7, "testing": 7, "claims": 8, "cli": 9,
 }  # fmt: skip
 MOVED = {"attach", "convert", "store", "trace"}  # old names in models/, which forward to where things are now
 LAYOUT = {
@@ -150,7 +150,7 @@ def test_a_planted_import_is_found():
     assert wrong("regard.core.mask", "regard.ops.softmax")
     assert wrong("regard.methods.caches.h2o", "regard.methods.caches.snapkv")
     assert wrong("regard.methods.caches.h2o", "regard.attaching.attachment")
-    assert wrong("regard.attaching.attachment", "regard.explain.tracing")
+    assert wrong("regard.attaching.attachment", "regard.explaining.tracing")
     assert wrong("regard.attaching.attachment", "regard.train.loop")
     assert not wrong("regard.attaching.attachment", "regard.catalog")
 

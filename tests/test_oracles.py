@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers as tf
 
-from regard.explain.attribution import attribute
-from regard.explain.pairs import Batch, Pairs
-from regard.explain.patching import patch
+from regard.explaining.attribution import attribute
+from regard.explaining.pairs import Batch, Pairs
+from regard.explaining.patching import patch
 
 pytestmark = pytest.mark.oracles
 lens = pytest.importorskip("transformer_lens", reason="the extra regard[oracles] is not installed")

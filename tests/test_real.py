@@ -13,7 +13,7 @@ from regard.attaching.attachment import attach
 from regard.bench import compare as comparing
 from regard.catalog import task
 from regard.claims import ledger
-from regard.explain.tracing import accuracy, read_all
+from regard.explaining.tracing import accuracy, read_all
 from regard.methods.tracing.retrieval_heads import Config, ablate
 from regard.models import gguf, shipped
 from regard.models.revision import revision

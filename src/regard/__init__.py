@@ -19,10 +19,11 @@ WHERE = {
     "compare": "regard.bench.compare",
     "doctor": "regard.models.doctor",
     "evaluate": "regard.bench.evaluate",
+    "explain": "regard.explaining.explanation",
     "find": "regard.catalog",
     "list_methods": "regard.catalog",
     "register": "regard.catalog",
-    "trace": "regard.explain.tracing",
+    "trace": "regard.explaining.tracing",
     "load_cache": "regard.attaching.store",
     "load_shipped": "regard.models.shipped",
     "method": "regard.catalog",
@@ -34,7 +35,7 @@ WHERE = {
     "Site": "regard.core",
 }
 # imported when first asked for, as `torch.nn` is there after `import torch`
-ROOMS = ("bench", "catalog", "core", "explain", "kinds", "nn", "ops", "testing", "train")
+ROOMS = ("bench", "catalog", "core", "explaining", "kinds", "nn", "ops", "testing", "train")
 
 if TYPE_CHECKING:
     from regard.api import attend
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from regard.catalog import find, list_methods, method, pages, register
     from regard.core import Edit, Observer, Site
     from regard.core.mask import Mask
-    from regard.explain.tracing import trace
+    from regard.explaining.explanation import explain
+    from regard.explaining.tracing import trace
     from regard.models.doctor import doctor
     from regard.models.shipped import load_shipped
 
@@ -61,6 +63,7 @@ __all__ = [
     "compare",
     "doctor",
     "evaluate",
+    "explain",
     "find",
     "list_methods",
     "load_cache",

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from regard.attaching.attachment import attach
 from regard.claims.tracing import attention_output_sae as claim
 from regard.core import Edit, NeverFired, Observer, Site
-from regard.explain import sae as made
-from regard.explain.sae_training import Learner, quality, train
+from regard.explaining import sae as made
+from regard.explaining.sae_training import Learner, quality, train
 from regard.methods.tracing import attention_output_sae as page
 from regard.testing import zoo
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard.attaching import calibrate as heads
-from regard.explain import tracing as trace
+from regard.explaining import tracing as trace
 from regard.methods.tracing import retrieval_heads as page
 from regard.testing import zoo
 

@@ -59,8 +59,8 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """What in this model caused this output: heads, MLPs, source tokens and paths, against controls."""
-    from regard.explain.explanation import Settings
-    from regard.explain.explanation import explain as run
+    from regard.explaining.explanation import Settings
+    from regard.explaining.explanation import explain as run
 
     settings = Settings(verify=verify, top=top, removals=removals, edges=edges, why=why, seed=seed)
     kept = f"Finished stages are kept in {folder}; the same command goes on from there."
@@ -86,8 +86,8 @@ def asked_of(
 ) -> dict[str, Any]:  # fmt: skip
     """Model, tokenizer and questions; every file is read before the model is."""
     from regard.core import require
-    from regard.explain.images import load_vision, opened, processed
-    from regard.explain.questions import Question, read_questions
+    from regard.explaining.images import load_vision, opened, processed
+    from regard.explaining.questions import Question, read_questions
     from regard.models.shipped import load_any
 
     other = None if corrupt is None else corrupt.read_text(encoding="utf8").rstrip("\n")

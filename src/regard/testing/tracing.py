@@ -10,7 +10,7 @@ from torch import Tensor
 from regard import catalog
 from regard.attaching.attachment import attach
 from regard.core import Edit, Method, Observer
-from regard.explain.tracing import read_all, scored
+from regard.explaining.tracing import read_all, scored
 from regard.kinds.tracing import TracingPage
 from regard.testing.zoo import build
 

@@ -16,7 +16,7 @@ from regard.attaching.calibrate import by_kv_head, induction_heads
 from regard.claims.lab import difference, generator, mean
 from regard.claims.shipped_lm import samples, shipped
 from regard.core.claim import Claim, Measured
-from regard.explain.tracing import accuracy, read_all, scored
+from regard.explaining.tracing import accuracy, read_all, scored
 from regard.methods.caches import razor_attention as page
 from regard.ops import View, softmax_attention
 from regard.tasks import Sample

@@ -39,7 +39,7 @@ from regard.claims.lab import generator, mean, threads
 from regard.claims.shipped_lm import samples, shipped
 from regard.core import Edit
 from regard.core.claim import Claim, Measured
-from regard.explain.sae import SAE, Splice, attribute, fit_sae, head_outputs, recovered, site
+from regard.explaining.sae import SAE, Splice, attribute, fit_sae, head_outputs, recovered, site
 from regard.methods.tracing.attention_output_sae import Config, Dictionary, pre_activations
 from regard.tasks import held_out
 

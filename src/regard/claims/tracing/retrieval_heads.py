@@ -16,7 +16,7 @@ from typing import Any
 from regard.claims.lab import mean
 from regard.claims.shipped_lm import samples, shipped
 from regard.core.claim import Claim, Measured
-from regard.explain.tracing import ReadPrompts, accuracy, read_all, scored
+from regard.explaining.tracing import ReadPrompts, accuracy, read_all, scored
 from regard.methods.tracing.retrieval_heads import Config, ablate
 
 LENGTHS = {"lm": (256, 512, 1024), "smollm2": (256, 512)}

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from regard.claims.lab import generator, mean, threads
 from regard.claims.shipped_lm import shipped
 from regard.core.claim import Claim, Measured
-from regard.explain.tracing import ReadPrompts, read
+from regard.explaining.tracing import ReadPrompts, read
 from regard.methods.tracing.subspace_patching_illusion import Config, along
 from regard.methods.tracing.subspace_patching_illusion import measure as patch
 from regard.tasks import Sample, held_out

@@ -25,7 +25,7 @@ from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.attachment import attach
 from regard.core import Edit, NeverFired, Observer, Site, require
 from regard.core.errors import present
-from regard.explain.sae_training import train
+from regard.explaining.sae_training import train
 from regard.methods.tracing.attention_output_sae import Config, Dictionary, decode, encode, measure
 from regard.ops import View
 from regard.train.loop import Schedule, linear_to

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from regard.core import require
-from regard.explain.pairs import Metric, Pairs, batch_of, one_token
+from regard.explaining.pairs import Metric, Pairs, batch_of, one_token
 
 VARIED, CORRUPTED = 0.1, 0.3  # shares of tokens that are exchanged
 

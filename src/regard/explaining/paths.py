@@ -23,11 +23,11 @@ from transformers import PreTrainedModel
 from regard.attaching.anatomy import anatomy
 from regard.core import Edit, Observer, Site, require
 from regard.core.edit import HEADED
-from regard.explain.effects import Effects
-from regard.explain.grid import Grid
-from regard.explain.pairs import Batch, Pairs
-from regard.explain.patching import Progress, in_groups, refuse_constant, split, texts_at_once
-from regard.explain.runs import Values, at_site, by_head, capture, forward, heads_at, layers_of
+from regard.explaining.effects import Effects
+from regard.explaining.grid import Grid
+from regard.explaining.pairs import Batch, Pairs
+from regard.explaining.patching import Progress, in_groups, refuse_constant, split, texts_at_once
+from regard.explaining.runs import Values, at_site, by_head, capture, forward, heads_at, layers_of
 
 
 @dataclass(frozen=True)

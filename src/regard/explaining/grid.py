@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from regard.attaching.anatomy import anatomy
 from regard.core import require
 from regard.core.edit import HEADED, STREAMS
-from regard.explain.runs import heads_at, layers_of
+from regard.explaining.runs import heads_at, layers_of
 
 
 @dataclass(frozen=True)

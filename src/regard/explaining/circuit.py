@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.core import Edit, Site, require
-from regard.explain.effects import Effects, bootstrap
-from regard.explain.pairs import Pairs
-from regard.explain.patching import in_groups, refuse_constant, texts_at_once
-from regard.explain.paths import Node
-from regard.explain.runs import Values, capture, forward, heads_at, layers_of
+from regard.explaining.effects import Effects, bootstrap
+from regard.explaining.pairs import Pairs
+from regard.explaining.patching import in_groups, refuse_constant, texts_at_once
+from regard.explaining.paths import Node
+from regard.explaining.runs import Values, capture, forward, heads_at, layers_of
 
 Ablation = Literal["resample", "zero", "mean"]
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from regard.attaching.anatomy import anatomy
 from regard.core import Edit, Observer, Site, Unsupported, require
-from regard.explain.effects import bootstrap, finite
-from regard.explain.pairs import Batch, Pairs
-from regard.explain.patching import TOKENS, Progress
-from regard.explain.runs import embedded, forward, frozen, heads_at, layers_of
+from regard.explaining.effects import bootstrap, finite
+from regard.explaining.pairs import Batch, Pairs
+from regard.explaining.patching import TOKENS, Progress
+from regard.explaining.runs import embedded, forward, frozen, heads_at, layers_of
 from regard.ops.attribution import (
     asked,
     linear_datamodelling_score,

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 from regard.attaching.anatomy import anatomy
 from regard.core import require
 from regard.core.errors import present
-from regard.explain.attribution import forward_only, line_between
-from regard.explain.effects import Effects
-from regard.explain.pairs import Pairs
-from regard.explain.patching import Direction, Progress, in_groups, refuse_constant, texts_at_once
-from regard.explain.paths import LOGITS, Node, comes_before
-from regard.explain.runs import embedded, forward, frozen, heads_at, layers_of, observers
+from regard.explaining.attribution import forward_only, line_between
+from regard.explaining.effects import Effects
+from regard.explaining.pairs import Pairs
+from regard.explaining.patching import Direction, Progress, in_groups, refuse_constant, texts_at_once
+from regard.explaining.paths import LOGITS, Node, comes_before
+from regard.explaining.runs import embedded, forward, frozen, heads_at, layers_of, observers
 
 EMBEDDINGS = Node("resid_pre", 0)
 SEEN = ("resid_pre", "q", "k", "v", "z", "out", "resid_mid", "mlp", "resid_post")

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from regard.core import Edit, require
 from regard.core.edit import HEADED
-from regard.explain.effects import Effects
-from regard.explain.grid import Grid, cells_of, grid_of
-from regard.explain.kept import Kept, header
-from regard.explain.pairs import CONSTANT, Batch, Pairs
-from regard.explain.runs import Values, at_site, capture, forward
+from regard.explaining.effects import Effects
+from regard.explaining.grid import Grid, cells_of, grid_of
+from regard.explaining.kept import Kept, header
+from regard.explaining.pairs import CONSTANT, Batch, Pairs
+from regard.explaining.runs import Values, at_site, capture, forward
 
 Direction = Literal["denoise", "noise"]
 Progress = Callable[[int, int], Any]  # done, of how many

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from regard.attaching.anatomy import anatomy
 from regard.core import Observer, Site, Unsupported, require
-from regard.explain.edges import pushed
-from regard.explain.pairs import Batch
-from regard.explain.paths import Node
-from regard.explain.runs import embedded, forward, frozen, heads_at, layers_of, observers
+from regard.explaining.edges import pushed
+from regard.explaining.pairs import Batch
+from regard.explaining.paths import Node
+from regard.explaining.runs import embedded, forward, frozen, heads_at, layers_of, observers
 
 NEAR = 1e-3  # of the largest number of a norm's output, to which its own formula is met
 

@@ -15,17 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.core import require
-from regard.explain.attribution import attribute
-from regard.explain.circuit import faithfulness, nodes_of, random_directions, random_heads, together
-from regard.explain.edges import as_graph, edges, edges_fit
-from regard.explain.effects import Effects, finite, rank_correlation
-from regard.explain.kept import Kept, content_of
-from regard.explain.pairs import Pairs
-from regard.explain.patching import patch
-from regard.explain.questions import Asked, Question, asked
-from regard.explain.runs import forward
-from regard.explain.sources import carried, last_rows, parts_of
-from regard.explain.why import why
+from regard.explaining.attribution import attribute
+from regard.explaining.circuit import faithfulness, nodes_of, random_directions, random_heads, together
+from regard.explaining.edges import as_graph, edges, edges_fit
+from regard.explaining.effects import Effects, finite, rank_correlation
+from regard.explaining.kept import Kept, content_of
+from regard.explaining.pairs import Pairs
+from regard.explaining.patching import patch
+from regard.explaining.questions import Asked, Question, asked
+from regard.explaining.runs import forward
+from regard.explaining.sources import carried, last_rows, parts_of
+from regard.explaining.why import why
 from regard.models.revision import of_loaded
 from regard.report.explanation import explanation_page, explanation_snippet, explanation_text
 

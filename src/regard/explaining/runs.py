@@ -13,7 +13,7 @@ from regard.attaching.anatomy import anatomy
 from regard.attaching.attachment import attach
 from regard.core import Edit, Observer, Site, Unreachable
 from regard.core.edit import HEADED
-from regard.explain.pairs import Batch
+from regard.explaining.pairs import Batch
 
 Values = dict[
     str, dict[int, Tensor]

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from regard.explain.grid import Grid
-from regard.explain.pairs import Pairs
+from regard.explaining.grid import Grid
+from regard.explaining.pairs import Pairs
 from regard.models.revision import of_loaded
 from regard.report.folder import Folder
 

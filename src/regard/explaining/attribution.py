@@ -23,11 +23,11 @@ from transformers import PreTrainedModel
 
 from regard.core import Observer, Site, require
 from regard.core.edit import HEADED
-from regard.explain.effects import Effects
-from regard.explain.grid import grid_of
-from regard.explain.pairs import Batch, Pairs
-from regard.explain.patching import Direction, Progress, in_groups, patch, refuse_constant, texts_at_once
-from regard.explain.runs import Values, by_head, capture, embedded, embeddings, forward, frozen, observers
+from regard.explaining.effects import Effects
+from regard.explaining.grid import grid_of
+from regard.explaining.pairs import Batch, Pairs
+from regard.explaining.patching import Direction, Progress, in_groups, patch, refuse_constant, texts_at_once
+from regard.explaining.runs import Values, by_head, capture, embedded, embeddings, forward, frozen, observers
 
 Sums = dict[str, dict[int, Tensor]]  # quantity -> layer -> [B, H, N]
 

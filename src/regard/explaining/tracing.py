@@ -18,7 +18,7 @@ from regard.kinds.tracing import Answers, TracingPage
 
 BATCH_TOKENS = 16384  # tokens of prompts read at once: bounds the memory, never changes the result
 
-OLD = {"Read": "regard.explain.tracing:ReadPrompts", "Retrieval": "regard.explain.tracing:HeadScores"}
+OLD = {"Read": "regard.explaining.tracing:ReadPrompts", "Retrieval": "regard.explaining.tracing:HeadScores"}
 __getattr__ = moved(__name__, OLD)
 
 
