@@ -206,7 +206,7 @@ METHOD = TracingPage(
         lineage=("sparse autoencoders", "direct feature attribution"),
         caveat="the released trainer sums squared errors over the dimensions of z, as here, so that λ goes with the "
         "size of z; it holds the rows of W_dec at length 1 and takes that part out of their gradient "
-        "(regard.explaining.sae does both). The weights of Gemma-2B come from another loss, with λ on ‖W_dec column‖ · f, "
+        "(regard.explaining.sae does both). Gemma-2B's weights come from another loss, with λ on ‖W_dec column‖ · f, "
         "and released SAEs may rescale z. The released split by source leaves both bias terms out and has no grouped "
         "KV heads. Attention is held fixed: what moved α is not in the split",
     ),
