@@ -10,7 +10,7 @@ from regard.core.errors import require
 QUANTITIES = ("scores", "weights", "z")
 VERBS = ("replace", "scale", "block", "move")
 PHASES = ("prefill", "decode", "both")
-STATISTICS = ("last_row", "top1", "received", "mass_at", "z")
+STATISTICS = ("last_row", "top1", "received", "mass_at", "spans", "z")
 
 __getattr__ = moved(__name__, {"LOOKS": "regard.core.edit:STATISTICS"})
 
@@ -112,6 +112,7 @@ class Observer:
     last_row  [B, heads, n] weights of the last query        top1  [B, heads, rows] number of the top key's token
     received  [B, heads, n] weights summed over the rows     z     [B, heads, rows, E] head outputs
     mass_at   [B, heads, rows] weight on one key a row: `keys_of(rows) -> number of a token per row` (-1: none)
+    spans     [B, heads, rows, spans] weights summed over each of `spans`: (first, past the last) token of the text
 
     In a padded batch n is the stored slots, and rows those of the site that the longest text has: NaN, and -1 of top1,
     where a text has fewer.  Without rows in the site, rows are the columns of the forward, padding included.
@@ -121,11 +122,19 @@ class Observer:
     site: Site = Site()
     keys_of: Callable[[Any], Any] | None = None
     name: str = ""
+    spans: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", tuple((int(first), int(past)) for first, past in self.spans))
         require(self.statistic in STATISTICS, f"statistic is one of {STATISTICS}", statistic=self.statistic)
         require(
             (self.statistic == "mass_at") == (self.keys_of is not None),
             "mass_at takes keys_of",
             keys_of=self.keys_of,
+        )
+        require(
+            (self.statistic == "spans") == bool(self.spans)
+            and all(0 <= first < past for first, past in self.spans),
+            "the statistic spans, and no other, takes spans: 0 <= first < past the last",
+            spans=self.spans,
         )
