@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regard.attaching.attachment import attach
+from regard.claims.tracing import thought_anchors as claim
 from regard.explain.anchors import anchors, receiver_heads, sentence_attention, suppression
 from regard.methods.tracing.thought_anchors import Config, effects, kurtosis, measure, receivers, suppress
 from regard.testing.zoo import build, ids
@@ -100,3 +101,24 @@ def test_wrong_sentences(sentences):
     model, _ = build("llama")
     with pytest.raises(ValueError, match="sentences are spans"):
         sentence_attention(model, ids(1, 24)[0], sentences)
+
+
+def test_the_claims_traces_are_right():
+    made = claim.traces(5, torch.Generator().manual_seed(0))
+    assert claim.SENTENCES[-1][1] == made.ids.shape[1]
+    for ids_, uses in zip(made.ids.tolist(), made.uses, strict=True):
+        values: list[int] = []
+        for t, (first, past) in enumerate(claim.SENTENCES):
+            number, added, source, value, stop = ids_[first:past]
+            assert number == t and stop == claim.STOP
+            values.append(value - claim.STEPS)
+            if t >= claim.GIVEN:
+                assert source < t and uses[t].nonzero().tolist() == [[source]]
+                assert values[t] == (values[source] + added - claim.STEPS) % claim.MODULUS
+            else:
+                assert source == claim.INPUT and not uses[t].any()
+
+
+def test_ranks_share_ties():
+    assert claim.ranks(torch.tensor([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
+    assert claim.spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([9.0, 4.0, 1.0])) == pytest.approx(-1)
