@@ -56,10 +56,10 @@ def test_the_claims_prompts_differ_in_the_code_alone():
     tokenizer = shipped().tokenizer
     for sample in samples("recall", 256, 4, seed=3):
         first, past = answer_span(sample)
-        changed = corrupted(sample)
+        changed = corrupted("lm", sample)
         differ = [i for i, (a, b) in enumerate(zip(sample.prompt, changed, strict=True)) if a != b]
         assert differ == list(range(first + 1, past))  # after the space
-        spans = sentences(sample)
+        spans = sentences("lm", sample)
         assert all(a == b for (_, a), (b, _) in itertools.pairwise(spans)) and spans[0][0] == 1
         fact = tokenizer.decode(sample.prompt[slice(*spans[source(sample, spans)])])
         assert fact.startswith("\nThe code of") and fact.endswith(".") and fact.count(".") == 1

@@ -1,8 +1,8 @@
 """AttnAttrib's claim: one head, found by mediation, names the sentence that an answer was taken from.
 
-Pages of 512 tokens of running text in which eight facts stand, whose keys share words, and a question about one of them
-(the task "recall"). Sentences end with a full stop or before a line. For the mediation the code of the asked fact is
-changed, digit by digit, so that two prompts differ in nothing else:
+Pages of running text, 512 tokens with eight facts or, for SmolLM2, 256 with four, whose keys share words, and a
+question about one of them (the task "recall"). Sentences end with a full stop or before a line. For the mediation the
+code of the asked fact is changed, digit by digit, so that two prompts differ in nothing else:
 
     clean    The code of quiet river is 482.       corrupted    The code of quiet river is 826.
     m        logit of the clean code's first digit less that of the other's, where it is predicted
@@ -15,6 +15,8 @@ asked of the mean of all heads of all layers, and of every head, to say how many
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,63 +28,58 @@ from regard.claims.lab import threads
 from regard.claims.shipped_lm import samples, shipped
 from regard.core import Observer, Site
 from regard.core.claim import Claim, Measured
-from regard.explain.tracing import answer, answer_span, read_all
+from regard.explain.tracing import ReadPrompts, answer, answer_span, read, read_all
 from regard.methods.tracing.attnattrib import Config, Spans, measure, mediated, observer, transplant
 from regard.tasks import Sample
 
-LENGTH, CHOSEN_ON, TESTED = 512, 24, 64
+# tokens of a prompt, prompts on which a head is chosen, prompts on which it is judged
+SIZES = {"lm": (512, 24, 64), "smollm2": (256, 8, 24)}
 
 
-def digits() -> list[int]:
-    """Ids of 1 to 9, a token each."""
-    return shipped().tokenizer.convert_tokens_to_ids(list("123456789"))
-
-
-def other(ids: Sequence[int]) -> list[int]:
-    """The same tokens with another digit in the place of each digit."""
-    known = digits()
+def other(on: str, ids: Sequence[int]) -> list[int]:
+    """The same tokens with another digit in the place of each digit, a token each."""
+    known = shipped(on).tokenizer.convert_tokens_to_ids(list("123456789"))
     return [known[(known.index(i) + 4) % 9] if i in known else i for i in ids]
 
 
-def corrupted(sample: Sample) -> list[int]:
+def corrupted(on: str, sample: Sample) -> list[int]:
     """The prompt with another code in the asked fact."""
     first, past = answer_span(sample)
-    return sample.prompt[:first] + other(sample.prompt[first:past]) + sample.prompt[past:]
+    return sample.prompt[:first] + other(on, sample.prompt[first:past]) + sample.prompt[past:]
 
 
 @torch.no_grad()
-def effects(chosen: Sequence[Sample]) -> Tensor:
+def effects(on: str, chosen: Sequence[Sample]) -> Tensor:
     """[layers, heads] mediated effects at the space after which the first digit is predicted."""
-    model, space = shipped().model, [s.answer[:1] for s in chosen]
+    model = shipped(on).model
     clean, changed = (
-        torch.tensor([p + s for p, s in zip(prompts, space, strict=True)])
-        for prompts in ([s.prompt for s in chosen], [corrupted(s) for s in chosen])
+        read(
+            model,
+            [replace(s, prompt=prompt + s.answer[:1]) for s, prompt in zip(chosen, prompts, strict=True)],
+        )
+        for prompts in ([s.prompt for s in chosen], [corrupted(on, s) for s in chosen])
     )
-    right, wrong = (
-        torch.tensor(x) for x in zip(*((s.answer[1], other(s.answer)[1]) for s in chosen), strict=True)
-    )
+    right = torch.tensor([[s.answer[1]] for s in chosen])
+    wrong = torch.tensor([[other(on, s.answer)[1]] for s in chosen])
 
-    def margin(ids: Tensor, *methods: Any) -> tuple[Tensor, dict]:
-        with attach(model, list(methods)) as attached:
-            last = model(ids, logits_to_keep=1).logits[:, 0]
-        m = last.gather(1, right[:, None]) - last.gather(1, wrong[:, None])
-        return m.mean(), attached.records
+    def margin(text: ReadPrompts, *methods: Any) -> tuple[Tensor, dict]:
+        with attach(model, list(methods) or None) as attached:
+            last = model(text.ids[:, -1:], past_key_values=deepcopy(text.cache), use_cache=True).logits[:, -1]
+        return (last.gather(1, right) - last.gather(1, wrong)).mean(), attached.records
 
     top, records = margin(clean, Observer("z", Site(rows=-1)))
     bottom, _ = margin(changed)
+    by_layer = [(layer, z) for layer, _, z in sorted(records["z"], key=lambda record: record[0])]
     found = [
-        [
-            mediated(top, bottom, margin(changed, transplant(layer, h, z[:, h : h + 1]))[0])
-            for h in range(z.shape[1])
-        ]
-        for layer, _, z in sorted(records["z"], key=lambda record: record[0])
+        [margin(changed, transplant(layer, h, z[:, h : h + 1]))[0] for h in range(z.shape[1])]
+        for layer, z in by_layer
     ]
-    return torch.tensor(found)
+    return mediated(top, bottom, torch.tensor(found))
 
 
-def sentences(sample: Sample) -> list[tuple[int, int]]:
+def sentences(on: str, sample: Sample) -> list[tuple[int, int]]:
     """Those of the context: all before the line of the question, the first token of the text left out."""
-    texts = shipped().tokenizer.convert_ids_to_tokens(sample.prompt)
+    texts = shipped(on).tokenizer.convert_ids_to_tokens(sample.prompt)
     lines = [i for i, text in enumerate(texts) if "Ċ" in text]
     stops = [i + 1 for i, text in enumerate(texts) if text.endswith(".")]
     ends = sorted(i for i in {1, *lines, *stops} if 1 <= i <= lines[-1])
@@ -95,52 +92,55 @@ def source(sample: Sample, spans: Spans) -> int:
     return next(i for i, (start, past) in enumerate(spans) if start <= first < past)
 
 
-def looked(chosen: list[Sample]) -> tuple[Tensor, Tensor]:
+def looked(on: str, chosen: list[Sample]) -> tuple[Tensor, Tensor]:
     """(weights [layers, heads, B, T, n] on the prompt at each generated token, the tokens [B, T])."""
-    model, groups, weights, tokens = shipped().model, [chosen], [], []
+    model, groups, weights, tokens = shipped(on).model, [chosen], [], []
     for text in read_all(model, groups):
         emitted, records = answer(model, text, [observer()])
         steps: dict[int, list[Tensor]] = {}
         for layer, _, row in records["attribution"]:
-            steps.setdefault(layer, []).append(row[..., :LENGTH])
+            steps.setdefault(layer, []).append(row[..., : text.ids.shape[1]])
         weights.append(torch.stack([torch.stack(steps[layer], 2) for layer in sorted(steps)]).transpose(1, 2))
         tokens.append(emitted)
     return torch.cat(weights, 2), torch.cat(tokens)
 
 
-def found(weights: Tensor, chosen: Sequence[Sample]) -> tuple[float, float]:
-    """(share of digits, of all generated tokens) whose source [B, T, n] names is the fact's sentence."""
-    spans = [sentences(s) for s in chosen]
+def found(on: str, weights: Tensor, chosen: Sequence[Sample]) -> tuple[float, float]:
+    """(share of digits, of all generated tokens) whose source by weights [B, T, n] is the fact's sentence."""
+    spans = [sentences(on, s) for s in chosen]
     wanted = torch.tensor([source(s, of) for s, of in zip(chosen, spans, strict=True)])
     hit = (measure(weights, spans, Config()) == wanted[:, None]).float()
     return hit[:, 1:].mean().item(), hit.mean().item()
 
 
-def measure_claim() -> Measured:
+def measure_claim(on: str) -> Measured:
+    length, choosing, tested = SIZES[on]
     with threads(1):
-        effect = effects(samples("recall", LENGTH, CHOSEN_ON, seed=0))
-        test = samples("recall", LENGTH, TESTED, seed=1)
-        weights, emitted = looked(test)
+        effect = effects(on, samples("recall", length, choosing, seed=0, model=on))
+        test = samples("recall", length, tested, seed=1, model=on)
+        weights, emitted = looked(on, test)
     layer, head = divmod(int(effect.argmax()), effect.shape[1])
-    by_head = [[found(w, test)[0] for w in of_layer] for of_layer in weights]
-    average = found(weights.mean((0, 1)), test)
-    ranked = effect.flatten().argsort(descending=True).tolist()
+    by_head = torch.tensor([[found(on, w, test)[0] for w in of_layer] for of_layer in weights])
+    accuracy, with_space = found(on, weights[layer, head], test)
+    average, average_with_space = found(on, weights.mean((0, 1)), test)
+    ranked = effect.flatten().argsort(descending=True)[:8]
     numbers: dict[str, Any] = {
         "right_answers": (emitted == torch.tensor([s.answer for s in test])).all(-1).float().mean().item(),
-        "sentences": sum(len(sentences(s)) for s in test) / len(test),
+        "sentences": sum(len(sentences(on, s)) for s in test) / len(test),
         "head": [layer, head],
         "effect": effect.max().item(),
-        "accuracy": by_head[layer][head],
-        "accuracy_with_space": found(weights[layer, head], test)[1],
-        "accuracy_head_average": average[0],
-        "accuracy_head_average_with_space": average[1],
-        "points_above": 100 * (by_head[layer][head] - average[0]),
-        "accuracy_mean_of_heads": sum(map(sum, by_head)) / effect.numel(),
-        "heads_at_0.9": sum(a >= 0.9 for row in by_head for a in row),
-        "ranked_effects": [effect.flatten()[i].item() for i in ranked],
-        "ranked_accuracies": [by_head[i // effect.shape[1]][i % effect.shape[1]] for i in ranked],
+        "accuracy": accuracy,
+        "accuracy_with_space": with_space,
+        "accuracy_head_average": average,
+        "accuracy_head_average_with_space": average_with_space,
+        "points_above": 100 * (accuracy - average),
+        "accuracy_of_any_head": by_head.mean().item(),
+        "heads": effect.numel(),
+        "heads_at_0.9": int((by_head >= 0.9).sum()),
+        "highest_effects": effect.flatten()[ranked].tolist(),
+        "their_accuracies": by_head.flatten()[ranked].tolist(),
     }
-    return Measured(numbers["accuracy"] >= 0.9 and numbers["points_above"] >= 10, numbers)
+    return Measured(accuracy >= 0.9 and numbers["points_above"] >= 10, numbers)
 
 
 CLAIM = Claim(
@@ -154,4 +154,5 @@ CLAIM = Claim(
         "of another seed than those on which the head was chosen"
     ),
     measure=measure_claim,
+    models=("lm", "smollm2"),
 )

@@ -209,6 +209,7 @@ METHOD = TracingPage(
         "the first token of a sentence is predicted in the one before, as in the released code. That code compares "
         "logits cut to a nucleus of 0.9999 instead of all of them, and hides keys by the smallest finite number: a "
         "query without any other key attends to nothing here, to all alike there. A head whose vertical scores "
-        "are one number has no kurtosis and is no receiver",
+        "are one number has no kurtosis and is no receiver. Scores favour early sentences, where there is less to see "
+        "(the code can rank each row of A instead; its runs do not)",
     ),
 )
