@@ -99,8 +99,8 @@ def summary(view: View, observer: Observer, w: Tensor, rows: slice, heads: list[
 
 
 def slots_of_spans(view: View, observer: Observer, heads: list[int]) -> Iterator[Tensor]:
-    """[1|B, 1|heads, 1, n] bool: where the tokens of each span are stored; padding belongs to none."""
-    rank, held = view.rank()[:, :, None], view.hold()[:, :, None]
+    """[1|B, 1|heads, 1, n] bool: where the tokens of each span are stored; padding among them weighs nothing."""
+    rank = view.rank()[:, :, None]
     for first, past in observer.spans:
-        slots = (rank >= first) & (rank < past) & held
+        slots = (rank >= first) & (rank < past)
         yield slots if slots.shape[1] == 1 else per_query_head(slots, view.q.shape[1])[:, heads]

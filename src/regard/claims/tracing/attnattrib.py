@@ -1,8 +1,9 @@
 """AttnAttrib's claim: one head, found by mediation, names the sentence that an answer was taken from.
 
-Pages of running text, 512 tokens with eight facts or, for SmolLM2, 256 with four, whose keys share words, and a
-question about one of them (the task "recall"). Sentences end with a full stop or before a line. For the mediation the
-code of the asked fact is changed, digit by digit, so that two prompts differ in nothing else:
+Pages of running text with facts in it, and a question about one of them: for our model 512 tokens with eight facts
+whose keys share words (the task "recall"), for SmolLM2, which answers three in five of these at half the length, 256
+tokens with one fact ("needle"). Sentences end with a full stop or before a line; there are some 30 to 50. For the
+mediation the code of the asked fact is changed, digit by digit, so that two prompts differ in nothing else:
 
     clean    The code of quiet river is 482.       corrupted    The code of quiet river is 826.
     m        logit of the clean code's first digit less that of the other's, where it is predicted
@@ -32,8 +33,8 @@ from regard.explain.tracing import ReadPrompts, answer, answer_span, read, read_
 from regard.methods.tracing.attnattrib import Config, Spans, measure, mediated, observer, transplant
 from regard.tasks import Sample
 
-# tokens of a prompt, prompts on which a head is chosen, prompts on which it is judged
-SIZES = {"lm": (512, 24, 64), "smollm2": (256, 8, 24)}
+# task, tokens of a prompt, prompts on which a head is chosen, prompts on which it is judged
+ASKED = {"lm": ("recall", 512, 24, 64), "smollm2": ("needle", 256, 6, 20)}
 
 
 def other(on: str, ids: Sequence[int]) -> list[int]:
@@ -114,10 +115,10 @@ def found(on: str, weights: Tensor, chosen: Sequence[Sample]) -> tuple[float, fl
 
 
 def measure_claim(on: str) -> Measured:
-    length, choosing, tested = SIZES[on]
+    task, length, choosing, tested = ASKED[on]
     with threads(1):
-        effect = effects(on, samples("recall", length, choosing, seed=0, model=on))
-        test = samples("recall", length, tested, seed=1, model=on)
+        effect = effects(on, samples(task, length, choosing, seed=0, model=on))
+        test = samples(task, length, tested, seed=1, model=on)
         weights, emitted = looked(on, test)
     layer, head = divmod(int(effect.argmax()), effect.shape[1])
     by_head = torch.tensor([[found(on, w, test)[0] for w in of_layer] for of_layer in weights])
@@ -155,4 +156,11 @@ CLAIM = Claim(
     ),
     measure=measure_claim,
     models=("lm", "smollm2"),
+    contradicted={
+        "lm": (
+            "the chosen head names the sentence, and the mean of all heads does as well or better: a model of 24 heads "
+            "has few that could draw the mean elsewhere than those that read the answer (heads_at_0.9); the 270 of "
+            "SmolLM2 do"
+        ),
+    },
 )

@@ -18,7 +18,7 @@ Judged on traces of another seed than those on which the receiver heads are foun
 some 2,000); means of the two decoders. The length of the traces, how uneven uses are and the number of receivers were
 chosen on traces of a third seed, where ranked first was 0.96 and the correlation 0.59. Controls: chance, the mean share
 of later steps that use the step; the dependencies of another trace, which keep only where steps stand; the decoder
-before training; the mean of all heads.
+before training; the mean of all heads, which does as well: eight heads have few that look elsewhere.
 """
 
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ MODULUS, ADDED, GIVEN, STEPS, SIZE = 10, 3, 3, 20, 5  # SIZE: tokens of a step
 INPUT, STOP, START = STEPS + MODULUS, STEPS + MODULUS + 1, STEPS + MODULUS + 2
 SENTENCES = [(1 + SIZE * t, 1 + SIZE * (t + 1)) for t in range(STEPS)]
 FAVOURED, WEIGHT = 0.12, 15.0  # a share of the steps is drawn for use so many times as often
-BATCH, UPDATES, RATE, SEEDS = 24, 500, 3e-3, (0, 1)
-FOUND, TESTED = 16, 40  # traces
+BATCH, UPDATES, RATE, SEEDS = 24, 400, 3e-3, (0, 1)
+FOUND, TESTED = 16, 32  # traces
 RECEIVERS = 2
 
 

@@ -13,8 +13,8 @@ answer over look at where it stands, so a forward that is needed anyway names th
 >>> weights = torch.tensor([[[0.6, 0.1, 0.0, 0.2, 0.1], [0.2, 0.3, 0.1, 0.3, 0.1]]])  # token 0 is a sink
 >>> measure(weights, [[(1, 3), (3, 5)]], Config())  # 0.2 at token 3; 0.3 at token 1, before an equal one
 tensor([[1, 0]])
->>> mediated(torch.tensor(4.0), torch.tensor(-2.0), torch.tensor(1.0))  # from -2 half the way to 4
-tensor(0.5000)
+>>> mediated(torch.tensor(4.0), torch.tensor(-2.0), torch.tensor(2.5))  # three quarters of the way from -2 to 4
+tensor(0.7500)
 """
 
 from collections.abc import Iterable, Sequence
@@ -94,7 +94,7 @@ def cases(seed: int) -> Iterable[tuple]:
     for cfg in (Config(), Config(sinks=0), Config(sinks=4)):
         yield torch.rand(3, 6, 10, generator=g, dtype=torch.float64).softmax(-1), spans, cfg
         yield torch.randint(3, (3, 6, 10), generator=g) / 8, spans, cfg
-    yield torch.zeros(1, 2, 5), [[(1, 3)]], Config()
+    yield torch.zeros(1, 2, 5), [[(0, 3)]], Config(sinks=0)
     yield torch.ones(1, 1, 1), [[(0, 1)]], Config(sinks=0)
 
 
