@@ -40,8 +40,8 @@ MODULUS, ADDED, GIVEN, STEPS, SIZE = 10, 3, 3, 20, 5  # SIZE: tokens of a step
 INPUT, STOP, START = STEPS + MODULUS, STEPS + MODULUS + 1, STEPS + MODULUS + 2
 SENTENCES = [(1 + SIZE * t, 1 + SIZE * (t + 1)) for t in range(STEPS)]
 FAVOURED, WEIGHT = 0.12, 15.0  # a share of the steps is drawn for use so many times as often
-BATCH, UPDATES, RATE, SEEDS = 24, 400, 3e-3, (0, 1)
-FOUND, TESTED = 16, 32  # traces
+BATCH, UPDATES, RATE, SEEDS = 24, 500, 3e-3, (0, 1)
+FOUND, TESTED = 16, 40  # traces
 RECEIVERS = 2
 
 
