@@ -353,6 +353,9 @@ def test_an_edit_that_leaves_its_keys_behind_never_fires():
         (lambda: Edit(Site(), "move", 1.5, to=1), "in \\[0, 1\\]"),
         (lambda: Edit(Site(), "scale"), "takes a value"),
         (lambda: Observer("mass_at"), "takes keys_of"),
+        (lambda: Observer("spans"), "takes spans"),
+        (lambda: Observer("top1", spans=((0, 2),)), "takes spans"),
+        (lambda: Observer("spans", spans=((2, 2),)), "first < past"),
     ],
 )
 def test_wrong_edits(made, said):
@@ -381,6 +384,7 @@ def test_observers_are_the_eager_weights(family):
         Observer("top1"),
         Observer("received", Site(rows=(-1, -3, 18))),
         Observer("mass_at", Site(heads=(2, 0)), keys_of=lambda rows: rows - 1),
+        Observer("spans", Site(heads=(3, 1)), spans=SPANS),
     ]
     with attach(model, observers) as attached, torch.no_grad():
         cache = DynamicCache()
@@ -396,6 +400,9 @@ def test_observers_are_the_eager_weights(family):
                 assert float((got - wanted).abs().max()) <= 1e-5, (name, step, layer, b)
 
 
+SPANS = ((0, 3), (5, 6), (2, 18), (17, 40))  # they overlap, and the last is longer than the text
+
+
 def observed_by_hand(name, w, text):
     """What an observer of one text gives: w [H, N, M] weights, text: which of the M columns are tokens."""
     n, m = w.shape[1:]
@@ -407,6 +414,9 @@ def observed_by_hand(name, w, text):
         return w[:, [r for i, r in enumerate(rows) if i in (len(rows) - 1, len(rows) - 3, 18)]].sum(1)
     if name == "top1":
         return torch.tensor([[columns.index(int(w[h, r].argmax())) for r in rows] for h in range(len(w))])
+    if name == "spans":
+        sums = [w[[3, 1]][:, rows][..., columns[first:past]].sum(-1) for first, past in SPANS]
+        return torch.stack(sums, -1)
     places = [columns.index(m - n + r) for r in rows]
     mass = [w[[2, 0], r, columns[p - 1]] if p else torch.zeros(2) for r, p in zip(rows, places)]
     return torch.stack(mass, -1)
@@ -481,11 +491,12 @@ class Largest(TorchDispatchMode):
     "methods",
     [
         [Observer("received"), Observer("top1"), Observer("last_row")],
+        [Observer("spans", spans=((0, 3000), (3000, 4096)))],
         [Edit(Site("scores", rows=(-1, 7), keys=(1, 2)), "block")],
         [Edit(Site(heads=1, keys=(1, 2)), "scale", 0.5)],
         [catalog.method("h2o", budget=256)],
     ],
-    ids=["observers", "two rows", "a head", "h2o"],
+    ids=["observers", "spans", "two rows", "a head", "h2o"],
 )
 def test_nothing_holds_n_by_n(methods):
     n = 4096

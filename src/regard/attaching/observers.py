@@ -1,6 +1,6 @@
 """Observers at work: what a model used at a site is recorded, as it is after the edits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -137,7 +137,9 @@ def asked_weights(view: View, rows: Rows, w: Tensor, cut: slice) -> Tensor:
 
 
 def summary(view: View, observer: Observer, w: Tensor, rows: slice, heads: list[int]) -> Tensor:
-    """[B, heads, rows] of weights [B, heads, rows, n]: the top key's token, or the weight on a certain one."""
+    """Of weights [B, heads, rows, n]: the top key's token, the weight on a certain one, or on spans of them."""
+    if observer.statistic == "spans":
+        return torch.stack([(w * slots).sum(-1) for slots in slots_of_spans(view, observer, heads)], -1)
     rank = view.rank()
     rank = rank if rank.shape[1] == 1 else per_query_head(rank, view.q.shape[1])[:, heads]
     rank = rank[:, :, None].expand(*w.shape[:2], 1, -1)
@@ -155,3 +157,11 @@ def summary(view: View, observer: Observer, w: Tensor, rows: slice, heads: list[
     seen = view.hold()[:, :, None] if view.real is not None else torch.ones_like(rank, dtype=torch.bool)
     seen = seen if seen.shape[1] in (1, w.shape[1]) else per_query_head(seen, view.q.shape[1])[:, heads]
     return torch.where((rank == key) & seen, w, 0).sum(-1)
+
+
+def slots_of_spans(view: View, observer: Observer, heads: list[int]) -> Iterator[Tensor]:
+    """[1|B, 1|heads, 1, n] bool: where the tokens of each span are stored; padding among them weighs nothing."""
+    rank = view.rank()[:, :, None]
+    for first, past in observer.spans:
+        slots = (rank >= first) & (rank < past)
+        yield slots if slots.shape[1] == 1 else per_query_head(slots, view.q.shape[1])[:, heads]

@@ -31,7 +31,7 @@ ONLY = {
 }
 WITHOUT_VALUE = ("zero", "mean", "resample", "block", "uniform")
 PHASES = ("prefill", "decode", "both")
-STATISTICS = ("last_row", "top1", "received", "mass_at", "z", "value", "z_if")
+STATISTICS = ("last_row", "top1", "received", "mass_at", "spans", "z", "value", "z_if")
 
 __getattr__ = moved(__name__, {"LOOKS": "regard.core.edit:STATISTICS"})
 
@@ -156,6 +156,7 @@ class Observer:
     value     the quantity of the site itself: q, k, v or z [B, heads, rows, width], of a layer [B, rows, width]; where
               rows are named scores and weights too [B, heads, rows, n]
     z_if      [B, heads, N, E] what z would be if q, k or v, the quantity of the site, were `given` in all heads
+    spans     [B, heads, rows, spans] weights summed over each of `spans`: (first, past the last) token of the text
 
     In a padded batch n is the stored slots, and rows those of the site that the longest text has: NaN, and -1 of top1,
     where a text has fewer.  Without rows in the site, rows are the columns of the forward, padding included.
@@ -167,8 +168,10 @@ class Observer:
     name: str = ""
     given: Any = None  # of z_if: a tensor [B, heads, N, D]
     live: bool = False  # records stay in the graph of autograd; else they are copies
+    spans: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", tuple((int(first), int(past)) for first, past in self.spans))
         require(self.statistic in STATISTICS, f"statistic is one of {STATISTICS}", statistic=self.statistic)
         require(
             (self.statistic == "mass_at") == (self.keys_of is not None),
@@ -185,4 +188,10 @@ class Observer:
         rule = "of a layer as a whole the value is observed"
         require(
             self.site.quantity not in STREAMS or self.statistic == "value", rule, statistic=self.statistic
+        )
+        require(
+            (self.statistic == "spans") == bool(self.spans)
+            and all(0 <= first < past for first, past in self.spans),
+            "the statistic spans, and no other, takes spans: 0 <= first < past the last",
+            spans=self.spans,
         )
