@@ -8,8 +8,9 @@ explanations rank the words of 80 unseen passages; no special token is ranked an
     norms       ‖Σ_h α_h v_h W_O^h‖ of each word there: what it adds to the classifier token, by norm
     LIME, IG, Gradient-SHAP   |a_i| of the log-odds of the true class (ops.attribution), as the released code has them
 
-A word that is removed, and the baseline of gradients, is the padding word, which stands for a tenth of all words in
-training. Gradient-SHAP has 5 places on the path from this baseline, LIME 1000 removals, IG 50 steps, as the released
+A word that is removed, and the baseline of gradients, is the padding word. It stands for a tenth of all words in
+training, so that removals are nothing new; a second transformer, as the paper trains, has never seen it ("unpadded").
+Both are judged. Gradient-SHAP has 5 places on the path from this baseline, LIME 1000 removals, IG 50 steps, as the released
 code and its library have them. τ is Kendall's τ-b, its mean over passages comes with a 95 % bootstrap interval. The
 released code's norms cut the heads after the output weight; here each head has its slice of W_O. Its rollout and flow,
 DeepLIFT and Deep-SHAP are left out.
@@ -45,6 +46,8 @@ WIDTH, HEADS, LAYERS = 64, 4, 2
 STEPS, BATCH, RATE, LOST = 300, 64, 2e-3, 0.1
 EXPLAINED, STEPS_IG, PLACES, REMOVALS = 80, 50, 5, 1000
 PLANTED = (2, 3)  # ids of the two words that decide in the control
+
+OF_ATTENTION = ("attention", "norms")
 
 Batch = tuple[Tensor, Tensor]  # words [B, n], classes [B]
 
@@ -179,14 +182,18 @@ Classifier = Transformer | Recurrent
 
 
 def trained(
-    kind: type, size: int, draw: Callable[[int, torch.Generator], Batch], steps: int = STEPS
+    kind: type,
+    size: int,
+    draw: Callable[[int, torch.Generator], Batch],
+    steps: int = STEPS,
+    lost: float = LOST,
 ) -> Classifier:
     with seeded(0):
         model, g = kind(size), generator(0)
 
         def loss_at(step: int) -> Tensor:
             words, classes = draw(BATCH, g)
-            words = words.masked_fill(torch.rand(words.shape, generator=g) < LOST, PAD)
+            words = words.masked_fill(torch.rand(words.shape, generator=g) < lost, PAD)
             return F.binary_cross_entropy_with_logits(model(model.embed(words)), classes.float())
 
         optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01)
@@ -261,15 +268,21 @@ def control() -> dict[str, float | list]:
     }
 
 
-def of(kind: type, data: Texts, steps: int = STEPS) -> dict[str, float | list]:
-    model = trained(kind, data.size, data.draw, steps)
+def of(kind: type, data: Texts, **how: float) -> dict[str, float | list]:
+    model = trained(kind, data.size, data.draw, **how)
     batch = data.draw(EXPLAINED, generator(4), "test")
     scores, gap = explained(model, batch)
     taus = rank_correlations(scores)
+    mixed = [
+        row[0]
+        for pair, row in taus.items()
+        if pair.startswith(OF_ATTENTION) and pair != "/".join(OF_ATTENTION)
+    ]
     return {
         "accuracy": right(model, data.draw(1000, generator(5), "test")),
         "gap_of_integrated_gradients": gap,
         "largest": max(row[0] for row in taus.values()),
+        "largest of attention with attribution": max(mixed),
         "mean": mean(row[0] for row in taus.values()),
         **{f"tau {pair}": row for pair, row in taus.items()},
     }
@@ -278,14 +291,16 @@ def of(kind: type, data: Texts, steps: int = STEPS) -> dict[str, float | list]:
 def measure() -> Measured:
     with threads(1):
         data = texts()
-        sides = {"transformer": of(Transformer, data), "lstm": of(Recurrent, data)}
+        sides = {"transformer": of(Transformer, data), "unpadded": of(Transformer, data, lost=0.0)}
+        sides |= {"lstm": of(Recurrent, data)}
         untrained = of(Transformer, data, steps=0)
         checked = control()
     numbers = {f"{name} {k}": v for name, side in sides.items() for k, v in side.items()} | checked
     numbers |= {"untrained largest": untrained["largest"], "untrained mean": untrained["mean"]}
-    judged = sides["transformer"]
-    learned = judged["accuracy"] >= 0.8 and checked["control_accuracy"] >= 0.95
-    return Measured(learned and judged["largest"] < 0.5 and checked["control_agreement"] >= 0.8, numbers)
+    judged = [sides["transformer"], sides["unpadded"]]
+    learned = min(side["accuracy"] for side in judged) >= 0.8 and checked["control_accuracy"] >= 0.95
+    weak = max(side["largest"] for side in judged) < 0.5
+    return Measured(learned and weak and checked["control_agreement"] >= 0.8, numbers)
 
 
 CLAIM = Claim(
@@ -300,4 +315,10 @@ CLAIM = Claim(
         ">= 0.8 and >= 0.95)"
     ),
     measure=measure,
+    contradicted=(
+        "half of it: attention, raw or by norm, agrees weakly with every attribution (τ-b of 0.18 to 0.31), and the control "
+        "shows that all explanations can agree; but attributions of a small model of two layers agree with one another: "
+        "LIME with integrated gradients 0.72, with Gradient-SHAP 0.56, the two of gradients 0.77, which have baseline and "
+        "path in common. The raw weights agree with the norms (0.60). The paper's model has six layers and is pretrained"
+    ),
 )
