@@ -11,9 +11,9 @@ HELD, KNOWN = ({*map(tuple, tasks.tolist())} for tasks in (claim.held_out(), cla
 
 
 def test_answers_by_hand():
-    tasks = torch.tensor([[0, 0], [1, 3], [5, 7]])  # orders 012, 021, 210
-    x = torch.tensor([[0, 1, 2]]).expand(3, 1, 3)
-    assert claim.answers(tasks, x)[:, 0].tolist() == [[0, 1, 2], [3, 5, 4], [1, 0, 7]]
+    tasks = torch.tensor([[0, 0], [1, 3], [3, 1], [5, 7]])  # orders 012, 021, 120, 210
+    x = torch.tensor([[0, 1, 2]]).expand(4, 1, 3)
+    assert claim.answers(tasks, x)[:, 0].tolist() == [[0, 1, 2], [3, 5, 4], [2, 3, 1], [1, 0, 7]]
 
 
 def test_a_section_is_its_definition_and_its_rows():
