@@ -27,7 +27,7 @@ GROUPS = ("north", "south")
 CONSONANTS = "BDFGHKLMNPQRSTVWXZ"
 INTRO = "\nVehicles and their groups:"
 
-Vehicle = tuple[str, str, str, str]
+Vehicle = tuple[str, ...]  # the features, then the plate
 
 
 @dataclass(frozen=True)

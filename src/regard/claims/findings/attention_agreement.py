@@ -10,10 +10,10 @@ explanations rank the words of 80 unseen passages; no special token is ranked an
 
 A word that is removed, and the baseline of gradients, is the padding word. It stands for a tenth of all words in
 training, so that removals are nothing new; a second transformer, as the paper trains, has never seen it ("unpadded").
-Both are judged. Gradient-SHAP has 5 places on the path from this baseline, LIME 1000 removals, IG 50 steps, as the released
-code and its library have them. τ is Kendall's τ-b, its mean over passages comes with a 95 % bootstrap interval. The
-released code's norms cut the heads after the output weight; here each head has its slice of W_O. Its rollout and flow,
-DeepLIFT and Deep-SHAP are left out.
+Both are judged. Gradient-SHAP has 5 places on the path from this baseline, LIME 1000 removals, IG 50 steps, as the
+released code and its library have them. τ is Kendall's τ-b, its mean over passages comes with a 95 % bootstrap
+interval. The released code's norms cut the heads after the output weight; here each head has its slice of W_O. Its
+rollout and flow, DeepLIFT and Deep-SHAP are left out.
 
 Control: random passages in which one of two planted words decides, wherever it stands. Agreement is the share of
 passages on which both explanations of a pair put the same word first, the smallest over all pairs. The bidirectional
@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -254,7 +255,7 @@ def agreements(scores: dict[str, Tensor]) -> dict[str, float]:
     return {f"{a}/{b}": (tops[a] == tops[b]).double().mean().item() for a, b in combinations(scores, 2)}
 
 
-def control() -> dict[str, float | list]:
+def control() -> dict[str, Any]:
     model, batch = trained(Transformer, 100, planted), planted(EXPLAINED, generator(2))
     scores, _ = explained(model, batch)
     hits = (batch[0] == PLANTED[0]) | (batch[0] == PLANTED[1])
@@ -268,7 +269,7 @@ def control() -> dict[str, float | list]:
     }
 
 
-def of(kind: type, data: Texts, **how: float) -> dict[str, float | list]:
+def of(kind: type, data: Texts, **how: float) -> dict[str, Any]:
     model = trained(kind, data.size, data.draw, **how)
     batch = data.draw(EXPLAINED, generator(4), "test")
     scores, gap = explained(model, batch)
@@ -319,10 +320,11 @@ CLAIM = Claim(
     ),
     measure=measure,
     contradicted=(
-        "it depends on what removal means to the model. Attention, raw or by norm, agrees weakly with every attribution in "
-        "all models (τ-b of at most 0.31), and the control shows that explanations can agree. Attributions disagree as "
-        "in the paper only where their baseline is a word that the model has never seen (at most 0.41); of a model that knows "
-        "the padding word from training LIME and integrated gradients agree (0.72), and so do both gradients (0.77). Raw "
-        "weights and norms of attention agree in either (0.60). The paper's model is larger and pretrained"
+        "it depends on what removal means to the model. Attention, raw or by norm, agrees weakly with every "
+        "attribution in all models (τ-b of at most 0.31), and the control shows that explanations can agree. "
+        "Attributions disagree as in the paper only where their baseline is a word that the model has never seen "
+        "(at most 0.41); of a model that knows the padding word from training LIME and integrated gradients agree "
+        "(0.72), and so do both gradients (0.77). Raw weights and norms of attention agree in either (0.60). The "
+        "paper's model is larger and pretrained"
     ),
 )
