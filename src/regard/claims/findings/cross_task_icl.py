@@ -1,7 +1,7 @@
 """Cross-task in-context learning's claim: examples of a related task help with a new one, in a tiny language model.
 
-A task is a definition of two tokens and a function of strings of three letters out of eight: an order of the places,
-then a shift of the letters, y_i = x_{p(i)} + s mod 8. Of 48 tasks 12 are held out; every order and every shift is
+A task is a definition of two tokens and a function of strings of three letters out of six: an order of the places,
+then a shift of the letters, y_i = x_{p(i)} + s mod 6. Of 36 tasks 12 are held out; every order and every shift is
 trained in others. A text for training has two tasks, each with or without an example before its question; as
 neighbours in a corpus are alike, the second shares its order or its shift with the first in half of the texts, and is
 any in the rest.
@@ -12,8 +12,9 @@ any in the rest.
     in-task      an example of the held-out task itself; reported
 
 As in the paper the example is the one of eight that is nearest to the question (here: most letters in the same place),
-one example is the released code's default, and an answer is right as a whole.
-Three models; accuracy is over 2000 questions each.
+one example is the released code's default, and an answer is right as a whole. Three models; accuracy is over 2000
+questions each. The number of letters, the spread of the first weights and the steps were chosen by the training loss of
+a fourth model.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from regard.claims.lab import generator, mean, seeded, threads
 from regard.core.claim import Claim, Measured
 from regard.train.loop import fit, one_cycle
 
-LETTERS, PLACES = 8, 3
+LETTERS, PLACES = 6, 3
 ORDERS = torch.tensor([*permutations(range(PLACES))])  # [6, 3]
 GIVES, ENDS = LETTERS, LETTERS + 1  # the signs between x and y, and after y
 FIRST = LETTERS + 2  # of the tokens of definitions: orders, then shifts
@@ -36,13 +37,13 @@ SIZE = FIRST + len(ORDERS) + LETTERS
 EXAMPLES, NEAREST_OF = 1, 8
 SEEDS, ASKED = 3, 2000
 WIDTH, LAYERS, HEADS = 64, 2, 4
-BATCH, STEPS, RATE = 32, 2000, 3e-3
+BATCH, STEPS, RATE = 32, 1200, 3e-3
 
 Tasks = Tensor  # [B, 2] order and shift
 
 
 def held_out() -> Tasks:
-    """[12, 2]: two shifts of each order, so that each shift is held out once or twice."""
+    """[12, 2]: two shifts of each order, so that each shift is held out twice."""
     return torch.tensor([(p, (2 * p + i) % LETTERS) for p, i in product(range(len(ORDERS)), range(2))])
 
 
@@ -95,7 +96,9 @@ def trained(seed: int) -> tuple[LlamaForCausalLM, float]:
         hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS
     )
     with seeded(seed):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=SIZE, max_position_embeddings=128, **shape))
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=SIZE, initializer_range=0.1, max_position_embeddings=128, **shape)
+        )
     g, losses = generator(seed), []
 
     def loss_at(step: int) -> Tensor:
