@@ -147,8 +147,9 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def attention(self, words: Tensor) -> dict[str, Tensor]:
         """Of the classifier token in the last layer, over words: [B, n] each."""
-        x, last = self.begin(words), self.layers[-1]
-        for layer in list(self.layers)[:-1]:
+        layers: list[Layer] = list(self.layers)
+        x, last = self.begin(words), layers[-1]
+        for layer in layers[:-1]:
             x = layer(x)
         return {
             "attention": last.heads(x)[0].mean(1)[:, 0, 1:],

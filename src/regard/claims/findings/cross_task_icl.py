@@ -87,7 +87,7 @@ def texts(g: torch.Generator) -> tuple[Tensor, Tensor]:
     second = torch.where(alike, related(first, pool, g), any_other)
     counts = torch.randint(1, EXAMPLES + 2, (2,), generator=g).tolist()
     parts = [section(t, letters(BATCH, k, g)) for t, k in zip((first, second), counts, strict=True)]
-    return tuple(torch.cat([part[i] for part in parts], -1) for i in range(2))
+    return torch.cat([ids for ids, _ in parts], 1), torch.cat([scored for _, scored in parts])
 
 
 def trained(seed: int) -> tuple[LlamaForCausalLM, float]:
