@@ -316,6 +316,8 @@ def sources(work: Work, top: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
     work.tested.append(
         f"{len(found)} ways to say which of {len(spans)} parts of the prompt mattered, each by removal"
     )
+    if not any(c.method == "surrogate" for c in found):
+        work.tested.append("no sparse surrogate of removals: scikit-learn is not installed (regard[explain])")
     return [c.to_dict() for c in found]
 
 

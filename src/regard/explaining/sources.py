@@ -4,7 +4,7 @@
     attention·norm   the same, each weight times the length of what the head writes for that token, |v W_O|
     gradient         (embedding - mean embedding) · ∂m/∂embedding
     removal          what the metric loses without a part of the prompt
-    surrogate        a sparse line (Lasso) fitted to removals of random halves
+    surrogate        a sparse line (scikit-learn's Lasso) fitted to removals of random halves
     random, last     controls: a random order, the attention of the last layer averaged over heads
 
 A part is a token of a short prompt and a span of a long one. It is removed as if it had never been fed: the others keep
@@ -16,6 +16,7 @@ metric over removals that no way has seen (linear datamodelling score).
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -278,9 +279,10 @@ def scores_of(
         by_token["attention·norm"] = attention_scores(rows, heads, lengths)
     by_part = {
         "removal": occlusion(without, len(spans)),
-        "surrogate": removal_surrogate(without, len(spans), samples, seed),
         "random": torch.rand(len(spans), generator=torch.Generator().manual_seed(seed + 2)).double(),
     }
+    if find_spec("sklearn") is not None:
+        by_part["surrogate"] = removal_surrogate(without, len(spans), samples, seed)
     ways = {name: (torch.stack([x[a:b].sum() for a, b in spans]), x) for name, x in by_token.items()}
     return {**ways, **{name: (x, spread(x, spans, len(without.ids))) for name, x in by_part.items()}}
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from regard.core import require
+from regard.core.errors import NotInstalled
 
 Scorer = Callable[[Tensor], Tensor]  # [B, ...] variants of one input -> [B] scores
 
-EVENTS, SWEEPS = 10_000, 10_000  # at most, of the Lasso
-CLOSE = 1e-8  # its slopes are right up to this share of the largest
+SWEEPS, CLOSE = 100_000, 1e-8  # of the Lasso: at most, and how near to its minimum
 
 
 # gradients on a path
@@ -146,83 +146,30 @@ def removal_surrogate(
 def lasso(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, float]:
     """(w [n], c) that minimise |y - c - x w|² / 2S + alpha Σ_i spread(x_i) |w_i| over x [S, n] and y [S]; float64.
 
-    The minimum itself, not an approach to it; a column without spread gets 0.
+    scikit-learn's, on columns divided by their spread; a column without spread gets 0.
 
     >>> x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
     >>> lasso(x, 3 * x[:, 0] + 0.1 * x[:, 1], alpha=0.1)[0]  # 2 alpha off the first, the second is smaller than that
     tensor([2.8000, 0.0000], dtype=torch.float64)
     """
-    require(alpha >= 0, "alpha >= 0", alpha=alpha)
+    require(alpha > 0, "alpha > 0", alpha=alpha)
     require(x.dim() == 2 and y.shape == x.shape[:1] and len(y), "x [S, n] and y [S]", x=x, y=y)
+    try:
+        from sklearn.linear_model import Lasso
+    except ImportError as error:
+        raise NotInstalled(
+            "a sparse surrogate is fitted by scikit-learn: pip install 'regard[explain]'"
+        ) from error
     x, y = x.double(), y.double()
     spread = x.std(0, correction=0)
-    known = spread > 0
-    columns = (x - x.mean(0))[:, known] / spread[known]
-    gram = (columns.T @ columns / len(y)).cpu().numpy()  # ones on the diagonal
-    wanted = (columns.T @ (y - y.mean()) / len(y)).cpu().numpy()
     w = torch.zeros_like(spread)
-    found = _swept(gram, wanted, alpha, _followed(gram, wanted, alpha))
-    w[known] = torch.as_tensor(found, device=x.device) / spread[known]
+    known = spread > 0
+    if bool(known.any()):
+        columns = ((x - x.mean(0))[:, known] / spread[known]).cpu().numpy()
+        line = Lasso(alpha, fit_intercept=False, tol=CLOSE, max_iter=SWEEPS)
+        found = line.fit(columns, (y - y.mean()).cpu().numpy()).coef_
+        w[known] = torch.as_tensor(found, device=x.device) / spread[known]
     return w, float(y.mean() - x.mean(0) @ w)
-
-
-def _followed(gram: np.ndarray, wanted: np.ndarray, alpha: float) -> np.ndarray:
-    """The w that minimises w·G w / 2 - wanted·w + alpha |w|, as the penalty falls to alpha (least-angle regression).
-
-    Between two events w moves along a line: one coefficient begins to live where its slope reaches the penalty, or
-    one that lives comes back to 0. What rounding or columns that depend on each other leave is done by `_swept`.
-    """
-    w, penalty = np.zeros(len(wanted)), np.abs(wanted).max(initial=0.0)
-    if penalty <= alpha:
-        return w
-    live, barred = [int(np.abs(wanted).argmax())], -1
-    most = np.linalg.matrix_rank(gram)  # of so many slopes follow all others
-    for _ in range(EVENTS):
-        if not live or penalty <= alpha:
-            break
-        slope = wanted - gram @ w
-        way = np.linalg.lstsq(gram[np.ix_(live, live)], np.sign(slope[live]), rcond=None)[0]
-        births = _births(slope, gram[:, live] @ way, penalty, barred)
-        births[range(len(w)) if len(live) == most else live] = np.inf
-        with np.errstate(divide="ignore", invalid="ignore"):
-            deaths = np.where(w[live] * way < 0, -w[live] / way, np.inf)
-        far = min(penalty - alpha, births.min(), deaths.min())
-        w[live] += far * way
-        penalty, barred = penalty - far, -1
-        if far == deaths.min():
-            barred = live.pop(int(deaths.argmin()))
-            w[barred] = 0.0
-        elif far == births.min():
-            live.append(int(births.argmin()))
-    return w
-
-
-def _births(slope: np.ndarray, falls: np.ndarray, penalty: float, barred: int) -> np.ndarray:
-    """How far the penalty falls until each slope, which falls by so much, reaches it from within, on either side.
-
-    What has just come back to 0 stands at the penalty still: it does not live again on that side at once.
-    """
-    sides = np.full((2, len(slope)), np.inf)
-    for births, sign in zip(sides, (1, -1), strict=True):
-        np.divide(penalty - sign * slope, 1 - sign * falls, out=births, where=1 - sign * falls > CLOSE)
-    if barred >= 0:
-        sides[int(slope[barred] < 0), barred] = np.inf
-    return sides.min(0).clip(min=0)
-
-
-def _swept(gram: np.ndarray, wanted: np.ndarray, alpha: float, w: np.ndarray) -> np.ndarray:
-    """From w on, one coefficient after the other to its own minimum, until all slopes are those of the minimum."""
-    left, close = wanted - gram @ w, CLOSE * np.abs(wanted).max(initial=0.0)
-    for _ in range(SWEEPS):
-        off = np.where(w == 0, np.abs(left) - alpha, np.abs(left - alpha * np.sign(w)))
-        if off.max(initial=0.0) <= close:
-            return w
-        for i in range(len(w)):
-            pull = left[i] + w[i]
-            new = np.sign(pull) * max(abs(pull) - alpha, 0.0)
-            left -= (new - w[i]) * gram[:, i]
-            w[i] = new
-    raise ValueError(f"a Lasso that settles within {SWEEPS} sweeps: parts are too alike for alpha = {alpha}")
 
 
 @torch.no_grad()
