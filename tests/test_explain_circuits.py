@@ -10,6 +10,7 @@ from regard.explaining.attribution import attribute
 from regard.explaining.circuit import area, faithfulness, nodes_of, random_directions, random_heads, together
 from regard.explaining.das import Subspace, audited, interchange, random_subspace
 from regard.explaining.edges import EMBEDDINGS, edge_receivers, edges, top_edges
+from regard.explaining.knockout import knockout
 from regard.explaining.pairs import Pairs, batch_of
 from regard.explaining.patching import patch
 from regard.explaining.paths import LOGITS, Node, path_patch
@@ -198,3 +199,25 @@ def test_das_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in model.parameters())
     with torch.no_grad(), attach(model):
         model(input_ids=pairs.clean.ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "neox"])
+def test_a_knockout_by_hand(family):
+    """Each window and span of each prompt alone, padding before the prompts or not."""
+    model, pairs = tiny(family), random_pairs(lengths=(9, 7))
+    spans = [(0, 2), (3, 4)]
+    found = knockout(model, pairs, spans, window=2)
+    assert found.dims == ("layer", "span") and found.values.shape == (2, 2, 2)
+    for i, ids in enumerate(texts(pairs.clean)):
+        base = pairs.at([i]).score(forwarded(model, torch.tensor([ids]), ()))
+        for layer in (0, 1):
+            for j, (a, b) in enumerate(spans):
+                site = Site("scores", layers=(layer, layer + 1), rows=-1, keys=tuple(range(a, b)))
+                edit = Edit(site, "block", required=False)
+                after = pairs.at([i]).score(forwarded(model, torch.tensor([ids]), [edit]))
+                assert float(found.values[i, layer, j]) == pytest.approx(float(base - after), abs=2e-5)
+    assert float(found.values.abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="spans are of tokens"):
+        knockout(model, pairs, [(5, 9)])
+    with pytest.raises(ValueError, match="a window of the model's layers"):
+        knockout(model, pairs, spans, window=4)

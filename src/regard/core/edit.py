@@ -118,6 +118,7 @@ class Edit:
     to: tuple[int, ...] | int | str | None = None
     name: str = ""
     source: Any = None
+    required: bool = True  # that it never fires is an error; else it may name what no query sees
 
     def __post_init__(self) -> None:
         require(self.verb in VERBS, f"verb is one of {VERBS}", verb=self.verb)

@@ -10,12 +10,12 @@ is φ after the page's objective on the same confounded texts. The truth comes f
 value in their place, which no training sees. Probes are logistic regressions, fitted and asked on texts in which both
 concepts are independent, so that chance is 1/2 for each.
 
-What it took, found on seeds 100 to 104; 200 to 204 are measured, of which nothing was seen before. Heads moved by gradients like the encoder, as released, chase a
-signal that moves as fast: one fitted afterwards reads the concept as before. Here both are kept at their best by part
-of a Newton step a batch. Heads that read masked texts, as released, left the concept readable at 57 %; they read whole
-texts here. The mean of all states, as released, kept 64 % on one seed. A reversal of 1, as released, left 60 and 57 %
-on two seeds of four; it is 2 here, chosen on those two. All tokens side by side do not forget
-(`treated_probe_all_tokens`).
+What it took, found on seeds 100 to 104; 200 to 204 are measured, of which nothing was seen before. Heads moved by
+gradients like the encoder, as released, chase a signal that moves as fast: one fitted afterwards reads the concept as
+before. Here both are kept at their best by part of a Newton step a batch. Heads that read masked texts, as released,
+left the concept readable at 57 %; they read whole texts here. The mean of all states, as released, kept 64 % on one
+seed. A reversal of 1, as released, left 60 and 57 % on two seeds of four; it is 2 here, chosen on those two. All tokens
+side by side do not forget (`treated_probe_all_tokens`).
 
 Not every φ^C is a good one: where words are predicted worse than before (`mlm_loss_after`) the probes hold as well, but
 f^C still answers single pairs apart (`ate_of_counterfactual`), and TReATE lies above what forgetting alone explains,
