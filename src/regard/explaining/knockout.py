@@ -2,7 +2,7 @@
 
     s(i, j) = -inf for queries i and keys j, in layers l .. l + w - 1         the mass goes to what is left
 
-Which layers carry what from where to the last token: hidden from it too early or too late, a source token costs nothing.
+Which layers carry what to the last token: hidden from it too early or too late, a source token costs nothing.
 The windows of a scan slide over the layers ("Dissecting Recall of Factual Associations in Auto-Regressive Language
 Models", 2023). Spans are token numbers; an image's or a document's tokens are hidden by their role with a single Edit.
 """
