@@ -420,3 +420,13 @@ def test_probabilities_are_a_metric():
     asked = Pairs(pairs.clean, pairs.corrupt, pairs.target, metric=prob)
     effects = patch(model, asked, "resid_post")
     torch.testing.assert_close(effects.mean, torch.ones(3).double(), rtol=0, atol=1e-3)
+
+
+def test_integrated_gradients_are_complete():
+    """What the embeddings do along the whole line is the difference of both prompts; at its start alone it is not."""
+    model, pairs = tiny("llama"), random_pairs(2, 7)
+    gaps = []
+    for steps in (0, 48):
+        found = attribute(model, pairs, ["resid_pre"], steps=steps)["resid_pre"]
+        gaps.append(float(((found.at((0,)) - found.span) / found.span).abs().max()))
+    assert gaps[1] <= 0.02 < 0.1 < gaps[0]

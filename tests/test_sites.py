@@ -261,6 +261,23 @@ def test_uniform_keeps_the_mass_of_its_keys():
     torch.testing.assert_close(b.sum(-1), torch.ones_like(b.sum(-1)))
 
 
+@pytest.mark.parametrize("quantity", ["mlp", "z"])
+def test_a_mean_is_over_the_rows_of_each_text(quantity):
+    """Without padding too, and of named rows alone."""
+    model, ids = build("llama")[0], torch.arange(3, 27).view(2, 12)
+    get = Observer("value", Site(quantity, layers=1), name="x")
+    edit = Edit(Site(quantity, layers=1, rows=(2, 5, 9)), "mean")
+    with torch.no_grad():
+        with attach(model, get) as before:
+            model(input_ids=ids)
+        with attach(model, [edit, get]) as after:
+            model(input_ids=ids)
+    a, b = (x.records["x"][0][2] for x in (before, after))
+    wanted = a.clone()
+    wanted[..., [2, 5, 9], :] = a[..., [2, 5, 9], :].mean(-2, keepdim=True)
+    torch.testing.assert_close(b, wanted)
+
+
 def test_texts_of_a_batch_are_independent():
     """One edit for each text is what each text gets alone, on every quantity."""
     model, inputs = build("llama")[0], padded()
