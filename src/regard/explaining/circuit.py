@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 from regard.core import Edit, Site, require
 from regard.explaining.effects import Effects, bootstrap
-from regard.explaining.pairs import Pairs
-from regard.explaining.patching import in_groups, refuse_constant, texts_at_once
+from regard.explaining.pairs import Batch, Pairs
+from regard.explaining.patching import in_groups, refuse_constant, split, texts_at_once
 from regard.explaining.paths import Node
-from regard.explaining.runs import Values, capture, forward, heads_at, layers_of
+from regard.explaining.runs import Values, capture, forward, heads_at
 
 Ablation = Literal["resample", "zero", "mean"]
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -104,28 +104,45 @@ def faithfulness(
     order = [n for n, _ in sorted(ranking, key=lambda x: -x[1] if signed else -abs(x[1]))]
     kept = [set(order[: round(share * len(order))]) for share in shares]
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for group in in_groups(len(pairs), max(1, texts_at_once(pairs, batch) // (2 * len(kept)))):
-        parts.append(curve_of(model, pairs.at(group), order, kept, ablation))
+    step = texts_at_once(pairs, batch)
+    for group in in_groups(len(pairs), step):
+        parts.append(curve_of(model, pairs.at(group), order, kept, ablation, step))
     change, without, span = (torch.cat(x).double().cpu() for x in zip(*parts, strict=True))
     refuse_constant(span)
     return Curve(tuple(shares), change, span, without, ablation, signed, len(order))
 
 
 def curve_of(
-    model: PreTrainedModel, pairs: Pairs, nodes: Sequence[Node], kept: Sequence[set[Node]], ablation: str
+    model: PreTrainedModel,
+    pairs: Pairs,
+    nodes: Sequence[Node],
+    kept: Sequence[set[Node]],
+    ablation: str,
+    step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(m(C) - m(none), m(all but C) - m(none) [B, shares], m(all) - m(none) [B])."""
+    """(m(C) - m(none), m(all but C) - m(none) [B, shares], m(all) - m(none) [B]); `step` texts in a forward."""
     given = ablated(model, pairs, ablation)
     every = [*kept, *({*nodes} - k for k in kept), set(), {*nodes}]
-    edits = []
-    for i, circuit in enumerate(every):
-        texts = tuple(range(i * len(pairs), (i + 1) * len(pairs)))
-        edits += ablating([n for n in nodes if n not in circuit], given, texts)
-    logits, _ = forward(model, pairs.clean.repeated(len(every)), edits)
-    scores = pairs.score(logits).view(len(every), -1).T
+    off = [[n for n in nodes if n not in circuit] for circuit in every]
+    scores = variants(model, pairs, pairs.clean, [(nodes_off, given) for nodes_off in off], step)
     with_c, without = scores[:, : len(kept)], scores[:, len(kept) : 2 * len(kept)]
     none, all_of = scores[:, -2:].unbind(1)
     return with_c - none[:, None], without - none[:, None], all_of - none
+
+
+def variants(
+    model: PreTrainedModel, pairs: Pairs, base: Batch, off: Sequence[tuple[Sequence[Node], Values]], step: int
+) -> Tensor:
+    """[B, variants] the metric of the prompts `base` with each set of nodes replaced by what it is given."""
+    found = []
+    for some in split(list(range(len(off))), max(1, step // len(pairs))):
+        edits = []
+        for i, number in enumerate(some):
+            texts = tuple(range(i * len(pairs), (i + 1) * len(pairs)))
+            edits += ablating(*off[number], texts)
+        logits, _ = forward(model, base.repeated(len(some)), edits)
+        found.append(pairs.score(logits).view(len(some), -1))
+    return torch.cat(found).T
 
 
 def ablated(model: PreTrainedModel, pairs: Pairs, ablation: str) -> Values:
@@ -165,32 +182,27 @@ def together(
     pairs: Pairs,
     sets: Sequence[Heads],
     *,
-    change: Values | None = None,
+    noise: torch.Generator | None = None,
     batch: int | None = None,
 ) -> Effects:
     """The exact effect of patching each set of heads at once, corrupted prompts given what they had on the clean ones.
 
-    change   what is added to z instead of the difference between the prompts: for controls. Effects [pairs, set]
+    noise   z is changed by as much in a random direction instead, token by token: a control. Effects [pairs, set]
     """
-    pairs = pairs.to(model.device)
+    pairs, step = pairs.to(model.device), texts_at_once(pairs, batch)
     parts, spans = [], []
-    for group in in_groups(len(pairs), max(1, texts_at_once(pairs, batch) // len(sets))):
+    for group in in_groups(len(pairs), step):
         part = pairs.at(group)
         clean_logits, clean = capture(model, part.clean, ["z"])
         base_logits, base = capture(model, part.corrupt, ["z"])
-        given = {n: pairs.donor(x)[0] for n, x in clean["z"].items()}
-        if change is not None:
-            given = {
-                n: base["z"][n] + rescaled(change["z"][n][group].to(x), x - base["z"][n])
-                for n, x in given.items()
-            }
-        edits = []
-        for i, heads in enumerate(sets):
-            texts = tuple(range(i * len(part), (i + 1) * len(part)))
-            edits += ablating([Node("z", n, h) for n, h in heads], {"z": given}, texts)
-        logits, _ = forward(model, part.corrupt.repeated(len(sets)), edits)
+        given = {n: part.donor(x)[0] for n, x in clean["z"].items()}
+        if noise is not None:
+            drawn = {n: torch.randn(x.shape, generator=noise).to(x) for n, x in sorted(given.items())}
+            given = {n: base["z"][n] + rescaled(drawn[n], x - base["z"][n]) for n, x in given.items()}
+        nodes = [[Node("z", n, h) for n, h in heads] for heads in sets]
         before = part.score(base_logits)
-        parts.append((part.score(logits).view(len(sets), -1) - before).T)
+        after = variants(model, part, part.corrupt, [(n, {"z": given}) for n in nodes], step)
+        parts.append(after - before[:, None])
         spans.append(part.score(clean_logits) - before)
     values, span = torch.cat(parts).double().cpu(), torch.cat(spans).double().cpu()
     refuse_constant(span)
@@ -226,11 +238,7 @@ def random_directions(
 ) -> Effects:
     """What changes of the same norm in random directions do at the heads of the target. Effects [pairs, draw]."""
     g = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(draws):
-        _, shapes = capture(model, pairs.to(model.device).clean, ["z"], layers_of(model))
-        noise = {"z": {n: torch.randn(x.shape, generator=g) for n, x in shapes["z"].items()}}
-        found.append(together(model, pairs, [target], change=noise))
+    found = [together(model, pairs, [target], noise=g) for _ in range(draws)]
     values = torch.cat([f.values for f in found], 1)
     exact = torch.ones(draws, dtype=torch.bool)
     return replace(found[0], values=values, coords={"set": range(draws)}, exact=exact)
