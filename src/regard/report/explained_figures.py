@@ -155,7 +155,7 @@ def whiskers(found: Found) -> Figure:
 
 
 def faithfulness_figure(found: Found) -> Figure:
-    """What a share of the edges carries by itself: 0 is the corrupted run, 1 the clean one."""
+    """What a share of the heads and MLPs carries by itself: 0 is the corrupted run, 1 the clean one."""
     shares, low, high = found["share"], found.get("low"), found.get("high")
     traces = []
     if low and high and None not in [*low, *high]:
@@ -194,7 +194,7 @@ def faithfulness_figure(found: Found) -> Figure:
         "line": {"color": "#aaaaaa", "width": 1, "dash": "dot"},
     }
     lines = [flat | {"y0": y, "y1": y} for y in (0, 1)]
-    xaxis = axis("Share of the edges that are kept", **scale)
+    xaxis = axis("Share of the heads and MLPs that are kept", **scale)
     return {"data": traces, "layout": untitled(xaxis, yaxis, 30, shapes=lines, height=340)}
 
 

@@ -253,10 +253,14 @@ def faithfulness_section(found: Found) -> str:
     if not curve:
         return ""
     signed = curve.get("signed")
-    how = [] if signed is None else [f"Edges are ranked by their {'signed' if signed else 'absolute'} score"]
+    how = (
+        []
+        if signed is None
+        else [f"Heads and MLPs are ranked by their {'signed' if signed else 'absolute'} effect"]
+    )
     how += [f"the rest is under {visible(curve['ablation'])} ablation"] if curve.get("ablation") else []
     first = f"{', '.join(how)}. " if how else ""
-    ends = "1 is what the whole model does, 0 what is left where every edge is replaced"
+    ends = "1 is what the whole model does, 0 what is left where every head and MLP is replaced"
     lead = f"{first}{ends}. Shaded: 95 % intervals."
     areas = [
         f"{name} {amount(curve[key])} ({said})"
