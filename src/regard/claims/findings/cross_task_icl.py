@@ -194,7 +194,7 @@ CLAIM = Claim(
     measure=measure,
     contradicted=(
         "examples of a related task did not help, they cost: -9, -5 and -2 points against zero-shot, and "
-        "were within 1.4 points of unrelated ones (0.8, 1.4, 0.4). Two of the three models answer a held- "
+        "were within 1.4 points of unrelated ones (0.8, 1.4, 0.4). Two of the three models answer a held-"
         "out task from its definition alone (0.96 and 0.99), so they leave no room for the paper's gain; "
         "the third learned its trained tasks to 0.81 only. Examples of the held-out task itself cost as "
         "much (in-task), so these models use no examples at all. A task that its definition does not "
