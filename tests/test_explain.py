@@ -199,7 +199,7 @@ def test_norms_of_unknown_form_are_refused():
 def test_a_prompt_is_corrupted_as_said(tmp_path):
     _, tokenizer = load_shipped("lm")
     swap = asked(tokenizer, [Question(PROMPT, "1", "7")], variations=3)
-    assert "became '7' (2 tokens)" in swap.corruption and len(swap.pairs) == 3
+    assert "became '7' (2 of " in swap.corruption and len(swap.pairs) == 3
     clean, corrupt = swap.pairs.clean.ids, swap.pairs.corrupt.ids
     one, seven = (tokenizer.encode(t, add_special_tokens=False)[0] for t in "17")
     assert torch.equal(torch.where(clean == one, seven, clean), corrupt)
@@ -237,6 +237,21 @@ def test_explain_on_every_form(family, tmp_path):
     json.dumps(data, allow_nan=False)
     page = found.save(tmp_path / "page.html").read_text(encoding="utf8")
     assert "<script" in page and "layer" in found.text(80) and "<script" not in found._repr_html_()
+
+
+def test_a_foil_that_changes_nothing_is_not_the_corruption():
+    """The target stands in the prompt and is not what the answer is read from: the page says what was asked instead."""
+    model, tokenizer = load_shipped("lm")
+    prompt = "Of page 1.\nThe code of warning is 26122.\nQuestion: the code of warning is "
+    few = Settings(verify=2, top=1, draws=2, removals=4, edges=0)
+    found = explain(model, tokenizer, prompt, target="2", foil="7", variations=4, settings=few).found
+    assert "became '7'" in found["corruption"]
+    prompt = "Of page 2.\nThe code of warning is 1.\nQuestion: the code of warning is "
+    model = tiny("llama")
+    found = explain(
+        model, Words(), "one x two three four five six", target="x", foil="y", variations=4, settings=few
+    ).found
+    assert ("became" in found["corruption"]) != any("another corruption" in t for t in found["tested"])
 
 
 def test_the_models_own_answer_is_explained_where_none_is_given():

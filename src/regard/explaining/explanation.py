@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regard.core import require
+from regard.explaining.asking import answered, corrupted_enough
 from regard.explaining.attribution import attribute
 from regard.explaining.circuit import faithfulness, nodes_of, random_directions, random_heads, together
 from regard.explaining.edges import as_graph, edges, edges_fit
@@ -22,7 +22,7 @@ from regard.explaining.effects import Effects, finite, rank_correlation
 from regard.explaining.kept import Kept, content_of
 from regard.explaining.pairs import Pairs
 from regard.explaining.patching import patch
-from regard.explaining.questions import Asked, Question, asked
+from regard.explaining.questions import Asked, Question
 from regard.explaining.runs import forward
 from regard.explaining.sources import carried, last_rows, parts_of
 from regard.explaining.why import why
@@ -156,11 +156,11 @@ def explain(
     questions = list(prompt) if several else [Question(prompt, target, foil, corrupt)]  # type: ignore[arg-type]
     questions = [answered(model, tokenizer, q, chat, images) for q in questions]
     by_image = images is not None and images[0] is not images[1]
-    question = asked(tokenizer, questions, variations=variations, chat=chat, by_image=by_image)
-    question = with_images(question, images)
+    how = dict(variations=variations, chat=chat, by_image=by_image)
+    question, note = corrupted_enough(model, tokenizer, questions, images, how)
     settings = (settings or Settings()).for_length(question.pairs.clean.ids.shape[1])
     kept = Kept.open(folder, lambda: header_of(model, question, settings))
-    work = Work(model, question, settings, kept, progress, None if folder is None else Path(folder))
+    work = Work(model, question, settings, kept, progress, None if folder is None else Path(folder), note)
     found = {**facts(work, name), **everything(work)}
     return Explanation({**found, "tested": work.tested, "seconds": round(perf_counter() - start, 1)})
 
@@ -169,30 +169,6 @@ def header_of(model: PreTrainedModel, question: Asked, settings: Settings) -> di
     return {
         "settings": {"model": of_loaded(model, None), "pairs": content_of(question.pairs), **vars(settings)}
     }
-
-
-@torch.no_grad()
-def answered(model: PreTrainedModel, tokenizer: Any, q: Question, chat: bool, images: Any) -> Question:
-    """The question with the model's own answer where no target is given."""
-    if q.target is not None:
-        return q
-    alone = asked(
-        tokenizer, [Question(q.prompt, tokenizer.decode([0]), None, q.prompt)], variations=1, chat=chat
-    )
-    logits, _ = forward(model, with_images(alone, images).pairs.clean.to(model.device))
-    return replace(q, target=tokenizer.decode([int(logits[0].argmax())]))
-
-
-def with_images(question: Asked, images: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None) -> Asked:
-    """The pairs with what a processor made of the images of each side."""
-    if images is None:
-        return question
-    clean, corrupt = (replace(side, image=dict(image)) for side, image in
-                      zip((question.pairs.clean, question.pairs.corrupt), images, strict=True))  # fmt: skip
-    shapes = [{n: tuple(x.shape) for n, x in side.image.items()} for side in (clean, corrupt)]
-    rule = "both images have the same grid of tokens"
-    require(shapes[0] == shapes[1], rule, clean=shapes[0], corrupt=shapes[1])
-    return replace(question, pairs=replace(question.pairs, clean=clean, corrupt=corrupt))
 
 
 def facts(work: Work, name: str) -> dict[str, Any]:

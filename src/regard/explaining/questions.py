@@ -59,11 +59,12 @@ def read_questions(path: Path, target: str | None, foil: str | None, corrupt: st
 
 def asked(
     tokenizer: Any, questions: Sequence[Question], *, variations: int = 8, seed: int = 0, chat: bool = False,
-    metric: Metric | None = None, by_image: bool = False,
+    metric: Metric | None = None, by_image: bool = False, swap: bool = True,
 ) -> Asked:  # fmt: skip
     """The pairs of these questions, each in so many variations. Raises ValueError as `make_pairs` does.
 
     by_image   the two prompts differ by their images: where no corrupted text is given the text is the same
+    swap       whether the foil may take the place of the target where it stands in the prompt
     """
     require(len(questions) > 0 and variations >= 1, "a question, a variation", variations=variations)
     clean, corrupt, targets, foils, how = [], [], [], [], []
@@ -71,7 +72,7 @@ def asked(
     for q in questions:
         ids = ids_of(tokenizer, q.prompt, chat)
         same = by_image and q.corrupt is None
-        other, said = (ids, "the other image") if same else corrupted(tokenizer, q, ids, chat)
+        other, said = (ids, "the other image") if same else corrupted(tokenizer, q, ids, chat, swap)
         how.append(said)
         for i in range(variations):
             one = resampled(ids, g) if other is None else other
@@ -105,19 +106,24 @@ def ids_of(tokenizer: Any, text: str | Sequence[int], chat: bool) -> list[int]:
     return list(tokenizer.encode(marked, add_special_tokens=False))
 
 
-def corrupted(tokenizer: Any, q: Question, ids: list[int], chat: bool) -> tuple[list[int] | None, str]:
+def corrupted(
+    tokenizer: Any, q: Question, ids: list[int], chat: bool, swap: bool
+) -> tuple[list[int] | None, str]:
     """The tokens of the corrupted prompt (None: exchanged anew for each variation), and what was done, in words."""
     if q.corrupt is not None:
         other = ids_of(tokenizer, q.corrupt, chat)
         rule = "clean and corrupted prompts are equally long in tokens"
         require(len(other) == len(ids), rule, clean=len(ids), corrupted=len(other))
-        return other, f"the given prompt; {changed(ids, other)} of {len(ids)} tokens differ"
-    if q.foil is not None:
+        return other, f"the given prompt, of whose {len(ids)} tokens {changed(ids, other)} differ"
+    if q.foil is not None and swap:
         target, foil = one_token(tokenizer, str(q.target)), one_token(tokenizer, q.foil, "the foil")
         swaps = {target: foil, **twin(tokenizer, str(q.target), q.foil)}
         other = [swaps.get(i, i) for i in ids]
         if other != ids:
-            return other, f"every {q.target!r} of the prompt became {q.foil!r} ({changed(ids, other)} tokens)"
+            return (
+                other,
+                f"every {q.target!r} of the prompt became {q.foil!r} ({changed(ids, other)} of {len(ids)} tokens)",
+            )
     return None, f"{CORRUPTED:.0%} of the tokens, drawn anew for each pair, change places"
 
 
