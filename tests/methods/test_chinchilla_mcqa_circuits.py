@@ -6,7 +6,7 @@ import torch
 from regard.claims.small_lm import small_gpt2
 from regard.claims.tracing import chinchilla_mcqa_circuits as claim
 from regard.core import Observer, Site
-from regard.explain.runs import forward
+from regard.explaining.runs import forward
 from regard.methods.tracing.chinchilla_mcqa_circuits import Config, axes_of, measure
 
 

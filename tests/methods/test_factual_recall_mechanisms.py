@@ -5,7 +5,7 @@ import torch
 
 from regard.claims.small_lm import small_llama
 from regard.claims.tracing import factual_recall_mechanisms as claim
-from regard.explain.runs import capture
+from regard.explaining.runs import capture
 from regard.methods.tracing.factual_recall_mechanisms import Config, Recall, measure, written
 
 

@@ -5,8 +5,8 @@ import torch
 
 from regard import attach
 from regard.core import Observer, Site
-from regard.explain.pairs import Batch
-from regard.explain.runs import capture
+from regard.explaining.pairs import Batch
+from regard.explaining.runs import capture
 from regard.methods.tracing import fcct_iri as page
 from regard.testing.zoo import build
 

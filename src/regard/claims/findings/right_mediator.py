@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 from regard.claims.lab import generator, seeded, threads
 from regard.claims.shipped_lm import samples, shipped
 from regard.core.claim import Claim, Measured
-from regard.explain.attribution import attribute
-from regard.explain.effects import Effects, rank_correlation
-from regard.explain.pairs import Batch, Pairs, batch_of
-from regard.explain.patching import patch
-from regard.explain.runs import forward
+from regard.explaining.attribution import attribute
+from regard.explaining.effects import Effects, rank_correlation
+from regard.explaining.pairs import Batch, Pairs, batch_of
+from regard.explaining.patching import patch
+from regard.explaining.runs import forward
 
 LENGTH, COUNT, SEED = 96, 64, 1
 PERMUTATIONS, TOP = 20_000, 3

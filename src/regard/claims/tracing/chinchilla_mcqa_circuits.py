@@ -30,10 +30,10 @@ from regard.claims.lab import generator, mean, threads
 from regard.claims.small_lm import padded, small_gpt2, taught
 from regard.core import Edit, Observer, Site
 from regard.core.claim import Claim, Measured
-from regard.explain.circuit import random_heads, together
-from regard.explain.pairs import Batch, Pairs
-from regard.explain.runs import capture, forward
-from regard.explain.sources import output_matrices
+from regard.explaining.circuit import random_heads, together
+from regard.explaining.pairs import Batch, Pairs
+from regard.explaining.runs import capture, forward
+from regard.explaining.sources import output_matrices
 from regard.methods.tracing.chinchilla_mcqa_circuits import Axes, axes_of, direct_effects
 
 LAYERS, HEADS, WIDTH, STEPS, RATE, BATCH, SEED = 4, 8, 64, 700, 4e-3, 64, 1

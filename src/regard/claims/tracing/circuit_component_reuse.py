@@ -29,10 +29,10 @@ from transformers import PreTrainedModel
 from regard.claims.lab import generator, mean, threads
 from regard.claims.small_lm import padded, small_llama, taught
 from regard.core.claim import Claim, Measured
-from regard.explain.circuit import ablating, random_heads
-from regard.explain.pairs import Pairs, batch_of
-from regard.explain.paths import Node, as_grid, path_patch
-from regard.explain.runs import capture, forward
+from regard.explaining.circuit import ablating, random_heads
+from regard.explaining.pairs import Pairs, batch_of
+from regard.explaining.paths import Node, as_grid, path_patch
+from regard.explaining.runs import capture, forward
 from regard.methods.tracing.circuit_component_reuse import Config, Reuse, measure, ranked
 
 LAYERS, HEADS, WIDTH, STEPS, RATE, SEED = 4, 8, 64, 300, 4e-3, 1

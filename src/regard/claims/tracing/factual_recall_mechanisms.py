@@ -34,10 +34,10 @@ from regard.claims.lab import generator, mean, threads
 from regard.claims.small_lm import small_llama, taught
 from regard.core import Edit, Site
 from regard.core.claim import Claim, Measured
-from regard.explain.effects import bootstrap
-from regard.explain.pairs import Batch
-from regard.explain.runs import Values, capture, forward
-from regard.explain.sources import output_matrices
+from regard.explaining.effects import bootstrap
+from regard.explaining.pairs import Batch
+from regard.explaining.runs import Values, capture, forward
+from regard.explaining.sources import output_matrices
 from regard.methods.tracing.factual_recall_mechanisms import Config, regressed, written
 
 LAYERS, HEADS, WIDTH, STEPS, RATE, BATCH, SEEDS = 4, 4, 64, 350, 4e-3, 64, (3, 4, 5)

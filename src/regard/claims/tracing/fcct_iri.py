@@ -23,10 +23,10 @@ from torch import Tensor
 from regard.claims.lab import threads
 from regard.claims.shipped_lm import samples, shipped
 from regard.core.claim import Claim, Measured
-from regard.explain.effects import Effects
-from regard.explain.pairs import Pairs, batch_of, prob
-from regard.explain.patching import patch
-from regard.explain.runs import at_site, capture, forward
+from regard.explaining.effects import Effects
+from regard.explaining.pairs import Pairs, batch_of, prob
+from regard.explaining.patching import patch
+from regard.explaining.runs import at_site, capture, forward
 from regard.methods.tracing import fcct_iri as page
 
 COUNT, LENGTH, SEED = 48, 96, 3

@@ -7,7 +7,7 @@ A circuit is a set of heads, and how large it is taken to be is a choice: the cu
 number is not. A permutation of all heads leaves |top ∩ top| hypergeometric, with the mean k/n. Heads that matter lie
 in late layers whatever the task, which alone makes sets overlap: with `within="layer"` heads are permuted among those
 of their layer, and the number is a sum of hypergeometric ones. Both are exact, nothing is drawn. Scores are those of
-path patching (regard.explain.path_patch) or any other; of equal scores those of `a` count from the first head and
+path patching (regard.explaining.path_patch) or any other; of equal scores those of `a` count from the first head and
 those of `b` from the last, so that heads with nothing to tell do not overlap by their number. In the
 paper about 78 % of the heads in the circuits of two tasks are the same, in a larger GPT-2.
 
@@ -171,7 +171,7 @@ METHOD = TracingPage(
         lineage=("path patching", "indirect object identification"),
         caveat="the paper gives the overlap of two circuits of one size, here the curve over all sizes with exact "
         "permutation means and p-values. Released code freezes heads at the patched position only and leaves MLPs "
-        "free, so effects through MLPs count; `regard.explain.path_patch` freezes all positions, and MLPs or not "
+        "free, so effects through MLPs count; `regard.explaining.path_patch` freezes all positions, and MLPs or not "
         "(`mlps`). Its repair of one circuit by the attention of four heads is not in the code, and not here",
     ),
 )
