@@ -17,7 +17,7 @@ from regard.claims.tracing.refusal_cliff import (
     untrained,
 )
 from regard.core import Observer, Site
-from regard.explain.sources import output_matrices
+from regard.explaining.sources import output_matrices
 from regard.methods.tracing import refusal_cliff as page
 
 

@@ -272,10 +272,15 @@ def tokens_sentence(found: Found) -> str:
 
 def removal_clause(found: Found, removed: Found, k: int) -> str:
     ours = f"; without {'it' if k == 1 else f'the top {k}'} the {metric(found)} falls by {with_interval(removed)}"
-    chance = drop_at(next((s for s in found["sources"] if s.get("control")), None), k)
-    if chance is None:
+    controls = [(s, drop_at(s, k)) for s in found["sources"] if s.get("control")]
+    control, chance = max(
+        ((s, d) for s, d in controls if d), key=lambda c: c[1]["mean"], default=(None, None)
+    )
+    if control is None or chance is None:
         return ours
-    theirs = f", without {k} at random by {with_interval(chance)}"
+    name = visible(control["method"])
+    how = "at random" if name == "random" else f"by {name} (a control)"
+    theirs = f", without {k} {how} by {with_interval(chance)}"
     apart = above(removed, max(0.0, value(chance, "high", value(chance, "mean", 0.0))))
     return ours + theirs + ("" if apart else ": the two do not stand apart")
 

@@ -41,8 +41,8 @@ from regard.attaching.attachment import attach
 from regard.claims.lab import generator, mean, seeded, threads
 from regard.core import Edit
 from regard.core.claim import Claim, Measured
-from regard.explain.circuit import random_heads
-from regard.explain.sources import output_matrices
+from regard.explaining.circuit import random_heads
+from regard.explaining.sources import output_matrices
 from regard.methods.tracing import refusal_cliff as page
 from regard.train.loop import fit, one_cycle
 
