@@ -105,7 +105,7 @@ def measure() -> Measured:
     numbers = {key: [one[key] for one in found] for key in found[0]}
     kept, lost, right = (mean(numbers[key]) for key in ("kept", "lost", "test"))
     holds = right >= 0.9 and kept >= 0.9 and lost >= 0.3
-    return Measured(holds, {"mean_kept": kept, "mean_lost": lost, "mean_accuracy": right} | numbers)
+    return Measured(holds, {"mean_kept": kept, "mean_lost": lost, "mean_accuracy": right, **numbers})
 
 
 CLAIM = Claim(
