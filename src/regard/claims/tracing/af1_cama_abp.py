@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from regard.attaching.attachment import attach
 from regard.claims.lab import generator, mean, seeded, threads
 from regard.core.claim import Claim, Measured
-from regard.explain.pairs import Batch
-from regard.explain.runs import capture
+from regard.explaining.pairs import Batch
+from regard.explaining.runs import capture
 from regard.methods.tracing import af1_cama_abp as page
 from regard.train.loop import fit, one_cycle
 
