@@ -10,19 +10,40 @@ def g(seed=0):
 
 
 def test_answers_follow_from_the_facts():
-    t = claim.texts(200, 5, g())
-    for facts, questions, answers in zip(t.facts, t.questions, t.answers, strict=True):
-        said = {(h, r): v for h, r, v in facts.tolist()}
-        assert len(said) == claim.FACTS
-        for (who, r), answer in zip(questions.tolist(), answers.tolist(), strict=True):
-            town = said[who, 0] if who < claim.NAMES else who
-            assert said[town, r] == 2 * claim.NAMES + answer
-    share = (t.questions[..., 0] < claim.NAMES).double().mean().item()
-    assert 0.4 < share < 0.6  # half of them of two hops
+    for hops in (None, 1, 2):
+        t, two = claim.texts(200, 1 if hops else 5, g(), hops), []
+        for facts, questions, answers in zip(t.facts, t.questions, t.answers, strict=True):
+            said = {(h, r): v for h, r, v in facts.tolist()}
+            assert len(said) == claim.FACTS
+            for (who, r), answer in zip(questions.tolist(), answers.tolist(), strict=True):
+                two.append((who, r) not in said)
+                told = said[who, 0] if two[-1] else who
+                assert said[told, r] == 2 * claim.NAMES + answer
+        low, high = {None: (0.4, 0.6), 1: (0, 0), 2: (1, 1)}[hops]
+        assert low <= sum(two) / len(two) <= high
+
+
+def test_nobody_lives_in_some_towns():
+    t = claim.texts(50, 1, g(), 2)
+    inhabited, told = t.facts[:, : claim.CHAINS, 2], t.facts[:, -claim.EMPTY * claim.RELATIONS :, 0]
+    assert (told >= claim.NAMES).all() and (told < 2 * claim.NAMES).all()
+    assert not (told[:, :, None] == inhabited[:, None]).any()
+
+
+def test_the_bound():
+    def rows(gap, forward=95.0, one_hop=99.0):
+        return [{"gap": gap, "forward": forward, "one_hop": one_hop}]
+
+    assert claim.bounds(rows(10.0), rows(5.0)) and claim.bounds(rows(10.0), rows(-5.0))
+    assert not claim.bounds(rows(9.9), rows(0.0)) and not claim.bounds(rows(10.0), rows(-5.1))
+    assert not claim.bounds(rows(30.0), rows(0.0, forward=89.0)) and not claim.bounds(
+        rows(30.0, one_hop=94.0), rows(0.0)
+    )
+    assert not claim.bounds(rows(30.0) + rows(5.0), rows(0.0) + rows(0.0))
 
 
 def test_the_facts_of_the_chain_are_those_of_the_question():
-    t = claim.texts(200, 1, g(), hops=(2,))
+    t = claim.texts(200, 1, g(), 2)
     rows = torch.arange(200)
     first, second = t.facts[rows, t.first[:, 0]], t.facts[rows, t.second[:, 0]]
     assert torch.equal(first[:, 0], t.questions[:, 0, 0]) and (first[:, 1] == 0).all()
@@ -31,7 +52,7 @@ def test_the_facts_of_the_chain_are_those_of_the_question():
 
 
 def test_only_the_two_facts_change_places():
-    t, order = claim.texts(100, 1, g(), hops=(2,)), claim.shuffled(100, g(1))
+    t, order = claim.texts(100, 1, g(), hops=2), claim.shuffled(100, g(1))
     first, second = t.first[:, 0], t.second[:, 0]
     ways = [claim.chained(order, first, second, forward) for forward in (True, False)]
     for way, after in zip(ways, (True, False), strict=True):
@@ -88,14 +109,14 @@ def test_the_peak_chooses_the_order():
     """A model that is right where it looks at a fact the most."""
 
     def model(facts, questions):
-        here = facts[:, 0, 0] < claim.NAMES  # a person's fact comes first
+        here = facts[:, 0, 1] == 0  # where somebody lives comes first
         wanted = answers + (~here).long()[:, None]
         logits = torch.nn.functional.one_hot(wanted % claim.VALUES, claim.VALUES).double()
         spent = torch.zeros(len(facts), 1, claim.FACTS)
         spent[here, 0, 3] = 0.9
         return logits, spent
 
-    t = claim.texts(claim.TESTED, 1, g(), hops=(2,))
+    t = claim.texts(claim.TESTED, 1, g(), hops=2)
     answers = t.answers
     found = claim.peaks(model, t, g(1))
     share = claim.CHAINS / claim.FACTS

@@ -1,26 +1,33 @@
 """Two-hop questions and the order of the facts: what a causal mask cannot put together, and a prefix mask can.
 
-    facts       (person, lives in, town) for K persons;  (town, r, value) for each town and R relations;  all shuffled
-    question    (person, r, ?): the value of r of the person's town;   (town, r, ?): one hop
+    facts       (person, lives in, town) for K persons;  (who, r, value) for R relations;  all shuffled
+                who: for each person the person or the town, by chance, and E towns where nobody lives
+    question    (person, r, ?): one hop where it is told of the person, two hops where it is told of the town
     forward     the person's fact before the town's fact, reversed after it: the two change places, the rest stays
     causal      i sees j  if  j <= i                    prefix      or j < number of facts: the facts see each other
 
 A fact is one token, the sum of the embeddings of its head, its relation and its tail; a question is three tokens, the
-answer is read at the third. Positions are learned. The values are few and are shared by all towns.
+answer is read at the third. Positions are learned.
 
-With two layers the last token can gather the question in the first and look up once in the second. So somebody else has
+With two layers the last token gathers the question in the first and looks up once in the second. So somebody else has
 to join the two hops, in the first layer, and that is the later of the two facts. In chain order the town's fact finds
-who lives there: one person, and `(person, r, value)` is what is asked for. Reversed, the person's fact finds all that
-was said about the town before: the average of (r, value) pairs no longer says which value goes with which r. One head
-a layer, so that relations cannot be told apart by heads. A third layer looks up twice and needs none (`three_layers`).
+who lives there: one person, and `(person, r, value)` is what is asked for. Reversed, the person's fact has to take
+along all R pairs (r, value) that were said about the town, summed by one head, before it is known which r is asked for.
 
-Both masks are trained on the same texts in the same shuffled orders, half of the questions of one hop, and judged on
-two-hop questions of unseen texts in both orders. Rates, steps and sizes were chosen on seed 9, measured are 0, 1 and 2.
-The bound holds if it does on every seed.
+What made two hops learnable, on seed 9: questions of one hop in the same form. With all values told of towns and two
+hops alone both orders stay at a guess among the facts of the relation (51 % and 48 % after 800 steps, K = R = 3, E = 0,
+6 values): nothing rewards the last token for looking for a person before the first layer joins, nor the first layer
+before the last token looks. With these questions, else as before, it is 100 % and 97 %: without empty towns the
+reversed order is learned too, perhaps since the facts that did find their person can be ruled out. With default
+weights and embeddings of deviation 1 the training fails on other seeds (0 and 2: 23 % and 26 %, 700 steps, 16 values).
+
+Both masks are trained on the same texts in the same shuffled orders and judged on two-hop questions of unseen texts in
+both orders. Rate, steps and sizes were chosen on seed 9, measured are 0, 1 and 2. Controls: an untrained model, and
+questions of one hop, where the same change of places must not matter (`one_hop_gap`).
 
 `peak`: of ORDERS random orders of a text, the answer is taken from the one whose attention to a fact peaks highest:
-weights of the last token, summed over layers, averaged over heads, the largest over facts; so in the released code,
-which names no layer or head. There the prefix is the whole prompt with the question, from the labels; here the facts.
+weights of the last token, summed over layers, averaged over heads (one here), the largest over facts; so in the
+released code, which names no layer or head. There the prefix is the whole prompt with the question; here the facts.
 """
 
 from dataclasses import dataclass
@@ -31,14 +38,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard import catalog
-from regard.claims.lab import generator, mean, seeded, threads
+from regard.claims.lab import generator, seeded, threads
 from regard.core.claim import Claim, Measured
 from regard.train.loop import cosine, fit
 
-CHAINS, RELATIONS, NAMES, VALUES = 3, 3, 6, 6  # K, R, how many persons and towns there are, and values
-FACTS, TOKENS = CHAINS * (1 + RELATIONS), 3  # of a text, of a question
+CHAINS, EMPTY, RELATIONS, NAMES, VALUES = 3, 3, 4, 8, 8  # K, E, R, persons and towns there are, values
+FACTS, TOKENS = CHAINS + (CHAINS + EMPTY) * RELATIONS, 3  # of a text, of a question
 WIDTH, LAYERS = 64, 2
-STEPS, BATCH, ASKED, RATE, MUON = 1000, 32, 12, 5e-3, 2e-2
+STEPS, BATCH, ASKED, RATE = 400, 64, 8, 6e-3
 SEEDS, TESTED, ORDERS = (0, 1, 2), 1000, 8
 
 
@@ -56,19 +63,22 @@ class Texts:
     second: Tensor
 
 
-def texts(count: int, asked: int, g: torch.Generator, hops: tuple[int, ...] = (1, 2)) -> Texts:
-    """Entities are persons, then towns, then values; relation 0 is where one lives."""
-    persons, towns = (torch.rand(count, NAMES, generator=g).argsort(1)[:, :CHAINS] for _ in range(2))
-    values = torch.randint(VALUES, (count, CHAINS * RELATIONS), generator=g)
-    relation = torch.cat([torch.zeros(CHAINS), 1 + torch.arange(RELATIONS).repeat(CHAINS)]).long()
-    head = torch.cat([persons, NAMES + towns.repeat_interleave(RELATIONS, 1)], 1)
-    tail = torch.cat([NAMES + towns, 2 * NAMES + values], 1)
+def texts(count: int, asked: int, g: torch.Generator, hops: int | None = None) -> Texts:
+    """Entities are persons, then towns, then values; relation 0: lives in. `hops` of all questions, or both."""
+    persons = torch.rand(count, NAMES, generator=g).argsort(1)[:, :CHAINS]
+    towns = NAMES + torch.rand(count, NAMES, generator=g).argsort(1)[:, : CHAINS + EMPTY]
+    values = torch.randint(VALUES, (count, (CHAINS + EMPTY) * RELATIONS), generator=g)
     about = torch.randint(CHAINS * RELATIONS, (count, asked), generator=g)
     chain = about // RELATIONS
-    two = torch.tensor(hops)[torch.randint(len(hops), about.shape, generator=g)] == 2
-    who = torch.where(two, persons.gather(1, chain), NAMES + towns.gather(1, chain))
-    questions = torch.stack([who, 1 + about % RELATIONS], -1)
+    direct = torch.rand(count, CHAINS, generator=g) < 0.5
+    if hops is not None:
+        direct.scatter_(1, chain, hops == 1)
+    told = torch.cat([torch.where(direct, persons, towns[:, :CHAINS]), towns[:, CHAINS:]], 1)
+    head = torch.cat([persons, told.repeat_interleave(RELATIONS, 1)], 1)
+    tail = torch.cat([towns[:, :CHAINS], 2 * NAMES + values], 1)
+    relation = torch.cat([torch.zeros(CHAINS), 1 + torch.arange(RELATIONS).repeat(CHAINS + EMPTY)]).long()
     facts = torch.stack([head, relation.expand(count, -1), tail], -1)
+    questions = torch.stack([persons.gather(1, chain), 1 + about % RELATIONS], -1)
     return Texts(facts, questions, values.gather(1, about), chain, CHAINS + about)
 
 
@@ -104,7 +114,7 @@ def visible(mask: str, asked: int) -> Tensor:
 
 
 class Layer(nn.Module):
-    """x + attend(norm x), one head. It starts as a copy of what is alike: W_q = W_k, W_out = W_vᵀ."""
+    """x + attend(norm x), one head. It starts by copying what is alike: W_q = W_k, W_out = W_vᵀ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,18 +132,16 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, mask: str, layers: int) -> None:
+    def __init__(self, mask: str, layers: int = LAYERS) -> None:
         super().__init__()
         self.mask = mask
-        self.entity, self.relation = (
-            nn.Embedding(2 * NAMES + VALUES, WIDTH),
-            nn.Embedding(1 + RELATIONS, WIDTH),
-        )
-        self.ask, self.place = nn.Parameter(torch.randn(WIDTH) / 2), nn.Embedding(FACTS + TOKENS, WIDTH)
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
-        self.norm, self.logits = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VALUES, bias=False)
+        self.entity = nn.Embedding(2 * NAMES + VALUES, WIDTH)
+        self.relation, self.place = nn.Embedding(1 + RELATIONS, WIDTH), nn.Embedding(FACTS + TOKENS, WIDTH)
+        self.ask = nn.Parameter(torch.randn(WIDTH) / 2)
         for table, std in ((self.entity, 0.5), (self.relation, 0.5), (self.place, 0.02)):
             nn.init.normal_(table.weight, std=std)
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+        self.norm, self.logits = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VALUES, bias=False)
 
     def embedded(self, facts: Tensor, questions: Tensor) -> Tensor:
         """[B, FACTS + 3 Q, WIDTH]"""
@@ -154,30 +162,17 @@ class Decoder(nn.Module):
 
 
 def trained(mask: str, seed: int, layers: int = LAYERS) -> Decoder:
-    """Muon for the matrices of attention and AdamW for the rest."""
-    # torch has it from 2.9 on
-    from torch.optim import Muon
-
     with seeded(seed):
         model = Decoder(mask, layers)
     g = generator(100 + seed)
-    matrices = [p for layer in model.layers for p in layer.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    muon = Muon(matrices, MUON, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    adam = torch.optim.AdamW(rest, RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    set_rates = cosine()(adam, STEPS)
 
     def loss_at(step: int) -> Tensor:
         t = texts(BATCH, ASKED, g)
         logits, _ = model(in_order(t.facts, shuffled(BATCH, g)), t.questions)
         return F.cross_entropy(logits.flatten(0, 1), t.answers.flatten())
 
-    def step_rest(step: int, loss: float) -> None:
-        set_rates(step)
-        adam.step()
-        adam.zero_grad()
-
-    fit(muon, loss_at, STEPS, schedule=cosine(), after_step=step_rest)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    fit(optimizer, loss_at, STEPS, schedule=cosine(), clip=None)
     return model
 
 
@@ -190,19 +185,26 @@ def right(model: Decoder, t: Texts, order: Tensor) -> float:
 
 @torch.no_grad()
 def findings(model: Decoder, seed: int) -> dict[str, float]:
-    """Accuracies in %, of two-hop questions but for `one_hop`."""
+    """Accuracies in %, of two-hop questions but for `one_hop` and its gap."""
     g = generator(200 + seed)
-    t, order = texts(TESTED, 1, g, hops=(2,)), shuffled(TESTED, g)
-    single = texts(TESTED, 1, g, hops=(1,))
-    first, second = t.first[:, 0], t.second[:, 0]
-    forward, reverse = (right(model, t, chained(order, first, second, way)) for way in (True, False))
+    two, one = texts(TESTED, 1, g, 2), texts(TESTED, 1, g, 1)
+    forward, reverse = both_ways(model, two, g)
+    ahead, behind = both_ways(model, one, g)
     return {
         "forward": 100 * forward,
         "reverse": 100 * reverse,
         "gap": 100 * (forward - reverse),
-        "one_hop": 100 * right(model, single, order),
-        **peaks(model, t, g),
+        "one_hop": 50 * (ahead + behind),
+        "one_hop_gap": 100 * (ahead - behind),
+        **peaks(model, two, g),
     }
+
+
+def both_ways(model: Decoder, t: Texts, g: torch.Generator) -> tuple[float, float]:
+    """How often the model is right, of 1, with the two facts in chain order and reversed; the rest as it was."""
+    order, first, second = shuffled(len(t.facts), g), t.first[:, 0], t.second[:, 0]
+    forward, reverse = (right(model, t, chained(order, first, second, way)) for way in (True, False))
+    return forward, reverse
 
 
 def peaks(model: Decoder, t: Texts, g: torch.Generator) -> dict[str, float]:
@@ -216,26 +218,36 @@ def peaks(model: Decoder, t: Texts, g: torch.Generator) -> dict[str, float]:
     return {
         "any_order": 100 * right.mean().item(),
         "peak_order": 100 * right.gather(0, high.argmax(0)[None]).mean().item(),
-        "peak_where_right": high[right == 1].mean().item(),
-        "peak_where_wrong": high[right == 0].mean().item(),
+        "peak_where_right": mean_where(high, right == 1),
+        "peak_where_wrong": mean_where(high, right == 0),
     }
+
+
+def mean_where(values: Tensor, here: Tensor) -> float:
+    """0 where there is none."""
+    return (values[here].sum() / here.sum().clamp(min=1)).item()
 
 
 def measure() -> Measured:
     with threads(1):
+        with seeded(SEEDS[0]):
+            untrained = findings(Decoder("causal"), SEEDS[0])
         found = {
             mask: [findings(trained(mask, seed), seed) for seed in SEEDS] for mask in ("causal", "prefix")
         }
         deeper = findings(trained("causal", SEEDS[0], LAYERS + 1), SEEDS[0])
-    numbers: dict[str, Any] = {"guess": 100 / VALUES}
+    numbers: dict[str, Any] = {f"untrained_{name}": untrained[name] for name in ("forward", "reverse")}
     for mask, rows in found.items():
-        numbers |= {f"{mask}_{name}": mean(row[name] for row in rows) for name in rows[0]}
-        numbers |= {
-            f"{mask}_{name}_by_seed": [row[name] for row in rows] for name in ("forward", "reverse", "gap")
-        }
+        numbers |= {f"{mask}_{name}": [row[name] for row in rows] for name in rows[0]}
     numbers |= {f"three_layers_{name}": value for name, value in deeper.items()}
-    pairs = zip(found["causal"], found["prefix"], strict=True)
-    return Measured(all(c["gap"] >= 10 and abs(p["gap"]) <= c["gap"] / 2 for c, p in pairs), numbers)
+    return Measured(bounds(**found), numbers)
+
+
+def bounds(causal: list[dict[str, float]], prefix: list[dict[str, float]]) -> bool:
+    """Of every seed; and both masks have learned one hop and, in chain order, two."""
+    learned = all(row["one_hop"] >= 95 and row["forward"] >= 90 for row in causal + prefix)
+    gaps = [(c["gap"], p["gap"]) for c, p in zip(causal, prefix, strict=True)]
+    return learned and all(c >= 10 and abs(p) <= c / 2 for c, p in gaps)
 
 
 CLAIM = Claim(
@@ -247,7 +259,7 @@ CLAIM = Claim(
     ),
     bound=(
         "on each of three seeds: forward minus reverse accuracy >= 10 points with a causal mask, and at most half of "
-        "that with a prefix mask"
+        "that with a prefix mask; both masks answer one hop in 95 % and two hops in chain order in 90 % or more"
     ),
     measure=measure,
 )
