@@ -23,12 +23,16 @@ perhaps since the facts that did find their person can be ruled out.
 Depth, on seed 9, forward and reversed: one layer 20 % and 20 % (31 % of one hop), two 100 % and 83 %, three and four
 100 % and 100 %; two with the prefix mask 100 % and 100 %. A third layer looks up twice and needs no order.
 
-Some starts stay where the last token looks at no fact and learn not even one hop, under either mask (of the measured
-ones seed 0). At a rate of 6e-3 one of the seeds 9 to 13 was such a start, at 4e-3 none.
+Some starts stay where the last token looks at no fact and learn not even one hop, under either mask and whatever the
+order. So a training whose loss stays above LEARNED begins anew from other weights, by the same rule for both masks and
+by the loss on shuffled orders alone; `starts` says how many it took. The gap shrinks with the steps (on seed 9, in a
+setting like this one: 30 points after 200, 10 after 500), as a model finds other ways.
 
 Both masks are trained on the same texts in the same shuffled orders and judged on two-hop questions of unseen texts in
-both orders. Rate, steps and sizes were chosen on seed 9, measured are 0, 1 and 2. Controls: an untrained model, and
-questions of one hop, where the same change of places must not matter (`one_hop_gap`).
+both orders. Rate, steps and sizes were chosen on seeds 9 to 13. Earlier forms were seen on seeds 0 to 2, where of nine
+trainings with a causal mask five learned two hops, each with a gap of 16 points or more; measured are 20 to 22, of
+which nothing was seen. Controls: an untrained model, and questions of one hop, where the same change of places must
+not matter (`one_hop_gap`).
 
 `peak`: of ORDERS random orders of a text, the answer is taken from the one whose attention to a fact peaks highest:
 weights of the last token, summed over layers, averaged over heads (one here), the largest over facts; so in the
@@ -43,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard import catalog
-from regard.claims.lab import generator, seeded, threads
+from regard.claims.lab import generator, mean, seeded, threads
 from regard.core.claim import Claim, Measured
 from regard.train.loop import cosine, fit
 
@@ -51,7 +55,11 @@ CHAINS, EMPTY, RELATIONS, NAMES, VALUES = 3, 3, 4, 8, 8  # K, E, R, persons and 
 FACTS, TOKENS = CHAINS + (CHAINS + EMPTY) * RELATIONS, 3  # of a text, of a question
 WIDTH, LAYERS = 64, 2
 STEPS, BATCH, ASKED, RATE = 600, 64, 8, 4e-3
-SEEDS, TESTED, ORDERS = (0, 1, 2), 1000, 8
+LEARNED, STARTS = (
+    1.0,
+    3,
+)  # the mean loss of the last 50 steps below which a start has learned; the most starts
+SEEDS, TESTED, ORDERS = (20, 21, 22), 1000, 8
 
 
 # texts
@@ -166,7 +174,17 @@ class Decoder(nn.Module):
         return self.logits(self.norm(x[:, last])), torch.stack(spent).sum(0)
 
 
-def trained(mask: str, seed: int, layers: int = LAYERS) -> Decoder:
+def trained(mask: str, seed: int, layers: int = LAYERS) -> tuple[Decoder, int]:
+    """The first start that learned, or the last, and the number of starts."""
+    for start in range(STARTS):
+        model, loss = started(mask, seed + 1000 * start, layers)
+        if loss < LEARNED:
+            break
+    return model, start + 1
+
+
+def started(mask: str, seed: int, layers: int) -> tuple[Decoder, float]:
+    """A training from one start, and its loss at the end, on shuffled orders."""
     with seeded(seed):
         model = Decoder(mask, layers)
     g = generator(100 + seed)
@@ -177,8 +195,7 @@ def trained(mask: str, seed: int, layers: int = LAYERS) -> Decoder:
         return F.cross_entropy(logits.flatten(0, 1), t.answers.flatten())
 
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    fit(optimizer, loss_at, STEPS, schedule=cosine(), clip=None)
-    return model
+    return model, mean(fit(optimizer, loss_at, STEPS, schedule=cosine(), clip=None)[-50:])
 
 
 # what is asked of it
@@ -233,14 +250,17 @@ def mean_where(values: Tensor, here: Tensor) -> float:
     return (values[here].sum() / here.sum().clamp(min=1)).item()
 
 
+def learned(mask: str, seed: int, layers: int = LAYERS) -> dict[str, float]:
+    model, starts = trained(mask, seed, layers)
+    return {**findings(model, seed), "starts": starts}
+
+
 def measure() -> Measured:
     with threads(1):
         with seeded(SEEDS[0]):
             untrained = findings(Decoder("causal"), SEEDS[0])
-        found = {
-            mask: [findings(trained(mask, seed), seed) for seed in SEEDS] for mask in ("causal", "prefix")
-        }
-        deeper = findings(trained("causal", SEEDS[0], LAYERS + 1), SEEDS[0])
+        found = {mask: [learned(mask, seed) for seed in SEEDS] for mask in ("causal", "prefix")}
+        deeper = learned("causal", SEEDS[0], LAYERS + 1)
     numbers: dict[str, Any] = {f"untrained_{name}": untrained[name] for name in ("forward", "reverse")}
     for mask, rows in found.items():
         numbers |= {f"{mask}_{name}": [row[name] for row in rows] for name in rows[0]}
@@ -250,9 +270,9 @@ def measure() -> Measured:
 
 def bounds(causal: list[dict[str, float]], prefix: list[dict[str, float]]) -> bool:
     """Of every seed; and both masks have learned one hop and, in chain order, two."""
-    learned = all(row["one_hop"] >= 95 and row["forward"] >= 90 for row in causal + prefix)
+    known = all(row["one_hop"] >= 95 and row["forward"] >= 90 for row in causal + prefix)
     gaps = [(c["gap"], p["gap"]) for c, p in zip(causal, prefix, strict=True)]
-    return learned and all(c >= 10 and abs(p) <= c / 2 for c, p in gaps)
+    return known and all(c >= 10 and abs(p) <= c / 2 for c, p in gaps)
 
 
 CLAIM = Claim(
