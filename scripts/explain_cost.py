@@ -18,9 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from regard import Edit, Site, attach, catalog, load_shipped
 from regard.claims.lab import paired_ratios
 from regard.explaining.attribution import attribute
-from regard.explaining.effects import rank_correlation
 from regard.explaining.pairs import Batch, Pairs, batch_of
 from regard.explaining.patching import patch
+from regard.ops.ranks import rank_correlation
 
 TOKENS = 8192
 SCANS = {"z": ["z"], "z and mlp": ["z", "mlp"], "q, k with the QK correction": ["q", "k"]}
@@ -53,9 +53,10 @@ def scan() -> dict:
             one = patch(model, pairs.at([i]), "z", sites=[site], batch=1)
             gaps.append(float((one.at(site) - whole.at(site)[i]).abs().max() / whole.span.mean()))
     screened = attribute(model, pairs, ["z"])["z"]
+    agree = rank_correlation(screened.mean.flatten(), whole.mean.flatten())
     return {"heads": whole.exact.numel(), "pairs": len(pairs), "tokens": pairs.clean.ids.shape[1],
             "seconds": round(seconds, 1), "largest_difference_to_one_by_one": max(gaps),
-            "spearman_of_screening": round(rank_correlation(screened.mean, whole.mean), 3)}  # fmt: skip
+            "spearman_of_screening": round(agree.item(), 3)}  # fmt: skip
 
 
 def edit() -> dict:

@@ -7,11 +7,11 @@ import transformers as tf
 from regard.attaching.attachment import attach
 from regard.core import Edit, Site
 from regard.explaining.attribution import attribute, screen
-from regard.explaining.effects import rank_correlation
 from regard.explaining.pairs import Batch, Pairs, batch_of, make_pairs, prob
 from regard.explaining.patching import patch
 from regard.explaining.paths import LOGITS, Node, all_senders, path_patch
 from regard.explaining.runs import capture
+from regard.ops.ranks import rank_correlation
 from regard.testing.tiny import TEXT
 from regard.testing.zoo import build
 

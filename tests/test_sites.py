@@ -348,6 +348,18 @@ def test_the_models_mode_and_hooks_survive_the_question():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_module_that_was_exchanged_is_asked_again():
+    """An adapter put in the place of a sublayer after the first question: edits act on what runs."""
+    model, inputs = build("llama")
+    assert len(anatomy(model)) == 3
+    model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with attach(model, Edit(Site("mlp", layers=1), "scale", 0.5)) as attached:
+            assert not torch.equal(model(**inputs).logits, plain)
+    assert list(attached.receipts().values()) == [1]
+
+
 def test_what_is_refused_is_refused_by_name():
     model, inputs = build("llama")
     for bad, error, match in [

@@ -9,6 +9,7 @@ from regard.attaching.attachment import attach
 from regard.claims.tracing import thought_anchors as claim
 from regard.explaining.anchors import anchors, receiver_heads, sentence_attention, suppression
 from regard.methods.tracing.thought_anchors import Config, effects, kurtosis, measure, receivers, suppress
+from regard.ops.ranks import ranks
 from regard.testing.zoo import build, ids
 
 # with a token before, between and after them
@@ -120,5 +121,5 @@ def test_the_claims_traces_are_right():
 
 
 def test_ranks_share_ties():
-    assert claim.ranks(torch.tensor([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
+    assert ranks(torch.tensor([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
     assert claim.spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([9.0, 4.0, 1.0])) == pytest.approx(-1)

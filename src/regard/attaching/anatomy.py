@@ -64,12 +64,22 @@ KNOWN: WeakKeyDictionary[nn.Module, list[LayerAnatomy]] = WeakKeyDictionary()
 
 
 def anatomy(model: PreTrainedModel) -> list[LayerAnatomy]:
-    """The layers of the text tower, in order. A model is asked once, in eval mode, without the hooks of others."""
+    """The layers of the text tower, in order. A model is asked once, in eval mode, without the hooks of others.
+
+    It is asked again once a module of a layer was exchanged.
+    """
     if model.config.is_encoder_decoder:
         raise Unreachable(f"{type(model).__name__}: the residual of an encoder-decoder is not reached")
-    if model not in KNOWN:
-        KNOWN[model] = probed(model)
-    return KNOWN[model]
+    known = KNOWN.get(model)
+    if known is None or not still_there(model, known):
+        known = KNOWN[model] = probed(model)
+    return known
+
+
+def still_there(model: nn.Module, layers: list[LayerAnatomy]) -> bool:
+    """Whether the modules of these layers are in the model still."""
+    there = {id(m) for m in model.modules()}
+    return all(id(m) in there for layer in layers for m in (layer.module, layer.out, layer.mlp))
 
 
 def probed(model: PreTrainedModel) -> list[LayerAnatomy]:

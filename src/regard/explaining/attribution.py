@@ -15,7 +15,7 @@ AtP*: An efficient and scalable method for localizing LLM behaviour to component
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -141,7 +141,6 @@ class Backward:
     weight: float
     corrected: Sequence[str]
     total: Sums
-    what_if: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def run(
         self, model: PreTrainedModel, batch: Batch, given: Tensor | None, quantities: Sequence[str]

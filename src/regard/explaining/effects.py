@@ -138,18 +138,3 @@ def bootstrap(values: Tensor, span: Tensor, level: float = 0.95, seed: int = 0) 
     drawn = (weights @ flat) / (weights @ span.float())[:, None]
     low, high = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
     return low.view(values.shape[1:]), high.view(values.shape[1:])
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, ties given their mean rank."""
-    x, y = (ranks(t.flatten().double()) for t in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    size = float(x.norm() * y.norm())
-    return float((x * y).sum()) / size if size else float("nan")
-
-
-def ranks(x: Tensor) -> Tensor:
-    """Ranks from 0; equal numbers have the mean of theirs."""
-    _, where, counts = x.unique(sorted=True, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0) - 1
-    return (last - (counts - 1) / 2.0)[where].double()

@@ -18,7 +18,7 @@ from regard.explaining.asking import answered, corrupted_enough
 from regard.explaining.attribution import attribute
 from regard.explaining.circuit import faithfulness, nodes_of, random_directions, random_heads, together
 from regard.explaining.edges import as_graph, edges, edges_fit
-from regard.explaining.effects import Effects, finite, rank_correlation
+from regard.explaining.effects import Effects, finite
 from regard.explaining.kept import Kept, content_of
 from regard.explaining.pairs import Pairs
 from regard.explaining.patching import patch
@@ -27,6 +27,7 @@ from regard.explaining.runs import forward
 from regard.explaining.sources import carried, last_rows, parts_of
 from regard.explaining.why import why
 from regard.models.revision import of_loaded
+from regard.ops.ranks import rank_correlation
 from regard.report.explanation import explanation_page, explanation_snippet, explanation_text
 
 Watch = Callable[[str, int, int], Any]  # stage, done, of how many
@@ -222,7 +223,9 @@ def shown_effects(heads: Effects, mlps: Effects, estimated: Effects) -> dict[str
     low, high = heads.interval()
     low_m, high_m = mlps.interval()
     exact = heads.exact
-    agree = rank_correlation(estimated.mean[exact], heads.mean[exact]) if int(exact.sum()) > 2 else None
+    agree = (
+        finite(rank_correlation(estimated.mean[exact], heads.mean[exact])) if int(exact.sum()) > 2 else None
+    )
     return {
         "layers": list(heads.coords["layer"]), "heads": len(heads.coords["head"]),
         "mean": finite(heads.mean), "low": finite(low), "high": finite(high), "exact": exact.tolist(),

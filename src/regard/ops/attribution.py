@@ -20,6 +20,7 @@ from torch import Tensor
 
 from regard.core import require
 from regard.core.errors import NotInstalled
+from regard.ops.ranks import rank_correlation
 
 Scorer = Callable[[Tensor], Tensor]  # [B, ...] variants of one input -> [B] scores
 
@@ -224,16 +225,7 @@ def linear_datamodelling_score(scores: Tensor, masks: Tensor, effects: Tensor) -
         effects=effects,
     )
     require(len(effects) >= 2, "two masks or more", effects=effects)
-    a, b = (_ranks(t.double()) for t in (masks.double() @ scores.double(), effects))
-    a, b = a - a.mean(), b - b.mean()
-    size = (a.square().sum() * b.square().sum()).sqrt()
-    return float((a * b).sum() / size) if size else 0.0
-
-
-def _ranks(x: Tensor) -> Tensor:
-    """Ranks from 1 on; equal values share the mean of theirs."""
-    _, place, counts = x.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+    return float(rank_correlation(masks.double() @ scores.double(), effects.double()).nan_to_num(0.0))
 
 
 @torch.no_grad()

@@ -30,10 +30,11 @@ from regard.claims.lab import generator, seeded, threads
 from regard.claims.shipped_lm import samples, shipped
 from regard.core.claim import Claim, Measured
 from regard.explaining.attribution import attribute
-from regard.explaining.effects import Effects, rank_correlation
+from regard.explaining.effects import Effects
 from regard.explaining.pairs import Batch, Pairs, batch_of
 from regard.explaining.patching import patch
 from regard.explaining.runs import forward
+from regard.ops.ranks import rank_correlation
 
 LENGTH, COUNT, SEED = 96, 64, 1
 PERMUTATIONS, TOP = 20_000, 3
@@ -78,9 +79,14 @@ def chance(a: Tensor, b: Tensor) -> float:
     return (1 + int(((y[order] @ x) >= x @ y - 1e-9).sum())) / (1 + PERMUTATIONS)
 
 
+def agreement(a: Tensor, b: Tensor) -> float:
+    """Spearman's over all heads of [layers, heads]."""
+    return rank_correlation(a.flatten(), b.flatten()).item()
+
+
 def by_pair(a: Effects, b: Effects) -> float:
     """The mean over pairs of the rank correlation of their own effects."""
-    found = [rank_correlation(x, y) for x, y in zip(a.values, b.values, strict=True)]
+    found = [agreement(x, y) for x, y in zip(a.values, b.values, strict=True)]
     return sum(found) / len(found)
 
 
@@ -104,12 +110,12 @@ def search() -> dict[str, Any]:
         "pairs": len(right),
         "answered_on_both_sides": len(right) / COUNT,
         "heads": exact.mean.numel(),
-        "spearman": rank_correlation(quick.mean, exact.mean),
+        "spearman": agreement(quick.mean, exact.mean),
         "p": chance(quick.mean, exact.mean),
         "spearman_by_pair": by_pair(quick, exact),
-        "spearman_integrated_gradients": rank_correlation(path.mean, exact.mean),
-        "spearman_noise": rank_correlation(back.mean, noise.mean),
-        "spearman_untrained": rank_correlation(*raw),
+        "spearman_integrated_gradients": agreement(path.mean, exact.mean),
+        "spearman_noise": agreement(back.mean, noise.mean),
+        "spearman_untrained": agreement(*raw),
         f"top_{TOP}_in_common": len(both),
         "largest_effect": exact.mean.max().item(),
         "largest_effect_estimated": quick.mean.max().item(),

@@ -31,6 +31,7 @@ from regard.claims.shipped_lm import shipped, stream
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.ops import elu_plus_one, lower_right, per_query_head
+from regard.ops.ranks import ranks
 from regard.train.convert import convert
 
 LENGTH, ROWS, FIRST, FLOOR = 256, 8, 16, 1e-9
@@ -81,13 +82,6 @@ def of_hedgehog(converted: Converted, site: str, q: Tensor, k: Tensor) -> Tensor
     share = q.shape[1] // params["w_k"].shape[0]
     unit = torch.eye(n).expand(k.shape[0], k.shape[1] // share, n, n)
     return method.page.fast(q, k[:, ::share], unit, method.config, Call(params=params))[0]
-
-
-def ranks(x: Tensor) -> Tensor:
-    """Places in the order of the last axis, equal numbers at the mean of theirs."""
-    ascending = x.sort(-1).values.contiguous()
-    below, upto = (torch.searchsorted(ascending, x.contiguous(), right=r) for r in (False, True))
-    return (below + upto - 1) / 2
 
 
 def spearman(w: Tensor, s: Tensor) -> Tensor:

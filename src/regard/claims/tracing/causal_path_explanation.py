@@ -32,6 +32,7 @@ from regard.claims.digits import accuracy, digits, network
 from regard.claims.lab import generator, mean, threads
 from regard.core.claim import Claim, Measured
 from regard.methods.tracing import causal_path_explanation as page
+from regard.ops.ranks import rank_correlation
 
 SHARE, SHARES = 0.25, (0.125, 0.5)
 NOISE, NOISES, DRAWS = 0.2, (0.1, 0.4), 3
@@ -130,19 +131,6 @@ def falls(classes: list[Class], way: str, share: float, part: str) -> list[float
     ]
 
 
-def ranks(scores: Tensor) -> Tensor:
-    """[B, U] from 0; tied units share their mean rank."""
-    below = (scores[:, None, :] < scores[:, :, None]).sum(2)
-    equal = (scores[:, None, :] == scores[:, :, None]).sum(2)
-    return below + (equal - 1) / 2
-
-
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """[B] of scores [B, U]; nan where all units tie."""
-    a, b = (r - r.mean(1, keepdim=True) for r in (ranks(a).double(), ranks(b).double()))
-    return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
-
-
 def stability(classes: list[Class], way: str, noise: float, part: str) -> list[float]:
     """By layer: rank correlation of clean and noisy images."""
     by_layer: list[list[Tensor]] = [[] for _ in classes[0].graph.kept]
@@ -152,7 +140,7 @@ def stability(classes: list[Class], way: str, noise: float, part: str) -> list[f
         for _ in range(DRAWS):
             noisy = images + noise * torch.randn(images.shape, generator=g)
             for at, scores in enumerate(WAYS[way](one, noisy)):
-                by_layer[at].append(spearman(clean[at], scores))
+                by_layer[at].append(rank_correlation(clean[at], scores))
     return [torch.cat(found).nanmean().item() for found in by_layer]
 
 

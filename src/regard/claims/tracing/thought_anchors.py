@@ -34,6 +34,7 @@ from regard.claims.lab import generator, mean, seeded, threads
 from regard.core.claim import Claim, Measured
 from regard.explaining.anchors import Anchors, anchors, receiver_heads
 from regard.methods.tracing.thought_anchors import Config
+from regard.ops.ranks import rank_correlation
 from regard.train.loop import fit, one_cycle
 
 MODULUS, ADDED, GIVEN, STEPS, SIZE = 10, 3, 3, 20, 5  # SIZE: tokens of a step
@@ -112,14 +113,8 @@ def ranked_first(found: Sequence[Anchors], uses: Tensor) -> tuple[float, float]:
     return mean(hits), mean(chance)
 
 
-def ranks(x: Tensor) -> Tensor:
-    """[n] ranks of x [n]; equal numbers share the mean of theirs."""
-    below, equal = (x[None] < x[:, None]).sum(1), (x[None] == x[:, None]).sum(1)
-    return below + (equal + 1) / 2
-
-
 def spearman(x: Tensor, y: Tensor) -> float:
-    return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item()
+    return rank_correlation(x, y).item()
 
 
 def reuse_correlation(scores: Sequence[Tensor], uses: Tensor) -> float:
