@@ -309,8 +309,9 @@ def test_crossings_in_words():
 
 
 def test_bench_sparse_rows(monkeypatch):
-    from regard.bench import sparse
+    from regard.bench import operators, sparse
 
+    monkeypatch.setattr(operators, "QUICK_LIMIT", 3600.0)  # a busy machine cuts no case here
     monkeypatch.setattr(sparse, "QUICK", sparse.Sizes(256, 128, 512, 64, 16, 0.5, 2, 16, 1))
     monkeypatch.setattr(sparse, "compiled", lambda sizes: iter(()))
     rows = json.loads(CliRunner().invoke(app, ["bench", "sparse", "--quick", "--json"]).stdout)
