@@ -28,10 +28,10 @@ $(REAL): $(READY)
 
 EXTRAS := .venv/.extras
 $(EXTRAS): $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,submitit,ray]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,submitit,ray,explain]"
 	touch $(EXTRAS)
 
-## make extras    install what regard evaluate (lm-eval) and the executors of clusters (submitit, ray) need
+## make extras    install what regard evaluate (lm-eval), clusters (submitit, ray) and regard explain (xarray, pillow) need
 extras: $(EXTRAS)
 
 ORACLES := .venv-oracles/.ready

@@ -13,11 +13,13 @@ import torch
 from tests.test_explain_scans import MORE, Words, random_pairs, tiny
 
 from regard.core import Edit, Observer, Site, Unsupported
-from regard.explaining.explanation import Explanation, Settings, explain
+from regard.explaining import settings
+from regard.explaining.explanation import Explanation, explain
 from regard.explaining.images import processed
 from regard.explaining.pairs import Batch, Pairs, batch_of
 from regard.explaining.questions import Question, asked, read_questions
 from regard.explaining.runs import capture, forward
+from regard.explaining.settings import Settings
 from regard.explaining.sources import (
     Without,
     attention_scores,
@@ -254,6 +256,20 @@ def test_a_foil_that_changes_nothing_is_not_the_corruption():
     assert ("became" in found["corruption"]) != any("another corruption" in t for t in found["tested"])
 
 
+def test_a_long_prompt_is_given_less_only_where_nothing_is_asked_for(monkeypatch):
+    monkeypatch.setattr(settings, "LONG", 6)
+    words, stages = "alpha one two three four five six seven", []
+    asked_for = Settings(verify=3, top=1, draws=2, removals=4)
+    found = explain(tiny("llama"), Words(), words, target="alpha", foil="beta", settings=asked_for,
+                    progress=lambda *a: stages.append(a[0])).found  # fmt: skip
+    assert found["pairs"] == settings.FOR_LONG.variations and found["graph"] is None
+    assert sum(map(sum, found["effects"]["exact"])) == 3
+    assert all(way["drop"]["k"] == [1, 4] for way in found["sources"])
+    assert {"gradients", "patching z", "controls", "random directions", "removals", "faithfulness"} <= {
+        *stages
+    }
+
+
 def test_the_models_own_answer_is_explained_where_none_is_given():
     model, tokenizer = load_shipped("lm")
     found = explain(model, tokenizer, PROMPT, variations=2, settings=FAST).found
@@ -289,9 +305,8 @@ def test_an_explanation_goes_on_where_it_was_stopped(tmp_path):
     again = explain(
         model, tokenizer, PROMPT, **how, folder=tmp_path / "run", progress=lambda *a: stages.append(a[0])
     ).found
-    assert {k: again[k] for k in ("effects", "controls", "graph")} == {
-        k: whole[k] for k in ("effects", "controls", "graph")
-    }
+    same = ("effects", "controls", "graph", "tested")
+    assert {k: again[k] for k in same} == {k: whole[k] for k in same}
     with pytest.raises(ValueError, match="of the same run"):
         explain(
             model,

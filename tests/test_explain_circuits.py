@@ -106,7 +106,7 @@ def test_a_curve_is_its_definition(family, ablation):
         for j, share in enumerate(shares):
             kept = set(order[: round(share * len(order))])
             assert float(curve.change[i, j]) == pytest.approx(run(i, kept) - none, abs=3e-5)
-            assert float(curve.without[i, j]) == pytest.approx(run(i, set(order) - kept) - none, abs=3e-5)
+            assert float(curve.rest[i, j]) == pytest.approx(run(i, set(order) - kept) - none, abs=3e-5)
     assert float(curve.faithfulness[0]) == 0 and float(curve.faithfulness[-1]) == pytest.approx(1, abs=1e-6)
     assert curve.cpr + curve.cmd >= 1 - 1e-6
     row = curve.to_dict()

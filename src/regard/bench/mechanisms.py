@@ -9,7 +9,6 @@ from it, the causal half of a chunk of C tokens) at the rate of a large matrix p
 outputs once at the bandwidth of a copy measured here.
 """
 
-import ctypes
 import gc
 import re
 import statistics
@@ -39,7 +38,7 @@ from regard.core import Method
 from regard.core.call import Call
 from regard.core.deprecation import renamed
 from regard.nn import RegardConfig, RegardForCausalLM
-from regard.ops.machine import product_dtype
+from regard.ops.machine import product_dtype, trim_memory
 
 LIGHTNING = "lightning_attention_2"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -235,9 +234,9 @@ def peak(qkv: list[Tensor]) -> int | None:
     gc.collect()
     try:
         # freed memory that is still resident would hide what is used
-        ctypes.CDLL(None).malloc_trim(0)
+        trim_memory()
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
+    except OSError:
         return None
     start = resident("VmRSS")
     outputs = lightning(*qkv)

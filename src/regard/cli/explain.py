@@ -40,13 +40,22 @@ def explain(
     folder: Annotated[
         Path, typer.Option("--out", help="Where stages and the page go; resumed if it is there.")
     ] = Path("runs/explain"),
-    variations: Annotated[int, typer.Option(help="Variations of each prompt, behind the intervals.")] = 8,
+    variations: Annotated[
+        int | None, typer.Option(help="Variations of each prompt, behind the intervals; none: 8, long 4.")
+    ] = None,
     verify: Annotated[
-        int, typer.Option(help="Heads that are measured exactly, of the largest estimates.")
-    ] = 20,
+        int | None, typer.Option(help="Heads measured exactly, of the largest estimates; none: 20, long 6.")
+    ] = None,
     top: Annotated[int, typer.Option(help="Heads that count as those that mattered.")] = 5,
-    removals: Annotated[int, typer.Option(help="Removals behind the sparse surrogate.")] = 64,
-    edges: Annotated[int, typer.Option(help="Edges of the graph; 0: none.")] = 24,
+    removals: Annotated[
+        int | None, typer.Option(help="Removals behind the sparse surrogate; none: 64, long 24.")
+    ] = None,
+    parts: Annotated[
+        int | None, typer.Option(help="Parts that a long prompt is cut into; none: 64, long 32.")
+    ] = None,
+    edges: Annotated[
+        int | None, typer.Option(help="Edges of the graph, 0: none; not given: 24, long 0.")
+    ] = None,
     why: Annotated[bool, typer.Option("--why", help="Say why each top head attends where it does.")] = False,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a turn of the user's in a chat.")
@@ -58,11 +67,16 @@ def explain(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
     as_json: Json = False,
 ) -> None:
-    """What in this model caused this output: heads, MLPs, source tokens and paths, against controls."""
-    from regard.explaining.explanation import Settings
-    from regard.explaining.explanation import explain as run
+    """What in this model caused this output: heads, MLPs, source tokens and paths, against controls.
 
-    settings = Settings(verify=verify, top=top, removals=removals, edges=edges, why=why, seed=seed)
+    Of prompts beyond 1,024 tokens ("long") less is measured unless it is asked for.
+    """
+    from regard.explaining.explanation import explain as run
+    from regard.explaining.settings import Settings
+
+    settings = Settings(
+        verify=verify, top=top, removals=removals, parts=parts, edges=edges, why=why, seed=seed
+    )
     kept = f"Finished stages are kept in {folder}; the same command goes on from there."
     with if_stopped(kept), stages(as_json) as progress:
         given = asked_of(

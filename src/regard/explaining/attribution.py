@@ -23,11 +23,13 @@ from transformers import PreTrainedModel
 
 from regard.core import Observer, Site, require
 from regard.core.edit import HEADED
+from regard.explaining.batches import Progress, in_groups, refuse_constant, texts_at_once
 from regard.explaining.effects import Effects
 from regard.explaining.grid import grid_of
 from regard.explaining.pairs import Batch, Pairs
-from regard.explaining.patching import Direction, Progress, in_groups, patch, refuse_constant, texts_at_once
+from regard.explaining.patching import Direction, patch
 from regard.explaining.runs import Values, by_head, capture, embedded, embeddings, forward, frozen, observers
+from regard.ops.machine import trim_memory
 
 Sums = dict[str, dict[int, Tensor]]  # quantity -> layer -> [B, H, N]
 
@@ -69,6 +71,7 @@ def attribute(
         for q in quantities:
             found = torch.stack([sums[q][layer] for layer in sorted(sums[q])], 1)  # [B, layers, H, N]
             parts[q].append(found if by_token else found.sum(-1))
+        trim_memory()
         if progress is not None:
             progress(done + 1, len(groups))
     span = torch.cat(spans) * sign

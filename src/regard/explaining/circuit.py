@@ -12,8 +12,8 @@ numbers differ, so the ablation stands in the row. Controls are heads drawn from
 target, and changes of the same norm in random directions at the same heads.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.core import Edit, Site, require
+from regard.explaining.batches import Progress, by_cell, texts_of
 from regard.explaining.effects import Effects, bootstrap
 from regard.explaining.pairs import Batch, Pairs
-from regard.explaining.patching import in_groups, refuse_constant, split, texts_at_once
 from regard.explaining.paths import Node
 from regard.explaining.runs import Values, capture, forward, heads_at
 
@@ -38,7 +38,7 @@ class Curve:
     shares: tuple[float, ...]
     change: Tensor  # [pairs, shares] m(C) - m(none)
     span: Tensor  # [pairs] m(all) - m(none)
-    without: Tensor  # [pairs, shares] m(all but C) - m(none)
+    rest: Tensor  # [pairs, shares] m(all but C) - m(none)
     ablation: str
     signed: bool
     nodes: int
@@ -49,7 +49,7 @@ class Curve:
 
     @property
     def completeness(self) -> Tensor:
-        return 1 - self.without.mean(0) / self.span.mean()
+        return 1 - self.rest.mean(0) / self.span.mean()
 
     @property
     def cpr(self) -> float:
@@ -95,6 +95,7 @@ def faithfulness(
     ablation: Ablation = "resample",
     signed: bool = True,
     batch: int | None = None,
+    progress: Progress | None = None,
 ) -> Curve:
     """The curve of the nodes of a ranking (`nodes_of`), the best first: by effect if signed, else by its size."""
     require(ablation in ("resample", "zero", "mean"), "ablation is resample, zero or mean", ablation=ablation)
@@ -102,47 +103,36 @@ def faithfulness(
     require(ok, "shares ascend from 0 to 1", shares=shares)
     pairs = pairs.to(model.device)
     order = [n for n, _ in sorted(ranking, key=lambda x: -x[1] if signed else -abs(x[1]))]
-    kept = [set(order[: round(share * len(order))]) for share in shares]
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    step = texts_at_once(pairs, batch)
-    for group in in_groups(len(pairs), step):
-        parts.append(curve_of(model, pairs.at(group), order, kept, ablation, step))
-    change, without, span = (torch.cat(x).double().cpu() for x in zip(*parts, strict=True))
-    refuse_constant(span)
-    return Curve(tuple(shares), change, span, without, ablation, signed, len(order))
+    kept = [frozenset(order[: round(share * len(order))]) for share in shares]
+    nobody, all_of = frozenset[Node](), frozenset(order)
+    # what several shares come to is asked once
+    circuits = list(dict.fromkeys([nobody, all_of, *kept, *(all_of - k for k in kept)]))
+
+    def begin(part: Pairs, group: list[int]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
+        given = ablated(model, part, ablation)
+
+        def ask(some: list[int]) -> Tensor:
+            return without(model, part, part.clean, [(all_of - circuits[i], given) for i in some])
+
+        none = ask([0])
+        return (ask([1]) - none)[:, 0], lambda some: ask([2 + i for i in some]) - none
+
+    found, span = by_cell(pairs, len(circuits) - 2, begin, batch=batch, progress=progress)
+    found = torch.cat([torch.zeros_like(span)[:, None], span[:, None], found], 1)
+    change = found[:, [circuits.index(k) for k in kept]]
+    rest = found[:, [circuits.index(all_of - k) for k in kept]]
+    return Curve(tuple(shares), change, span, rest, ablation, signed, len(order))
 
 
-def curve_of(
-    model: PreTrainedModel,
-    pairs: Pairs,
-    nodes: Sequence[Node],
-    kept: Sequence[set[Node]],
-    ablation: str,
-    step: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(m(C) - m(none), m(all but C) - m(none) [B, shares], m(all) - m(none) [B]); `step` texts in a forward."""
-    given = ablated(model, pairs, ablation)
-    every = [*kept, *({*nodes} - k for k in kept), set(), {*nodes}]
-    off = [[n for n in nodes if n not in circuit] for circuit in every]
-    scores = variants(model, pairs, pairs.clean, [(nodes_off, given) for nodes_off in off], step)
-    with_c, without = scores[:, : len(kept)], scores[:, len(kept) : 2 * len(kept)]
-    none, all_of = scores[:, -2:].unbind(1)
-    return with_c - none[:, None], without - none[:, None], all_of - none
-
-
-def variants(
-    model: PreTrainedModel, pairs: Pairs, base: Batch, off: Sequence[tuple[Sequence[Node], Values]], step: int
+def without(
+    model: PreTrainedModel, pairs: Pairs, base: Batch, off: Sequence[tuple[Iterable[Node], Values]]
 ) -> Tensor:
-    """[B, variants] the metric of the prompts `base` with each set of nodes replaced by what it is given."""
-    found = []
-    for some in split(list(range(len(off))), max(1, step // len(pairs))):
-        edits = []
-        for i, number in enumerate(some):
-            texts = tuple(range(i * len(pairs), (i + 1) * len(pairs)))
-            edits += ablating(*off[number], texts)
-        logits, _ = forward(model, base.repeated(len(some)), edits)
-        found.append(pairs.score(logits).view(len(some), -1))
-    return torch.cat(found).T
+    """[B, sets] the metric of the prompts `base` with each set of nodes replaced, in one forward."""
+    edits = [
+        e for i, (nodes, given) in enumerate(off) for e in ablating(nodes, given, texts_of(i, len(pairs)))
+    ]
+    logits, _ = forward(model, base.repeated(len(off)), edits)
+    return pairs.score(logits).view(len(off), -1).T
 
 
 def ablated(model: PreTrainedModel, pairs: Pairs, ablation: str) -> Values:
@@ -158,9 +148,9 @@ def ablated(model: PreTrainedModel, pairs: Pairs, ablation: str) -> Values:
     return {q: {n: mean(x) for n, x in by_layer.items()} for q, by_layer in values.items()}
 
 
-def ablating(nodes: Sequence[Node], given: Values, texts: tuple[int, ...]) -> list[Edit]:
+def ablating(nodes: Iterable[Node], given: Values, texts: tuple[int, ...]) -> list[Edit]:
     """One edit a layer and quantity."""
-    edits = []
+    edits, nodes = [], list(nodes)
     for layer in sorted({n.layer for n in nodes if n.quantity == "z"}):
         heads = tuple(sorted(n.head for n in nodes if n.quantity == "z" and n.layer == layer))  # type: ignore[type-var]
         site = Site("z", layers=layer, heads=heads, tower="text", texts=texts)
@@ -183,32 +173,45 @@ def together(
     sets: Sequence[Heads],
     *,
     noise: torch.Generator | None = None,
+    draws: int = 1,
     batch: int | None = None,
+    progress: Progress | None = None,
 ) -> Effects:
     """The exact effect of patching each set of heads at once, corrupted prompts given what they had on the clean ones.
 
-    noise   z is changed by as much in a random direction instead, token by token: a control. Effects [pairs, set]
+    noise   z is changed by as much in random directions instead, token by token: a control, so many draws of each set
+
+    Effects [pairs, set], with noise [pairs, draws x sets].
     """
-    pairs, step = pairs.to(model.device), texts_at_once(pairs, batch)
-    parts, spans = [], []
-    for group in in_groups(len(pairs), step):
-        part = pairs.at(group)
-        clean_logits, clean = capture(model, part.clean, ["z"])
-        base_logits, base = capture(model, part.corrupt, ["z"])
+    pairs, layers = pairs.to(model.device), sorted({n for heads in sets for n, _ in heads})
+    cells = [(draw, i) for draw in range(draws) for i in range(len(sets))]
+
+    def begin(part: Pairs, group: list[int]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
+        clean_logits, clean = capture(model, part.clean, ["z"], layers)
+        base_logits, base = capture(model, part.corrupt, ["z"], layers)
         given = {n: part.donor(x)[0] for n, x in clean["z"].items()}
-        if noise is not None:
-            drawn = {n: torch.randn(x.shape, generator=noise).to(x) for n, x in sorted(given.items())}
-            given = {n: base["z"][n] + rescaled(drawn[n], x - base["z"][n]) for n, x in given.items()}
-        nodes = [[Node("z", n, h) for n, h in heads] for heads in sets]
+        drawn = [given if noise is None else shaken(base["z"], given, noise) for _ in range(draws)]
         before = part.score(base_logits)
-        after = variants(model, part, part.corrupt, [(n, {"z": given}) for n in nodes], step)
-        parts.append(after - before[:, None])
-        spans.append(part.score(clean_logits) - before)
-    values, span = torch.cat(parts).double().cpu(), torch.cat(spans).double().cpu()
-    refuse_constant(span)
+
+        def ask(some: list[int]) -> Tensor:
+            off = [
+                ([Node("z", *h) for h in sets[i]], {"z": drawn[draw]})
+                for draw, i in map(cells.__getitem__, some)
+            ]
+            return without(model, part, part.corrupt, off) - before[:, None]
+
+        return part.score(clean_logits) - before, ask
+
+    values, span = by_cell(pairs, len(cells), begin, batch=batch, progress=progress)
     settings = {"method": "patching together", "direction": "denoise"}
-    exact = torch.ones(len(sets), dtype=torch.bool)
-    return Effects(values, ("set",), {"set": range(len(sets))}, span, exact, settings)
+    exact = torch.ones(len(cells), dtype=torch.bool)
+    return Effects(values, ("set",), {"set": range(len(cells))}, span, exact, settings)
+
+
+def shaken(base: dict[int, Tensor], given: dict[int, Tensor], noise: torch.Generator) -> dict[int, Tensor]:
+    """By layer what was there, changed by as much as what is given, in a random direction."""
+    drawn = {n: torch.randn(x.shape, generator=noise).to(x) for n, x in sorted(given.items())}
+    return {n: base[n] + rescaled(drawn[n], x - base[n]) for n, x in given.items()}
 
 
 def rescaled(x: Tensor, like: Tensor) -> Tensor:
@@ -234,11 +237,13 @@ def random_heads(model: PreTrainedModel, target: Heads, draws: int = 20, seed: i
 
 
 def random_directions(
-    model: PreTrainedModel, pairs: Pairs, target: Heads, draws: int = 8, seed: int = 0
+    model: PreTrainedModel,
+    pairs: Pairs,
+    target: Heads,
+    draws: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Effects:
     """What changes of the same norm in random directions do at the heads of the target. Effects [pairs, draw]."""
     g = torch.Generator().manual_seed(seed)
-    found = [together(model, pairs, [target], noise=g) for _ in range(draws)]
-    values = torch.cat([f.values for f in found], 1)
-    exact = torch.ones(draws, dtype=torch.bool)
-    return replace(found[0], values=values, coords={"set": range(draws)}, exact=exact)
+    return together(model, pairs, [target], noise=g, draws=draws, progress=progress)

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from regard.core import Edit, Site, require
 from regard.core.edit import HEADED
 from regard.core.errors import present
+from regard.explaining.batches import in_groups, texts_at_once
 from regard.explaining.pairs import Pairs
-from regard.explaining.patching import in_groups, texts_at_once
 from regard.explaining.runs import capture, forward, frozen
 from regard.train.loop import fit
 

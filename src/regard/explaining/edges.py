@@ -22,9 +22,10 @@ from regard.attaching.anatomy import anatomy
 from regard.core import require
 from regard.core.errors import present
 from regard.explaining.attribution import forward_only, line_between
+from regard.explaining.batches import Progress, in_groups, refuse_constant, texts_at_once
 from regard.explaining.effects import Effects
 from regard.explaining.pairs import Pairs
-from regard.explaining.patching import Direction, Progress, in_groups, refuse_constant, texts_at_once
+from regard.explaining.patching import Direction
 from regard.explaining.paths import LOGITS, Node, comes_before
 from regard.explaining.runs import embedded, forward, frozen, heads_at, layers_of, observers
 

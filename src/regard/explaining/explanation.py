@@ -5,7 +5,7 @@ intervals over variations of the prompt, beside controls, on any model that an a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,47 +22,17 @@ from regard.explaining.effects import Effects, finite
 from regard.explaining.kept import Kept, content_of
 from regard.explaining.pairs import Pairs
 from regard.explaining.patching import patch
-from regard.explaining.questions import Asked, Question
+from regard.explaining.questions import Asked, Question, ids_of
 from regard.explaining.runs import forward
+from regard.explaining.settings import Effort, Settings
 from regard.explaining.sources import carried, last_rows, parts_of
 from regard.explaining.why import why
 from regard.models.revision import of_loaded
+from regard.ops.machine import trim_memory
 from regard.ops.ranks import rank_correlation
 from regard.report.explanation import explanation_page, explanation_snippet, explanation_text
 
 Watch = Callable[[str, int, int], Any]  # stage, done, of how many
-LONG = 1024  # tokens beyond which exact scans, removals and edges are cut down
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much is measured: the more the slower, and never another result for what is.
-
-    verify    heads whose effect is measured exactly, of those with the largest estimate; MLPs a quarter of that
-    top       heads that count as those that mattered
-    draws     random sets of heads, the control of the top ones
-    removals  removals for the surrogate; half as many judge all ways
-    parts     spans that a long prompt is cut into
-    edges     edges of the graph; 0: no graph
-    why       whether the score of each top head is split over what wrote its query and its key
-    """
-
-    verify: int = 20
-    top: int = 5
-    draws: int = 20
-    removals: int = 64
-    parts: int = 64
-    edges: int = 24
-    why: bool = False
-    seed: int = 0
-
-    def for_length(self, tokens: int) -> "Settings":
-        """What a prompt of this length leaves time for."""
-        if tokens <= LONG:
-            return self
-        less = max(1, round(tokens / LONG))
-        cut = {n: max(4, getattr(self, n) // less) for n in ("verify", "draws", "removals", "parts")}
-        return replace(self, **cut, edges=0)
 
 
 @dataclass(frozen=True)
@@ -94,17 +64,23 @@ class Work:
 
     model: PreTrainedModel
     question: Asked
-    settings: Settings
+    settings: Effort
     kept: Kept
     watch: Watch | None
     folder: Path | None
     tested: list[str] = field(default_factory=list)
 
     def stage(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What a stage found, now or in an earlier start."""
+        """What a stage found, now or in an earlier start, and what is said of it."""
         if name not in self.kept.rows:
-            self.kept.add(name, measure())
-        return self.kept.rows[name]
+            before = len(self.tested)
+            found = measure()
+            self.kept.add(name, {"found": found, "tested": self.tested[before:]})
+            del self.tested[before:]
+        trim_memory()
+        row = self.kept.rows[name]
+        self.tested += row["tested"]
+        return row["found"]
 
     def progress(self, name: str) -> Callable[[int, int], Any] | None:
         return None if self.watch is None else lambda done, total: self.watch(name, done, total)  # type: ignore[misc]
@@ -123,7 +99,7 @@ def explain(
     foil: str | None = None,
     corrupt: str | None = None,
     images: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
-    variations: int = 8,
+    variations: int | None = None,
     chat: bool = False,
     settings: Settings | None = None,
     folder: str | Path | None = None,
@@ -138,7 +114,8 @@ def explain(
     corrupt     a prompt of equally many tokens that should not be answered so; None: made from the prompt
     images      what a processor made of the images of the clean and the corrupted prompt (pixel_values, ...); the
                 prompt then has its image tokens
-    variations  how many variations of each prompt the intervals come from
+    variations  how many variations of each prompt the intervals come from; None: 8, of more than 1,024 tokens 4
+    settings    how much is measured; what is left open goes by the length of the prompt
     folder      stages and cells are kept here as they end; the same call goes on
 
     >>> from regard import load_shipped
@@ -157,19 +134,19 @@ def explain(
     questions = list(prompt) if several else [Question(prompt, target, foil, corrupt)]  # type: ignore[arg-type]
     questions = [answered(model, tokenizer, q, chat, images) for q in questions]
     by_image = images is not None and images[0] is not images[1]
-    how = dict(variations=variations, chat=chat, by_image=by_image)
+    longest = max(len(ids_of(tokenizer, q.prompt, chat)) for q in questions)
+    effort = (settings or Settings()).for_length(longest, variations)
+    how = dict(variations=effort.variations, chat=chat, by_image=by_image)
     question, note = corrupted_enough(model, tokenizer, questions, images, how)
-    settings = (settings or Settings()).for_length(question.pairs.clean.ids.shape[1])
-    kept = Kept.open(folder, lambda: header_of(model, question, settings))
-    work = Work(model, question, settings, kept, progress, None if folder is None else Path(folder), note)
+    kept = Kept.open(folder, lambda: header_of(model, question, effort))
+    work = Work(model, question, effort, kept, progress, None if folder is None else Path(folder), note)
     found = {**facts(work, name), **everything(work)}
     return Explanation({**found, "tested": work.tested, "seconds": round(perf_counter() - start, 1)})
 
 
-def header_of(model: PreTrainedModel, question: Asked, settings: Settings) -> dict[str, Any]:
-    return {
-        "settings": {"model": of_loaded(model, None), "pairs": content_of(question.pairs), **vars(settings)}
-    }
+def header_of(model: PreTrainedModel, question: Asked, effort: Effort) -> dict[str, Any]:
+    pairs = content_of(question.pairs)
+    return {"settings": {"model": of_loaded(model, None), "pairs": pairs, **asdict(effort)}}
 
 
 def facts(work: Work, name: str) -> dict[str, Any]:
@@ -194,6 +171,7 @@ def mean_score(model: PreTrainedModel, pairs: Pairs, side: str) -> float:
 def everything(work: Work) -> dict[str, Any]:
     """All stages, one after the other."""
     estimated = attribute(work.model, work.pairs, progress=work.progress("gradients"))
+    trim_memory()
     heads, mlps = verified(work, estimated)
     top = [tuple(map(int, site)) for site in heads.top(work.settings.top)]
     return {
@@ -260,10 +238,10 @@ def controls(work: Work, top: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]
     """The top heads together, random heads of the same layers, random directions of the same norm."""
     target = [(n, h) for n, h in top]
     draws = random_heads(work.model, target, work.settings.draws, work.settings.seed)
-    both = together(work.model, work.pairs, [target, *draws])
-    noise = random_directions(
-        work.model, work.pairs, target, max(2, work.settings.draws // 3), work.settings.seed
-    )
+    both = together(work.model, work.pairs, [target, *draws], progress=work.progress("controls"))
+    directions = max(2, work.settings.draws // 3)
+    noise = random_directions(work.model, work.pairs, target, directions, work.settings.seed,
+                              work.progress("random directions"))  # fmt: skip
     names = (f"top {len(top)} heads together", f"as many random heads of the same layers, {len(draws)} draws",
              f"random changes of the same size at the top heads, {noise.values.shape[1]} draws")  # fmt: skip
     rest = Effects(
@@ -291,7 +269,8 @@ def sources(work: Work, top: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
     s = work.settings
     same = work.pairs.at(range(len(work.pairs) // work.question.questions))  # variations of the first prompt
     found = carried(work.model, same, spans, [(n, h) for n, h in top], samples=s.removals,
-                    held=max(4, s.removals // 2), seed=s.seed, progress=work.progress("removals"))  # fmt: skip
+                    held=max(4, s.removals // 2), seed=s.seed, ks=s.removed,
+                    progress=work.progress("removals"))  # fmt: skip
     work.tested.append(
         f"{len(found)} ways to say which of {len(spans)} parts of the prompt mattered, each by removal"
     )
@@ -312,6 +291,6 @@ def graph(work: Work) -> dict[str, Any] | None:
 
 
 def curve(work: Work, estimated: dict[str, Effects]) -> dict[str, Any] | None:
-    found = faithfulness(work.model, work.pairs, nodes_of(estimated))
+    found = faithfulness(work.model, work.pairs, nodes_of(estimated), progress=work.progress("faithfulness"))
     work.tested.append(f"how much of the answer the best heads and MLPs keep alone, {found.nodes} in all")
     return found.to_dict()

@@ -7,16 +7,16 @@ The windows of a scan slide over the layers ("Dissecting Recall of Factual Assoc
 Models", 2023). Spans are token numbers; an image's or a document's tokens are hidden by their role with a single Edit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.core import Edit, Site, require
+from regard.explaining.batches import Progress, by_cell, texts_of
 from regard.explaining.effects import Effects
 from regard.explaining.pairs import Pairs
-from regard.explaining.patching import Progress, in_groups, refuse_constant, split, texts_at_once
 from regard.explaining.runs import forward, layers_of
 
 Span = tuple[int, int]  # first and past-the-last token
@@ -48,22 +48,13 @@ def knockout(
     require(1 <= window <= len(layers), "a window of the model's layers", window=window, layers=len(layers))
     pairs, starts = pairs.to(model.device), layers[: len(layers) - window + 1]
     cells = [(start, i) for start in range(len(starts)) for i in range(len(spans))]
-    values, span = (
-        torch.zeros(len(pairs), len(cells), dtype=torch.float64),
-        torch.zeros(len(pairs), dtype=torch.float64),
-    )
-    step, count = texts_at_once(pairs, batch), 0
-    for group in in_groups(len(pairs), step):
-        part = pairs.at(group)
-        before = part.score(forward(model, part.clean)[0])
-        span[group] = (before - part.score(forward(model, part.corrupt)[0])).double().cpu()
-        for some in split(list(range(len(cells))), max(1, step // len(group))):
-            hidden = [(tuple(layers[cells[c][0] :][:window]), spans[cells[c][1]]) for c in some]
-            values[torch.tensor(group)[:, None], torch.tensor(some)] = lost(model, part, before, hidden, rows)
-            count += len(some) * len(group)
-            if progress is not None:
-                progress(count, len(cells) * len(pairs))
-    refuse_constant(span)
+
+    def begin(part: Pairs, group: list[int]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
+        before, after = (part.score(forward(model, side)[0]) for side in (part.clean, part.corrupt))
+        hidden = [(tuple(layers[start:][:window]), spans[i]) for start, i in cells]
+        return before - after, lambda some: lost(model, part, before, [hidden[c] for c in some], rows)
+
+    values, span = by_cell(pairs, len(cells), begin, batch=batch, progress=progress)
     coords = {"layer": starts, "span": [*spans]}
     shape = (len(starts), len(spans))
     settings = {"method": "knockout", "direction": "noise", "window": window, "rows": rows}
@@ -78,11 +69,11 @@ def lost(
     """[pairs, cells] m_clean - m with these spans hidden in these layers."""
     edits, named = [], rows if rows is None or isinstance(rows, int) else tuple(rows)
     for i, (layers, (first, past)) in enumerate(hidden):
-        texts = tuple(range(i * len(pairs), (i + 1) * len(pairs)))
+        texts = texts_of(i, len(pairs))
         keys = tuple(range(first, past))
         site = Site("scores", layers=layers, rows=named, keys=keys, tower="text", texts=texts)
         # a layer with a window may not see them at all: then there is nothing to lose
         edits.append(Edit(site, "block", required=False))
     logits, _ = forward(model, pairs.clean.repeated(len(hidden)), edits)
     change = before.repeat(len(hidden)) - pairs.score(logits)
-    return change.view(len(hidden), len(pairs)).T.double().cpu()
+    return change.view(len(hidden), len(pairs)).T

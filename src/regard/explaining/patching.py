@@ -6,11 +6,10 @@
 Sites of several pairs are patched in one forward: each text of the batch has an edit of its own, and sees no other.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,15 +17,14 @@ from transformers import PreTrainedModel
 
 from regard.core import Edit, require
 from regard.core.edit import HEADED
+from regard.explaining.batches import Progress, by_cell, texts_of
 from regard.explaining.effects import Effects
 from regard.explaining.grid import Grid, cells_of, grid_of
 from regard.explaining.kept import Kept, header
-from regard.explaining.pairs import CONSTANT, Batch, Pairs
+from regard.explaining.pairs import Batch, Pairs
 from regard.explaining.runs import Values, at_site, capture, forward
 
 Direction = Literal["denoise", "noise"]
-Progress = Callable[[int, int], Any]  # done, of how many
-TOKENS = 8192  # of texts in one forward: bounds the memory, never changes the result
 
 
 @torch.no_grad()
@@ -60,25 +58,22 @@ def patch(
     grid = grid_of(model, quantity, layers, rows, tokens)
     done = Kept.open(folder, lambda: header(model, pairs, grid, direction))
     chosen = cells_of(grid, sites)
-    values = torch.full((len(pairs), len(grid.sites())), torch.nan, dtype=torch.float64)
-    span = torch.zeros(len(pairs), dtype=torch.float64)
-    step = texts_at_once(pairs, batch)
-    total, count = len(chosen) * len(pairs), 0
-    for group in in_groups(len(pairs), step):
-        part = pairs.at(group)
+
+    def begin(part: Pairs, group: list[int]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
         run = Run.of(model, part, grid, direction)
-        span[group] = run.span.double().cpu()
-        for cells in split(chosen, max(1, step // len(group))):
+
+        def ask(some: list[int]) -> Tensor:
+            cells = [chosen[i] for i in some]
             key = f"{group[0]}-{group[-1]}/{','.join(map(str, cells))}"
             if key not in done.rows:
                 done.add(key, run.patched(model, part, grid, cells))
-            values[torch.tensor(group)[:, None], torch.tensor(cells)] = torch.tensor(
-                done.rows[key], dtype=torch.float64
-            )
-            count += len(cells) * len(group)
-            if progress is not None:
-                progress(count, total)
-    refuse_constant(span)
+            return torch.tensor(done.rows[key], dtype=torch.float64)
+
+        return run.span, ask
+
+    found, span = by_cell(pairs, len(chosen), begin, batch=batch, progress=progress)
+    values = torch.full((len(pairs), len(grid.sites())), torch.nan, dtype=torch.float64)
+    values[:, chosen] = found
     exact = torch.zeros(len(grid.sites()), dtype=torch.bool)
     exact[chosen] = True
     settings = {"quantity": quantity, "direction": direction, "method": "patching", "rows": grid.rows}
@@ -116,10 +111,7 @@ class Run:
     ) -> list[list[float]]:
         """[pairs][cells] change of the metric."""
         count, sites = len(self.base), grid.sites()
-        edits = [
-            self.edit(grid, sites[cell], tuple(range(i * count, (i + 1) * count)))
-            for i, cell in enumerate(cells)
-        ]
+        edits = [self.edit(grid, sites[cell], texts_of(i, count)) for i, cell in enumerate(cells)]
         logits, _ = forward(model, self.base.repeated(len(cells)), edits)
         change = pairs.score(logits).view(len(cells), count) - self.before
         return (self.sign * change).T.tolist()
@@ -161,28 +153,3 @@ class Run:
 def picked(value: Tensor, base: Batch, rows: tuple[int, ...]) -> Tensor:
     """[B, rows, width] of value [B, N, width] at rows counted from the end, in the order in which sites hold them."""
     return value[:, sorted(r + base.ids.shape[1] for r in rows)]
-
-
-def refuse_constant(span: Tensor) -> None:
-    """Raise where the metric does not tell clean prompts from corrupted ones."""
-    rule = "the metric differs between clean and corrupted prompts"
-    require(float(span.abs().max()) > CONSTANT, rule, largest_difference=float(span.abs().max()))
-    rule = "the mean of the metric differs between clean and corrupted prompts (they cancel)"
-    require(abs(float(span.mean())) > CONSTANT, rule, mean_difference=float(span.mean()))
-
-
-def texts_at_once(pairs: Pairs, batch: int | None) -> int:
-    width = max(pairs.clean.ids.shape[1], pairs.corrupt.ids.shape[1])
-    require(batch is None or batch >= 1, "a batch has a text", batch=batch)
-    return max(1, TOKENS // width) if batch is None else batch
-
-
-def in_groups(count: int, size: int) -> list[list[int]]:
-    """Numbers of pairs in groups of nearly equal size, none larger than this."""
-    groups = -(-count // size)
-    edges = [count * i // groups for i in range(groups + 1)]
-    return [list(range(a, b)) for a, b in itertools.pairwise(edges)]
-
-
-def split(cells: Sequence[int], size: int) -> list[list[int]]:
-    return [list(cells[i : i + size]) for i in range(0, len(cells), size)]

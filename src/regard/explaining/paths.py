@@ -12,7 +12,7 @@ heads stay frozen. A receiver is the query, key or value of a head, an MLP, or t
 is the answer. Nothing is linearised: norms after a sublayer and parallel blocks are those of the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from regard.attaching.anatomy import anatomy
 from regard.core import Edit, Observer, Site, require
 from regard.core.edit import HEADED
+from regard.explaining.batches import Progress, by_cell, texts_of
 from regard.explaining.effects import Effects
 from regard.explaining.grid import Grid
 from regard.explaining.pairs import Batch, Pairs
-from regard.explaining.patching import Progress, in_groups, refuse_constant, split, texts_at_once
 from regard.explaining.runs import Values, at_site, by_head, capture, forward, heads_at, layers_of
 
 
@@ -96,19 +96,12 @@ def path_patch(
     rule = "the logits are a receiver alone: what reaches them by several ways does not add up"
     require(LOGITS not in receivers or len(receivers) == 1, rule, receivers=[*map(str, receivers)])
     row = None if rows is None else (rows,) if isinstance(rows, int) else tuple(rows)
-    values = torch.zeros(len(pairs), len(chosen), dtype=torch.float64)
-    span, step = torch.zeros(len(pairs), dtype=torch.float64), texts_at_once(pairs, batch)
-    count = 0
-    for group in in_groups(len(pairs), step):
-        paths = Paths.of(model, pairs.at(group), receivers, row, mlps)
-        span[group] = paths.span.double().cpu()
-        for some in split(list(range(len(chosen))), max(1, step // len(group))):
-            change = paths.through([chosen[i] for i in some])
-            values[torch.tensor(group)[:, None], torch.tensor(some)] = change.double().cpu()
-            count += len(some) * len(group)
-            if progress is not None:
-                progress(count, len(chosen) * len(pairs))
-    refuse_constant(span)
+
+    def begin(part: Pairs, group: list[int]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
+        paths = Paths.of(model, part, receivers, row, mlps)
+        return paths.span, lambda some: paths.through([chosen[i] for i in some])
+
+    values, span = by_cell(pairs, len(chosen), begin, batch=batch, progress=progress)
     settings = {"method": "path patching", "direction": "noise", "mlps": mlps, "rows": row,
                 "receivers": [str(r) for r in receivers]}  # fmt: skip
     names = {"sender": [str(s) for s in chosen]}
@@ -191,7 +184,7 @@ class Paths:
         ]
 
     def sent(self, sender: Node, number: int) -> Edit:
-        texts = tuple(range(number * len(self.pairs), (number + 1) * len(self.pairs)))
+        texts = texts_of(number, len(self.pairs))
         value = self.corrupt[sender.quantity][sender.layer][:, sender.head or 0]
         if self.rows is None:
             return at_site(sender.quantity, sender.layer, sender.head, value, texts=texts)

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 
 from regard.attaching.anatomy import anatomy
 from regard.core import Edit, Observer, Site, Unsupported, require
+from regard.explaining.batches import TOKENS, Progress
 from regard.explaining.effects import bootstrap, finite
 from regard.explaining.pairs import Batch, Pairs
-from regard.explaining.patching import TOKENS, Progress
 from regard.explaining.runs import embedded, forward, frozen, heads_at, layers_of
 from regard.ops.attribution import (
     asked,

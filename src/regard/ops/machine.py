@@ -8,6 +8,7 @@ stay in their dtype, as float32, float64 and all that is no product stay everywh
 REGARD_CPU_PRODUCTS=float32 or native forces the answer for a process, `products_in` for a block.
 """
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -142,6 +143,13 @@ def least(dtype: torch.dtype, batch: int) -> float:
         torch.bmm(a, a)
         runs.append(TICK() - start)
     return min(runs)
+
+
+def trim_memory() -> None:
+    """What was freed goes back to the system where the C library can give it (glibc); else it stays resident."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 @cache

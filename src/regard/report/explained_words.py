@@ -56,12 +56,14 @@ def as_html(text: str) -> str:
 def amounts(*values: object) -> list[str]:
     """Numbers that are read together, with as many decimals as the largest of them asks for.
 
-    >>> amounts(0.412, 0.3, -0.02), amounts(0.004), amounts(1234.5), amounts(None), amounts(-0.0001, 0.3)
-    (['0.41', '0.30', '−0.02'], ['0.004'], ['1,234'], ['–'], ['0.00', '0.30'])
+    >>> amounts(0.412, 0.3, -0.02), amounts(0.004), amounts(1234.5), amounts(None), amounts(-0.0001, 0.3), amounts(0.0)
+    (['0.41', '0.30', '−0.02'], ['0.004'], ['1,234'], ['–'], ['0.00', '0.30'], ['0'])
     """
     known = [v for v in map(number, values) if v is not None]
     top = max(map(abs, known), default=0.0)
-    places = next((d for d, least in ((0, 99.5), (1, 9.95), (2, 0.015), (3, 0.0015)) if top >= least), 4)
+    places = next(
+        (d for d, least in ((0, 99.5), (1, 9.95), (2, 0.015), (3, 0.0015)) if top >= least), 4 if top else 0
+    )
     return [NONE if v is None else written(v, places) for v in map(number, values)]
 
 
