@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from regard.claims import ledger
 from regard.cli import app
 from regard.core import Claim, Measured
+from regard.core.claim import TOY
 from regard.models import shipped
 from regard.models.shipped import Pretrained
 
@@ -129,6 +130,18 @@ def test_what_is_asked_for(room):
         ledger.measure("two", "lm")
     with pytest.raises(ValueError, match="a model of the claim"):
         ledger.measure("one")
+
+
+def test_a_model_that_the_claim_trains_itself_stands_beside_ours(room, nothing_installed, monkeypatch):
+    both, asked = claim_on(TOY, "smollm2", contradicted={TOY: "too small"})
+    monkeypatch.setattr(ledger, "claim", lambda name: both)
+    monkeypatch.setattr(ledger, "paths", lambda: {"one": room[0] / "one.py"})
+    assert ledger.asked(on="toy") == [("one", TOY)]
+    rows = [ledger.measure(*pair) for pair in ledger.asked()]
+    assert [row["verdict"] for row in rows] == ["holds", "not measured"] and asked == [TOY]
+    assert (
+        run("one", "--on", "toy", "--record").exit_code == 0 and ledger.recorded()["one"][0]["model"] == TOY
+    )
 
 
 def test_the_exit_status_is_that_of_the_last_model(room):

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from regard.core import Claim, require, unknown
+from regard.core.claim import TOY
 from regard.core.errors import NotInstalled
 from regard.models.shipped import PRETRAINED, SHIPPED, pretrained
 from regard.report.folder import write_whole
@@ -58,7 +59,7 @@ def asked(chosen: Sequence[str] = (), on: str | None = None) -> list[tuple[str, 
     A claim that needs no model has None. Raises KeyError for an unknown name, ValueError for a claim asked for on a
     model that it does not name.
     """
-    ours = [*SHIPPED, *PRETRAINED]
+    ours = [TOY, *SHIPPED, *PRETRAINED]
     if on is not None and on not in ours:
         raise unknown("model of ours", on, ours)
     pairs = [(name, model) for name in chosen or names() for model in claim(name).models or (None,)]

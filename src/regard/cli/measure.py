@@ -98,7 +98,7 @@ def say_failed(failed: list[dict], cells: int) -> None:
 def claims(
     names: Annotated[list[str] | None, typer.Argument(help="Rows to measure; none: all.")] = None,
     on: Annotated[
-        str | None, typer.Option(help="On this model alone of those that a claim names: lm, smollm2.")
+        str | None, typer.Option(help="On this model alone of those that a claim names: toy, lm, smollm2.")
     ] = None,
     ledger_only: Annotated[
         bool, typer.Option("--ledger", help="The last measured results; measure nothing.")

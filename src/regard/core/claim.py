@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from regard.core.errors import require
 
+TOY = "toy"  # a model that a claim trains itself, among those that it names
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -20,6 +22,7 @@ class Claim:
 
     `models` are those of ours (`regard.load_shipped`) on which it is measured, the smallest first: `measure` is called
     with the name of each, and of those that were measured the last one decides. Empty: `measure` is called without.
+    TOY among them is one that the claim trains itself.
 
     `contradicted`, where an honest experiment here goes against the paper, says what was tried and found: the
     verdict of a measurement outside the bound then reads `contradicted` instead of `fails`. With `models` it is

@@ -1,165 +1,143 @@
 """Circuits of multiple choice, their claim: few heads write the letter, and how many axes their labels need.
 
-    <s> question  label text  label text  label text  label text  answer: -> label of the right text
-    <s> question  text: -> right text                                        the knowledge by itself
+    toy      <s> question  label text  label text  label text  label text  answer: -> label of the right text
+             <s> question  text: -> right text                                        the knowledge by itself
+    smollm2  The car is red. Is the car blue (A), red (B), green (C), white (D)?
+             Answer: red (                                            -> B            text first, then its letter
 
-A GPT-2 of 4 layers of 8 heads (of width 8) is trained on 24 questions, each with one right text of 24. Labels are A, B,
-C, D in half of the prompts and four of 26 letters at random in the other half: else it could not be asked with those.
-A prompt's texts, their order and its letters are drawn anew; the knowledge is asked for by itself too.
+The toy is a GPT-2 of 4 layers of 8 heads (of width 8), trained on 24 questions, each with one right text of 24. Labels
+are A, B, C, D in half of the prompts and four of 26 letters at random in the other half: else it could not be asked
+with those. Rate and steps were chosen on another seed by the accuracy on all kinds of prompts. SmolLM2-135M answers at
+chance, at most 31 %, in 15 forms where labels stand before texts (by itself, after 4 and 8 examples, in a chat): so
+labels follow texts, and the right text is written out before its letter. Of 21 such forms the one answered best was
+taken, on other prompts; examples before it make it worse. Texts, their order and letters are drawn anew for each
+prompt, and the knowledge is asked for by itself too.
 
 heads     Five heads with the largest direct effect on logit(right letter) - mean logit(the other three) are chosen on
           one draw of A-D prompts; on another their effects are summed, over the difference of logits of the model.
           Patched together into resampled prompts they tell whether they are a cause, beside others of their layers.
+          Five of 32 heads are 42 of 270: what as large a share holds is told apart (`share_of_wide`).
 axes      The queries of these heads at the last token and their keys at the four labels are projected, each head's onto
           three axes of its own found on the first draw of A-D prompts, in the run itself, so that later heads see what
-          earlier ones did. Accuracy on the second draw, and on prompts of random letters with the same axes. Controls:
-          three random axes; axes found on random letters; one, two and five axes.
-
-Rate and steps were chosen on another seed by the accuracy on all kinds of prompts.
+          earlier ones did. Keys that several query heads share are projected once, for all of them. Accuracy, the best
+          of the four letters, on the second draw, and on prompts of random letters with the same axes. Controls: three
+          random axes; axes found on random letters; other numbers of axes. Where a letter follows its text its key has
+          to tell which text that is: so SmolLM2 is also asked where the choices are always the same four colours.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from regard.claims.lab import generator, mean, threads
-from regard.claims.small_lm import padded, small_gpt2, taught
+from regard.claims.multiple_choice import (
+    CHOICES,
+    TOKENS,
+    VOCABULARY,
+    Choice,
+    choices,
+    colours,
+    knowledge,
+    lessons,
+)
+from regard.claims.shipped_lm import shipped
+from regard.claims.small_lm import small_gpt2, taught
 from regard.core import Edit, Observer, Site
-from regard.core.claim import Claim, Measured
+from regard.core.claim import TOY, Claim, Measured
 from regard.explaining.circuit import random_heads, together
 from regard.explaining.pairs import Batch, Pairs
-from regard.explaining.runs import capture, forward
+from regard.explaining.runs import forward, heads_at
 from regard.explaining.sources import output_matrices
 from regard.methods.tracing.chinchilla_mcqa_circuits import Axes, axes_of, direct_effects
 
-LAYERS, HEADS, WIDTH, STEPS, RATE, BATCH, SEED = 4, 8, 64, 700, 4e-3, 64, 1
-LETTERS, QUESTIONS, TEXTS, CHOICES, ASKED = 26, 24, 24, 4, 512
-RANK, TOP, RANKS, DRAWS = 3, 5, (1, 2, 3, 5), 10
-# numbers of tokens
-BEGIN, ANSWER, TEXT, LETTER = 0, 1, 2, 4
-QUESTION = LETTER + LETTERS
-FIRST = QUESTION + QUESTIONS
-VOCABULARY = FIRST + TEXTS
-TOKENS = 3 + 2 * CHOICES
-LABELS = tuple(range(2, 2 + 2 * CHOICES, 2))  # where labels stand
+LAYERS, HEADS, WIDTH, STEPS, RATE, SEED = 4, 8, 64, 700, 4e-3, 1
+RANK, TOP, SHARE = 3, 5, 5 / 32
+RANKS = {TOY: (1, 2, 3, 5), "smollm2": (1, 3, 5, 12)}
+# prompts of a draw, those that are patched, sets of other heads and of random axes
+COUNTS = {TOY: (512, 128, 10), "smollm2": (100, 48, 2)}
 Head = tuple[int, int]
-
-
-# texts
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Prompts [B, N], the right letters [B], the letters of all choices [B, 4], the number of the right one [B]."""
-
-    ids: Tensor
-    right: Tensor
-    letters: Tensor
-    place: Tensor
-
-    @property
-    def batch(self) -> Batch:
-        return Batch(self.ids, torch.ones_like(self.ids))
-
-    @property
-    def wrong(self) -> Tensor:
-        """[B, 3]"""
-        return self.letters[self.letters != self.right[:, None]].view(len(self.ids), CHOICES - 1)
-
-
-def knowledge(seed: int) -> Tensor:
-    """[QUESTIONS] the number of the right text of each."""
-    return torch.randperm(TEXTS, generator=generator(1000 + seed))[:QUESTIONS]
-
-
-def choices(known: Tensor, count: int, g: torch.Generator, any_letters: bool) -> Choice:
-    question = torch.randint(QUESTIONS, (count,), generator=g)
-    right = known[question]
-    drawn = torch.rand(count, TEXTS, generator=g).scatter(1, right[:, None], -1.0)
-    options = drawn.argsort(1)[:, :CHOICES]  # the right one first
-    order = torch.rand(count, CHOICES, generator=g).argsort(1)
-    options, place = options.gather(1, order), order.argmin(1)
-    letters = torch.rand(count, LETTERS, generator=g).argsort(1)[:, :CHOICES]
-    letters = LETTER + (letters if any_letters else torch.arange(CHOICES).expand(count, -1))
-    sign = lambda token: torch.full((count, 1), token)  # noqa: E731
-    listed = torch.stack([letters, FIRST + options], 2).flatten(1)
-    ids = torch.cat([sign(BEGIN), QUESTION + question[:, None], listed, sign(ANSWER)], 1)
-    return Choice(ids, letters.gather(1, place[:, None])[:, 0], letters, place)
-
-
-def lessons(known: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ids and labels: A-D, random letters, and questions for the text, half as many."""
-    asked = [(c.ids, c.right) for c in (choices(known, BATCH, g, kind) for kind in (False, True))]
-    asked.append(by_text(known, torch.randint(QUESTIONS, (BATCH // 2,), generator=g)))
-    blank = [torch.full_like(ids, -100) for ids, _ in asked]
-    for labels, (_, wanted) in zip(blank, asked, strict=True):
-        labels[:, -1] = wanted
-    return padded([(ids, labels) for (ids, _), labels in zip(asked, blank, strict=True)], pad=BEGIN)
-
-
-def by_text(known: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [B, 3] and their texts [B]."""
-    sign = lambda token: torch.full_like(question, token)  # noqa: E731
-    return torch.stack([sign(BEGIN), QUESTION + question, sign(TEXT)], 1), FIRST + known[question]
 
 
 # heads
 
 
+def used(model: PreTrainedModel, batch: Batch, rows: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
+    """Quantity -> layer -> what the model used at these rows [B, heads, rows, width], of a layer [B, rows, width]."""
+    look = [Observer("value", Site(q, rows=at, tower="text"), name=q) for q, at in rows.items()]
+    records = forward(model, batch, look)[1].records
+    return {q: {layer: x for layer, _, x in sorted(records[q], key=lambda r: r[0])} for q in rows}
+
+
 @torch.no_grad()
-def effects(model: GPT2LMHeadModel, asked: Choice) -> tuple[Tensor, Tensor, Tensor]:
+def effects(model: PreTrainedModel, asked: Choice) -> tuple[Tensor, Tensor, Tensor]:
     """(direct effects of heads [B, layers x heads], of MLPs [B, layers], the model's difference of logits [B])."""
-    _, values = capture(model, asked.batch, ("z", "mlp", "resid_post"))
-    table, matrices, norm = model.lm_head.weight, output_matrices(model), model.transformer.ln_f
-    heads = [torch.einsum("bhe,hew->bhw", values["z"][n][:, :, -1], matrices[n]) for n in range(LAYERS)]
-    mlps = torch.stack([values["mlp"][n][:, 0, -1] for n in range(LAYERS)], 1)
-    residual = values["resid_post"][LAYERS - 1][:, 0, -1]
-    how = residual, table[asked.right], table[asked.wrong], norm.weight, "layer", norm.eps
+    values = used(model, asked.batch, dict.fromkeys(("z", "mlp", "resid_post"), -1))
+    table, matrices = model.get_output_embeddings().weight, output_matrices(model)
+    heads = [torch.einsum("bhe,hew->bhw", z[:, :, 0], matrices[n]) for n, z in values["z"].items()]
+    mlps = torch.cat([*values["mlp"].values()], 1)
+    residual = [*values["resid_post"].values()][-1][:, 0]
+    how = residual, table[asked.right], table[asked.wrong], *last_norm(model)
     each, other, whole = (direct_effects(x, *how) for x in (torch.cat(heads, 1), mlps, residual[:, None]))
     return each, other, whole[:, 0]
 
 
-def letter_heads(model: GPT2LMHeadModel, asked: Choice) -> list[Head]:
-    found = effects(model, asked)[0].mean(0).topk(TOP).indices
-    return [(int(i) // HEADS, int(i) % HEADS) for i in found]
+def last_norm(model: Any) -> tuple[Tensor, str, float]:
+    """Gain, kind and epsilon of the norm before the logits."""
+    if isinstance(model, GPT2LMHeadModel):
+        return model.transformer.ln_f.weight, "layer", model.transformer.ln_f.eps
+    return model.model.norm.weight, "rms", model.model.norm.variance_epsilon
 
 
-def shares(model: GPT2LMHeadModel, asked: Choice, heads: Sequence[Head]) -> dict[str, Any]:
-    """Of the difference of logits in the mean: what these heads hold, all heads, the MLP of each layer."""
+def letter_heads(model: PreTrainedModel, asked: Choice, count: int) -> list[Head]:
+    found, heads = effects(model, asked)[0].mean(0).topk(count).indices, heads_at("z", model)
+    return [(int(i) // heads, int(i) % heads) for i in found]
+
+
+def shares(
+    model: PreTrainedModel, asked: Choice, heads: Sequence[Head], wide: Sequence[Head]
+) -> dict[str, Any]:
+    """Of the mean difference of logits: what these heads hold, the wide set, all heads, the MLP of each layer."""
     each, mlps, whole = (x.mean(0) for x in effects(model, asked))
-    chosen = each[[n * HEADS + h for n, h in heads]] / whole
+    of = lambda some: each[[n * heads_at("z", model) + h for n, h in some]] / whole  # noqa: E731
     return {
-        "share": chosen.sum().item(),
-        "share_of_each": chosen.tolist(),
+        "difference": whole.item(),
+        "share": of(heads).sum().item(),
+        "share_of_each": of(heads).tolist(),
+        "share_of_wide": of(wide).sum().item(),
         "share_of_all_heads": (each.sum() / whole).item(),
         "share_of_mlps": (mlps / whole).tolist(),
     }
 
 
-def restored(model: GPT2LMHeadModel, asked: Choice, other: Choice, heads: Sequence[Head]) -> dict[str, float]:
+def restored(
+    model: PreTrainedModel, asked: Choice, other: Choice, heads: Sequence[Head], wide: Sequence[Head],
+    patched: int, draws: int,
+) -> dict[str, float]:  # fmt: skip
     """What is restored in resampled prompts by these heads, and by as many others of their layers in the mean."""
-    foil = asked.wrong[:, 0]
-    pairs = Pairs(asked.batch, other.batch, asked.right, foil).at(range(128))
-    sets = [heads, *random_heads(model, heads, DRAWS, SEED)]
+    pairs = Pairs(asked.batch, other.batch, asked.right, asked.wrong[:, 0]).at(range(patched))
+    sets = [heads, wide, *random_heads(model, heads, draws, SEED)]
     found = together(model, pairs, sets).mean
-    return {"restored_by_top": found[0].item(), "restored_by_others": found[1:].mean().item()}
+    return {
+        "restored_by_top": found[0].item(),
+        "restored_by_wide": found[1].item(),
+        "restored_by_others": found[2:].mean().item(),
+    }
 
 
 @torch.no_grad()
-def read_by(model: GPT2LMHeadModel, asked: Choice, heads: Sequence[Head]) -> dict[str, list[float]]:
+def read_by(model: PreTrainedModel, asked: Choice, heads: Sequence[Head]) -> dict[str, list[float]]:
     """The weight of the last token on the right label, on the right text and on all labels, head by head."""
     look = Observer("last_row", Site(tower="text"), name="row")
     rows = {n: x for n, _, x in forward(model, asked.batch, [look])[1].records["row"]}
-    at = (LABELS[0] + 2 * asked.place)[:, None]
+    at = torch.tensor(asked.labels)[asked.place][:, None]
     each = [rows[n][:, h] for n, h in heads]
     return {
         "weight_on_right_label": [x.gather(1, at).mean().item() for x in each],
-        "weight_on_right_text": [x.gather(1, at + 1).mean().item() for x in each],
-        "weight_on_labels": [x[:, list(LABELS)].sum(1).mean().item() for x in each],
+        "weight_on_right_text": [x.gather(1, at + asked.to_text).mean().item() for x in each],
+        "weight_on_labels": [x[:, list(asked.labels)].sum(1).mean().item() for x in each],
     }
 
 
@@ -169,11 +147,15 @@ Spaces = Mapping[tuple[str, int, int], Axes]  # of "q" or "k", layer, head
 
 
 @torch.no_grad()
-def spaces(model: GPT2LMHeadModel, asked: Choice, heads: Sequence[Head], rank: int) -> Spaces:
-    """The axes of each head's queries at the last token and keys at labels."""
-    values = capture(model, asked.batch, ("q", "k"))[1]
-    at = {"q": [-1], "k": list(LABELS)}
-    return {(q, n, h): axes_of(values[q][n][:, h, rows], rank) for q, rows in at.items() for n, h in heads}
+def spaces(
+    model: PreTrainedModel, asked: Choice, heads: Sequence[Head], ranks: Sequence[int]
+) -> list[Spaces]:
+    """For each rank the axes of these heads' queries at the last token and keys at labels."""
+    at = {"q": [-1], "k": list(asked.labels)}
+    values = used(model, asked.batch, at)
+    shared = heads_at("q", model) // heads_at("k", model)
+    mine = {"q": [*heads], "k": [*dict.fromkeys((n, h // shared) for n, h in heads)]}
+    return [{(q, n, h): axes_of(values[q][n][:, h], r) for q in at for n, h in mine[q]} for r in ranks]
 
 
 def at_random(known: Spaces, seed: int) -> Spaces:
@@ -185,61 +167,100 @@ def at_random(known: Spaces, seed: int) -> Spaces:
     }
 
 
-def projecting(known: Spaces) -> list[Edit]:
+def projecting(known: Spaces, labels: tuple[int, ...]) -> list[Edit]:
     """What lies outside of the axes becomes what the mean has there."""
     edits = []
     for (q, layer, head), space in known.items():
         rank = space.axes.shape[1]
         outside = torch.linalg.qr(space.axes, mode="complete")[0][:, rank:]
-        site = Site(q, layers=layer, heads=head, rows=LABELS if q == "k" else -1, tower="text")
+        site = Site(q, layers=layer, heads=head, rows=labels if q == "k" else -1, tower="text")
         edits.append(Edit(site, "project", outside, source=space.mean.view(1, 1, 1, -1)))
     return edits
 
 
 @torch.no_grad()
-def accuracy(model: GPT2LMHeadModel, batch: Batch, right: Tensor, edits: Sequence[Edit] = ()) -> float:
-    """In %."""
-    return 100 * (forward(model, batch, edits)[0].argmax(-1) == right).double().mean().item()
+def accuracy(model: PreTrainedModel, asked: Choice, edits: Sequence[Edit] = ()) -> tuple[float, float]:
+    """(in %, the right letter is the best of the four; it is the best of all tokens)."""
+    logits = forward(model, asked.batch, edits)[0]
+    of_four = logits.gather(1, asked.letters).argmax(-1) == asked.place
+    return 100 * of_four.double().mean().item(), 100 * (
+        logits.argmax(-1) == asked.right
+    ).double().mean().item()
 
 
-def drop(model: GPT2LMHeadModel, asked: Choice, known: Spaces) -> float:
-    """Points of accuracy that projected queries and keys cost."""
-    sides = (accuracy(model, asked.batch, asked.right, edits) for edits in ([], projecting(known)))
-    return next(sides) - next(sides)
+@torch.no_grad()
+def accuracy_text(model: PreTrainedModel, asked: Choice) -> float:
+    assert asked.texts is not None
+    ids, texts = asked.texts
+    logits, _ = forward(model, Batch(ids, torch.ones_like(ids)))
+    return 100 * (logits.argmax(-1) == texts).double().mean().item()
 
 
-def lost(model: GPT2LMHeadModel, drawn: Mapping[str, Choice], heads: Sequence[Head]) -> dict[str, Any]:
-    """Drops on A-D and on random letters."""
-    by_rank = {r: spaces(model, drawn["fit"], heads, r) for r in RANKS}
-    on = {"a_to_d": drawn["a_to_d"], "random": drawn["random"]}
-    found: dict[str, Any] = {f"drop_{kind}": drop(model, asked, by_rank[RANK]) for kind, asked in on.items()}
-    blind = [at_random(by_rank[RANK], seed) for seed in range(DRAWS)]
-    again = spaces(model, drawn["fit_random"], heads, RANK)
-    for kind, asked in on.items():
-        found[f"drop_{kind}_random_axes"] = mean(drop(model, asked, space) for space in blind)
-        found[f"drop_{kind}_axes_of_random_letters"] = drop(model, asked, again)
-        found[f"drop_{kind}_by_rank"] = [drop(model, asked, by_rank[r]) for r in RANKS]
-    return {"ranks": list(RANKS), **found}
+def lost(
+    model: PreTrainedModel,
+    drawn: Mapping[str, Choice],
+    heads: Sequence[Head],
+    ranks: Sequence[int],
+    draws: int,
+) -> dict[str, Any]:
+    """Accuracy on A-D and on random letters, and the points of it that projected queries and keys cost."""
+    by_rank = dict(zip(ranks, spaces(model, drawn["fit"], heads, ranks), strict=True))
+    (again,) = spaces(model, drawn["fit_random"], heads, [RANK])
+    blind = [at_random(by_rank[RANK], seed) for seed in range(draws)]
+    found: dict[str, Any] = {"ranks": list(ranks)}
+    for kind in ("a_to_d", "random"):
+        asked = drawn[kind]
+        right, best = accuracy(model, asked)
+        drop = lambda known: right - accuracy(model, asked, projecting(known, asked.labels))[0]  # noqa: B023, E731
+        drops = {r: drop(known) for r, known in by_rank.items()}
+        found |= {
+            f"accuracy_{kind}": right,
+            f"accuracy_{kind}_of_all_tokens": best,
+            f"drop_{kind}": drops[RANK],
+            f"drop_{kind}_by_rank": [*drops.values()],
+            f"drop_{kind}_queries_alone": drop({key: x for key, x in by_rank[RANK].items() if key[0] == "q"}),
+            f"drop_{kind}_keys_alone": drop({key: x for key, x in by_rank[RANK].items() if key[0] == "k"}),
+            f"drop_{kind}_axes_of_random_letters": drop(again),
+            f"drop_{kind}_random_axes": mean(drop(known) for known in blind),
+        }
+    return found
 
 
-def findings(model: GPT2LMHeadModel, known: Tensor) -> dict[str, Any]:
+Draw = Callable[[int, torch.Generator, bool], Choice]
+
+
+def findings(model: PreTrainedModel, draw: Draw, on: str) -> dict[str, Any]:
+    count, patched, draws = COUNTS[on]
     kinds = {"fit": False, "a_to_d": False, "fit_random": True, "random": True, "other": False}
-    drawn = {
-        name: choices(known, ASKED, generator(50 + i), kind) for i, (name, kind) in enumerate(kinds.items())
-    }
-    heads = letter_heads(model, drawn["fit"])
-    ids, texts = by_text(known, torch.arange(QUESTIONS))
+    drawn = {name: draw(count, generator(50 + i), kind) for i, (name, kind) in enumerate(kinds.items())}
+    every = heads_at("z", model) * model.config.num_hidden_layers
+    wide = letter_heads(model, drawn["fit"], round(SHARE * every))
+    heads = wide[:TOP]
     return {
-        "accuracy_a_to_d": accuracy(model, drawn["a_to_d"].batch, drawn["a_to_d"].right),
-        "accuracy_random": accuracy(model, drawn["random"].batch, drawn["random"].right),
-        "accuracy_text": accuracy(model, Batch(ids, torch.ones_like(ids)), texts),
+        "accuracy_text": accuracy_text(model, drawn["a_to_d"]),
+        "heads": every,
+        "wide": len(wide),
         "top_heads": [list(head) for head in heads],
-        **shares(model, drawn["a_to_d"], heads),
-        "share_random_letters": shares(model, drawn["random"], heads)["share"],
-        **restored(model, drawn["a_to_d"], drawn["other"], heads),
+        **shares(model, drawn["a_to_d"], heads, wide),
+        "share_random_letters": shares(model, drawn["random"], heads, wide)["share"],
+        **restored(model, drawn["a_to_d"], drawn["other"], heads, wide, patched, draws),
         **read_by(model, drawn["a_to_d"], heads),
-        **lost(model, drawn, heads),
+        **lost(model, drawn, heads, RANKS[on], draws),
     }
+
+
+def of_four_texts(heads: Sequence[Head], count: int) -> dict[str, float]:
+    """SmolLM2 where the same four colours are the choices of every prompt, in any order; the heads stay."""
+    model, found = shipped("smollm2").model, {}
+    fit, *tested = (
+        colours(shipped("smollm2").tokenizer, count, generator(60 + i), kind, known=CHOICES)
+        for i, kind in enumerate((False, False, True))
+    )
+    (known,) = spaces(model, fit, heads, [RANK])
+    for kind, asked in zip(("a_to_d", "random"), tested, strict=True):
+        right, left = (accuracy(model, asked, edits)[0] for edits in ([], projecting(known, asked.labels)))
+        found |= {f"accuracy_{kind}_of_four_texts": right, f"drop_{kind}_of_four_texts": right - left}
+    return found
 
 
 def trained(seed: int) -> tuple[GPT2LMHeadModel, float]:
@@ -248,10 +269,20 @@ def trained(seed: int) -> tuple[GPT2LMHeadModel, float]:
     return model, mean(taught(model, lambda g: lessons(known, g), STEPS, RATE, seed)[-20:])
 
 
-def measure() -> Measured:
-    with threads(1):
+def asked_of(on: str) -> tuple[PreTrainedModel, Draw, dict[str, float]]:
+    """The model, its prompts, and the loss of one that is trained here."""
+    if on == TOY:
         model, loss = trained(SEED)
-        numbers = {"loss": loss, **findings(model, knowledge(SEED))}
+        return model, lambda *how: choices(knowledge(SEED), *how), {"loss": loss}
+    return shipped(on).model, lambda *how: colours(shipped(on).tokenizer, *how), {}
+
+
+def measure(on: str) -> Measured:
+    with threads(1):
+        model, draw, loss = asked_of(on)
+        numbers = {**loss, **findings(model, draw, on)}
+        if on != TOY:
+            numbers |= of_four_texts([(n, h) for n, h in numbers["top_heads"]], COUNTS[on][0])
     few = numbers["share"] >= 0.8
     kept = numbers["drop_a_to_d"] <= 2
     return Measured(few and kept and numbers["drop_random"] >= numbers["drop_a_to_d"] + 5, numbers)
@@ -260,21 +291,34 @@ def measure() -> Measured:
 CLAIM = Claim(
     name="chinchilla_mcqa_circuits",
     statement=(
-        "in a tiny language model trained on multiple choice few heads carry the logit of the answer; with queries and "
+        "in a language model that answers multiple choice few heads carry the logit of the letter; with queries and "
         "keys on three axes it keeps its accuracy on the labels A to D and loses more on random letters"
     ),
     bound=(
-        "the top 5 of 32 heads hold >= 80 % of the difference of logits; accuracy falls by <= 2 points on A to D, and "
-        "by at least 5 points more on random letters"
+        "the top 5 heads, of 32 of the toy and of 270 of SmolLM2, hold >= 80 % of the difference of logits; accuracy "
+        "falls by <= 2 points on A to D, and by at least 5 points more on random letters"
     ),
     measure=measure,
-    contradicted=(
-        "a GPT-2 that answers every kind of prompt (100 %) holds 37 % of the difference of logits in its top five "
-        "heads, 56 % in all 32 and the rest in the MLPs of the later layers; 53 % in five on the seed that settings "
-        "were chosen on. Three axes of queries and keys at labels keep all accuracy on A to D and on random letters "
-        "too, and so does one; three random axes lose nothing on A to D and 1.4 points (8.7 on the other seed) on "
-        "random letters. A model this small, which learns positions and saw random letters in half of its prompts, "
-        "tells labels by their number alone, and other heads do in part what the five do. With rotary positions "
-        "900 steps teach 45 % on A to D"
-    ),
+    models=(TOY, "smollm2"),
+    contradicted={
+        TOY: (
+            "a GPT-2 that answers every kind of prompt (100 %) holds 37 % of the difference of logits in its top five "
+            "heads, 56 % in all 32 and the rest in the MLPs of the later layers; 53 % in five on the seed that "
+            "settings were chosen on. Three axes of queries and keys at labels keep all accuracy on A to D and on "
+            "random letters too, and so does one; three random axes lose nothing on A to D and 1.4 points on random "
+            "letters. A model this small, which learns positions and saw random letters in half of its prompts, tells "
+            "labels by their number alone, and other heads do in part what the five do. With rotary positions 900 "
+            "steps teach 45 % on A to D"
+        ),
+        "smollm2": (
+            "few heads do carry the letter: the top five of 270 hold 92 % of the difference of logits on A to D, 83 % "
+            "on random letters, and patched into resampled prompts restore 89 %, others of their layers 3 %. But "
+            "three axes cost 32 points of 74 % on A to D, where guessing is 25 %, and 40 of 77 % on random letters: "
+            "less than random axes do (48 and 49), and not little. It is the keys (31 points alone, the queries 8). "
+            "Twelve axes lose nothing on A to D and 13 points on random letters. That the texts are twelve colours is "
+            "not the reason: of four, three axes cost 38 points. SmolLM2 answers no letter that stands before its "
+            "text (at most 31 % in 15 forms), and here, after its text, the letter may be found by induction, which "
+            "is not the n-th item of an enumeration; keys are taken after rotary positions"
+        ),
+    },
 )
