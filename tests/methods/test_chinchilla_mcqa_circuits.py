@@ -110,6 +110,20 @@ def test_keys_that_heads_share_are_projected_once_for_all_of_them(grouped):
     assert torch.equal(after[:, 0], before[:, 0]) and not torch.allclose(after[:, 1], before[:, 1], atol=1e-3)
 
 
+def test_keys_of_each_label_keep_axes_of_its_own(grouped):
+    fit, choice = asked(0), asked(1, any_letters=True)
+    rows = list(choice.labels)
+    with torch.no_grad():
+        before, given = (claim.used(grouped, c.batch, {"k": rows})["k"][1] for c in (choice, fit))
+        look = [Observer("value", Site("k", layers=1, rows=rows, tower="text"), name="k")]
+        edits = claim.by_label(grouped, fit, [(1, 3), (1, 2)], 2)
+        after = forward(grouped, choice.batch, [*edits, *look])[1].records["k"][0][2]
+    for i in range(4):
+        wanted = axes_of(given[:, 1, i], 2).project(before[:, 1, i])
+        torch.testing.assert_close(after[:, 1, i], wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(after[:, 0], before[:, 0])
+
+
 def test_the_best_of_the_four_letters_is_an_answer(monkeypatch, model):
     choice = asked(2, any_letters=True)
     logits = torch.zeros(16, multiple_choice.VOCABULARY)
@@ -156,6 +170,7 @@ def test_prompts_for_smollm2_ask_for_the_letter_after_the_right_text():
             texts = [names[i] for i in row]
             label = choice.labels[place]
             assert texts[label - 2 : label] == texts[-2:] == [texts[3], " ("] and row[label] == right
+            assert texts[label + choice.to_text] == texts[3]
             assert texts.count(texts[3]) == 3 and len({texts[i] for i in choice.labels}) == 4
         assert ([names[i] for i in choice.letters[0].tolist()] == ["A", "B", "C", "D"]) != any_letters
         plain, texts = choice.texts
