@@ -1,9 +1,14 @@
 """Overlap of heads against permutations that are drawn, ties that tell nothing, and what is refused."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 
+from regard.claims.small_lm import small_llama
 from regard.claims.tracing import circuit_component_reuse as claim
+from regard.explaining.runs import forward
 from regard.methods.tracing.circuit_component_reuse import Config, measure, ranked
 
 
@@ -66,3 +71,45 @@ def test_prompts_of_the_claim_have_their_answers():
         where = labels >= 0
         assert where.sum(1).tolist() == [claim.TURNS] * 6
         assert torch.equal(labels[where], ids.roll(-1, 1)[where])
+
+
+def test_prompts_in_words_ask_for_what_is_left_over():
+    rng = random.Random(4)
+    for _ in range(30):
+        clean, corrupt, target, foil = claim.names(rng)
+        for text, left, said in ((clean, target, foil), (corrupt, foil, target)):
+            words = text.replace(",", "").split()
+            assert (words.count(left), words.count(said)) == (1, 2)
+        clean, corrupt, target, foil = claim.colours(rng)
+        for text, left, said in ((clean, target, foil), (corrupt, foil, target)):
+            words = text.replace(",", "").replace(".", "").split()
+            assert (words.count(left), words.count(said)) == (1, 2)
+            # the object that is asked for, the last word but one, stands after its colour
+            assert words[words.index(left) + 1] == words[-2]
+        assert len(clean.split()) == len(corrupt.split())
+
+
+@pytest.mark.parametrize("mlps", ["free", "frozen"])
+def test_the_last_token_alone_gives_what_path_patching_of_whole_prompts_gives(mlps):
+    model = small_llama(claim.VOCABULARY, 3, 4, 32, seed=2)
+    pairs = claim.pairs_of(0, seed=6).at(range(5))
+    wanted = claim.scores(model, pairs, mlps)
+    assert wanted.abs().max() > 0.01
+    torch.testing.assert_close(claim.direct(model, pairs, mlps), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_other_heads_are_as_many_and_losses_are_of_the_heads_that_are_named():
+    model, shared = small_llama(claim.VOCABULARY, 2, 4, 32, seed=2), [(0, 1), (1, 0), (1, 1), (1, 3)]
+    draws = claim.from_any_layer(shared, torch.Size((2, 4)), 3)
+    assert all(len({*heads}) == 4 and not {*heads} & {*shared} for heads in draws)
+    pairs = claim.pairs_of(1, seed=6).at(range(8))
+    said, instead = (forward(model, side)[0].argmax(-1) for side in (pairs.clean, pairs.corrupt))
+    assert not torch.equal(said, instead)
+    # prompts end alike, so with all heads as on the corrupted prompts the model says what it says there
+    every = [(n, h) for n in range(2) for h in range(4)]
+    assert claim.accuracies(model, replace(pairs, target=instead), [every]) == [100]
+    sure = replace(pairs, target=said)
+    found = claim.losses(model, shared, [sure], torch.Size((2, 4)), 3)
+    assert found["accuracy"] == [100] and found["heads_same_layers"] == 2
+    assert found["drop_shared"] == [100 - claim.accuracies(model, sure, [shared])[0]]
+    assert found["drop_any_layer"] == [100 - sum(claim.accuracies(model, sure, draws)) / 3]
