@@ -2,76 +2,121 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from regard.claims.findings import cross_task_icl as claim
 from regard.claims.lab import generator
 
-HELD, KNOWN = ({*map(tuple, tasks.tolist())} for tasks in (claim.held_out(), claim.known()))
+HELD, KNOWN = ({*map(tuple, pairs.tolist())} for pairs in (claim.held_out(), claim.known()))
 
 
 def test_answers_by_hand():
-    tasks = torch.tensor([[0, 0], [1, 3], [3, 1], [5, 5]])  # orders 012, 021, 120, 210
-    x = torch.tensor([[0, 1, 2]]).expand(4, 1, 3)
-    assert claim.answers(tasks, x)[:, 0].tolist() == [[0, 1, 2], [3, 5, 4], [2, 3, 1], [1, 0, 5]]
+    # orders 012, 021, 120, 210; shifts 0, 3, 1, 2; alphabets 0, 1, 2, 0, which begin at tokens 4, 8, 12
+    tasks = torch.tensor([[0, 0, 0, 0], [1, 3, 1, 1], [3, 1, 5, 2], [5, 2, 9, 0]])
+    x = torch.tensor([[0, 1, 3]]).expand(4, 1, 3)
+    assert claim.answers(tasks, x)[:, 0].tolist() == [[4, 5, 7], [11, 10, 8], [14, 12, 13], [5, 7, 6]]
 
 
 def test_a_section_is_its_definition_and_its_rows():
-    ids, scored = claim.section(torch.tensor([[1, 3]]), torch.tensor([[[0, 1, 2], [5, 4, 0]]]))
-    assert ids.tolist() == [[9, 17, 0, 1, 2, 6, 3, 5, 4, 7, 5, 4, 0, 6, 2, 3, 1, 7]]
-    assert scored.nonzero()[:, 0].tolist() == [6, 7, 8, 14, 15, 16]
+    ids, scored = claim.section(torch.tensor([[1, 3, 4, 1]]), torch.tensor([[[0, 1, 3], [2, 2, 0]]]))
+    assert ids.tolist() == [[19, 27, 32, 0, 1, 3, 16, 11, 10, 8, 17, 2, 2, 0, 16, 9, 11, 9, 17]]
+    assert scored.nonzero()[:, 0].tolist() == [7, 8, 9, 15, 16, 17]
 
 
-def test_held_out_tasks_are_new_and_their_parts_are_not():
-    assert not HELD & KNOWN and len(HELD) == 12 and len(KNOWN) == 24
-    assert {p for p, _ in KNOWN} == set(range(6)) and {s for _, s in KNOWN} == {s for _, s in HELD} == set(
-        range(6)
-    )
+def test_held_out_pairs_are_new_and_their_parts_are_not():
+    assert not HELD & KNOWN and len(HELD) == 6 and len(KNOWN) == 18
+    assert {p for p, _ in KNOWN} == set(range(6)) and {s for _, s in KNOWN} == set(range(4))
 
 
-def test_no_text_for_training_holds_a_held_out_task():
+def test_a_known_word_says_its_alphabet_and_a_new_word_does_not():
+    told, new = (claim.tasks(900, claim.held_out(), generator(0), share) for share in (0.0, 1.0))
+    assert (told[:, 2] == told[:, 3]).all() and {*map(tuple, told[:, :2].tolist())} == HELD
+    assert {*new[:, 2].tolist()} == set(range(3, 11))
+    of_a_word = torch.bincount(new[new[:, 2] == 5, 3], minlength=3) / (new[:, 2] == 5).sum()
+    assert (of_a_word - 1 / 3).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_two_tasks_of_a_text(shared):
     g = generator(0)
-    alike, sizes = [], set()
+    first = claim.tasks(8000, claim.known(), g)
+    second = claim.second_tasks(first, shared, g)
+    common = (first[:, 2] == second[:, 2]) & (first[:, 2] >= claim.ALPHABETS)
+    assert common.double().mean() == pytest.approx(1 / 32 if shared else 0, abs=0.006)
+    assert (first[common, 3] == second[common, 3]).all()
+    told = second[second[:, 2] < claim.ALPHABETS]
+    assert (told[:, 2] == told[:, 3]).all()
+
+
+def test_no_text_for_training_holds_a_held_out_pair():
+    g, sizes = generator(0), set()
     for _ in range(60):
-        ids, scored = claim.texts(g)
+        ids, scored = claim.texts(True, g)
         assert ids.shape == (claim.BATCH, len(scored)) and (ids >= 0).all() and (ids < claim.SIZE).all()
-        heads = ids[:, [i for i in range(ids.shape[1]) if (ids[:, i] >= claim.FIRST).all()]]
-        tasks = (heads - claim.FIRST - torch.tensor([0, 6, 0, 6])).view(-1, 2, 2)
-        assert {*map(tuple, tasks.flatten(0, 1).tolist())} <= KNOWN
-        alike.append(((tasks[:, 0] == tasks[:, 1]).sum(-1) == 1).float().mean().item())
+        orders = [i for i in range(ids.shape[1]) if (ids[:, i] >= claim.WORDS[0]).all() and i % 8 in (0, 3)]
+        for i in orders:
+            assert {*map(tuple, (ids[:, i : i + 2] - claim.WORDS[:2]).tolist())} <= KNOWN
+        assert len(orders) == 2
         sizes.add(ids.shape[1])
-    # half are made to be alike; of the others some are by chance
-    assert 0.55 < sum(alike) / len(alike) < 0.75 and sizes == {20, 28, 36}
+    assert sizes == {22, 30, 38}
 
 
-def test_related_tasks_share_one_part_and_unrelated_ones_none():
-    g, tasks = generator(0), claim.held_out().repeat(20, 1)
-    for alike in (True, False):
-        other = claim.related(tasks, claim.known(), g, alike)
-        assert ((other == tasks).sum(-1) == int(alike)).all() and {*map(tuple, other.tolist())} <= KNOWN
+@pytest.mark.parametrize(("word", "order"), [(True, False), (False, False), (False, True)])
+def test_a_source_shares_what_it_is_asked_to_and_nothing_else(word, order):
+    g = generator(0)
+    target = claim.tasks(600, claim.held_out(), g, 1.0)
+    source = claim.sources(target, word, order, g)
+    same = source == target
+    assert {*map(tuple, source[:, :2].tolist())} <= KNOWN and (source[:, 2] >= claim.ALPHABETS).all()
+    assert (same[:, 0] == order).all() and not same[:, 1].any() and (same[:, 2] == word).all()
+    assert same[:, 3].double().mean() == pytest.approx(1 if word else 1 / 3, abs=0.06)
 
 
 def test_an_example_is_near_and_not_the_question():
-    asked = claim.Questions.of(claim.held_out(), generator(1))
-    near = asked.nearest(generator(2))
-    same = (near == asked.x).sum(-1)
-    assert near.shape == (claim.ASKED, 1, 3) and (same < 3).all() and same.double().mean() > 0.9
+    asked = claim.Questions.of(claim.held_out(), True, generator(1))
+    same = (asked.examples == asked.x).sum(-1)
+    assert asked.examples.shape == (claim.ASKED, 1, 3) and (same < 3).all() and same.double().mean() > 1.4
 
 
-def test_an_oracle_is_always_right_and_a_guess_hardly_ever():
-    asked = claim.Questions.of(claim.held_out(), generator(3))
-    before = claim.section(asked.tasks, asked.nearest(generator(4)))[0]
+def reader(how):
+    """A model that knows orders and shifts; an alphabet is what its word meant before, or 0."""
 
-    def model(right):
-        def forward(ids):
-            tasks = ids[:, -9:-7] - claim.FIRST - torch.tensor([0, 6])  # the definition before the question
-            y = claim.answers(tasks, ids[:, None, -7:-4])[:, 0]
-            guesses = torch.zeros(*ids.shape, dtype=torch.long)
-            guesses[:, -4:-1] = y if right else 0
-            return SimpleNamespace(logits=torch.nn.functional.one_hot(guesses, claim.SIZE).float())
+    def forward(ids, use_cache):
+        n, y = ids.shape[1], torch.zeros(*ids.shape, dtype=torch.long)
+        for row, out in zip(ids.tolist(), y, strict=True):
+            starts = [i for i, token in enumerate(row) if 18 <= token < 24]
+            order, shift, word = (row[starts[-1] + i] - int(claim.WORDS[i]) for i in range(3))
+            told = {
+                row[at + 2] - int(claim.WORDS[2]): (row[at + 7] - 4) // 4 for at in starts if at + 7 < n - 3
+            }
+            alphabet = word if word < 3 else told.get(word, 0) if how == "reads" else 0
+            task = torch.tensor([[order, shift, word, alphabet]])
+            out[-4:-1] = claim.answers(task, torch.tensor([[row[-7:-4]]]))[0, 0]
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(y, claim.SIZE).float())
 
-        return forward
+    return forward
 
+
+@pytest.mark.parametrize("how", ["reads", "guesses"])
+def test_a_model_that_reads_examples_gains_by_related_ones_alone(how, monkeypatch):
+    monkeypatch.setattr(claim, "trained", lambda seed, shared: (reader(how), 0.0))
+    row = claim.one(3, True)
+    assert row["trained tasks zero-shot"] == row["held-out pairs, known words, zero-shot"] == 1  # all is told
+    told = 1 if how == "reads" else pytest.approx(1 / 3, abs=0.04)
     assert (
-        claim.accuracy(model(True), asked, before) == 1 > 0.05 > claim.accuracy(model(False), asked, before)
+        row["in-task"] == told and row["related"] == told and row["trained pairs, new words, in-task"] == told
     )
+    for name in ("zero-shot", "unrelated", "same order", "trained pairs, new words, zero-shot"):
+        assert row[name] == pytest.approx(1 / 3, abs=0.04)
+    assert claim.bounds([row]) == (how == "reads")
+
+
+def test_the_bound_asks_for_every_part():
+    row = dict.fromkeys(["zero-shot", "unrelated", "trained pairs, new words, zero-shot"], 0.3)
+    row |= {"related": 0.36, "trained tasks zero-shot": 0.95, "trained pairs, new words, in-task": 0.9}
+    assert claim.bounds([row])
+    spoiled = {"related": 0.34, "unrelated": 0.35, "trained tasks zero-shot": 0.8}
+    spoiled["trained pairs, new words, in-task"] = 0.4
+    for name, value in spoiled.items():
+        assert not claim.bounds([row, row | {name: value}])
