@@ -7,9 +7,9 @@ alphabet in every text. So a definition with a new word does not determine its t
 Of the 24 pairs of an order and a shift 6 are held out, one of each order; every shift is trained in others.
 
 A text for training has two tasks, each with a definition and one or two strings with their answers; half of the tasks
-have a new word. The two are drawn one without the other (`independent`), so that in 3 % of texts they share a new
-word. Models whose two tasks never share one are measured beside them (`never`): these can use a new word's examples
-within a task, and never saw one help with another task.
+have a new word. The two are drawn one without the other (`independent`, which decides), so that in 3 % of texts they
+share a new word. Models whose two tasks never share one are measured beside them (`never`): they learn to use a new
+word's examples within a task, and never see one help with another task.
 
     zero-shot    definition of a held-out pair with a new word, x ->
     related      definition and an example of a trained pair with the same new word, another order and another shift;
@@ -21,8 +21,15 @@ within a task, and never saw one help with another task.
 As in the paper the example is the one of eight that is nearest to the question (here: most letters in the same place),
 one example is the released code's default, and an answer is right as a whole. Accuracy is over 2000 questions each.
 
-Designs, steps and sizes were chosen on seeds 100 and 101, by the losses and by whether an example of the task itself
-helps; the numbers that decide are of seeds 20 to 22, of which nothing was seen before.
+Steps and sizes were chosen on seeds 100 and 101, by the losses and by whether an example of the task itself helps; the
+seeds 20 to 22 were measured once. How much is gained depends on how often training shows one task help with another.
+In points over zero-shot, on seeds 100 and 101: 6 and 9 with `never`, 24 and 18 with `independent`, and 63 and 64 where
+half of the texts share an order, a shift or the alphabet's word. A source that shares the order alone gives nothing.
+
+Two designs before this one tested nothing. Where orders and shifts of six letters are all known words, a definition
+determines its held-out task: zero-shot was 0.96 and 0.99. Where an order and a mirror (y = -x) are known words and the
+shift of three letters is the new one, of five trainings on seed 100 only one came to use examples, even of the task
+itself (0.34 -> 0.67; there related ones gave 19 points over zero-shot, and 18 over unrelated ones).
 """
 
 from dataclasses import dataclass

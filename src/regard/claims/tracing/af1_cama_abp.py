@@ -1,10 +1,12 @@
 """AF1's claim, on decoders trained here: whether all of a + b - c mod 7 can be computed at the last token.
 
-A Llama of six layers is trained on 80 % of all 343 prompts "BOS a + b - c =", on the answer alone. Means are over
-these prompts, and the window (wait, transfer), transfer at most three layers, is chosen on them too: the one that
-keeps most, of equal ones the shortest. What it keeps, as a share of the model's own accuracy, and what the worst window
-of equal size loses, in points, are of the 20 % that were held out. Numbers that decide are means over three models
-(seeds 20 to 22); the experiment was written and looked at on seeds 0, 1 and 10.
+A Llama of six layers is trained on 80 % of all 343 prompts "BOS a + b - c =", on the answer alone. A start that ends
+with fewer than 95 % of the held-out prompts right begins anew from other weights, at most STARTS times; `starts` says
+how many it took. Nothing else is looked at for that. Means are over the trained prompts, and the window (wait,
+transfer), transfer at most three layers, is chosen on them too: the one that keeps most, of equal ones the shortest.
+What it keeps, as a share of the model's own accuracy, and what the worst window of equal size loses, in points, are of
+the 20 % that were held out. Numbers that decide are means over three models (seeds 30 to 32, of which nothing was seen
+before); steps and weight decay were chosen on seeds 100 to 103, by the held-out accuracy alone.
 
 Beside these: no layer in which the last token sees others (what is left without any transfer), all six, and the best
 window that waits at least one layer.
@@ -25,15 +27,18 @@ from regard.explaining.runs import capture
 from regard.methods.tracing import af1_cama_abp as page
 from regard.train.loop import fit, one_cycle
 
-P, LAYERS, WIDTH, STEPS, BATCH, RATE = 7, 6, 32, 800, 128, 3e-3
-SEEDS = (20, 21, 22)
+P, LAYERS, WIDTH, STEPS, BATCH, RATE, DECAY = 7, 6, 32, 1600, 128, 3e-3, 1.0
+SEEDS, STARTS, LEARNED = (30, 31, 32), 3, 0.95
 HALF = LAYERS // 2
 
 
 class Trained:
-    """A decoder of one seed, its prompts [343, 7] in random order, their answers, and which are held out."""
+    """A decoder of one seed, its prompts [343, 7] in random order, their answers, and which are held out.
 
-    def __init__(self, seed: int) -> None:
+    Another start has other weights and batches; the same prompts are held out.
+    """
+
+    def __init__(self, seed: int, start: int = 0) -> None:
         g = generator(seed)
         digits = torch.arange(P)
         a, b, c = torch.cartesian_prod(digits, digits, digits)[torch.randperm(P**3, generator=g)].T
@@ -42,12 +47,13 @@ class Trained:
         self.answers = (a + b - c) % P
         count = P**3 * 8 // 10
         self.parts = {"train": slice(0, count), "test": slice(count, None)}
-        with seeded(seed):
+        with seeded(seed + 1000 * start):
             self.model = LlamaForCausalLM(config())
-        optimizer = torch.optim.AdamW(self.model.parameters(), RATE, weight_decay=0.1, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(self.model.parameters(), RATE, weight_decay=DECAY, betas=(0.9, 0.98))
+        batches = generator(seed + 1000 * start)
 
         def loss(step: int) -> Tensor:
-            at = torch.randint(count, (BATCH,), generator=g)
+            at = torch.randint(count, (BATCH,), generator=batches)
             return F.cross_entropy(self.logits(self.prompts[at]), self.answers[at])
 
         fit(optimizer, loss, STEPS, schedule=one_cycle())
@@ -80,9 +86,18 @@ def config() -> LlamaConfig:
                        tie_word_embeddings=False)  # fmt: skip
 
 
+def learned(seed: int) -> tuple[Trained, int]:
+    """The first start that learned, or the last, and the number of starts."""
+    for start in range(STARTS):
+        one = Trained(seed, start)
+        if one.accuracy("test") >= LEARNED:
+            break
+    return one, start + 1
+
+
 @cache
 def of_seed(seed: int) -> dict[str, float]:
-    one = Trained(seed)
+    one, starts = learned(seed)
     windows = [page.Config(w, t) for t in range(1, HALF + 1) for w in range(LAYERS - t + 1)]
     kept = {cfg: one.accuracy("train", cfg) for cfg in windows}
     best = max(windows, key=lambda cfg: kept[cfg])
@@ -90,7 +105,7 @@ def of_seed(seed: int) -> dict[str, float]:
     late = max((c for c in windows if c.wait), key=lambda cfg: kept[cfg])
     base = one.accuracy("test")
     return {
-        "train": one.accuracy("train"), "test": base, "wait": best.wait, "transfer": best.transfer,
+        "starts": starts, "train": one.accuracy("train"), "test": base, "wait": best.wait, "transfer": best.transfer,
         "kept": one.accuracy("test", best) / base, "kept_on_train": kept[best] / one.accuracy("train"),
         "worst_wait": worst.wait, "lost": base - one.accuracy("test", worst),
         "kept_with_no_transfer": one.accuracy("test", page.Config(0, 0)) / base,
@@ -103,9 +118,15 @@ def measure() -> Measured:
     with threads(1):
         found = [of_seed(seed) for seed in SEEDS]
     numbers = {key: [one[key] for one in found] for key in found[0]}
-    kept, lost, right = (mean(numbers[key]) for key in ("kept", "lost", "test"))
-    holds = right >= 0.9 and kept >= 0.9 and lost >= 0.3
-    return Measured(holds, {"mean_kept": kept, "mean_lost": lost, "mean_accuracy": right, **numbers})
+    return Measured(
+        bounds(found), {**{f"mean_{key}": mean(numbers[key]) for key in ("kept", "lost")}, **numbers}
+    )
+
+
+def bounds(found: list[dict[str, float]]) -> bool:
+    """What is kept and lost on average; each model has learned its task, else nothing is tested."""
+    kept, lost = (mean(one[key] for one in found) for key in ("kept", "lost"))
+    return all(one["test"] >= LEARNED for one in found) and kept >= 0.9 and lost >= 0.3
 
 
 CLAIM = Claim(
@@ -116,17 +137,20 @@ CLAIM = Claim(
     ),
     bound=(
         "best window of at most half the layers keeps >= 90 % of held-out accuracy; the worst window of equal size "
-        "loses >= 30 points; means of three models, which are right on >= 90 % of held-out prompts"
+        "loses >= 30 points; means of three models, each right on >= 95 % of held-out prompts"
     ),
     measure=measure,
     contradicted=(
-        "two of three models meet the bound (0.97 and 0.99 kept), one does not (0.43; it is right on 77 % of held-out "
-        "prompts only): 0.80 on average. The best window begins at layer 0 in all three, so none is in the middle, and "
-        "one that waits a single layer leaves chance: these models begin to sum at once. Being right is not enough "
-        "either. On the seeds looked at before, models right on 94, 91 and 100 % kept 66, 86 and 96 %; of width 64 "
-        "one right on 99 % kept 90 % (another was right on 39 %); with weight decay of 1 97 %: 15; mod 11 (width 64) "
-        "95 and 99.6 %: 49 and 80. Where less is kept, tokens before the last one compute: with all six layers for the "
-        "last token these kept 43 (the third), 83, 94, 63, 65 and 90 %. Trained on every token, models right on 84 "
-        "and 90 % kept 14 and 18 %. Not tried: longer training, until every model is right on what is held out"
+        "three models that are right on 97, 99 and 99 % of held-out prompts keep 31, 85 and 12 %: 43 on average (chance "
+        "is 14). Losing is easy (83 points). Where less is kept, tokens before the last one compute: with all six "
+        "layers for the last token, only the others kept apart, it is 9, 100 and 18 %. No window is in the middle: the "
+        "best ones begin at layer 0 or keep chance alone, and one that waits a single layer leaves chance, so these "
+        "models begin to sum at once. It is not for lack of learning. Of 13 models right on 95 % or more, these three "
+        "among them, two keep 90 %. The other ten were seen before, in the share kept: 84, 55 and 94 % (800 steps, "
+        "weight decay 0.1), 78 (1600 steps), 68, 11, 101 and 78 (1600 steps, weight decay 1, as here), and after 4000 "
+        "steps two of these four 16 and 44: longer training does not help. An earlier form, not so well trained, kept 97, 43 and "
+        "99 % (right on 100, 77 and 99); mod 11 and width 64, right on 95 and 99.6 %: 49 and 80; trained on every "
+        "token, right on 84 and 90 %: 14 and 18. Not tried: prompts of several forms and lengths, where a token does "
+        "not know what it is a part of"
     ),
 )
