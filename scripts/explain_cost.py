@@ -6,7 +6,6 @@ memory  peak memory of attribution at 8,192 tokens over that of the plain forwar
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from regard import Edit, Site, attach, catalog, load_shipped
+from regard.bench.mechanisms import resident
 from regard.claims.lab import paired_ratios
 from regard.explaining.attribution import attribute
 from regard.explaining.pairs import Batch, Pairs, batch_of
@@ -114,7 +114,7 @@ def in_process(what: str) -> None:
     ids = torch.randint(3, 2000, (1, TOKENS))
     other = ids.clone()
     other[0, 100] = 5
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_resident()
     if what == "plain":
         x = model.get_input_embeddings()(ids).detach().requires_grad_()
         model(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits[0, -1, 7].backward()
@@ -122,7 +122,12 @@ def in_process(what: str) -> None:
         mask = torch.ones_like(ids)
         pairs = Pairs(Batch(ids, mask), Batch(other, mask), torch.tensor([7]), torch.tensor([9]))
         attribute(model, pairs, SCANS[what], qk="QK" in what)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(most_resident() - before)
+
+
+def most_resident() -> float:
+    """MB that this process held at its height. Unlike ru_maxrss it does not begin with what the parent held."""
+    return resident("VmHWM") / 1e6
 
 
 if __name__ == "__main__":
