@@ -407,6 +407,49 @@ def test_bfloat16(family):
             assert not torch.equal(model(**inputs).logits, plain)
 
 
+def test_an_edit_that_is_refused_leaves_nothing_behind():
+    """Layer 0 is hooked when layer 1 is refused: its hooks go, and compiled models run compiled again."""
+    model = tiny("neox")
+    before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    edits = [Edit(Site("mlp", layers=0), "scale", 0.5), Edit(Site("resid_mid", layers=1), "scale", 0.5)]
+    with pytest.raises(Unreachable, match="side by side"), attach(model, edits):
+        pass
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == before
+    graphs = []
+    traced = torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    assert float(traced(torch.tensor(1.0))) == 2 and len(graphs) == 1
+
+
+@pytest.mark.parametrize("quantity", [*STREAM_SITES, "resid_mid", "logits", "z"])
+def test_float16(quantity):
+    model, ids = (
+        tiny("llama").half(),
+        torch.randint(3, 118, (2, 12), generator=torch.Generator().manual_seed(1)),
+    )
+    layers = {} if quantity == "logits" else {"layers": 1}
+    edit = Edit(Site(quantity, **layers, rows=-1, heads=1 if quantity == "z" else None), "scale", 0.5)
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        with attach(model, edit):
+            edited = model(ids, use_cache=False).logits
+    assert edited.dtype == torch.float16 and edited.isfinite().all()
+    assert torch.equal(edited[:, :-1], plain[:, :-1]) and not torch.equal(edited[:, -1], plain[:, -1])
+
+
+@pytest.mark.parametrize("quantity", STREAM_SITES)
+@pytest.mark.parametrize("first", ["compiled", "attached"])
+def test_a_compiled_model_is_edited_and_is_itself_again(quantity, first):
+    model, ids = tiny("llama"), torch.randint(3, 118, (2, 12), generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(model, backend="eager")
+    run = lambda m: m(ids, use_cache=False).logits  # noqa: E731
+    edit = Edit(Site(quantity, layers=0, rows=-1), "scale", 0.5)
+    with torch.no_grad():
+        plain = run(compiled if first == "compiled" else model)
+        with attach(model, edit):
+            assert torch.equal(run(compiled), run(model)) and not torch.equal(run(compiled), plain)
+        assert torch.equal(run(compiled), plain)
+
+
 def test_live_records_carry_gradients():
     """d logit / d z through a record equals that by perturbing z."""
     model, inputs = build("llama")

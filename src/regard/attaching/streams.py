@@ -5,7 +5,7 @@ mlp, resid_post. What is added to the residual is `scale` times what a module re
 sublayers is returned by none: it is changed through what is added before it. Layers that nothing names have no hook.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,16 @@ class Fed:
         return None if self.real is None else self.real[:, -self.new :]
 
 
+class AsWritten:
+    """Until it is removed compiled models run as they are written: a graph does not ask whether a hook still is."""
+
+    def __init__(self) -> None:
+        self.stance = torch.compiler.set_stance("force_eager")
+
+    def remove(self) -> None:
+        self.stance.__exit__(None, None, None)
+
+
 @dataclass
 class Streams:
     """All hooks of an attachment on the streams of the text tower."""
@@ -64,15 +74,25 @@ class Streams:
             self._check(site.tower, site.layers)
         for observer, _ in self.observers:
             self._check(observer.site.tower, observer.site.layers)
-        tower = towers(self.model, "text")[0][1]
-        hooks = [tower.register_forward_pre_hook(outside(self._begin), with_kwargs=True)]
-        if tower is not self.model:
-            hooks.append(self.model.register_forward_pre_hook(outside(self._note_mask), with_kwargs=True))
-        for layer in anatomy(self.model) if self._named(STREAMS[:-1]) else ():
-            hooks += self._hook_layer(layer)
-        if self._named(("logits",)):
-            hooks.append(self.model.register_forward_hook(outside(self._logits)))
+        hooks: list[Any] = [AsWritten()]
+        try:
+            for hook in self._hooks():
+                hooks.append(hook)
+        except BaseException:
+            for hook in hooks:
+                hook.remove()
+            raise
         return hooks
+
+    def _hooks(self) -> Iterator[Any]:
+        tower = towers(self.model, "text")[0][1]
+        yield tower.register_forward_pre_hook(outside(self._begin), with_kwargs=True)
+        if tower is not self.model:
+            yield self.model.register_forward_pre_hook(outside(self._note_mask), with_kwargs=True)
+        for layer in anatomy(self.model) if self._named(STREAMS[:-1]) else ():
+            yield from self._hook_layer(layer)
+        if self._named(("logits",)):
+            yield self.model.register_forward_hook(outside(self._logits))
 
     def _check(self, tower: str | None, layers: Any) -> None:
         if tower not in (None, "text"):
@@ -96,22 +116,20 @@ class Streams:
         sites = [o.site for o, _ in self.observers if o.live and o.site.quantity == quantity]
         return any(s.layers is None or layer in (int_tuple(s.layers) or ()) for s in sites)
 
-    def _hook_layer(self, layer: LayerAnatomy) -> list[Any]:
+    def _hook_layer(self, layer: LayerAnatomy) -> Iterator[Any]:
         n, middle = layer.number, self._named(("resid_mid",), layer.number)
         if middle and not layer.sequential:
             raise Unreachable(
                 f"resid_mid of {layer.name}: its two sublayers run side by side, so nothing lies between them"
             )
-        hooks = []
         if middle or self._named(("resid_pre",), n):
-            hooks.append(layer.module.register_forward_pre_hook(outside(self._before(n)), with_kwargs=True))
+            yield layer.module.register_forward_pre_hook(outside(self._before(n)), with_kwargs=True)
         if middle or self._named(("out",), n):
-            hooks.append(layer.out.register_forward_hook(outside(self._out(layer, middle))))
+            yield layer.out.register_forward_hook(outside(self._out(layer, middle)))
         if self._named(("mlp",), n):
-            hooks.append(layer.mlp.register_forward_hook(outside(self._added("mlp", layer))))
+            yield layer.mlp.register_forward_hook(outside(self._added("mlp", layer)))
         if self._named(("resid_post",), n):
-            hooks.append(layer.module.register_forward_hook(outside(self._after(n))))
-        return hooks
+            yield layer.module.register_forward_hook(outside(self._after(n)))
 
     # the tokens of a forward
 
