@@ -15,11 +15,11 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from regard import Edit, Site, attach, catalog, load_shipped
-from regard.bench.mechanisms import resident
 from regard.claims.lab import paired_ratios
 from regard.explaining.attribution import attribute
 from regard.explaining.pairs import Batch, Pairs, batch_of
 from regard.explaining.patching import patch
+from regard.ops.machine import resident
 from regard.ops.ranks import rank_correlation
 
 TOKENS = 8192

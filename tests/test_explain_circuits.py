@@ -117,6 +117,8 @@ def test_areas():
     assert area((0, 0.5, 1), torch.tensor([0.0, 1.0, 1.0])) == pytest.approx(0.75)
     model, pairs = tiny("llama"), random_pairs(3, 9)
     ranking = nodes_of(attribute(model, pairs))
+    with pytest.raises(ValueError, match="a ranking has a node"):
+        faithfulness(model, pairs, [])
     with pytest.raises(ValueError, match="shares ascend"):
         faithfulness(model, pairs, ranking, shares=(0.5, 1.0))
     with pytest.raises(ValueError, match="ablation is"):

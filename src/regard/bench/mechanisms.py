@@ -10,7 +10,6 @@ outputs once at the bandwidth of a copy measured here.
 """
 
 import gc
-import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from regard.core import Method
 from regard.core.call import Call
 from regard.core.deprecation import renamed
 from regard.nn import RegardConfig, RegardForCausalLM
-from regard.ops.machine import product_dtype, trim_memory
+from regard.ops.machine import product_dtype, resident, trim_memory
 
 LIGHTNING = "lightning_attention_2"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -241,11 +240,6 @@ def peak(qkv: list[Tensor]) -> int | None:
     start = resident("VmRSS")
     outputs = lightning(*qkv)
     return resident("VmHWM") - start - sum(t.nbytes for t in outputs)
-
-
-def resident(what: str) -> int:
-    kilobytes = re.findall(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(kilobytes[0])
 
 
 def decode(sizes: Sizes, progress: Callable) -> Iterator[dict]:

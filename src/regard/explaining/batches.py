@@ -13,7 +13,8 @@ from regard.ops.machine import trim_memory
 
 Progress = Callable[[int, int], Any]  # done, of how many
 # of the pairs with these numbers: ([pairs] what effects are a share of, [pairs, cells] of the cells with these numbers)
-Begin = Callable[[Pairs, list[int]], tuple[Tensor, Callable[[list[int]], Tensor]]]
+Begun = tuple[Tensor, Callable[[list[int]], Tensor]]
+Begin = Callable[[Pairs, list[int]], Begun]
 TOKENS = 8192  # of texts in one forward: bounds the memory, never changes the result
 
 

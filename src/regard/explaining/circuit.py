@@ -12,7 +12,7 @@ numbers differ, so the ablation stands in the row. Controls are heads drawn from
 target, and changes of the same norm in random directions at the same heads.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.core import Edit, Site, require
-from regard.explaining.batches import Progress, by_cell, texts_of
+from regard.explaining.batches import Begun, Progress, by_cell, texts_of
 from regard.explaining.effects import Effects, bootstrap
 from regard.explaining.pairs import Batch, Pairs
 from regard.explaining.paths import Node
@@ -101,6 +101,7 @@ def faithfulness(
     require(ablation in ("resample", "zero", "mean"), "ablation is resample, zero or mean", ablation=ablation)
     ok = list(shares) == sorted(shares) and shares[0] == 0 and shares[-1] == 1
     require(ok, "shares ascend from 0 to 1", shares=shares)
+    require(len(ranking) > 0, "a ranking has a node", nodes=0)
     pairs = pairs.to(model.device)
     order = [n for n, _ in sorted(ranking, key=lambda x: -x[1] if signed else -abs(x[1]))]
     kept = [frozenset(order[: round(share * len(order))]) for share in shares]
@@ -108,7 +109,7 @@ def faithfulness(
     # what several shares come to is asked once
     circuits = list(dict.fromkeys([nobody, all_of, *kept, *(all_of - k for k in kept)]))
 
-    def begin(part: Pairs, group: list[int]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
+    def begin(part: Pairs, group: list[int]) -> Begun:
         given = ablated(model, part, ablation)
 
         def ask(some: list[int]) -> Tensor:
@@ -186,7 +187,7 @@ def together(
     pairs, layers = pairs.to(model.device), sorted({n for heads in sets for n, _ in heads})
     cells = [(draw, i) for draw in range(draws) for i in range(len(sets))]
 
-    def begin(part: Pairs, group: list[int]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
+    def begin(part: Pairs, group: list[int]) -> Begun:
         clean_logits, clean = capture(model, part.clean, ["z"], layers)
         base_logits, base = capture(model, part.corrupt, ["z"], layers)
         given = {n: part.donor(x)[0] for n, x in clean["z"].items()}

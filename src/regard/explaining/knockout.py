@@ -7,14 +7,14 @@ The windows of a scan slide over the layers ("Dissecting Recall of Factual Assoc
 Models", 2023). Spans are token numbers; an image's or a document's tokens are hidden by their role with a single Edit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.core import Edit, Site, require
-from regard.explaining.batches import Progress, by_cell, texts_of
+from regard.explaining.batches import Begun, Progress, by_cell, texts_of
 from regard.explaining.effects import Effects
 from regard.explaining.pairs import Pairs
 from regard.explaining.runs import forward, layers_of
@@ -49,7 +49,7 @@ def knockout(
     pairs, starts = pairs.to(model.device), layers[: len(layers) - window + 1]
     cells = [(start, i) for start in range(len(starts)) for i in range(len(spans))]
 
-    def begin(part: Pairs, group: list[int]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
+    def begin(part: Pairs, group: list[int]) -> Begun:
         before, after = (part.score(forward(model, side)[0]) for side in (part.clean, part.corrupt))
         hidden = [(tuple(layers[start:][:window]), spans[i]) for start, i in cells]
         return before - after, lambda some: lost(model, part, before, [hidden[c] for c in some], rows)

@@ -6,7 +6,7 @@
 Sites of several pairs are patched in one forward: each text of the batch has an edit of its own, and sees no other.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from regard.core import Edit, require
 from regard.core.edit import HEADED
-from regard.explaining.batches import Progress, by_cell, texts_of
+from regard.explaining.batches import Begun, Progress, by_cell, texts_of
 from regard.explaining.effects import Effects
 from regard.explaining.grid import Grid, cells_of, grid_of
 from regard.explaining.kept import Kept, header
@@ -59,7 +59,7 @@ def patch(
     done = Kept.open(folder, lambda: header(model, pairs, grid, direction))
     chosen = cells_of(grid, sites)
 
-    def begin(part: Pairs, group: list[int]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
+    def begin(part: Pairs, group: list[int]) -> Begun:
         run = Run.of(model, part, grid, direction)
 
         def ask(some: list[int]) -> Tensor:

@@ -12,7 +12,7 @@ heads stay frozen. A receiver is the query, key or value of a head, an MLP, or t
 is the answer. Nothing is linearised: norms after a sublayer and parallel blocks are those of the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from regard.attaching.anatomy import anatomy
 from regard.core import Edit, Observer, Site, require
 from regard.core.edit import HEADED
-from regard.explaining.batches import Progress, by_cell, texts_of
+from regard.explaining.batches import Begun, Progress, by_cell, texts_of
 from regard.explaining.effects import Effects
 from regard.explaining.grid import Grid
 from regard.explaining.pairs import Batch, Pairs
@@ -97,7 +97,7 @@ def path_patch(
     require(LOGITS not in receivers or len(receivers) == 1, rule, receivers=[*map(str, receivers)])
     row = None if rows is None else (rows,) if isinstance(rows, int) else tuple(rows)
 
-    def begin(part: Pairs, group: list[int]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
+    def begin(part: Pairs, group: list[int]) -> Begun:
         paths = Paths.of(model, part, receivers, row, mlps)
         return paths.span, lambda some: paths.through([chosen[i] for i in some])
 

@@ -11,6 +11,7 @@ REGARD_CPU_PRODUCTS=float32 or native forces the answer for a process, `products
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import threading
 import time
@@ -143,6 +144,12 @@ def least(dtype: torch.dtype, batch: int) -> float:
         torch.bmm(a, a)
         runs.append(TICK() - start)
     return min(runs)
+
+
+def resident(what: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at its height. Linux only: FileNotFoundError elsewhere."""
+    kilobytes = re.findall(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes[0])
 
 
 def trim_memory() -> None:
