@@ -42,13 +42,3 @@ def processed(processor: Any, prompt: str, image: Any, other: Any = None) -> tup
         {k: v for k, v in side.items() if k not in OF_TEXT and isinstance(v, torch.Tensor)} for side in sides
     ]
     return ids[0], (made[0], made[0] if other is None else made[1])
-
-
-def load_vision(path: str, trust_remote_code: bool = False, device: str | None = None) -> tuple[Any, Any]:
-    """(vision-language model in eval mode, its processor) of a Hugging Face folder or name."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings = {"trust_remote_code": trust_remote_code}
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", use_safetensors=True, **settings)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(path, **settings)

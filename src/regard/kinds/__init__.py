@@ -18,7 +18,7 @@ def kinds() -> dict[str, Kind]:
     """Name -> Kind, in alphabetical order.
 
     >>> list(kinds())
-    ['block', 'cache', 'mask', 'mechanism', 'position', 'task', 'tracing']
+    ['block', 'cache', 'mask', 'mechanism', 'position', 'steering', 'task', 'tokens', 'tracing']
     """
     files = sorted(path.stem for path in HERE.glob("[!_]*.py"))
     modules = [import_module(f"regard.kinds.{stem}").KIND for stem in files]

