@@ -12,7 +12,7 @@ Masks, mechanisms, cache policies, edits and observers are all actors. The atten
     evict                   a policy: which slots stay
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +150,8 @@ class Actor:
     rewrites = False  # it changes queries, keys or values
     needs_input = False  # it reads the layer's input
     reads_roles = False
+    reads_tower = False  # it reads what the vision tower computes
+    removes = False  # it takes tokens out of the forward, so that rows are no longer those of the text
     # it changes or records single rows and heads, and leaves all others to be bitwise those of the model
     touches_rows = False
     selected: Any = None  # what it read of a prompt, where it leaves keys unread
@@ -163,6 +165,10 @@ class Actor:
 
     def begin(self, step: Step) -> None:
         """A forward of the whole model starts."""
+
+    def hooks(self, model: PreTrainedModel, context: Any) -> Iterator[Any]:
+        """What it puts on modules of the model for the length of the attachment, each with a `remove`."""
+        yield from ()
 
     def check_fired(self, forwards: int) -> None:
         """Raise when it never acted although the model ran."""

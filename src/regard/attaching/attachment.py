@@ -28,8 +28,9 @@ from regard.attaching.selected import selection
 from regard.attaching.sites import ATTENTION, Sites, refuse_unreachable, towers
 from regard.attaching.step import RoleRule
 from regard.attaching.streams import Streams
+from regard.attaching.towers import image_token
 from regard.attaching.turning import is_rotary_table
-from regard.core import Unsupported, show
+from regard.core import Unreachable, Unsupported, show
 
 NUMBERS = itertools.count()
 # how to come to the model inside what wraps it, and the attribute that such a wrapper has: PEFT, torch.compile, DDP
@@ -82,8 +83,11 @@ class attach:
         for actor in self.actors:
             actor.check(model)
         on_text = any(isinstance(a, CachePolicy | Replacement | AttachedMask) for a in self.actors)
+        on_text = on_text and not any(actor.reads_tower for actor in self.actors)
         self.where = where or ("text" if on_text and not model.config.is_encoder_decoder else None)
-        self.context = Context(Sites(model), Caches(model, self.actors), self.actors, roles or {})
+        roles = {**own_roles(model), **(roles or {})}
+        self.context = Context(Sites(model), Caches(model, self.actors), self.actors, roles)
+        self.context.layers_of_text, self.context.layers_of_tower = layer_counts(model)
         self.records: dict[str, list[Record]] = {}
         for actor in self.actors:
             if isinstance(actor, Observers):
@@ -154,11 +158,17 @@ class attach:
         self._undo.extend(h.remove for h in hooks)
         if self.streams is not None:
             self._undo.extend(h.remove for h in self.streams.hook())
+        for actor in self.actors:
+            for hook in actor.hooks(self.model, self.context):
+                self._undo.append(hook.remove)
         if any(actor.needs_rotary for actor in self.actors):
             self.context.rotary = Rotary(self.model)
             self._undo.append(self.context.rotary.remove)
         if self.actors and hasattr(self.model, "generate_batch"):
             self._put("generate_batch", refuse_batch)
+        if any(a.reads_tower for a in self.actors) and hasattr(self.model, "_supports_mm_encoder_outputs"):
+            # else generate() runs the tower before the model, once for all that follows
+            self._put("_supports_mm_encoder_outputs", lambda: False)
         if any(actor.evicts for actor in self.actors) and hasattr(self.model, "generate"):
             self._put("generate", self.context.caches.noting_drafts(self.model.generate))
 
@@ -173,8 +183,10 @@ class attach:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         context = self.context
         context.caches.pending.clear()
+        context.caches.pending.arriving = None
         context.standins.rules.clear()
         context.step = context.step.next(named(args, kwargs), context.roles)
+        context.step.stream = context.stream
         for actor in self.actors:
             actor.begin(context.step)
 
@@ -235,6 +247,22 @@ def streams_of(model: PreTrainedModel, actors: list[Any], step: Callable[[], int
     receipts = [r for a in actors if isinstance(a, Edits) for r in a.of_streams()]
     observers = [o for a in actors if isinstance(a, Observers) for o in a.of_streams()]
     return Streams(model, receipts, observers, step) if receipts or observers else None
+
+
+def own_roles(model: PreTrainedModel) -> dict[str, RoleRule]:
+    """The roles that a model's configuration gives its tokens: "image", where it reads images."""
+    try:
+        token = image_token(model)
+    except Unreachable:
+        return {}
+    return {"image": lambda ids: ids == token}
+
+
+def layer_counts(model: PreTrainedModel) -> tuple[int, int]:
+    """How many layers the text and the vision tower have, by the configuration; 0: it has none, or does not say."""
+    text = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    vision = getattr(model.config, "vision_config", None)
+    return text or 0, getattr(vision, "num_hidden_layers", getattr(vision, "depth", 0)) or 0
 
 
 def uncompiled(function: Callable) -> Callable:

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 
 from regard.attaching.actors import Actor
 from regard.attaching.hybrid_layer import beside_states, holds_no_keys
-from regard.attaching.ledger import NO_TARGET, LedgerLayer, as_ledger
+from regard.attaching.ledger import NO_TARGET, LedgerLayer, Pending, as_ledger
 from regard.attaching.sharing import ALONE, Lent, Turn, readers_of
 from regard.attaching.state_layer import StateLayer
 from regard.attaching.step import Step
@@ -48,7 +48,7 @@ class Caches:
         self.model, self.actors = model, actors
         self.cache: Cache | None = None
         self.layers: list[LedgerLayer] = []
-        self.pending: list[LedgerLayer] = []
+        self.pending = Pending()
         self.drafting = False  # whether the model is generating candidates for another, which verifies them
         self.readers = readers_of(model.config.get_text_config(decoder=True))
         self.lent = Lent()

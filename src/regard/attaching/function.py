@@ -39,6 +39,9 @@ class Context:
     rotary: Rotary | None = None
     standins: Standins = field(default_factory=Standins)
     step: Step = field(default_factory=Step)
+    stream: str = "main"  # which of the passes of a steering method runs
+    layers_of_text: int = 0
+    layers_of_tower: int = 0
     inputs: dict[int, Tensor] = field(default_factory=dict)  # of attention modules, from the hook to the call
 
 

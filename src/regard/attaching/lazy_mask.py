@@ -42,6 +42,7 @@ class MaskRule:
     narrowings: tuple[Narrowing, ...] = ()
     ahead: bool = False
     additive: bool = False
+    columns: Tensor | None = None  # [B, N] true index of each query, where these do not follow each other
 
     @property
     def bidirectional(self) -> bool:
@@ -74,12 +75,21 @@ class MaskRule:
 
     def native(self) -> Tensor | None:
         """What SDPA would have been given: boolean [B, 1, N, M], or None where causality alone says it."""
+        if self.columns is not None:
+            raise Unsupported("a mask whose queries were picked, as the model itself would build it")
         if "native" not in self.cached:
             self.cached["native"] = sdpa_mask(**self.arguments)
         return self.cached["native"]
 
+    def picked(self, columns: Tensor) -> "MaskRule":
+        """The rule for the queries of these tokens [B, N] alone, by true index; keys are asked for by theirs."""
+        pads = {name: x for name, x in self.cached.items() if name in ("pad", "order")}
+        return replace(self, queries=columns.shape[1], columns=columns, cached=pads)
+
     def last_rows(self, start: int) -> "MaskRule":
         """The rule for the queries from this row on, which are then those of the last tokens."""
+        if self.columns is not None:
+            return self.picked(self.columns[:, start:])
         moved = {"q_length": self.queries - start, "q_offset": self.q_offset + start}
         return replace(
             self, queries=moved["q_length"], q_offset=moved["q_offset"],
@@ -106,9 +116,13 @@ class MaskRule:
     def at(self, rows: slice, index: Tensor) -> Tensor:
         """[b, g, rows, n] bool: whether these queries see the tokens with true index [b, g, n] (-1: nobody does)."""
         start, stop, _ = rows.indices(self.queries)
-        q = torch.arange(start, stop, device=index.device)[None, None, :, None] + self.q_offset
+        if self.columns is None:
+            q = torch.arange(start, stop, device=index.device)[None, None, :, None] + self.q_offset
+        else:
+            q = self.columns[:, None, start:stop, None]
         keys = index.clamp(min=0)[:, :, None]  # [b, g, 1, n]
-        batch = self.batch if index.shape[0] == 1 and not self.causal else index.shape[0]
+        alone = index.shape[0] == 1 and not (self.causal and self.columns is None)
+        batch = self.batch if alone else index.shape[0]
         b = torch.arange(batch, device=index.device)[:, None, None, None]
         h = torch.arange(index.shape[1], device=index.device)[None, :, None, None]
         function = everything if self.ahead else self.function

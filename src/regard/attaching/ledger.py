@@ -4,6 +4,8 @@ A layer stores keys and values in one or more groups of slots (more than one onl
 lengths). `get_seq_length` is the number of tokens SEEN.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
@@ -31,6 +33,15 @@ def select_rows(memory: dict, rows: Tensor) -> dict:
     }
 
 
+class Pending(list["LedgerLayer"]):
+    """The layers that were written and not yet attended to.
+
+    arriving  (columns [B, n], N): what is about to be written are these of the N tokens of a forward; None: all of them
+    """
+
+    arriving: tuple[Tensor, int] | None = None
+
+
 class LedgerLayer(DynamicLayer):
     """A cache layer whose tokens may be evicted, by row and by head, while the model keeps its true positions.
 
@@ -53,10 +64,12 @@ class LedgerLayer(DynamicLayer):
             None  # [1|B, seen] where the model's rotation puts each token of the text
         )
         # where an attachment looks for the layer that was just written
-        self.pending: list[LedgerLayer] | None = None
+        self.pending: Pending | None = None
         self.compressed = False  # whether anything was evicted, merged or moved
         # whether another model verifies its tokens: then what was evicted may stay away when some are taken back
         self.draft = False
+        self.followers: dict[str, Any] = {}  # caches of passes beside the one that this layer's cache is of
+        self.prepared: tuple | None = None  # what a steering method found on the prompt
         self.inference = False  # whether it was written last in inference mode
         self.offloads = False  # whether it is offloaded once the attention that reads it is done
 
@@ -109,6 +122,8 @@ class LedgerLayer(DynamicLayer):
                     k, v = k[:, list(group.heads)], v[:, list(group.heads)]
                 group.append(k, v, self.seen)
             self.seen += key_states.shape[2]
+        if self.pending is not None and self.pending.arriving is not None:
+            self._renumber(*self.pending.arriving)
         if len(self.groups) == 1:
             group = self.shown(key_states.shape[2])[0]
             key_states, value_states = group.k(), group.v()
@@ -117,6 +132,18 @@ class LedgerLayer(DynamicLayer):
         else:
             self.attended()
         return key_states, value_states
+
+    def _renumber(self, columns: Tensor, fed: int) -> None:
+        """What was written last are these columns [B, n] of a forward of `fed` tokens; the others are never stored."""
+        written = columns.shape[1]
+        before = self.seen - written
+        for group in self.groups:
+            if group.index is None:
+                group.index = group.table().expand(len(columns), -1, -1).int().clone()
+            elif group.index.shape[0] < len(columns):
+                group.index = group.index.expand(len(columns), -1, -1).clone()
+            group.index[:, :, group.n - written : group.n] = (before + columns[:, None]).int()
+        self.seen, self.compressed = before + fed, True
 
     def make_writable(self) -> None:
         """Back on its device; and what was born in inference mode, and must not be written outside it, is copied."""
@@ -219,6 +246,7 @@ class LedgerLayer(DynamicLayer):
     def reset(self) -> None:
         self.groups, self.memory, self.labels, self.positions = [], {}, {}, None
         self.seen, self.compressed, self.is_initialized = 0, False, False
+        self.followers, self.prepared = {}, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens: an error once something was evicted, but for a draft, which is verified."""
@@ -229,6 +257,8 @@ class LedgerLayer(DynamicLayer):
         )
         if not self.groups:
             return
+        for cache in self.followers.values():
+            cache.crop(tokens_to_remove)
         self.make_writable()
         if tokens_to_remove:
             self._take_back(self.seen + tokens_to_remove)
@@ -259,16 +289,22 @@ class LedgerLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx)
+        for cache in self.followers.values():
+            cache.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.groups:
             batch = self.groups[0].keys.shape[0]
             self._rows(torch.arange(batch, device=self.device).repeat_interleave(repeats))
+        for cache in self.followers.values():
+            cache.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.groups:
             batch = self.groups[0].keys.shape[0]
             self._rows(torch.arange(batch, device=self.device)[indices])
+        for cache in self.followers.values():
+            cache.batch_select_indices(indices)
 
     def _rows(self, rows: Tensor) -> None:
         rows = rows.to(self.device) if self.groups else rows

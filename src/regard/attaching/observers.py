@@ -37,7 +37,7 @@ class Observers(Actor):
         return [(o, records) for o, records in mine if o.site.covers(*at)]
 
     def acts_on(self, call: AttentionCall) -> bool:
-        return bool(self._of(call))
+        return call.step.stream == "main" and bool(self._of(call))
 
     def observe(self, call: AttentionCall, view: View, out: Tensor) -> None:
         for observer, records in self._of(call):

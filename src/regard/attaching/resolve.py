@@ -12,8 +12,10 @@ from regard.attaching.edits import Edits
 from regard.attaching.masking import AttachedMask
 from regard.attaching.observers import Observers
 from regard.attaching.policy import CachePolicy
+from regard.attaching.reduction import Reduction
 from regard.attaching.replacement import MechanismOnKeys, MechanismReplacement, Replacement, acts_on_keys
 from regard.attaching.sparse import SparsePrefill, is_sparse
+from regard.attaching.steering import Steering
 from regard.core import Edit, Method, Observer, Unsupported, show
 from regard.core.mask import Mask
 from regard.kinds.mask import build_mask
@@ -30,7 +32,7 @@ def actors_of(
         raise ValueError(f"settings without a method's name: {', '.join(config)}")
     items = [catalog.method(x, **config) if isinstance(x, str) else x for x in items]
     by_kind: dict[str, list] = {
-        kind: [] for kind in ("mask", "mechanism", "cache", "edit", "actor", "observer")
+        kind: [] for kind in ("mask", "mechanism", "cache", "tokens", "steering", "edit", "actor", "observer")
     }
     for item in items:
         by_kind[kind_of(item)].append(item)
@@ -43,10 +45,34 @@ def actors_of(
     actors += policies
     if by_kind["edit"]:
         actors.append(Edits(by_kind["edit"]))
+    actors += [Reduction(x) for x in by_kind["tokens"]]
+    actors += [Steering(x) for x in by_kind["steering"]]
     actors += by_kind["actor"]
     if by_kind["observer"]:
         actors.append(Observers(by_kind["observer"]))
+    refuse_beside_removal(actors)
+    refuse_two_decoders(actors)
     return actors
+
+
+def refuse_two_decoders(actors: list[Actor]) -> None:
+    """Raise where two methods run passes beside the model's own, or mix its logits."""
+    decode = [a.name for a in actors if isinstance(a, Steering) and a.controls_decoding]
+    if len(decode) > 1:
+        raise Unsupported(f"one decode control at a time, not {', '.join(decode)}")
+
+
+def refuse_beside_removal(actors: list[Actor]) -> None:
+    """Raise where tokens leave the forward beside what counts them, and for two methods that say which do."""
+    reductions = [actor for actor in actors if isinstance(actor, Reduction)]
+    if len(reductions) > 1:
+        raise Unsupported(f"one tokens method at a time, not {', '.join(r.name for r in reductions)}")
+    beside = [a.name for a in actors if not isinstance(a, Reduction) and (a.touches_rows or a.needs_rotary)]
+    if reductions and reductions[0].removes and beside:
+        raise Unsupported(
+            f"{reductions[0].name} removes tokens, and {', '.join(beside)} counts rows or moves keys of the whole "
+            'text; attach Reduction(method, how="mask"), which hides them'
+        )
 
 
 def kind_of(item: Any) -> str:
@@ -65,9 +91,10 @@ def kind_of(item: Any) -> str:
         return "actor"
     if not isinstance(item, Method):
         raise TypeError(f"attach takes masks, names, methods, edits and observers, not {show(item)}")
-    if item.page.kind not in ("mask", "mechanism", "cache"):
+    if item.page.kind not in ("mask", "mechanism", "cache", "tokens", "steering"):
         raise Unsupported(
-            f"{item.name} is a {item.page.kind}; attach takes masks, mechanisms, cache methods, edits and observers"
+            f"{item.name} is a {item.page.kind}; attach takes masks, mechanisms, cache methods, tokens and steering "
+            "methods, edits and observers"
         )
     return item.page.kind
 

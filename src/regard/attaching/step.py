@@ -31,6 +31,8 @@ class Step:
     """
 
     number: int = -1
+    stream: str = "main"  # or the name of a pass beside the model's own, which observers do not write down
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # what the model was called with
     caching: bool = False  # whether this forward has a cache
     output_attentions: bool = False
     labels: Labels = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Step:
         text = ids if answer is None else answer
         return Step(
             number=self.number + 1,
+            inputs=inputs,
             output_attentions=bool(inputs.get("output_attentions")),
             labels={} if text is None else labelled(roles, text),
             ids_labels=self.ids_labels if ids is None else labelled(roles, ids),

@@ -100,9 +100,9 @@ def asked_of(
 ) -> dict[str, Any]:  # fmt: skip
     """Model, tokenizer and questions; every file is read before the model is."""
     from regard.core import require
-    from regard.explaining.images import load_vision, opened, processed
+    from regard.explaining.images import opened, processed
     from regard.explaining.questions import Question, read_questions
-    from regard.models.shipped import load_any
+    from regard.models.shipped import load_any, load_vision
 
     other = None if corrupt is None else corrupt.read_text(encoding="utf8").rstrip("\n")
     if prompt is None:

@@ -30,7 +30,8 @@ class SteeringPage(Page):
     images(run, cfg) -> pixel values   another picture in the place of the prompt's (see attaching/pictures.py)
 
     reference(*case), measure(*case), cases(seed)    as of a tokens page: the page's own mathematics, twice
-    needs_image  a prompt without an image is an error
+    needs_image      a prompt without an image is an error
+    acts_on_models   False: its functions are for models that `attach` does not reach (diffusion)
     neutral, on the card, is a setting under which the model's logits are the base's to the last bit
     """
 
@@ -50,6 +51,7 @@ class SteeringPage(Page):
     reference: Callable = None  # type: ignore[assignment]
     cases: Callable = None  # type: ignore[assignment]
     needs_image: bool = False
+    acts_on_models: bool = True
     kind = "steering"
 
 

@@ -54,6 +54,7 @@ class Steered:
     memory      what `prepare` gave for this prompt
     notes       a dict of this layer's own that lasts as long as the prompt
     seed        of whatever is drawn at random
+    class_attention  (layer) -> [B, H, P] of the tower's class token on a text's visual tokens, for `prepare`
     early       (layer, normed=True) -> [B, V] what the head makes of a layer's output at the last token
     """
 
@@ -72,6 +73,7 @@ class Steered:
     memory: Any = None
     notes: dict = field(default_factory=dict)
     seed: int = 0
+    class_attention: Callable[[int], Tensor] = None  # type: ignore[assignment]
     early: Callable[..., Tensor] = None  # type: ignore[assignment]
 
     def generator(self) -> torch.Generator:

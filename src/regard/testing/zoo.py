@@ -216,7 +216,36 @@ def gemma3mm():
         [ids(1, 2), torch.tensor([[122]]), torch.full((1, 4), 120), torch.tensor([[123]]), ids(1, 5)], 1
     )
     inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=_image(1))
-    return tf.Gemma3ForConditionalGeneration(config), dict(**inputs, token_type_ids=(tokens == 120).long())
+    model = tf.Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # it begins as zeros
+    return model, dict(**inputs, token_type_ids=(tokens == 120).long())
+
+
+@family
+def smolvlm():
+    vision = {**VISION, "num_hidden_layers": 2, "patch_size": 4, "image_size": 32}
+    config = tf.SmolVLMConfig(
+        text_config=dict(**TEXT, model_type="llama"), vision_config=vision, scale_factor=2, image_token_id=120,
+        pad_token_id=0,
+    )  # fmt: skip
+    tokens = torch.cat([ids(1, 3), torch.full((1, 16), 120), ids(1, 6)], 1)
+    inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=_image(1)[None])
+    return tf.SmolVLMForConditionalGeneration(config), inputs
+
+
+@family
+def internvl():
+    vision = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=[32, 32],
+        patch_size=[4, 4],
+    )  # fmt: skip
+    config = tf.InternVLConfig(
+        text_config=dict(**TEXT, model_type="llama"), vision_config=vision, image_token_id=120, image_seq_length=16,
+        downsample_ratio=0.5,
+    )  # fmt: skip
+    tokens = torch.cat([ids(1, 3), torch.full((1, 16), 120), ids(1, 6)], 1)
+    inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=_image(1))
+    return tf.InternVLForConditionalGeneration(config), inputs
 
 
 @family

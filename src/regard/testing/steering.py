@@ -1,0 +1,133 @@
+"""Checks that every steering page must pass: neutral is nothing, a text is steered as if it were alone."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard import catalog
+from regard.attaching.attachment import attach
+from regard.core import Method
+from regard.kinds.steering import SteeringPage
+from regard.testing.pictures import alone, batch, families_of, said
+from regard.testing.twice import check_twice
+
+ROLES = {"context": lambda ids: (ids > 20) & (ids < 60)}
+
+
+def check_steering_page(name: str) -> dict[str, str]:
+    """The laws of its kind on a page of the catalogue."""
+    page = catalog.get(name)
+    assert isinstance(page, SteeringPage), f"{name}: a steering page is a SteeringPage"
+    laws = [check_twice]
+    if page.acts_on_models:
+        laws += [check_neutral, check_acts, check_alone, check_sampling, check_bfloat16]
+    return {law.__name__.removeprefix("check_"): law(name, page) for law in laws}
+
+
+def settings_of(page: SteeringPage) -> dict[str, Any]:
+    """Its test settings, or its own."""
+    return dict(page.test_settings[0]) if page.test_settings else {}
+
+
+def configured(name: str, page: SteeringPage, **changed: Any) -> Method:
+    return Method(name, page, page.config(**{**settings_of(page), **changed}))
+
+
+def steered(method: Method, model: Any, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
+    with torch.no_grad(), attach(model, method, roles=ROLES):
+        return said(model, dict(inputs), **settings)
+
+
+def reached(name: str, method: Method) -> list[str]:
+    """The families on which it acts; those that it refuses by name are left out."""
+    return families_of(name, method.label, lambda model, inputs: steered(method, model, inputs, steps=1))
+
+
+def check_neutral(name: str, page: SteeringPage) -> str:
+    """Its neutral setting leaves every logit as it is, to the last bit."""
+    assert page.card.neutral, f"{name}: the card says under which setting nothing changes"
+    method = configured(name, page, **page.card.neutral)
+    families = reached(name, method)
+    for family in families:
+        model, inputs = batch(family)
+        with torch.no_grad():
+            plain = said(model, inputs)
+        logits = steered(method, model, inputs)
+        assert torch.equal(logits, plain), (
+            f"{name} on {family}: neutral moves logits by {(logits - plain).abs().max():.1e}"
+        )
+    return ", ".join(families)
+
+
+def check_acts(name: str, page: SteeringPage) -> str:
+    """Under its test settings the logits change, the same way twice, and nothing stays behind."""
+    method, moved = configured(name, page), []
+    for family in reached(name, method):
+        model, inputs = batch(family)
+        with torch.no_grad():
+            plain = said(model, inputs)
+        first, again = (steered(method, model, inputs) for _ in "12")
+        assert torch.equal(first, again), f"{name} on {family}: asked twice it says something else"
+        assert not first.isnan().any(), f"{name} on {family}: logits that are no numbers"
+        with torch.no_grad():
+            after = said(model, inputs)
+        assert torch.equal(plain, after), f"{name} on {family}: something stays behind"
+        if not torch.equal(plain, first):
+            moved.append(family)
+    assert moved, f"{name} changes nothing under its test settings"
+    return "changes " + ", ".join(moved)
+
+
+def check_alone(name: str, page: SteeringPage) -> str:
+    """A text of a padded batch is steered as it is alone."""
+    method = configured(name, page)
+    for family in reached(name, method):
+        model, inputs = batch(family)
+        both = steered(method, model, inputs)
+        for text in (0, 1):
+            one = steered(method, model, alone(inputs, text))
+            gap = apart(one[0], both[text])
+            assert gap <= 1e-3, (
+                f"{name} on {family}: text {text} of a batch is {gap:.1e} off what it is alone"
+            )
+    return "held"
+
+
+def check_sampling(name: str, page: SteeringPage) -> str:
+    """Sampling from a seed, and beams, run under it."""
+    method = configured(name, page)
+    family = reached(name, method)[0]
+    model, inputs = batch(family)
+    found = []
+    for _ in range(2):
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), attach(model, method, roles=ROLES):
+            torch.manual_seed(0)
+            found.append(
+                model.generate(**inputs, max_new_tokens=4, do_sample=True, pad_token_id=0, eos_token_id=2)
+            )
+    assert torch.equal(*found), f"{name} on {family}: the same seed samples something else"
+    if page.search is None:
+        with torch.no_grad(), attach(model, method, roles=ROLES):
+            model.generate(
+                **inputs, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0, eos_token_id=2
+            )
+    return "held"
+
+
+def check_bfloat16(name: str, page: SteeringPage) -> str:
+    """It runs in bfloat16."""
+    method = configured(name, page)
+    family = reached(name, method)[0]
+    model, inputs = batch(family)
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    logits = steered(method, deepcopy(model).to(torch.bfloat16), inputs)
+    assert not logits.isnan().any(), f"{name} on {family} in bfloat16: logits that are no numbers"
+    return "held"
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference; where both are -inf there is none."""
+    gap = torch.where(a == b, torch.zeros_like(a), (a - b).abs())
+    return gap.max().item()
