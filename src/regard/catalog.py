@@ -24,7 +24,7 @@ from regard.core.spec import parse_spec
 from regard.kinds import kind as kind_of
 from regard.kinds import kinds
 from regard.kinds.mask import build_mask
-from regard.kinds.task import Task, TaskPage, ask
+from regard.kinds.task import PictureTask, Task, TaskPage, ask, ask_pictures
 
 HERE = Path(__file__).parent
 ROOMS = ("methods/*/[!_]*.py", "methods/*/*/[!_]*.py", "tasks/[!_]*.py")
@@ -196,6 +196,29 @@ def task(name: str | Method, **config: Any) -> Task:
     if name not in known:
         raise unknown("task", name, known)
     return ask(method(name, **{**settings, **config}))
+
+
+def picture_task(name: str | Method, **config: Any) -> PictureTask:
+    """A task of images with its settings, as questions for a vision-language model: "pope:split=popular"."""
+    settings: dict[str, Any] = {}
+    if isinstance(name, str):
+        name, settings = parse_spec(name)
+        known = list_methods(kind="task")
+        if name not in known:
+            raise unknown("task", name, known)
+        name = method(name)
+    return ask_pictures(name.with_settings(**{**settings, **config}))
+
+
+def asks_pictures(name: str) -> bool:
+    """Whether the task of this name, which may bring settings, is about images."""
+    page = get(parse_spec(name)[0])
+    return isinstance(page, TaskPage) and page.pictures is not None
+
+
+def metric_of(name: str) -> str:
+    """The metric of a task, of whatever sort."""
+    return (picture_task if asks_pictures(name) else task)(name).metric
 
 
 def grouped_tasks(names: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ back in its place behind the last layer, zeros where tokens were dropped.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,34 +24,17 @@ from regard.attaching.sites import towers
 from regard.attaching.step import Step
 from regard.attaching.towers import Layout, Tower, image_token, layouts
 from regard.attaching.views import run
+from regard.attaching.visual_prompt import Prompt, at_index_of, picked, shared_out
 from regard.core import Method, NeverFired, Unsupported, require
 from regard.core.errors import present
 from regard.kinds.tokens import TokensPage
 from regard.ops import View, softmax_attention
 
 HOW = ("mask", "remove")
+DROPPED = "dropped visual tokens"  # labels of a ledger layer
 # keyword arguments of a decoder layer that have an entry for each token: name -> the dimension, from the end
 BY_TOKEN = {"position_ids": -1, "cache_position": -1, "position_embeddings": -2, "hidden_states": -2}
 NOT_CUT = "a decoder layer is given {name} {shape}, by token, which removal does not cut; how='mask' works"
-
-
-@dataclass(eq=False)
-class Prompt:
-    """A forward with images: where its visual tokens stand, which are left, and what the layer before saw.
-
-    where    by text, the columns of its visual tokens; `alive` their numbers that are left
-    columns  [B, n] what of the forward's N columns is still computed; None: all
-    """
-
-    where: list[Tensor]
-    images: list[list[Layout]]
-    alive: list[Tensor]
-    new: int
-    columns: Tensor | None = None
-    view: View | None = None
-    dropped: Tensor | None = None  # [B, N] bool: hidden from the layer that runs
-    memory: list[dict] = field(default_factory=list)
-    noted: set[int] = field(default_factory=set)  # ledger layers, by id, that know what is dropped
 
 
 class Reduction(Actor):
@@ -326,47 +309,3 @@ class Reduction(Actor):
             self.tower.note(call)
         elif self.prompt is not None and self.page.after is not None:
             self.prompt.view = view
-
-
-DROPPED = "dropped visual tokens"
-
-
-def at_index_of(hidden: Tensor, index: Tensor) -> Tensor:
-    """[B, g, 1, n] bool of hidden [B, tokens] at true indices [b, g, n]; what came later is not hidden."""
-    index = index.expand(len(hidden), -1, -1)
-    inside = (index >= 0) & (index < hidden.shape[1])
-    flat = index.clamp(0, hidden.shape[1] - 1).flatten(1)
-    return (hidden.gather(1, flat).view(index.shape) & inside)[:, :, None]
-
-
-def picked(x: Tensor, columns: Tensor, dim: int, new: int) -> Tensor:
-    """x with the columns [B, n] of its dimension of `new` tokens; texts lie in the dimension before it, or are one."""
-    if x.dim() == 1:
-        x, dim = x[None], 1
-    if x.shape[dim] != new:
-        return x
-    if x.shape[dim - 1] == 1 and len(columns) > 1:
-        x = x.expand(*x.shape[: dim - 1], len(columns), *x.shape[dim:])
-    shape = [1] * x.dim()
-    shape[dim - 1], shape[dim] = columns.shape
-    return x.take_along_dim(columns.view(shape), dim)
-
-
-def shared_out(images: list[Layout], where: list[Tensor]) -> list[list[Layout]]:
-    """The images of each text, in order: as many as its visual tokens take."""
-    rest, found = list(images), []
-    for text, tokens in enumerate(where):
-        own: list[Layout] = []
-        while sum(at.tokens for at in own) < len(tokens) and rest:
-            own.append(rest.pop(0))
-        held = sum(at.tokens for at in own)
-        require(
-            held == len(tokens),
-            "a text holds the tokens of whole images",
-            text=text,
-            tokens=len(tokens),
-            of_images=held,
-        )
-        found.append(own)
-    require(not rest, "every image stands in a text", images=len(rest))
-    return found

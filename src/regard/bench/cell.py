@@ -15,6 +15,7 @@ from regard import catalog
 from regard.attaching.converted import Converted, configured
 from regard.attaching.knob import calibrate
 from regard.bench.passes import Pass, run
+from regard.bench.pictures import picture_row
 from regard.bench.prefill import crossing_row, first_token_parts, leaves_unread, unread
 from regard.bench.quality import fidelity, quality
 from regard.core import require
@@ -46,7 +47,9 @@ class Cell:
     text: str | None = None
     chat: bool | None = None
     revisions: dict[str, str] = field(default_factory=dict)
-    what: str = "cell"  # or "crossing": from which length on, up to `length`, its first token comes sooner
+    what: str = (
+        "cell"  # or "crossing": from which length on its first token comes sooner; "pictures": about images
+    )
 
     def __post_init__(self) -> None:
         if self.budget is not None:
@@ -77,7 +80,7 @@ class Cell:
         return {
             "kind": self.what,
             **fields,
-            "metric": catalog.task(self.task).metric,
+            "metric": catalog.metric_of(self.task),
             "status": "ok",
             "error": "",
             **facts,
@@ -155,6 +158,8 @@ def measure(cell: Cell, bench: Bench) -> dict:
     """The row of one cell: quality, fidelity to full attention, paired times, bytes."""
     if cell.what == "crossing":
         return crossing_row(cell, bench)
+    if cell.what == "pictures":
+        return picture_row(cell, bench)
     start = time.perf_counter()
     with peak_memory(bench.model.device) as peak:
         samples, full = bench.shared(cell)

@@ -20,6 +20,7 @@ from regard.attaching.converted import marker
 from regard.attaching.knob import Target
 from regard.attaching.sparse import is_sparse
 from regard.bench.cell import FULL, Cell
+from regard.bench.compare_pictures import picture_grid, picture_tasks, run_pictures, vision_loader
 from regard.bench.estimate import estimate
 from regard.bench.executor import Executor, InProcess, executor_of
 from regard.bench.prefill import leaves_unread
@@ -33,12 +34,13 @@ from regard.ops.machine import cpu_facts, slow_on_cpu
 from regard.report.folder import Folder, keys_of
 from regard.report.html import to_html
 from regard.report.markdown import to_markdown
+from regard.report.pictures import PictureResult
 from regard.report.result import Result
 from regard.tasks import Source
 
 BUDGETS = (0.1, 0.25, 0.5)
 LENGTHS = (256, 512, 1024)
-SAMPLES = 8
+SAMPLES, PICTURES = 8, 64
 LOADED = ("float32", "bfloat16", "float16")  # dtypes that a model may be loaded in
 CROSSING_TEXT = (
     "perplexity"  # the task whose texts are read to find from which length on a sparse prefill pays
@@ -53,9 +55,10 @@ def compare(
     budgets: Iterable[int | float | str] | None = None,
     *,
     out: str | Path,
-    samples: int = SAMPLES,
+    samples: int | None = None,
     seed: int = 0,
     text: str | Path | None = None,
+    images: str | Path | None = None,
     chat: bool | None = None,
     workers: int = 2,
     limit: float = 600.0,
@@ -66,10 +69,11 @@ def compare(
     executor: str | Executor | None = None,
     progress: Callable[[dict | None, int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
-) -> Result:
+) -> Result | PictureResult:
     """Measure methods against full attention on a grid of cells; write results.jsonl, report.html, report.md to `out`.
 
     model    a path or name, a loaded (model, tokenizer), or None for the shipped language model
+    samples  how many texts a cell asks, 8, or images, 64, where nothing is said
     tasks    names, with settings as "needle:digits=3", or of a group ("ruler"); None: those that are standard
     methods  names of cache pages, of masks, and of mechanisms that choose blocks of keys, with settings as
              "streaming_llm:sinks=8"; None: all cache pages. Only cache pages have budgets; of the others it is measured
@@ -77,6 +81,8 @@ def compare(
              calibrates one to a share of attention mass, or "sparsity:0.9", on the model and at each length
     lengths  prompt lengths in tokens     budgets  tokens, fractions in (0, 1] or texts like "64MB"
     text     a file of your own to draw filler and perplexity text from
+    images   for tasks of images (pope, chair, counting, ocr, grounding), which compare steering and tokens pages: your
+             own, a folder or file as regard.tasks.pictures reads it; None: rendered scenes
     workers  local processes of one thread each; a loaded model is measured in this process
     executor where cells run: "local", "submitit:partition=gpu,gpus=1" (Slurm), "ray:address=auto", or an Executor
     device   where a model that is loaded by path goes; None: the GPU where there is one
@@ -88,7 +94,17 @@ def compare(
     Finished cells are on disk at once; the same call resumes, and measures anew where the content of the text, the
     model or a page of one's own is another. A cell that fails is a row that says why.
     """
-    cells = grid(methods, tasks, lengths, budgets, samples, seed, text, chat)
+    about = picture_tasks(tasks, model)
+    if about is not None:
+        rule = "tasks of images have no lengths, and no budgets: keep= is a setting"
+        require(lengths is None and budgets is None, rule, lengths=lengths, budgets=budgets)
+        cells = picture_grid(methods, about, PICTURES if samples is None else samples, seed, images)
+        runner = runner_of(executor, model, workers, limit, out)
+        name, load_model = vision_loader(model, trust_remote_code, device)
+        cells = with_revisions(cells, model, dtype)
+        return run_pictures(cells, runner, load_model, header(name, cells), out, retry, progress or nothing)
+    require(images is None, "images= is for tasks of images", images=images)
+    cells = grid(methods, tasks, lengths, budgets, SAMPLES if samples is None else samples, seed, text, chat)
     runner = runner_of(executor, model, workers, limit, out)
     folder = Folder(Path(out))
     name, load_model = loader(model, trust_remote_code, device, dtype)
@@ -97,7 +113,7 @@ def compare(
     done = folder.open(header(name, cells, memory=memory, slow=slow_model(model, device, dtype)))
     kept = keys_of(done, retry)
     todo = [c for c in cells if c.key not in kept]
-    progress = progress or (lambda row, done, total: None)
+    progress = progress or nothing
     progress(None, len(cells) - len(todo), len(cells))
     if say is not None and todo:
         say(memory["text"])
@@ -105,6 +121,10 @@ def compare(
         folder.add(row)
         progress(row, count, len(cells))
     return report(folder)
+
+
+def nothing(row: dict | None, done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 def runner_of(
@@ -174,8 +194,9 @@ def slow_model(model: Any, device: str | None = None, dtype: str | None = None) 
 def with_revisions(cells: Sequence[Cell], model: Any, dtype: str | None = None) -> list[Cell]:
     """The cells with the content of all that they read from outside the package; what is no text is refused here."""
     text = cells[0].text
+    source = None if text is None else text_revision(cells[0])
     common = {
-        "text": None if text is None else Source.from_path(text).revision,
+        "text": source,
         "model": content_of(model),
         "dtype": dtype,
     }
@@ -190,6 +211,13 @@ def with_revisions(cells: Sequence[Cell], model: Any, dtype: str | None = None) 
         }  # fmt: skip
         made.append(replace(cell, revisions={k: v for k, v in facts.items() if v is not None}))
     return made
+
+
+def text_revision(cell: Cell) -> str:
+    """The content of the text, or of the annotations of images, that cells read."""
+    if cell.what != "pictures":
+        return Source.from_path(cell.text or "").revision
+    return str(revision(cell.text))
 
 
 def page_of(task: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +28,12 @@ def compare(
     text: Annotated[
         Path | None, typer.Option(help="A text file of your own for filler and perplexity.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples in a cell.")] = 8,
+    images: Annotated[
+        Path | None, typer.Option(help="Images and annotations of your own, for pope, chair and the like.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples in a cell: 8 texts, or 64 images, where it is not said.")
+    ] = None,
     seed: int = 0,
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
     limit: Annotated[float, typer.Option(help="Seconds a cell may take.")] = 600.0,
@@ -54,6 +59,7 @@ def compare(
     from regard.bench.compare import compare as run
     from regard.bench.compare import slow_model
     from regard.report import show as show_result
+    from regard.report.pictures import PictureResult
 
     tokens = split_list(lengths)
     if slow := slow_model(model, device, dtype):
@@ -64,11 +70,13 @@ def compare(
         result = run(
             model, split_specs(methods), split_specs(tasks), None if tokens is None else [int(n) for n in tokens],
             split_list(budgets), out=folder,
-            samples=samples, seed=seed, text=text,
+            samples=samples, seed=seed, text=text, images=images,
             workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, device=device, dtype=dtype,
             executor=executor, progress=progress, say=shown.say,
         )  # fmt: skip
-    if as_json:
+    if isinstance(result, PictureResult):
+        say_pictures(result, folder, as_json)
+    elif as_json:
         say_json(
             {
                 "run": result.run,
@@ -84,6 +92,20 @@ def compare(
     if failed := result.failed():
         say_failed(failed, len(result.rows))
         raise typer.Exit(1)
+
+
+def say_pictures(result: Any, folder: Path, as_json: bool) -> None:
+    """What a comparison on images found."""
+    from regard.report.picture_page import show_pictures
+
+    if as_json:
+        rows = [{**row, "verdict": result.verdict(row)} for row in result.rows]
+        say_json(
+            {"run": result.run, "sentence": result.sentence(), "readings": result.readings(), "rows": rows}
+        )
+    else:
+        show_pictures(result, out)
+        out.print(f"\n[bold]{folder / 'report.html'}[/bold]", highlight=False, soft_wrap=True)
 
 
 def say_failed(failed: list[dict], cells: int) -> None:

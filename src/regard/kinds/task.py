@@ -8,34 +8,51 @@ from typing import Any
 from regard.core import Kind, Method, Page, Unsupported, require
 
 METRICS = ("exact", "recall", "nll")
+OF_PICTURES = ("yes_no", "chair", "said")
 
 
 @dataclass(frozen=True, eq=False)
 class TaskPage(Page):
-    """A workload. A page gives one of these, or both:
+    """A workload. A page gives one of these, or several:
 
     samples(cfg, tokenizer, length, count, seed, source=None, *, chat=False) -> list of regard.tasks.Sample
                  questions for a language model: prompts of exactly `length` tokens, answers of one length
     generate(cfg, count, seed) -> (inputs, labels)
                  [count, length] ids for a model that is trained from nothing; labels of -100 are not scored
+    pictures(cfg, count, seed, source=None) -> list of regard.tasks.pictures.PictureQuestion
+                 questions about images for a vision-language model, on `count` images; `source` are one's own
 
     metric       of samples: "exact", the answer is generated exactly (the share of turns, where there are several);
                  "recall", the share of the texts in `wanted` that stand in what is generated freely;
                  "nll", the answer's mean negative log-likelihood
+                 of pictures: "yes_no"; "chair", what a caption names that is not there; "said", the whole answer
     standard     whether compare asks it when no tasks are named
     group        a name by which compare asks all pages that say it, such as "ruler"
     """
 
     samples: Callable | None = None
     generate: Callable | None = None
+    pictures: Callable | None = None
     metric: str = "exact"
     standard: bool = False
     group: str = ""
     kind = "task"
 
     def __post_init__(self) -> None:
-        require(self.metric in METRICS, f"metric is one of {METRICS}", metric=self.metric)
-        require(self.samples or self.generate, "a task gives samples, or generate", title=self.card.title)
+        known = OF_PICTURES if self.pictures else METRICS
+        require(self.metric in known, f"metric is one of {known}", metric=self.metric)
+        given = self.samples or self.generate or self.pictures
+        require(given, "a task gives samples, generate or pictures", title=self.card.title)
+
+
+@dataclass(frozen=True)
+class PictureTask:
+    """A task of images with its settings: pictures(count, seed, source=None) -> list of PictureQuestion."""
+
+    name: str
+    title: str
+    metric: str
+    pictures: Callable[..., list[Any]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,14 @@ def ask(method: Method) -> Task:
             f"{method.name} has no questions for a language model; train a model on it: regard train"
         )
     return Task(method.name, page.card.title, page.metric, partial(page.samples, method.config))
+
+
+def ask_pictures(method: Method) -> PictureTask:
+    """A configured task page as questions about images; Unsupported where it has none."""
+    page = method.page
+    if page.kind != "task" or page.pictures is None:
+        raise Unsupported(f"{method.name} asks nothing about images")
+    return PictureTask(method.name, page.card.title, page.metric, partial(page.pictures, method.config))
 
 
 KIND = Kind(

@@ -1,0 +1,46 @@
+"""Places: in which corner of the image a thing is. Asked about rendered scenes, or about images of one's own.
+
+>>> pictures(Config(), 1, seed=0)[0].text.startswith("where is")
+True
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from regard.core import Card
+from regard.kinds.task import TaskPage
+from regard.tasks.pictures import PictureQuestion, own_questions, scenes
+from regard.tasks.scene_questions import ASKED
+
+
+@dataclass(frozen=True)
+class Config:
+    contrast: str = "clear"
+
+
+def pictures(cfg: Config, count: int, seed: int, source: str | Path | None = None) -> list[PictureQuestion]:
+    """One question on each of `count` images; of one's own, all that the file asks."""
+    if source is not None:
+        return own_questions(source, count)
+    rng, found = random.Random(f"grounding {seed}"), []
+    for i, scene in enumerate(scenes(count, seed, cfg.contrast, False, "shape")):
+        asked = ASKED["where"](scene, rng)
+        assert asked is not None, "the scene has what is asked for"
+        found.append(PictureQuestion(scene.pixels(), asked.text, asked.answer, f"scene {i}"))
+    return found
+
+
+METHOD = TaskPage(
+    config=Config,
+    pictures=pictures,
+    metric="said",
+    card=Card(
+        title="Places",
+        paper="regard",
+        year=2026,
+        idea="in which corner of the image a thing is",
+        cost="a few tokens for each question",
+        needs=("vlm",),
+    ),
+)
