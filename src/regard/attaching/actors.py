@@ -12,7 +12,7 @@ Masks, mechanisms, cache policies, edits and observers are all actors. The atten
     evict                   a policy: which slots stay
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +169,10 @@ class Actor:
     def hooks(self, model: PreTrainedModel, context: Any) -> Iterator[Any]:
         """What it puts on modules of the model for the length of the attachment, each with a `remove`."""
         yield from ()
+
+    def in_place_of(self, model: PreTrainedModel) -> Mapping[str, Any]:
+        """Methods of the model that are others for the length of the attachment, by name."""
+        return {}
 
     def check_fired(self, forwards: int) -> None:
         """Raise when it never acted although the model ran."""

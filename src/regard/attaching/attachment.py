@@ -46,6 +46,7 @@ class attach:
     where    "text", "vision" or None for all towers; what changes the cache, the mask or the mechanism goes to the
              text tower by itself
     roles    name -> function(input_ids [B, N]) -> bool or int labels [B, N], for sites and masks that name roles
+    tokenizer  for methods that ask with texts of their own
     config   settings of the method, where `methods` is its name
 
     What acts together: any number of masks, edits and observers, and one cache method. A mask narrows what queries
@@ -69,6 +70,7 @@ class attach:
         where: str | None = None,
         roles: dict[str, RoleRule] | None = None,
         strict: bool = True,
+        tokenizer: Any = None,
         **config: Any,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
@@ -87,6 +89,7 @@ class attach:
         self.where = where or ("text" if on_text and not model.config.is_encoder_decoder else None)
         roles = {**own_roles(model), **(roles or {})}
         self.context = Context(Sites(model), Caches(model, self.actors), self.actors, roles)
+        self.context.tokenizer = tokenizer
         self.context.layers_of_text, self.context.layers_of_tower = layer_counts(model)
         self.records: dict[str, list[Record]] = {}
         for actor in self.actors:
@@ -166,6 +169,9 @@ class attach:
             self._undo.append(self.context.rotary.remove)
         if self.actors and hasattr(self.model, "generate_batch"):
             self._put("generate_batch", refuse_batch)
+        for actor in self.actors:
+            for name, function in actor.in_place_of(self.model).items():
+                self._put(name, function)
         if any(a.reads_tower for a in self.actors) and hasattr(self.model, "_supports_mm_encoder_outputs"):
             # else generate() runs the tower before the model, once for all that follows
             self._put("_supports_mm_encoder_outputs", lambda: False)

@@ -39,6 +39,7 @@ class Context:
     rotary: Rotary | None = None
     standins: Standins = field(default_factory=Standins)
     step: Step = field(default_factory=Step)
+    tokenizer: Any = None  # for methods that have texts of their own
     stream: str = "main"  # which of the passes of a steering method runs
     layers_of_text: int = 0
     layers_of_tower: int = 0

@@ -1,6 +1,6 @@
 """A steering page at work: edits of attention and layers, streams beside the main pass, mixed logits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
-from regard.attaching.anatomy import LayerAnatomy, anatomy
+from regard.attaching.anatomy import anatomy
 from regard.attaching.heads import early_logits
+from regard.attaching.pictures import ASIDE, capture, other_pictures
+from regard.attaching.search import generate_of, note_newest
 from regard.attaching.steered_calls import hidden_role, last_row, steered_of
+from regard.attaching.steered_layers import MAIN, hook_layer
 from regard.attaching.step import Step
-from regard.attaching.streams import live, put
 from regard.attaching.streams_beside import (
     Recorded,
     at_columns,
@@ -20,6 +22,7 @@ from regard.attaching.streams_beside import (
     first_layer,
     followers_of,
     hang_on,
+    new_tokens,
     newest_columns,
     newest_logits,
     stream_inputs,
@@ -31,7 +34,6 @@ from regard.kinds.steering import SteeringPage
 from regard.ops import View, mix, row_blocks
 from regard.ops.steered import Steered, Stream
 
-MAIN = "main"
 UNSET = object()
 
 
@@ -58,13 +60,22 @@ class Steering(Actor):
         self.logits: dict[str, Tensor] = {}  # [B, V] of the streams that have run in this step
         self.began: dict[str, Any] = {}  # caches of the streams
         self.early_states: dict[int, Tensor] = {}  # [B, d] of each layer, at the newest token
+        self.fed, self.seen = (
+            0,
+            None,
+        )  # under a search: tokens since the prompt, and what the newest attends to of them
+        self.captured: dict[int, Tensor] = {}  # [P] by layer, while a picture is asked about
         self.columns: Tensor | None = None  # of the newest token of each text in the forward that runs
         self.new, self.layers, self.acted = 0, 0, 0
 
     @property
     def controls_decoding(self) -> bool:
         """Whether it runs passes beside the model's own, mixes logits, or searches by itself."""
-        return bool(self.streams) or self.page.logits is not None or self.page.search is not None
+        return (
+            bool(self.streams or self.page.images)
+            or self.page.logits is not None
+            or self.page.search is not None
+        )
 
     @property
     def page(self) -> SteeringPage:
@@ -101,16 +112,19 @@ class Steering(Actor):
             layers = anatomy(model)
             self.layers = len(layers)
             for layer in layers:
-                yield from self._hook_layer(layer)
+                yield from hook_layer(self, layer)
+
+    def in_place_of(self, model: PreTrainedModel) -> dict[str, Any]:
+        return {} if self.page.search is None else {"generate": generate_of(self, model.generate)}
 
     def _reads_layers(self) -> bool:
         records = any({*s.records} - {"z"} for s in self.streams)
         return bool(self.page.layer_edits) or records or self.page.logits is not None
 
-    def _run_streams(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _run_streams(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the main pass: those that are carried on, and on a prompt those that are read once."""
         if self.stream != MAIN:
-            return
+            return None
         given = {"input_ids": args[0], **kwargs} if args else dict(kwargs)
         cache = given.get("past_key_values")
         first = not begun(cache)
@@ -132,7 +146,20 @@ class Steering(Actor):
                     f"{self.name}: this cache began without the stream {stream.name!r}; attach before it"
                 )
             self._run(stream, given, own)
+        changed = self._with_pictures(given) if first and self.page.images is not None else None
         self.columns = newest_columns(given, self.new, self.model.device)
+        return None if changed is None else ((), changed)
+
+    def _with_pictures(self, given: dict) -> dict:
+        """The inputs with the page's own picture, which asks the model before."""
+        self.stream, self.context.stream = ASIDE, ASIDE
+        try:
+            with torch.no_grad():
+                pixels = other_pictures(self, given)
+        finally:
+            self.stream, self.context.stream = MAIN, MAIN
+        self.acted += 1
+        return {**given, "pixel_values": pixels}
 
     def _run(self, stream: Stream, given: dict, cache: Any) -> None:
         inputs = stream_inputs(self.model, stream, given, cache, getattr(self.config, "seed", 0))
@@ -220,19 +247,20 @@ class Steering(Actor):
     def acts_on(self, call: AttentionCall) -> bool:
         if call.site.tower == "vision":
             return self.reads_tower
-        reads = self.on_attention or any(s.hide is not None or "z" in s.records for s in self.streams)
+        asks = self.page.images is not None or self.page.search is not None
+        reads = self.on_attention or asks or any(s.hide is not None or "z" in s.records for s in self.streams)
         return reads and call.site.tower == "text"
 
-    def _steers(self, at: Steered) -> bool:
+    def steers(self, at: Steered) -> bool:
         """Whether the page's edits act in this stream, and here."""
-        if at.stream != MAIN and not next(s.steered for s in self.streams if s.name == at.stream):
+        if at.stream != MAIN and not any(s.steered for s in self.streams if s.name == at.stream):
             return False
         tower = self.page.tower
         return tower in (at.tower, "both") and bool(self.page.acts(at, self.config))
 
     def narrow(self, call: AttentionCall) -> AttentionCall:
         """In a stream that hides a role, the keys of its tokens."""
-        if self.stream == MAIN or call.site.tower != "text":
+        if self.stream in (MAIN, ASIDE) or call.site.tower != "text":
             return call
         stream = next(s for s in self.streams if s.name == self.stream)
         return call if stream.hide is None else hidden_role(call, stream, self.memory_of)
@@ -242,7 +270,7 @@ class Steering(Actor):
         if page.scores is None and page.weights is None:
             return None
         at = steered_of(self, call, view, rows)
-        if not self._steers(at):
+        if not self.steers(at):
             return None
         w = self._edited(at, view, rows)
         return w if heads is None else w[:, heads]
@@ -262,7 +290,7 @@ class Steering(Actor):
         page = self.page
         rows = last_row(call, view) if page.rows == "last" else slice(0, view.new)
         at = steered_of(self, call, view, rows)
-        if not self._steers(at):
+        if not self.steers(at):
             return out
         self.acted += 1
         if page.scores is not None or page.weights is not None:
@@ -290,59 +318,11 @@ class Steering(Actor):
         if call.site.tower == "vision":
             self.tower.note(call)
             return
+        if self.stream == ASIDE:
+            capture(self, call, view)
+        if self.page.search is not None:
+            note_newest(self, call, view)
         for stream in self.streams:
             if stream.name == self.stream and "z" in stream.records:
                 z = at_columns(out.transpose(1, 2), present(self.columns, "a stream runs"))
                 self.recorded.setdefault(stream.name, Recorded()).note("z", call.site.layer, z)
-
-    # layers
-
-    def _hook_layer(self, layer: LayerAnatomy) -> Iterator[Any]:
-        outside = torch._dynamo.disable
-        for quantity, module in (("out", layer.out), ("mlp", layer.mlp), ("resid_post", layer.module)):
-            edits = quantity in self.page.layer_edits
-            reads = quantity == "resid_post" or any(quantity in s.records for s in self.streams)
-            if edits or reads:
-                yield module.register_forward_hook(outside(self._at_layer(quantity, layer)))
-
-    def _at_layer(self, quantity: str, layer: LayerAnatomy) -> Callable:
-        scale = layer.scale if quantity in ("out", "mlp") else 1
-
-        def hook(module: nn.Module, args: tuple, y: Any) -> Any:
-            x = present(live(y), "a layer returns a stream")
-            new = self._layer_edited(quantity, layer.number, x * scale if scale != 1 else x)
-            self._note(quantity, layer.number, new)
-            unchanged = new is x or (scale != 1 and torch.equal(new, x * scale))
-            return y if unchanged else put(y, new / scale if scale != 1 else new)
-
-        return hook
-
-    def _layer_edited(self, quantity: str, number: int, x: Tensor) -> Tensor:
-        function = self.page.layer_edits.get(quantity)
-        if function is None:
-            return x
-        phase = "decode" if x.shape[1] == 1 and begun(self.step.inputs.get("past_key_values")) else "prefill"
-        at = Steered(layer=number, layers=self.layers, phase=phase, stream=self.stream, memory=None)
-        at.seed = getattr(self.config, "seed", 0)
-        if not self._steers(at):
-            return x
-        self.acted += 1
-        at.memory = None if self.makes_memory() else self.memory_of()
-        return function(at, x, self.config)
-
-    def _note(self, quantity: str, number: int, x: Tensor) -> None:
-        columns = torch.tensor([x.shape[1] - 1]) if self.columns is None else self.columns
-        newest = at_columns(x, columns)
-        if quantity == "resid_post" and self.stream == MAIN:
-            self.early_states[number] = newest.detach()
-        for stream in self.streams:
-            if stream.name == self.stream and quantity in stream.records:
-                self.recorded.setdefault(stream.name, Recorded()).note(quantity, number, newest)
-
-
-def new_tokens(given: dict) -> int:
-    """How many tokens a forward is given."""
-    for name in ("input_ids", "inputs_embeds"):
-        if given.get(name) is not None:
-            return given[name].shape[1]
-    raise Unsupported("a forward without input_ids or inputs_embeds")

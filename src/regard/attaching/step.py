@@ -102,6 +102,8 @@ def text_labels(layer: LedgerLayer | None, step: Step, roles: Mapping[str, RoleR
         require(
             label.shape[1] == new, "a role labels every token of the forward", role=name, label=label, new=new
         )
+        if old is not None and old.shape[0] == 1:  # one row stands for all that were made of it
+            old = old.expand(label.shape[0], -1)
         # what was fed before the role was known
         before = label.new_zeros(label.shape[0], layer.seen - new - labelled_before)
         layer.labels[name] = torch.cat([x for x in (old, before, label) if x is not None], 1)

@@ -126,3 +126,11 @@ def newest_logits(logits: Tensor, columns: Tensor, new: int) -> tuple[Tensor, Te
 def hang_on(cache: Any, followers: dict[str, Cache]) -> None:
     layer = first_layer(cache)
     present(layer, "a cache whose layers are ledger layers").followers = followers
+
+
+def new_tokens(given: dict) -> int:
+    """How many tokens a forward is given."""
+    for name in ("input_ids", "inputs_embeds"):
+        if given.get(name) is not None:
+            return given[name].shape[1]
+    raise Unsupported("a forward without input_ids or inputs_embeds")

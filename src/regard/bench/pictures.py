@@ -132,7 +132,8 @@ class Reader:
         )
         start = time.perf_counter()
         try:
-            with nullcontext() if method is None else attach(self.model, attached, **roles):
+            own = {"tokenizer": self.processor.tokenizer, **roles}
+            with nullcontext() if method is None else attach(self.model, attached, **own):
                 out = self.model.generate(
                     **inputs, max_new_tokens=tokens or TOKENS[self.metric], do_sample=False, output_logits=True,
                     return_dict_in_generate=True, pad_token_id=self.pad(),

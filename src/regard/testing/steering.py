@@ -21,7 +21,9 @@ def check_steering_page(name: str) -> dict[str, str]:
     page = catalog.get(name)
     assert isinstance(page, SteeringPage), f"{name}: a steering page is a SteeringPage"
     laws = [check_twice]
-    if page.acts_on_models:
+    if page.search is not None:
+        laws += [check_search]
+    elif page.acts_on_models:
         laws += [check_neutral, check_acts, check_alone, check_sampling, check_bfloat16]
     return {law.__name__.removeprefix("check_"): law(name, page) for law in laws}
 

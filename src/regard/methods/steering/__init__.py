@@ -1,0 +1,1 @@
+"""Steering: what a model attends to, adds up or says next."""
