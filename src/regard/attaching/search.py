@@ -19,8 +19,10 @@ from regard.core import Unsupported, require
 from regard.ops import View
 
 # settings of generate() that a search reads; those that are set to anything else are refused
-READ = ("max_new_tokens", "max_length", "num_beams", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache",
-        "return_dict_in_generate", "transformers_version", "do_sample", "min_new_tokens", "output_logits", "output_scores")  # fmt: skip
+READ = (
+    "max_new_tokens", "max_length", "num_beams", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache",
+    "do_sample", "return_dict_in_generate", "transformers_version", "min_new_tokens", "output_logits", "output_scores",
+)  # fmt: skip
 
 
 @dataclass(eq=False)

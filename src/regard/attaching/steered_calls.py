@@ -10,9 +10,10 @@ from torch import Tensor
 from regard.attaching.actors import AttentionCall
 from regard.attaching.lazy_mask import LazyMask
 from regard.attaching.step import has_role
+from regard.attaching.unrotated import unrotated
 from regard.core import Unsupported
 from regard.ops import View, at_index, row_blocks
-from regard.ops.steered import Steered, Stream
+from regard.ops.steered import Arranged, Steered, Stream
 
 
 def role_of(call: AttentionCall, name: str) -> Tensor:
@@ -21,6 +22,39 @@ def role_of(call: AttentionCall, name: str) -> Tensor:
         known = ", ".join(call.labels) or "none"
         raise KeyError(f"no role is called {name!r}; roles here: {known} (attach(roles=...) names them)")
     return has_role(call.labels[name])
+
+
+def arranged_of(call: AttentionCall, view: View) -> Arranged:
+    """The call as a page with an attention of its own sees it."""
+    rotary = call.rotary
+    if rotary is None or view.positions is None or call.layer is None:
+        raise Unsupported(
+            f"{call.where}: positions are read from a cache and rotary tables, and there are none (use_cache)"
+        )
+    if view.index.shape[1] > 1 or view.softcap is not None or view.sinks is not None or view.bias is not None:
+        raise Unsupported(
+            f"{call.where}: scores with a cap, sinks or a bias, or heads that hold different tokens"
+        )
+    if call.rule is None or not call.rule.model_causal:
+        raise Unsupported(f"{call.where}: its mask is not plain causal")
+    batch, index = view.q.shape[0], view.index[:, 0]
+    owner = rotary.owners.get(call.layer, call.module)
+
+    def labels(name: str) -> Tensor:
+        if name not in call.labels:
+            raise KeyError(f"no role is called {name!r}; roles here: {', '.join(call.labels) or 'none'}")
+        label = call.labels[name]
+        return at_index(label.long(), view.index)[:, 0].expand(batch, -1).masked_fill(~real, -1)
+
+    real = view.hold()[:, 0].expand(batch, -1)
+    asks = view.asking()
+    places = at_index(view.positions, view.index)[:, 0].expand(batch, -1)
+    return Arranged(
+        q=view.q, k=view.k, v=view.v, scale=view.scale, q_at=places[:, -view.new :], k_at=places, real=real,
+        asks=torch.ones(batch, view.new, dtype=torch.bool, device=index.device) if asks is None else asks,
+        labels=labels, turn=lambda x, by: rotary.rotate(owner, x, by, queries=True),
+        bare=lambda: unrotated("documents by importance", call, view.k, view.index),
+    )  # fmt: skip
 
 
 def last_row(call: AttentionCall, view: View) -> slice:

@@ -12,7 +12,7 @@ from regard.attaching.anatomy import anatomy
 from regard.attaching.heads import early_logits
 from regard.attaching.pictures import ASIDE, capture, other_pictures
 from regard.attaching.search import generate_of, note_newest
-from regard.attaching.steered_calls import hidden_role, last_row, steered_of
+from regard.attaching.steered_calls import arranged_of, hidden_role, last_row, steered_of
 from regard.attaching.steered_layers import MAIN, hook_layer
 from regard.attaching.step import Step
 from regard.attaching.streams_beside import (
@@ -52,6 +52,7 @@ class Steering(Actor):
         names = [s.name for s in self.streams]
         require(len({*names, MAIN}) == len(names) + 1, "streams have names of their own", names=names)
         pixels = any(s.pixels is not None for s in self.streams)
+        self.needs_rotary = page.attention is not None
         self.reads_tower = page.needs_image or page.tower != "text" or pixels
         self.stream, self.step, self.tower = MAIN, Step(), Tower()
         self.recorded: dict[str, Recorded] = {}  # of the streams, on the latest prompt
@@ -247,7 +248,7 @@ class Steering(Actor):
     def acts_on(self, call: AttentionCall) -> bool:
         if call.site.tower == "vision":
             return self.reads_tower
-        asks = self.page.images is not None or self.page.search is not None
+        asks = any(part is not None for part in (self.page.images, self.page.search, self.page.attention))
         reads = self.on_attention or asks or any(s.hide is not None or "z" in s.records for s in self.streams)
         return reads and call.site.tower == "text"
 
@@ -264,6 +265,13 @@ class Steering(Actor):
             return call
         stream = next(s for s in self.streams if s.name == self.stream)
         return call if stream.hide is None else hidden_role(call, stream, self.memory_of)
+
+    def attend(self, call: AttentionCall, view: View) -> Tensor | None:
+        """The page's own attention, where it has one."""
+        if self.page.attention is None or call.site.tower != "text" or self.stream != MAIN:
+            return None
+        self.acted += 1
+        return self.page.attention(arranged_of(call, view), self.config)
 
     def weights(self, call: AttentionCall, view: View, rows: slice, heads: list[int] | None) -> Tensor | None:
         page = self.page

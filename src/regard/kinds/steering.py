@@ -26,6 +26,7 @@ class SteeringPage(Page):
     streams(cfg) -> (Stream, ...)      passes beside the main one; they run before it, at every step unless `once`
     prepare(runs, at, cfg) -> memory   once for each prompt, from the streams' records {stream: {quantity: tensor}}
     logits(at, logits, cfg) -> [B, V]  the next token's logits, from {"main": [B, V], stream: [B, V], ...} in float32
+    attention(at, cfg) -> [B, H, N, E] | None    an attention of its own (see Arranged); None: the model's own here
     search(run, cfg) -> ids            a search of its own in the place of generate's (see attaching/search.py)
     images(run, cfg) -> pixel values   another picture in the place of the prompt's (see attaching/pictures.py)
 
@@ -45,6 +46,7 @@ class SteeringPage(Page):
     streams: Callable | None = None
     prepare: Callable | None = None
     logits: Callable | None = None
+    attention: Callable | None = None
     search: Callable | None = None
     images: Callable | None = None
     measure: Callable = None  # type: ignore[assignment]

@@ -80,6 +80,31 @@ class Steered:
         return torch.Generator().manual_seed(self.seed + 7919 * self.layer)
 
 
+@dataclass(eq=False)
+class Arranged:
+    """One call of one layer, for a page with an attention of its own.
+
+    q [B, H, N, D], k [B, G, n, D], v [B, G, n, E]    as the model has them, rotated; k and v of all that is stored
+    q_at [B, N], k_at [B, n]    where the model's rotation put them
+    real [B, n], asks [B, N]    which keys and queries are tokens and not padding
+    labels                      (role) -> [B, n] integers, -1 where a token has no label
+    turn                        (x [B, H, m, D], by [B, H, m]) -> x at positions `by` further on
+    bare                        () -> (q, k) before rotation
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    q_at: Tensor
+    k_at: Tensor
+    real: Tensor
+    asks: Tensor
+    labels: Callable[[str], Tensor]
+    turn: Callable[[Tensor, Tensor], Tensor]
+    bare: Callable[[], tuple[Tensor, Tensor]]
+
+
 # of one stream, what was recorded: quantity -> [layers, B, ...] at the last token of each prompt
 Records = Mapping[str, Tensor]
 

@@ -110,11 +110,36 @@ def check_sampling(name: str, page: SteeringPage) -> str:
                 model.generate(**inputs, max_new_tokens=4, do_sample=True, pad_token_id=0, eos_token_id=2)
             )
     assert torch.equal(*found), f"{name} on {family}: the same seed samples something else"
-    if page.search is None:
-        with torch.no_grad(), attach(model, method, roles=ROLES):
-            model.generate(
-                **inputs, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0, eos_token_id=2
+    with torch.no_grad(), attach(model, method, roles=ROLES):
+        model.generate(
+            **inputs, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0, eos_token_id=2
+        )
+    return "held"
+
+
+def check_search(name: str, page: SteeringPage) -> str:
+    """At its neutral setting a search is transformers' beam search; a text of a batch is found as it is alone."""
+    neutral, method = configured(name, page, **page.card.neutral), configured(name, page)
+    how: dict[str, Any] = dict(max_new_tokens=7, pad_token_id=0, eos_token_id=2)
+    moved = False
+    for family in ("llava", "gemma3mm", "smolvlm"):
+        model, inputs = batch(family)
+        with torch.no_grad(), attach(model, method):
+            both = model.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :]
+        for text in (0, 1):
+            one, found = alone(inputs, text), []
+            with torch.no_grad():
+                plain = model.generate(**one, **how, num_beams=neutral.config.beams, do_sample=False)
+            for each in (neutral, method):
+                with torch.no_grad(), attach(model, each):
+                    found.append(model.generate(**one, **how))
+            assert torch.equal(found[0], plain), f"{name} on {family}: neutral is not plain beam search"
+            own = found[1][0, one["input_ids"].shape[1] :]
+            assert torch.equal(own, both[text, : len(own)]), (
+                f"{name} on {family}: a text of a batch is found otherwise"
             )
+            moved = moved or not torch.equal(found[0], found[1])
+    assert moved, f"{name} finds what beam search finds under its test settings"
     return "held"
 
 

@@ -1,0 +1,1 @@
+"""Claims on steering pages."""
