@@ -7,7 +7,9 @@ class token, a head that is thrown away does here: from it, it tells what is on 
 
 Every step draws from its own seeded generator.
 
-    python scripts/train_vlm.py --out runs/vlm --steps 8000 --seed 0
+    python scripts/train_vlm.py --out runs/vlm --steps 3000 --seed 0
+
+The commands that made the shipped model are in its CARD.md.
 """
 
 import argparse
@@ -20,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import LlavaForConditionalGeneration
 from vlm_model import ID, MEAN, STD, TOKENS, new_model, save
 
 from regard.tasks.scene_questions import ASKED, Question
 from regard.tasks.scenes import CLEAR, DIGITS, FAINT, LETTERS, MIXED, PAIRS, Scene, Scenes
 
-SHARES = {
+# how often a question of each kind is asked, before step 3,000 of a run from nothing and from there on
+FIRST = {
     "exists": 0.27,
     "describe": 0.25,
     "count": 0.1,
@@ -33,6 +37,15 @@ SHARES = {
     "digit": 0.06,
     "colour": 0.06,
     "where": 0.12,
+}
+SHARES = {
+    "exists": 0.32,
+    "describe": 0.16,
+    "count": 0.08,
+    "word": 0.18,
+    "digit": 0.06,
+    "colour": 0.04,
+    "where": 0.16,
 }
 WITHOUT_IMAGE, BATCH, EVERY, AUXILIARY = 0.06, 64, 250, 0.5
 LABELS = (*PAIRS, *DIGITS, *LETTERS)
@@ -48,9 +61,9 @@ def pixels_of(scenes: list[Scene]) -> Tensor:
     return (stacked.permute(0, 3, 1, 2) - MEAN) / STD
 
 
-def question_of(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
+def question_of(scene: Scene, rng: random.Random, shares: dict, kind: str | None = None) -> Question:
     while True:
-        name = kind or rng.choices(list(SHARES), list(SHARES.values()))[0]
+        name = kind or rng.choices(list(shares), list(shares.values()))[0]
         question = ASKED[name](scene, rng)
         if question is not None:
             return question
@@ -70,14 +83,14 @@ def labels_of(scene: Scene) -> list[float]:
 
 
 def batch_at(seed: int, step: int) -> tuple[dict[str, Tensor], Tensor]:
-    scenes = Scenes(f"{seed} {step}")
+    scenes, shares = Scenes(f"{seed} {step}"), FIRST if step < 3000 else SHARES
     rows, seen = [], []
     for scene in scenes.many(BATCH):
         image = scenes.rng.random() >= WITHOUT_IMAGE
         kind = None if image else scenes.rng.choice(["exists", "describe", "colour"])
         if kind == "colour" and not scene.of("digit"):
             kind = "describe"
-        rows.append(row_of(question_of(scene, scenes.rng, kind), image))
+        rows.append(row_of(question_of(scene, scenes.rng, shares, kind), image))
         if image:
             seen.append(scene)
     longest = max(len(ids) for ids, _ in rows)
@@ -141,6 +154,20 @@ def report(model, count: int) -> dict:
     return facts
 
 
+def optimizers(model, head: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of layers and projector and AdamW for the rest, or AdamW for all."""
+    inner = (".layers.", "multi_modal_projector")
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and any(part in n for part in inner)]
+    chosen = {id(p) for p in matrices} if args.optimizer == "muon" else set()
+    rest = [p for p in (*model.parameters(), *head.parameters()) if id(p) not in chosen]
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, args.rate, weight_decay=0.05)]
+    if chosen:
+        made.append(
+            torch.optim.Muon(matrices, 2 * args.rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        )
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -148,37 +175,49 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=1e-3, help="of AdamW; Muon's is twice that")
+    parser.add_argument("--start", type=Path, help="a folder of an earlier run, whose weights it begins with")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
+    parser.add_argument("--until", type=int, help="stop there, before the rate has come down")
+    parser.add_argument("--first", type=int, default=0, help="the step to count from")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     model = new_model(args.seed).train()
+    if args.start:
+        model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(args.start).state_dict())
     head = nn.Linear(model.config.vision_config.hidden_size, len(LABELS))
     print(sum(p.numel() for p in model.parameters()), "weights", flush=True)
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], args.rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.rate, args.steps, pct_start=0.03)
+    made = optimizers(model, head, args)
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            o, o.param_groups[0]["lr"], args.steps, pct_start=0.03, cycle_momentum=False
+        )
+        for o in made
+    ]
     pooled: list[Tensor] = []
     tower = model.model.vision_tower
     tower.register_forward_hook(lambda module, inputs, out: pooled.append(out.pooler_output))
     start = time.time()
     with open(args.out / "curve.jsonl", "w") as curve:
-        for step in range(args.steps):
-            inputs, labels = batch_at(args.seed, step)
+        for step in range(args.until or args.steps):
+            inputs, labels = batch_at(args.seed, args.first + step)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(**inputs).loss
                 known = binary_cross_entropy_with_logits(head(pooled[-1]).float(), labels)
             pooled.clear()
             (loss + AUXILIARY * known).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if (step + 1) % EVERY == 0 or step + 1 == args.steps:
-                last = step + 1 == args.steps
+            for optimizer, schedule in zip(made, schedules):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            last = step + 1 == (args.until or args.steps)
+            if (step + 1) % EVERY == 0 or last:
                 facts = report(model, 512 if last else 64) if last or (step + 1) % (4 * EVERY) == 0 else {}
                 pooled.clear()
-                row = {"step": step + 1, "seconds": round(time.time() - start), "loss": round(loss.item(), 4),
+                row = {"step": args.first + step + 1, "seconds": round(time.time() - start), "loss": round(loss.item(), 4),
                        "class_token": round(known.item(), 4), **facts}  # fmt: skip
                 print(json.dumps(row), file=curve, flush=True)
                 print(json.dumps(row), flush=True)

@@ -465,3 +465,11 @@ def test_live_records_carry_gradients():
         with torch.no_grad(), attach(model, Edit(site, "add", sign * step)):
             ends.append(model(**inputs, use_cache=False).logits[0, -1, 5])
     assert float((ends[0] - ends[1]) / 2) == pytest.approx(float((g * step).sum()), rel=2e-2)
+
+
+def test_what_is_found_out_by_a_forward_is_written_down_by_nobody():
+    """A model whose layers are not known yet is asked for them before an observer looks."""
+    model, inputs = build("llama", seed=77)
+    with attach(model, [Observer("last_row", Site()), Observer("value", Site("mlp"))]) as attached:
+        model(**inputs)
+    assert {step for records in attached.records.values() for _, step, _ in records} == {0}

@@ -166,6 +166,9 @@ class Actor:
     def begin(self, step: Step) -> None:
         """A forward of the whole model starts."""
 
+    def look(self, model: PreTrainedModel) -> None:
+        """Find out, before anything is attached, what a forward of the model shows."""
+
     def hooks(self, model: PreTrainedModel, context: Any) -> Iterator[Any]:
         """What it puts on modules of the model for the length of the attachment, each with a `remove`."""
         yield from ()

@@ -109,6 +109,9 @@ class attach:
         for actor in self.actors:
             if isinstance(actor, CachePolicy):
                 actor.calibrate(self.model)
+        # what is found out by running the model is found out before anything acts on it
+        for looks in (*self.actors, *([] if self.streams is None else [self.streams])):
+            looks.look(self.model)
         try:
             self._switch(reachable)
             self._hook()

@@ -1,6 +1,7 @@
 """A steering page at work: edits of attention and layers, streams beside the main pass, mixed logits."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
 from regard.attaching.anatomy import anatomy
-from regard.attaching.heads import early_logits
+from regard.attaching.heads import early_logits, final_norm
 from regard.attaching.pictures import ASIDE, capture, other_pictures
 from regard.attaching.search import generate_of, note_newest
 from regard.attaching.steered_calls import arranged_of, hidden_role, last_row, steered_of
@@ -28,7 +29,7 @@ from regard.attaching.streams_beside import (
     stream_inputs,
 )
 from regard.attaching.towers import Tower, image_token, layouts
-from regard.core import Method, NeverFired, Unsupported, require
+from regard.core import Method, NeverFired, Unreachable, Unsupported, require
 from regard.core.errors import present
 from regard.kinds.steering import SteeringPage
 from regard.ops import View, mix, row_blocks
@@ -103,6 +104,13 @@ class Steering(Actor):
             raise NeverFired(f"{self.name} never acted in {forwards} forwards")
 
     # the streams
+
+    def look(self, model: PreTrainedModel) -> None:
+        if self._reads_layers():
+            anatomy(model)
+        if self.page.logits is not None:
+            with suppress(Unreachable):  # said where a page asks for it
+                final_norm(model)
 
     def hooks(self, model: PreTrainedModel, context: Any) -> Iterator[Any]:
         self.context = context

@@ -68,6 +68,10 @@ class Streams:
     mask: Tensor | None = None  # the attention mask that the whole model was given
     pre: dict[int, Tensor] = field(default_factory=dict)  # resid_pre by layer, within a forward
 
+    def look(self, model: PreTrainedModel) -> None:
+        if self._named(STREAMS[:-1]):
+            anatomy(model)
+
     def hook(self) -> list[Any]:
         """Hooks on what is named, and on the modules that are given the tokens; each with a `remove`."""
         for site in (r.edit.site for r in self.receipts):

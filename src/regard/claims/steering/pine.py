@@ -2,8 +2,8 @@
 
 A document is a statement of a fact between words of running text; the question asks for one of the facts. Both the
 model as it is and the model under PINE read all 24 orders. Reported beside the bound: how often the model as it is
-answers two orders alike (swap agreement), how many answers are right by the place of the document that holds it, and the
-largest difference of a logit under PINE over the first four tokens.
+answers two orders alike (swap agreement), how many answers are right by the place of the document that holds it, and
+the largest difference of a logit under PINE over the first four tokens.
 """
 
 import random

@@ -1,0 +1,133 @@
+"""Steering on models: streams follow the cache, roles and prompts are checked, and two decode controls are refused."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from regard.attaching.attachment import attach
+from regard.core import Card, Method, NeverFired, Observer, Unreachable, Unsupported
+from regard.kinds.steering import SteeringPage
+from regard.ops.steered import Stream, contrasted
+from regard.testing.pictures import batch, said
+from regard.testing.zoo import build
+
+CARD = Card(title="test", paper="none", year=2026, idea="", neutral={"alpha": 0.0})
+
+
+@dataclass(frozen=True)
+class Config:
+    alpha: float = 2.0
+    seed: int = 0
+
+
+def method(needs_image=True, **parts):
+    return Method("mine", SteeringPage(config=Config, card=CARD, needs_image=needs_image, **parts), Config())
+
+
+def mixed(at, logits, cfg):
+    return contrasted(logits["main"], logits["text"], cfg.alpha, 0.0)
+
+
+TEXT = dict(streams=lambda cfg: (Stream("text", hide="image"),), logits=mixed)
+
+
+@torch.no_grad()
+def test_a_stream_with_a_cache_says_what_it_says_without():
+    """Token by token with caches = each prefix read anew."""
+    model, inputs = build("llava")
+    with attach(model, method(**TEXT)):
+        out = model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        ids = out.sequences
+        for t, wanted in enumerate(out.logits):
+            prefix = ids[:, : inputs["input_ids"].shape[1] + t]
+            again = model(input_ids=prefix, pixel_values=inputs["pixel_values"], use_cache=False).logits[
+                :, -1
+            ]
+            assert (again - wanted).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_hidden_images_are_images_that_do_not_matter():
+    """A stream that hides the image says the same whatever is on it, and the main pass does not."""
+    model, inputs = build("llava")
+    only = method(streams=TEXT["streams"], logits=lambda at, logits, cfg: logits["text"])
+    found = []
+    for pixels in (inputs["pixel_values"], inputs["pixel_values"].flip(-1) + 1):
+        with attach(model, only):
+            found.append(model(**{**inputs, "pixel_values": pixels}).logits[:, -1])
+    assert (found[0] - found[1]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_streams_follow_beams_and_copies():
+    import copy
+
+    model, inputs = build("llava")
+    with attach(model, method(**TEXT)):
+        beams = model.generate(**inputs, num_beams=3, max_new_tokens=4, do_sample=False)
+        out = model(**inputs, use_cache=True)
+        fork = copy.deepcopy(out.past_key_values)
+        token = torch.tensor([[7]])
+        one = model(input_ids=token, past_key_values=out.past_key_values).logits
+        other = model(input_ids=token, past_key_values=fork).logits
+    assert beams.shape[1] == inputs["input_ids"].shape[1] + 4
+    assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_observers_write_down_the_main_pass_alone():
+    model, inputs = build("llava")
+    with attach(model, [method(**TEXT), Observer("last_row")]) as attached:
+        model(**inputs)
+    layers = [layer for layer, _, _ in attached.records["last_row"]]
+    assert len(layers) == len({*layers}) + 3  # three layers of the decoder, three of the tower
+
+
+def test_refusals():
+    text, _ = build("llama")
+    with pytest.raises(Unreachable, match="image_token_id"):
+        attach(text, method(**TEXT))
+    model, inputs = build("llava")
+    with pytest.raises(Unsupported, match="one decode control at a time"):
+        attach(model, [method(**TEXT), method(**TEXT)])
+    with pytest.raises(ValueError, match="holds visual tokens"), attach(model, method(**TEXT)):
+        model(input_ids=torch.tensor([[1, 5, 6]]))
+    other = method(False, streams=lambda cfg: (Stream("text", hide="document"),), logits=mixed)
+    with pytest.raises(KeyError, match="no role is called 'document'"), attach(model, other):
+        model(**inputs)
+    never = method(weights=lambda at, w, cfg: w, acts=lambda at, cfg: False)
+    with pytest.raises(NeverFired, match="never acted"), attach(model, never):
+        model(**inputs)
+    with pytest.raises(ValueError, match="names of their own"):
+        attach(model, method(streams=lambda cfg: (Stream("main"),), logits=mixed))
+    away = Method("away", SteeringPage(config=Config, card=CARD, acts_on_models=False), Config())
+    with pytest.raises(Unsupported, match="attach does not reach"):
+        attach(model, away)
+
+
+@torch.no_grad()
+def test_a_cache_that_began_without_the_method():
+    model, inputs = build("llava")
+    with attach(model, None):
+        cache = model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(Unsupported, match="began without the stream"), attach(model, method(**TEXT)):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_padding_on_the_right():
+    """The newest token of each text is steered, wherever padding lies."""
+    model, inputs = batch("llava")
+    right = {**inputs}
+    for name in ("input_ids", "attention_mask"):
+        shifts = (inputs["attention_mask"] == 0).sum(1).tolist()
+        right[name] = torch.stack([row.roll(-n) for n, row in zip(shifts, inputs[name], strict=True)])
+    with attach(model, method(**TEXT)):
+        left = model(**inputs).logits[:, -1]
+        out = model(**right).logits
+    last = right["attention_mask"].sum(1) - 1
+    assert (out[torch.arange(2), last] - left).abs().max() < 1e-4
+    assert torch.isfinite(said(model, inputs, 1)).all()
