@@ -217,8 +217,8 @@ def main() -> None:
             if (step + 1) % EVERY == 0 or last:
                 facts = report(model, 512 if last else 64) if last or (step + 1) % (4 * EVERY) == 0 else {}
                 pooled.clear()
-                row = {"step": args.first + step + 1, "seconds": round(time.time() - start), "loss": round(loss.item(), 4),
-                       "class_token": round(known.item(), 4), **facts}  # fmt: skip
+                now = {"step": args.first + step + 1, "seconds": round(time.time() - start)}
+                row = {**now, "loss": round(loss.item(), 4), "class_token": round(known.item(), 4), **facts}
                 print(json.dumps(row), file=curve, flush=True)
                 print(json.dumps(row), flush=True)
                 save(model, args.out)

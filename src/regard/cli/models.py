@@ -22,15 +22,20 @@ def doctor(
         bool,
         typer.Option("--families", help="Build every decoder of transformers tiny, and try regard on it."),
     ] = False,
-    only: Annotated[str, typer.Option(help="Of these families alone: llama,phi.")] = "",
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Try tokens and steering methods on vision-language families.")
+    ] = False,
+    only: Annotated[str, typer.Option(help="Of these families, or methods, alone: llama,phi.")] = "",
     markdown: Annotated[bool, typer.Option("--markdown", help="The families as docs/families.md.")] = False,
     as_json: Json = False,
 ) -> None:
     """Which attention sites of a model are reached, which are missed, and whether attaching changes anything."""
     if families:
         return examine_families(split_list(only) or None, markdown, as_json)
+    if pictures:
+        return examine_vision(split_list(only) or None, markdown, as_json)
     if model is None:
-        raise typer.BadParameter("a model, or --families", param_hint="MODEL")
+        raise typer.BadParameter("a model, --families or --pictures", param_hint="MODEL")
     from regard.models.doctor import doctor as examine
     from regard.models.shipped import load_any
     from regard.testing.zoo import ZOO, build
@@ -68,6 +73,33 @@ def examine_families(only: list[str] | None, markdown: bool, as_json: bool) -> N
         out.print(tables.terminal(rows))
     if any(row.verdict in ("wrong", "crashed") for row in rows):
         raise typer.Exit(1)
+
+
+def examine_vision(only: list[str] | None, markdown: bool, as_json: bool) -> None:
+    """Which tokens and steering methods reach which vision-language family."""
+    from datetime import date
+
+    import transformers
+
+    from regard.report import table
+    from regard.testing import vision_families as vision
+
+    which, found = only or vision.methods(), []
+    with counting(as_json or markdown, len(which)) as step:
+        for reach in vision.survey(which):
+            found.append(reach)
+            step(reach.method, len(found))
+    if as_json:
+        say_json([vars(reach) for reach in found])
+    elif markdown:
+        typer.echo(vision.markdown(found, transformers.__version__, date.today().isoformat()), nl=False)
+    else:
+        yes = {True: "yes", False: "no"}
+        rows = [
+            {"method": r.method, **{f: yes[said == vision.REACHED] for f, said in r.by_family.items()}}
+            for r in found
+        ]
+        out.print(table(rows, list(rows[0]), "methods on vision-language families"))
 
 
 @app.command()
