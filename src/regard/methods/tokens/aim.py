@@ -103,7 +103,8 @@ def before(images: Images, cfg: Config) -> list[Reduced]:
 
 
 def after(view: LayerView, cfg: Config) -> Tensor | None:
-    count = count_after(view.layer, view.layers, len(view.image), cfg)
+    entered = view.memory.setdefault("entered", len(view.alive))  # of the text, into the first layer
+    count = count_after(view.layer, view.layers, entered, cfg)
     if count >= len(view.alive):
         return None
     if not count:
@@ -201,6 +202,7 @@ METHOD = TokensPage(
     measure=measure,
     reference=reference,
     cases=cases,
+    test_settings=({"merge": 0.5, "start": 0.0, "end": 1.0},),
     card=Card(
         title="AIM",
         paper="AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning",

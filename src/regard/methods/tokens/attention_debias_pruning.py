@@ -189,6 +189,7 @@ METHOD = TokensPage(
     measure=measure,
     reference=reference,
     cases=cases,
+    test_settings=({"layers": 1, "keep": 0.5},),
     card=Card(
         title="Attention debiasing",
         paper="Attention Debiasing for Token Pruning in Vision Language Models",
