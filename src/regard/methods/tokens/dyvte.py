@@ -174,7 +174,7 @@ METHOD = TokensPage(
         neutral={"routers": ()},
         caveat="routers are trained for one model: without them, and without a forced exit, the page refuses. The "
         "released code finds image and question at fixed offsets (35 and 576 tokens) of one text; its mean leaves the "
-        "question's last token out, as here; its routers declare a dropout of 0.1 and do not use it. Rate 6e-5, one epoch "
-        "and 2048 hidden units are its, for 1 % of LLaVA's instructions; a small model needs more steps",
+        "question's last token out, as here; its routers declare a dropout of 0.1 and do not use it. Rate 6e-5, one "
+        "epoch and 2048 hidden units are its, for 1 % of LLaVA's instructions; a small model needs more steps",
     ),
 )
