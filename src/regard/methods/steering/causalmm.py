@@ -45,6 +45,7 @@ class Config:
     language: str = "random"  # what becomes of the decoder's; "" leaves this pass out
     strength: float = 0.5  # γ
     cut: float = 0.1  # ε; 0 keeps every token
+    seed: int = 0  # of what is drawn
 
     def __post_init__(self) -> None:
         for name in (self.vision, self.language):

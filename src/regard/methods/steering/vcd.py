@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from regard.core import Card, require
 from regard.kinds.steering import SteeringPage
 from regard.ops import at_least_float32
-from regard.ops.steered import Steered, Stream, contrasted
+from regard.ops.steered import Stream, contrasted
 
 STEPS, LEAST, MOST, EDGE = 1000, 1e-5, 5e-3, 6.0
 NOISED = "noised"
@@ -36,6 +37,7 @@ class Config:
     strength: float = 1.0  # α
     cut: float = 0.1  # β; 0 keeps every token
     noise: int = 500  # T, of 1000 steps
+    seed: int = 0  # of the noise
 
     def __post_init__(self) -> None:
         require(self.strength >= 0, "strength >= 0", strength=self.strength)
@@ -58,13 +60,15 @@ def noised(pixels: Tensor, noise: Tensor, step: int) -> Tensor:
 
 def streams(cfg: Config) -> tuple[Stream, ...]:
     def pixels(given: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(given.shape, generator=generator, device=generator.device)
+        # every picture gets the same, whatever the batch; patches in one list [patches, width] have no pictures apart
+        shape = given.shape[1:] if given.dim() > 2 else given.shape
+        noise = torch.randn(shape, generator=generator, device=generator.device)
         return noised(given, noise.to(given.device), cfg.noise)
 
     return (Stream(NOISED, pixels=pixels),) if cfg.strength else ()
 
 
-def logits(at: Steered, logits: Mapping[str, Tensor], cfg: Config) -> Tensor:
+def logits(at: Any, logits: Mapping[str, Tensor], cfg: Config) -> Tensor:
     return contrasted(logits["main"], logits.get(NOISED, logits["main"]), cfg.strength, cfg.cut)
 
 
@@ -73,7 +77,7 @@ def measure(pixels: Tensor, noise: Tensor, said: Tensor, said_noised: Tensor, cf
     given = {"main": said, NOISED: said_noised}
     return {
         "noised": noised(pixels, noise, cfg.noise),
-        "next": logits(Steered(0, 1, "decode"), given, cfg).softmax(-1),
+        "next": logits(None, given, cfg).softmax(-1),
     }
 
 
@@ -139,8 +143,8 @@ METHOD = SteeringPage(
         needs=("decoder-lm", "an image"),
         lineage=("contrastive decoding",),
         neutral={"strength": 0.0, "cut": 0.0},
-        caveat="noise is drawn once for a prompt, on the processor's values. α = 1, β = 0.1 and T = 500 are those of "
-        "the released scripts; its sampling falls back to α = 0.5 where none is given. Released code counts steps "
-        "from 0, so that T = 500 has had 501 of them; so does this page",
+        caveat="noise is drawn once for a prompt, the same for each picture, on the processor's values. α = 1, β = 0.1 "
+        "and T = 500 are those of the released scripts; its sampling falls back to α = 0.5 where none is given. "
+        "Released code counts steps from 0, so that T = 500 has had 501 of them; so does this page",
     ),
 )

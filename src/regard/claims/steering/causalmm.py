@@ -1,0 +1,115 @@
+"""CausalMM's claim, on the shipped vision-language model, whose decoder knows the usual colour of every digit.
+
+Asked for the colour of a digit that the question names, a model that looks at nothing is right 9 times out of 10 where
+scenes follow the prior (`usual`), and never where they break it (`conflict`). Contrasts are those of training, so that
+some digits are plain to see and some hardly are. Answers are greedy, and settings are the page's defaults throughout:
+nothing is chosen, and everything was written and looked at on other seeds.
+
+Beside it, at the same strength and cut: either pass alone, the other kinds of map, and as a control a pass that does
+not see the image at all, which is what counterfactual maps stand in for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from regard.claims.lab import threads
+from regard.claims.shipped_vlm import Asked, asked, correct, next_logits
+from regard.core import Method
+from regard.core.claim import Claim, Measured
+from regard.explaining.effects import bootstrap
+from regard.methods.steering import causalmm as page
+from regard.ops.steered import Stream, contrasted
+from regard.tasks.scenes import MIXED, usual_colour
+
+SEEDS, COUNT = (11, 12, 13), 160
+BLIND = "blind"
+CFG = page.Config()
+
+
+def method(**settings: Any) -> Method:
+    return Method("causalmm", page.METHOD, page.Config(**settings))
+
+
+def blind_control() -> Method:
+    """The same mixture, of one pass in which no token sees the image."""
+
+    def logits(at: Any, given: dict, cfg: page.Config) -> torch.Tensor:
+        return contrasted(given["main"], given[BLIND], 2 * cfg.strength, cfg.cut)
+
+    one = replace(
+        page.METHOD,
+        weights=None,
+        tower="text",
+        streams=lambda cfg: (Stream(BLIND, hide="image"),),
+        logits=logits,
+    )
+    return Method("blind_control", one, CFG)
+
+
+METHODS = {
+    "causalmm": method(),
+    "vision_alone": method(language=""),
+    "language_alone": method(vision=""),
+    "both_uniform": method(vision="uniform", language="uniform"),
+    "both_reversed": method(vision="reversed", language="reversed"),
+    "blind": blind_control(),
+}
+
+
+def questions(conflict: bool) -> list[Asked]:
+    return [
+        q
+        for seed in SEEDS
+        for q in asked("colour", COUNT, f"causalmm {seed}", conflict=conflict, contrast=MIXED)
+    ]
+
+
+def gain(with_it: Sequence[bool], plain: Sequence[bool]) -> tuple[float, list[float]]:
+    """Mean difference, and its interval over pairs of answers to the same question."""
+    change = torch.tensor(with_it).double() - torch.tensor(plain).double()
+    low, high = bootstrap(change[:, None], torch.ones(len(change)).double())
+    return change.mean().item(), [low.item(), high.item()]
+
+
+def usual(conflict: bool) -> dict[str, Any]:
+    """Accuracies of a set, and what each method gains on it."""
+    name, chosen = ("conflict" if conflict else "usual"), questions(conflict)
+    plain = correct(None, chosen)
+    numbers: dict[str, Any] = {f"{name}_plain": sum(plain) / len(plain)}
+    for key, one in METHODS.items():
+        answers = correct(one, chosen)
+        numbers[f"{name}_{key}"] = sum(answers) / len(answers)
+        numbers[f"{name}_gain_{key}"], numbers[f"{name}_gain_{key}_interval"] = gain(answers, plain)
+    prior = [usual_colour(q.scene.of("digit")[0].name) == q.question.answer for q in chosen]
+    return numbers | {f"{name}_prior_alone": sum(prior) / len(prior)}
+
+
+def measure() -> Measured:
+    with threads(1):
+        numbers = usual(True) | usual(False)
+        some = questions(True)[:32]
+        apart = next_logits(method(strength=0.0, cut=0.0), some) - next_logits(None, some)
+        numbers["largest_difference_at_strength_0"] = apart.abs().max().item()
+        holds = (
+            numbers["conflict_gain_causalmm"] >= 0.05
+            and numbers["usual_gain_causalmm"] >= -0.02
+            and numbers["largest_difference_at_strength_0"] == 0
+        )
+        return Measured(holds, numbers)
+
+
+CLAIM = Claim(
+    name="causalmm",
+    statement=(
+        "where a question alone predicts 90 % of the answers, decoding away from counterfactual attention raises "
+        "accuracy on images that break the prior; at γ = 0 it is plain decoding"
+    ),
+    bound=(
+        "accuracy on conflicting images >= plain + 0.05 at default settings, drop on usual ones <= 0.02, and at γ = 0 "
+        "and ε = 0 logits differ by 0"
+    ),
+    measure=measure,
+)
