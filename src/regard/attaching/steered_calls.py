@@ -122,23 +122,21 @@ def received(view: View) -> Tensor:
 
 
 def hidden_role(call: AttentionCall, stream: Stream, memory: Callable[[], Any]) -> AttentionCall:
-    """The call in which no token but those of the role itself sees the tokens of a role."""
+    """The call in which no token but the hidden ones themselves sees the hidden tokens of a role."""
     if call.rule is None:
         raise Unsupported(
             f"{call.where}: no mask rule, or a 4-D mask of your own, beside a stream that hides tokens"
         )
-    label = role_of(call, str(stream.hide))
-    hidden = label.clone()
+    hidden = role_of(call, str(stream.hide)).clone()
     if stream.show is not None:
         shown = stream.show(memory())
         for row, keep in zip(hidden, shown, strict=True):
             tokens = row.nonzero().flatten()
             row[tokens[: len(keep)][keep[: len(tokens)]]] = False
-    own = label
 
     def narrowing(seen: Tensor, q: Tensor, index: Tensor) -> Tensor:
         gone = at_index(hidden, index)[:, :, None] & (index < hidden.shape[1])[:, :, None]
-        asks = at_index(own, q[..., 0] if q.dim() == 4 else q)[..., None]
+        asks = at_index(hidden, q[..., 0] if q.dim() == 4 else q)[..., None]
         return seen & ~(gone & ~asks)
 
     return replace(call, mask=LazyMask.of(replace(call.rule, narrowings=(*call.rule.narrowings, narrowing))))

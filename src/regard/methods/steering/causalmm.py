@@ -202,10 +202,7 @@ METHOD = SteeringPage(
     reference=reference,
     cases=cases,
     needs_image=True,
-    test_settings=(
-        {"vision": "", "language": "reversed"},
-        {"vision": "uniform", "language": ""},
-    ),
+    test_settings=({"strength": 1.0},),
     card=Card(
         title="CausalMM",
         paper="Mitigating Modality Prior-Induced Hallucinations in Multimodal Large Language Models via Deciphering "
