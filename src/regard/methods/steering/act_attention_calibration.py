@@ -55,10 +55,10 @@ def received(w: Tensor, seen: Tensor) -> Tensor:
     return w.masked_fill(~seen, 0).sum(-2) / seen.sum(-2).clamp(min=1)
 
 
-def sinks_of(w: Tensor, seen: Tensor, alpha: float) -> Tensor:
-    """[B, H, n] bool: keys of a mean weight above alpha, the first token left out."""
-    first = seen.any(-2).int().argmax(-1, keepdim=True)  # the first key that any query sees: no padding
-    return (received(w, seen) > alpha) & (torch.arange(w.shape[-1], device=w.device) != first)
+def sinks_of(c: Tensor, alpha: float) -> Tensor:
+    """[B, H, n] bool: keys of a mean weight c [B, H, n] above alpha, the first token left out."""
+    first = (c > 0).int().argmax(-1, keepdim=True)  # it has all of its own weight, and padding has none
+    return (c > alpha) & (torch.arange(c.shape[-1], device=c.device) != first)
 
 
 def calibrated(w: Tensor, sinks: Tensor, beta: float) -> Tensor:
@@ -73,7 +73,7 @@ def calibrated(w: Tensor, sinks: Tensor, beta: float) -> Tensor:
 def measure(w: Tensor, seen: Tensor, cfg: Config | None = None) -> tuple[Tensor, Tensor]:
     """Calibrated weights [B, H, R, n] of a prompt, every head of them, and its sinks [B, H, n]."""
     cfg, wide = cfg or Config(), at_least_float32(w)
-    sinks = sinks_of(wide, seen, cfg.alpha)
+    sinks = sinks_of(received(wide, seen), cfg.alpha)
     return calibrated(wide, sinks, cfg.beta).to(w.dtype), sinks
 
 
@@ -93,15 +93,14 @@ def acts(at: Steered, cfg: Config) -> bool:
 
 
 def weights(at: Steered, w: Tensor, cfg: Config) -> Tensor:
-    wide = at_least_float32(w)
-    if at.phase == "prefill":
-        seen = (at.rows >= 0)[:, None, :, None].expand(-1, 1, -1, w.shape[-1])
-        seen = seen if at.visible is None else at.visible & seen
-        at.notes["sinks"] = sinks_of(wide, seen, cfg.alpha)
+    if "sinks" not in at.notes:
+        require(at.phase == "prefill", "this cache began with the method attached", phase=at.phase)
+        at.notes["sinks"] = sinks_of(at.received(), cfg.alpha)
     sinks = at.notes["sinks"]
-    sinks = F.pad(sinks, (0, w.shape[-1] - sinks.shape[-1]))  # generated tokens are none
+    sinks = F.pad(sinks, (0, w.shape[-1] - sinks.shape[-1]))  # later tokens are none
     chosen = [cfg.heads is None or (at.layer, head) in cfg.heads for head in range(w.shape[1])]
-    return calibrated(wide, sinks & torch.tensor(chosen, device=w.device)[:, None], cfg.beta).to(w.dtype)
+    sinks = sinks & torch.tensor(chosen, device=w.device)[:, None]
+    return calibrated(at_least_float32(w), sinks, cfg.beta).to(w.dtype)
 
 
 def reference(w: Tensor, seen: Tensor, cfg: Config | None = None) -> tuple[Tensor, Tensor]:
@@ -157,6 +156,7 @@ METHOD = SteeringPage(
     cases=cases,
     acts=acts,
     weights=weights,
+    test_settings=({"first": 0, "spared": 0, "alpha": 0.02},),
     card=Card(
         title="ACT",
         paper="Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training "

@@ -130,6 +130,7 @@ METHOD = SteeringPage(
     streams=streams,
     logits=guided,
     needs_image=True,
+    test_settings=({"first": 0, "gamma": 1.5},),
     card=Card(
         title="PAI",
         paper="Paying More Attention to Image: A Training-Free Method for Alleviating Hallucination in LVLMs",

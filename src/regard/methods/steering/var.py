@@ -15,7 +15,7 @@ massive in each text's first token.
 >>> cfg = Config(tau=1.5, width=4)
 >>> sink_dimensions(states[:, 0], cfg)
 (0,)
->>> changed, sinks = measure(A, states, torch.arange(4)[None], torch.tensor([[False, True, True, False]]), cfg)
+>>> changed, sinks = measure(A, states, torch.tensor([0]), torch.tensor([[False, True, True, False]]), cfg)
 >>> sinks
 tensor([[ True, False,  True, False]])
 >>> changed  # 0.6 · 0.2 of both sinks; token 1 gets 0.4 · 0.4
@@ -28,9 +28,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from regard.core import Card, require
+from regard.core.errors import present
 from regard.kinds.steering import SteeringPage
 from regard.ops import at_least_float32
 from regard.ops.steered import Steered
@@ -70,18 +70,18 @@ def sink_dimensions(states: Tensor, cfg: Config | None = None) -> tuple[int, ...
     return tuple(found.nonzero().flatten().tolist())
 
 
-def own_dimensions(states: Tensor, rows: Tensor, cfg: Config) -> Tensor:
-    """[B, d] bool: D of each text. states [B, R, d] of tokens with the numbers rows [B, R]."""
+def own_dimensions(states: Tensor, first: Tensor, cfg: Config) -> Tensor:
+    """[B, d] bool: D of each text, by its states [B, n, d] and the column [B] of its first token."""
     if cfg.dims:
         fixed = torch.zeros(states.shape[-1], dtype=torch.bool, device=states.device)
         fixed[list(cfg.dims)] = True
         return fixed.expand(len(states), -1)
-    return (massive(states, cfg) & (rows == 0)[:, :, None]).any(1)
+    return massive(states[torch.arange(len(states), device=states.device), first], cfg)
 
 
-def sinks_of(states: Tensor, rows: Tensor, D: Tensor, cfg: Config) -> Tensor:
-    """[B, R] bool"""
-    return (massive(states, cfg) & D[:, None]).any(-1) & (rows >= 0)
+def sinks_of(states: Tensor, D: Tensor, cfg: Config) -> Tensor:
+    """[B, R] bool: which states [B, R, d] are massive in a dimension of D [B, d]."""
+    return (massive(states, cfg) & D[:, None]).any(-1)
 
 
 def redistributed(w: Tensor, sinks: Tensor, image: Tensor, after: Tensor, cfg: Config) -> Tensor:
@@ -97,21 +97,22 @@ def redistributed(w: Tensor, sinks: Tensor, image: Tensor, after: Tensor, cfg: C
     return torch.where(chosen & after[:, None, :, None], w * factor, w)
 
 
-def after_image(image: Tensor) -> Tensor:
-    """[B, R] bool: rows that no image token follows, themselves of none. image [B, R] bool."""
-    return image.flip(1).cumsum(1).flip(1) == 0
+def after_image(image: Tensor, first: Tensor, rows: Tensor) -> Tensor:
+    """[B, R] bool: which tokens of the numbers rows [B, R] stand after the image [B, n] of their text."""
+    last = image.shape[1] - 1 - image.flip(1).int().argmax(1)
+    return rows > (last - first)[:, None]
 
 
 def measure(
-    w: Tensor, states: Tensor, rows: Tensor, image: Tensor, cfg: Config | None = None
+    w: Tensor, states: Tensor, first: Tensor, image: Tensor, cfg: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weights [B, H, n, n] or [B, H, R, n] of the newest R tokens, redistributed, and the sinks [B, n] of all n.
+    """Weights [B, H, R, n] of the newest R tokens, redistributed, and the sinks [B, n] among all n.
 
-    states [B, n, d]; rows [B, n] each token's number, -1 padding; image [B, n] bool.
+    states [B, n, d]; first [B] the column of each text's first token, before which is padding; image [B, n] bool.
     """
-    cfg = cfg or Config()
-    sinks = sinks_of(states, rows, own_dimensions(states, rows, cfg), cfg)
-    after = after_image(image[:, image.shape[1] - w.shape[2] :])
+    cfg, (R, n) = cfg or Config(), w.shape[-2:]
+    sinks = sinks_of(states, own_dimensions(states, first, cfg), cfg)
+    after = after_image(image, first, torch.arange(n - R, n, device=w.device) - first[:, None])
     return redistributed(at_least_float32(w), sinks, image, after, cfg).to(w.dtype), sinks
 
 
@@ -120,27 +121,30 @@ def acts(at: Steered, cfg: Config) -> bool:
 
 
 def weights(at: Steered, w: Tensor, cfg: Config) -> Tensor:
-    """States are of new tokens alone, so D and the sinks found before stand in notes."""
-    notes, image = at.notes, at.role("image")
-    if "D" not in notes:
-        notes["D"] = own_dimensions(at.states, at.rows, cfg)
-    new = sinks_of(at.states, at.rows, notes["D"], cfg)
-    sinks = notes["sinks"] = torch.cat([notes["sinks"], new], 1) if "sinks" in notes else new
-    sinks = F.pad(sinks, (0, w.shape[-1] - sinks.shape[1]))
-    after = after_image(at.row_role("image"))
+    """States are of new tokens alone: the first column, D and the sinks so far stand in notes."""
+    notes, image, states = at.notes, at.role("image"), present(at.states, "the layer's input")
+    old = w.shape[-1] - states.shape[1]
+    if "first" not in notes:
+        require(old == 0, "this cache began with the method attached", tokens_before=old)
+        notes["first"] = (at.received() > 0).any(1).int().argmax(-1)  # padding receives nothing
+        notes["D"] = own_dimensions(states, notes["first"], cfg)
+        notes["sinks"] = image[:, :0]
+    sinks = torch.cat([notes["sinks"][:, :old], sinks_of(states, notes["D"], cfg)], 1)
+    notes["sinks"] = sinks
+    after = after_image(image, notes["first"], at.rows)
     return redistributed(at_least_float32(w), sinks, image, after, cfg).to(w.dtype)
 
 
 def reference(
-    w: Tensor, states: Tensor, rows: Tensor, image: Tensor, cfg: Config | None = None
+    w: Tensor, states: Tensor, first: Tensor, image: Tensor, cfg: Config | None = None
 ) -> tuple[Tensor, Tensor]:
     """By the definition, row by row and number by number."""
     cfg, (B, H, R, n) = cfg or Config(), w.shape
     changed, sinks = w.double().clone(), torch.zeros(B, n, dtype=torch.bool)
     for b in range(B):
         big = [large(h, cfg) for h in states[b].double().tolist()]
-        D = {*cfg.dims} if cfg.dims else next(big[t] for t in range(n) if rows[b, t] == 0)
-        S = [t for t in range(n) if rows[b, t] >= 0 and big[t] & D]
+        D = {*cfg.dims} if cfg.dims else big[int(first[b])]
+        S = [t for t in range(n) if big[t] & D]
         sinks[b, S] = True
         picture = [t for t in range(n) if image[b, t]]
         for h, i in ((h, i) for h in range(H) for i in range(R) if n - R + i > max(picture, default=-1)):
@@ -169,19 +173,17 @@ def cases(seed: int) -> Iterable[tuple]:
         w = (2 * torch.randn(B, 3, R, n, generator=g, dtype=dtype)).softmax(-1)
         states = torch.randn(B, n, 64, generator=g, dtype=dtype)
         states[:, sinks, 5] = 40.0
-        states[:, 1, 9] = -50.0  # massive where the first token is not
+        states[:, 1 % n, 9] = -50.0  # massive where the first token is not
         image = torch.zeros(B, n, dtype=torch.bool)
         image[:, n // 4 : 3 * n // 4] = True
-        return [w, states, torch.arange(n).expand(B, -1), image]
+        return [w, states, torch.zeros(B, dtype=torch.long), image]
 
-    w, states, rows, image = drawn(2, 12, 12, [0, 2, 4, 5])
-    rows = rows.clone()
-    rows[1] = torch.arange(12) - 2
-    rows[1, :2] = -1
-    yield w, states, rows, image
+    w, states, _, image = drawn(2, 12, 12, [0, 2, 4, 5])
+    yield w, states, torch.tensor([0, 2]), image
     yield *drawn(2, 1, 12, [0, 4]), Config(dims=(9, 5), rho=1.0, p=0.0)
     yield tuple(drawn(1, 4, 8, [], torch.float32))
-    yield tuple(drawn(1, 1, 2, [0]))[:1] + tuple(x[:, :2] for x in drawn(1, 1, 8, [0])[1:])
+    w, states, first, _ = drawn(1, 1, 1, [0])
+    yield w, states, first, torch.ones(1, 1, dtype=torch.bool)
     yield *drawn(1, 3, 8, [0, 2, 3, 4, 5]), Config(rho=1.0, mass=0.0)
     yield *drawn(2, 12, 12, [0, 4]), Config(p=1.0)
     yield *drawn(1, 3, 8, [0, 3])[:3], torch.zeros(1, 8, dtype=torch.bool), Config(mass=0.0)
@@ -195,6 +197,7 @@ METHOD = SteeringPage(
     acts=acts,
     weights=weights,
     needs_image=True,
+    test_settings=({"first": 0, "spared": 0, "tau": 12.0, "mass": 0.0, "rho": 1.0},),
     card=Card(
         title="VAR",
         paper="See What You Are Told: Visual Attention Sink in Large Multimodal Models",
