@@ -83,8 +83,8 @@ def steer(at: Steered, x: Tensor, cfg: Config) -> Tensor:
     changed = steered(x, at.memory[at.layer].to(x.device), cfg.strength)
     if cfg.prompt or at.phase == "decode":
         return changed
-    newest = at.rows == at.rows.amax(-1, keepdim=True)
-    return torch.where(newest[..., None], changed, x)
+    number = torch.arange(x.shape[1], device=x.device)[None] if at.rows is None else at.rows
+    return torch.where((number == number.amax(-1, keepdim=True))[..., None], changed, x)
 
 
 def augment(at: Steered, logits: Mapping[str, Tensor], cfg: Config) -> Tensor:
