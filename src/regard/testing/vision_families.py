@@ -78,8 +78,8 @@ def markdown(found: list[Reach], version: str, day: str) -> str:
     lines = [
         "# Tokens and steering methods on vision-language models", "",
         f"Tried on tiny models with random weights, transformers {version}, {day}: `regard doctor --pictures "
-        "--markdown`. A method is attached to a padded batch of two prompts with an image and generates; its laws are in "
-        "`regard.testing.tokens` and `regard.testing.steering`.", "",
+        "--markdown`. A method is attached to a padded batch of two prompts with an image and generates; its laws are "
+        "in `regard.testing.tokens` and `regard.testing.steering`.", "",
         f"| method | kind | {' | '.join(TITLES[f] for f in FAMILIES)} |", f"|---|---|{'---|' * len(FAMILIES)}",
     ]  # fmt: skip
     for reach in found:

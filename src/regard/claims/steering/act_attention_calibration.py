@@ -1,9 +1,9 @@
 """ACT's claim, on the shipped language model: heads that a search finds, against as many at random.
 
-Accuracy is the share of the next tokens of held-out text that the model has right, in pieces of 256 tokens: on retrieval
-this model has nothing left to gain. A split has calibration pieces and test pieces of its own, none twice. On calibration
-pieces each head of all layers but the first is calibrated alone, and those that raise the accuracy are selected; on the
-test pieces all of them are calibrated at once, and so are as many heads drawn at random, several times.
+Accuracy is the share of the next tokens of held-out text that the model has right, in pieces of 256 tokens: on
+retrieval this model has nothing left to gain. A split has calibration pieces and test pieces of its own, none twice. On
+calibration pieces each head of all layers but the first is calibrated alone, and those that raise the accuracy are
+selected; on the test pieces all of them are calibrated at once, and so are as many heads drawn at random, several times.
 
 alpha was chosen on the pieces of split 0, which is not reported; the rest is the paper's.
 """
@@ -94,8 +94,8 @@ CLAIM = Claim(
         "more than an equal number of random heads"
     ),
     bound=(
-        "row-sum error < 1e-6, logits at β = 1 equal to the last bit; accuracy with selected heads minus that with random "
-        "heads > 0 in >= 4 of 5 splits"
+        "row-sum error < 1e-6, logits at β = 1 equal to the last bit; accuracy with selected heads minus that with "
+        "random heads > 0 in >= 4 of 5 splits"
     ),
     measure=measure,
 )
