@@ -3,7 +3,7 @@
 Accuracy is the share of the next tokens of held-out text that the model has right, in pieces of 256 tokens: on
 retrieval this model has nothing left to gain. A split has calibration pieces and test pieces of its own, none twice. On
 calibration pieces each head of all layers but the first is calibrated alone, and those that raise the accuracy are
-selected; on the test pieces all of them are calibrated at once, and so are as many heads drawn at random, several times.
+selected; on the test pieces all of them are calibrated at once, and so are as many heads at random, several times.
 
 alpha was chosen on the pieces of split 0, which is not reported; the rest is the paper's.
 """
