@@ -150,7 +150,8 @@ class Reduction(Actor):
     def _begin_prompt(self, x: Tensor) -> None:
         ids = self.step.inputs.get("input_ids")
         if ids is None or not self.tower.calls:
-            if ids is not None and bool((ids == self.token).any()):
+            # a single token is what the model said, whatever its number
+            if ids is not None and ids.shape[1] > 1 and bool((ids == self.token).any()):
                 raise Unsupported(
                     f"{self.name}: visual tokens in a prompt whose images are not given with it"
                 )

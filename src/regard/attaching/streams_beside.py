@@ -66,13 +66,20 @@ def stream_inputs(
         given |= dict(past_key_values=None, use_cache=False)
     if stream.pixels is not None and isinstance(given.get("pixel_values"), Tensor):
         given["pixel_values"] = stream.pixels(given["pixel_values"], torch.Generator().manual_seed(seed))
-    return prefixed(given, stream.prefix, cache) if stream.prefix else given
+    main = kwargs.get("past_key_values")
+    seen = main.get_seq_length() if begun(main) else 0
+    return prefixed(given, stream.prefix, cache, seen) if stream.prefix else given
 
 
-def prefixed(given: dict[str, Any], prefix: tuple[int, ...], cache: Cache | None) -> dict[str, Any]:
-    """The inputs with ids after the first real token of each text; positions are counted anew."""
+def prefixed(
+    given: dict[str, Any], prefix: tuple[int, ...], cache: Cache | None, seen: int
+) -> dict[str, Any]:
+    """The inputs with ids after the first real token of each text; positions are counted anew.
+
+    seen: tokens that the main cache holds; where there is no mask, all of them are tokens
+    """
     mask, ids = given.get("attention_mask"), given["input_ids"]
-    mask = torch.ones_like(ids) if mask is None else mask
+    mask = ids.new_ones(len(ids), seen + ids.shape[1]) if mask is None else mask
     require(mask.dim() == 2, "a prefix beside a mask [B, N]", attention_mask=tuple(mask.shape))
     if given.get("image_grid_thw") is not None:
         raise Unsupported("a prefix before a prompt whose visual tokens have positions of several components")

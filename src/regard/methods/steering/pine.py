@@ -99,9 +99,8 @@ def measure(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, theta: float, ne
     at, scale = torch.arange(k.shape[1]), q.shape[-1] ** -0.5
     bare = (q @ k.mT * scale)[:, -new:]
     turn = lambda x, by: rope(x, by, theta)  # noqa: E731
-    return arranged(
-        rope(q, at, theta)[:, -new:], rope(k, at, theta), v, bare, documents, at[-new:], at, turn, scale
-    )
+    rotated = rope(q, at, theta)[:, -new:], rope(k, at, theta)
+    return arranged(*rotated, v, bare, documents, at, turn, scale)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, theta: float, new: int) -> Tensor:
