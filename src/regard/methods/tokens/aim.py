@@ -105,10 +105,8 @@ def before(images: Images, cfg: Config) -> list[Reduced]:
 def after(view: LayerView, cfg: Config) -> Tensor | None:
     entered = view.memory.setdefault("entered", len(view.alive))  # of the text, into the first layer
     count = count_after(view.layer, view.layers, entered, cfg)
-    if count >= len(view.alive):
-        return None
-    if not count:
-        return view.alive[:0]
+    if count in (0, len(view.alive)):
+        return view.alive[:count]
     return view.alive[highest(importance(view.whole(), cfg)[view.visual], count)]
 
 
@@ -116,12 +114,8 @@ def measure(x: Tensor, weights: Tensor, layers: int, cfg: Config) -> dict[str, T
     """Merging of x [P, d], importance of all tokens of weights [H, N, N], and the counts after each of `layers`."""
     keep, features = merged(x, count_of(cfg.merge, len(x)))
     counts = [count_after(layer, layers, len(keep), cfg) for layer in range(layers)]
-    return {
-        "keep": keep,
-        "features": features,
-        "importance": importance(weights, cfg),
-        "counts": torch.tensor(counts),
-    }
+    rank = importance(weights, cfg)
+    return {"keep": keep, "features": features, "importance": rank, "counts": torch.tensor(counts)}
 
 
 def reference(x: Tensor, weights: Tensor, layers: int, cfg: Config) -> dict[str, Tensor]:
@@ -136,13 +130,10 @@ def reference(x: Tensor, weights: Tensor, layers: int, cfg: Config) -> dict[str,
         rest = max(0.0, last - max(passed, first)) / (last - first) if last > first else float(passed < last)
         counts.append(int(len(tokens) * (1.0 if passed <= first else rest) + 1e-9))
     heads = [centrality(head, cfg) for head in weights.double().tolist()]
-    squares = [math.sqrt(math.fsum(p * p for p in ps) / len(heads)) for ps in zip(*heads, strict=True)]
-    return {
-        "keep": torch.tensor([i for i, _ in tokens]),
-        "features": torch.tensor([v for _, v in tokens], dtype=torch.float64),
-        "importance": torch.tensor(squares, dtype=torch.float64),
-        "counts": torch.tensor(counts),
-    }
+    rank = [math.sqrt(math.fsum(p * p for p in ps) / len(heads)) for ps in zip(*heads, strict=True)]
+    keep, vectors = zip(*tokens, strict=True)
+    found = {"keep": keep, "features": vectors, "importance": rank, "counts": counts}
+    return {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in found.items()}
 
 
 def cosine(a: list[float], b: list[float]) -> float:

@@ -64,10 +64,9 @@ def fit(scores: Tensor, padding: Tensor | None, cfg: Config) -> tuple[float, ...
     require(bool((y > 0).all()), "mean scores > 0", smallest=float(y.min()))
     powers = u[:, None] ** torch.arange(DEGREES[cfg.family] + 1)
     c = torch.linalg.lstsq(powers, (y.log() if cfg.family == "exponential" else y)[:, None]).solution[:, 0]
-    if cfg.family == "exponential":
-        return (c[1].item(),)
-    require(bool(c[0] > 0), "the cubic begins above 0", begins=float(c[0]))
-    return tuple((c[1:] / c[0]).tolist())
+    begins = 1.0 if cfg.family == "exponential" else c[0].item()
+    require(begins > 0, "the cubic begins above 0", begins=begins)
+    return tuple((c[1:] / begins).tolist())
 
 
 def places(image: Tensor) -> Tensor:
@@ -159,8 +158,7 @@ def fitted(others: Calibration, cfg: Config) -> list[float]:
         pivot[:] = [value / pivot[a] for value in pivot]
         for row in rows[:a] + rows[a + 1 :]:
             row[:] = [value - row[a] * p for value, p in zip(row, pivot, strict=True)]
-    c = [row[-1] for row in rows]
-    return [float(c[1])] if degree == 1 else [float(x / c[0]) for x in c[1:]]
+    return [float(row[-1] if degree == 1 else row[-1] / rows[0][-1]) for row in rows[1:]]
 
 
 def cases(seed: int) -> Iterable[tuple]:
