@@ -163,6 +163,7 @@ METHOD = TokensPage(
     measure=measure,
     reference=reference,
     cases=cases,
+    test_settings=({"exit": 0},),
     card=Card(
         title="DyVTE",
         paper="Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit and the Empirical Findings",
@@ -171,7 +172,7 @@ METHOD = TokensPage(
         cost="a product of 2d · hidden a layer until the exit, once a prompt; later layers hold no image token",
         needs=("vlm", "trained routers"),
         lineage=("early exit",),
-        neutral={"routers": ()},
+        neutral={"routers": (), "exit": None},
         caveat="routers are trained for one model: without them, and without a forced exit, the page refuses. The "
         "released code finds image and question at fixed offsets (35 and 576 tokens) of one text; its mean leaves the "
         "question's last token out, as here; its routers declare a dropout of 0.1 and do not use it. Rate 6e-5, one "

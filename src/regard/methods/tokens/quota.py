@@ -37,6 +37,7 @@ class Config:
     keep: float | int = 0.18  # of all frames' tokens; the released 64 · 196 of 96 · 729
     power: float = 2.0  # 0: every frame gets the same
     minimum: int = 1  # tokens of a frame at least
+    relevance: tuple[float, ...] | None = None  # scores of the images in order, where these carry none
 
     def __post_init__(self) -> None:
         count_of(self.keep, 1)
@@ -101,7 +102,7 @@ def along(size: int, count: int) -> Tensor:
     """[count, size] bilinear weights of the cells of one axis at the centre of each part; each row sums to 1."""
     cell = torch.arange(size, dtype=torch.float64)
     centre = (torch.arange(count, dtype=torch.float64) + 0.5) * size / count - 0.5
-    return (1 - (centre.clamp(0, size - 1)[:, None] - cell).abs()).clamp(min=0)
+    return (1 - (centre[:, None] - cell).abs()).clamp(min=0)
 
 
 def measure(
@@ -125,11 +126,17 @@ def before(images: Sequence[ImageView], cfg: Config) -> list[Reduced]:
     tokens = sum(image.tokens for image in images)
     if count_of(cfg.keep, tokens) == tokens:
         return [Reduced(torch.arange(image.tokens, device=image.features.device)) for image in images]
-    scores = [1.0 if image.relevance is None and len(images) == 1 else image.relevance for image in images]
-    known = [score for score in scores if score is not None]
-    require(len(known) == len(scores), "QuoTA shares by the relevance of each image", relevance=scores)
     grids = [image.grid or (1, image.tokens) for image in images]
-    return measure([image.features for image in images], grids, torch.tensor(known), cfg)
+    return measure([image.features for image in images], grids, torch.tensor(scores_of(images, cfg)), cfg)
+
+
+def scores_of(images: Sequence[ImageView], cfg: Config) -> list[float]:
+    """What the images carry, else what is set; of a single one it does not matter."""
+    if len(images) == 1:
+        return [1.0]
+    known = [image.relevance for image in images if image.relevance is not None] or list(cfg.relevance or ())
+    require(len(known) == len(images), "QuoTA shares by the relevance of each image", relevance=known)
+    return known
 
 
 def reference(
@@ -166,7 +173,7 @@ def by_hand(x: Tensor, grid: Grid, quota: int) -> Reduced:
         for j in range(count):
             y, z = (i + 0.5) * rows / lines, (j + 0.5) * columns / count
             keep.append(int(y) * columns + int(z))
-            y, z = min(max(y - 0.5, 0), rows - 1), min(max(z - 0.5, 0), columns - 1)
+            y, z = y - 0.5, z - 0.5
             near = [(a, b) for a in range(rows) for b in range(columns) if abs(y - a) < 1 and abs(z - b) < 1]
             made.append(sum((1 - abs(y - a)) * (1 - abs(z - b)) * given[a * columns + b] for a, b in near))
     return Reduced(torch.tensor(keep, dtype=torch.long), torch.stack(made) if made else given[:0])
@@ -179,13 +186,12 @@ def cases(seed: int) -> Iterable[tuple]:
     def frames(*grids: Grid, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Grid]]:
         return [torch.randn(r * c, 3, generator=g, dtype=dtype) for r, c in grids], list(grids)
 
-    yield *frames((4, 4), (4, 4), (4, 4)), torch.rand(3, generator=g), Config(keep=0.4)
+    yield *frames((4, 4), (4, 4), (4, 4)), torch.rand(3, generator=g), Config(keep=0.4, minimum=3)
     yield *frames((6, 4), (1, 1), (3, 5)), torch.rand(3, generator=g, dtype=torch.float64), Config(keep=23)
     yield *frames((4, 4), (4, 4), (4, 4), (4, 4)), torch.full((4,), 0.5), Config(keep=22, minimum=3)
     yield *frames((4, 4), (4, 4), (4, 4)), torch.tensor([1.0, 0.0, 0.0]), Config(keep=21, minimum=0)
     yield *frames((5, 5), (5, 5), dtype=torch.float32), torch.zeros(2), Config(keep=11, power=1.0)
     yield *frames((1, 9), (4, 6)), torch.rand(2, generator=g), Config(keep=0.5, power=0.0)
-    yield *frames((8, 8)), torch.tensor([0.3]), Config(keep=17)
 
 
 METHOD = TokensPage(
@@ -194,6 +200,7 @@ METHOD = TokensPage(
     measure=measure,
     reference=reference,
     cases=cases,
+    test_settings=({"keep": 0.3, "relevance": (0.9, 0.4)},),
     card=Card(
         title="QuoTA",
         paper="QuoTA: Query-oriented Token Assignment via CoT Query Decouple for Long Video Comprehension",
@@ -206,8 +213,7 @@ METHOD = TokensPage(
         caveat="the released code rounds every quota down, lays it out as a rectangle that fits and drops frames of "
         "quota 0, so that its tokens do not sum to the budget; here they do, rows may differ by one token, and each "
         "frame has a minimum. There a frame may grow beyond its grid, here never. New tokens stand at the positions "
-        "of those under their centres, where the released code numbers them anew and adds a token for each row. "
-        "Turning the question into what to look for, and scoring, are the caller's: the released code asks the "
-        "answering model for a list of objects and a smaller model about each frame",
+        "of those under their centres; there they are numbered anew, with a token more for each row. Scores are the "
+        "caller's: there the answering model lists objects to look for and a smaller model is asked about each frame",
     ),
 )

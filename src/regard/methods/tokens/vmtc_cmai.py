@@ -138,13 +138,8 @@ def cases(seed: int) -> Iterable[tuple]:
     yield *drawn(30, 3, 4, torch.float32), Config()
     x, scores, _, starts = drawn(10, 0, 3)
     yield x, torch.zeros_like(scores), 2, starts.clamp(min=2).unique(), Config()
-    yield (
-        x[[0, 1, 1, 1, 2, 2]],
-        torch.tensor([1.0, 0.5, 0.5, 0.0, 0.0, 0.0]),
-        1,
-        torch.tensor([2, 3, 4]),
-        Config(),
-    )
+    x, scores = torch.tensor([9.0, 8.0, 8.0, 1.0, -1.0, 3.0]), torch.tensor([1.0, 0.5, 0.5, 0.2, 0.1, 0.3])
+    yield x.double()[:, None], scores.double(), 1, torch.tensor([1, 2, 3]), Config()
 
 
 METHOD = TokensPage(
