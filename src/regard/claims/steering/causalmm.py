@@ -25,7 +25,7 @@ from regard.methods.steering import causalmm as page
 from regard.ops.steered import Stream, contrasted
 from regard.tasks.scenes import MIXED, usual_colour
 
-SEEDS, CHOICE, COUNT = (11, 12, 13), 10, 160
+SEEDS, CHOICE, COUNT = (11, 12, 13), 10, 120
 BLIND = "blind"
 
 
