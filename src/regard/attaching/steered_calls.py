@@ -90,6 +90,7 @@ def steered_of(steering: Any, call: AttentionCall, view: View, rows: slice) -> S
         seed=getattr(steering.config, "seed", 0),
     )  # fmt: skip
     at.rows = at.rows.expand(batch, -1).to(device)
+    at.keys = view.index[:, 0].expand(batch, -1)
     if call.site.tower == "vision":
         at.layers = steering.context.layers_of_tower
     if call.site.tower == "text" and not steering.makes_memory():

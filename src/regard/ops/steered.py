@@ -45,6 +45,7 @@ class Steered:
     stream      "main", or the name of a stream of the page
     rows        [B, R] number of each query's token in its text, -1: padding
     heads       H
+    keys        [B, n] column of each stored key among all tokens, padding counted; -1: none. Sliding layers drop keys
     role        (name) -> [B, n] bool: which stored keys have a role: "image", or one that `attach(roles=)` names
     row_role    (name) -> [B, R] bool: which queries have
     visible     [B, 1|H, R, n] bool: what each query sees; None: everything
@@ -64,6 +65,7 @@ class Steered:
     stream: str = "main"
     tower: str = "text"
     rows: Tensor = None  # type: ignore[assignment]
+    keys: Tensor = None  # type: ignore[assignment]
     role: Callable[[str], Tensor] = None  # type: ignore[assignment]
     row_role: Callable[[str], Tensor] = None  # type: ignore[assignment]
     visible: Tensor | None = None
