@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from regard.core import Card, require
 from regard.kinds.steering import SteeringPage
@@ -96,8 +95,9 @@ def weights(at: Steered, w: Tensor, cfg: Config) -> Tensor:
     if "sinks" not in at.notes:
         require(at.phase == "prefill", "this cache began with the method attached", phase=at.phase)
         at.notes["sinks"] = sinks_of(at.received(), cfg.alpha)
-    sinks = at.notes["sinks"]
-    sinks = F.pad(sinks, (0, w.shape[-1] - sinks.shape[-1]))  # later tokens are none
+    sinks, keys = at.notes["sinks"], at.keys[:, None].expand(-1, w.shape[1], -1)
+    known = (keys >= 0) & (keys < sinks.shape[-1])  # later tokens are no sinks
+    sinks = sinks.gather(-1, keys.clamp(0, sinks.shape[-1] - 1)) & known
     chosen = [cfg.heads is None or (at.layer, head) in cfg.heads for head in range(w.shape[1])]
     sinks = sinks & torch.tensor(chosen, device=w.device)[:, None]
     return calibrated(at_least_float32(w), sinks, cfg.beta).to(w.dtype)

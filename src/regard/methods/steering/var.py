@@ -97,10 +97,9 @@ def redistributed(w: Tensor, sinks: Tensor, image: Tensor, after: Tensor, cfg: C
     return torch.where(chosen & after[:, None, :, None], w * factor, w)
 
 
-def after_image(image: Tensor, first: Tensor, rows: Tensor) -> Tensor:
-    """[B, R] bool: which tokens of the numbers rows [B, R] stand after the image [B, n] of their text."""
-    last = image.shape[1] - 1 - image.flip(1).int().argmax(1)
-    return rows > (last - first)[:, None]
+def after_image(image: Tensor, keys: Tensor, columns: Tensor) -> Tensor:
+    """[B, R] bool: which columns [B, R] stand after the last image token: image [B, n] bool, keys [B, n] columns."""
+    return columns > keys.masked_fill(~image, -1).amax(1, keepdim=True)
 
 
 def measure(
@@ -110,9 +109,9 @@ def measure(
 
     states [B, n, d]; first [B] the column of each text's first token, before which is padding; image [B, n] bool.
     """
-    cfg, (R, n) = cfg or Config(), w.shape[-2:]
+    cfg, keys = cfg or Config(), torch.arange(w.shape[-1], device=w.device).expand(len(w), -1)
     sinks = sinks_of(states, own_dimensions(states, first, cfg), cfg)
-    after = after_image(image, first, torch.arange(n - R, n, device=w.device) - first[:, None])
+    after = after_image(image, keys, keys[:, -w.shape[2] :])
     return redistributed(at_least_float32(w), sinks, image, after, cfg).to(w.dtype), sinks
 
 
@@ -121,17 +120,17 @@ def acts(at: Steered, cfg: Config) -> bool:
 
 
 def weights(at: Steered, w: Tensor, cfg: Config) -> Tensor:
-    """States are of new tokens alone: the first column, D and the sinks so far stand in notes."""
+    """States are of new tokens alone, so D and the sinks so far, by column, stand in notes."""
     notes, image, states = at.notes, at.role("image"), present(at.states, "the layer's input")
-    old = w.shape[-1] - states.shape[1]
+    old = int(at.keys.max()) + 1 - states.shape[1]
     if "first" not in notes:
         require(old == 0, "this cache began with the method attached", tokens_before=old)
         notes["first"] = (at.received() > 0).any(1).int().argmax(-1)  # padding receives nothing
         notes["D"] = own_dimensions(states, notes["first"], cfg)
         notes["sinks"] = image[:, :0]
-    sinks = torch.cat([notes["sinks"][:, :old], sinks_of(states, notes["D"], cfg)], 1)
-    notes["sinks"] = sinks
-    after = after_image(image, notes["first"], at.rows)
+    notes["sinks"] = torch.cat([notes["sinks"][:, :old], sinks_of(states, notes["D"], cfg)], 1)
+    sinks = notes["sinks"].gather(1, at.keys.clamp(min=0)) & (at.keys >= 0)
+    after = after_image(image, at.keys, at.rows + notes["first"][:, None])
     return redistributed(at_least_float32(w), sinks, image, after, cfg).to(w.dtype)
 
 
