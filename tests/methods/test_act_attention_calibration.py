@@ -29,5 +29,5 @@ def test_rows_before_the_sink_stay():
 
 def test_bad_settings_are_refused():
     for bad in ({"alpha": 1.5}, {"beta": -0.1}, {"heads": ((1,),)}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="must hold"):
             page.Config(**bad)

@@ -1,14 +1,16 @@
 """ACT's claim, on the shipped language model: heads that a search finds, against as many at random.
 
-Accuracy is the share of the next tokens of held-out text that the model has right, in pieces of 256 tokens: on
-retrieval this model has nothing left to gain. A split has calibration pieces and test pieces of its own, none twice. On
+Accuracy is the share of the next tokens of held-out text that the model has right, in pieces of 256 tokens: at
+retrieval this model has nothing left to gain. A split has calibration and test pieces of its own, none twice. On
 calibration pieces each head of all layers but the first is calibrated alone, and those that raise the accuracy are
-selected; on the test pieces all of them are calibrated at once, and so are as many heads at random, several times.
+selected; on the test pieces all of them are calibrated at once, and so are as many heads drawn at random, several
+times.
 
-alpha was chosen on the pieces of split 0, which is not reported; the rest is the paper's.
+alpha was chosen on split 0, which is not reported; beta is the paper's.
 """
 
 import random
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -26,10 +28,9 @@ ALPHA = 0.05
 CANDIDATES = tuple((layer, head) for layer in (1, 2, 3) for head in range(6))
 
 
-def calibrated(heads: tuple[page.Head, ...], **changed: Any) -> Method | None:
-    """The method on these heads; None, the model as it is, for none."""
+def calibrated(heads: tuple[page.Head, ...], **changed: Any) -> Method:
     cfg = page.Config(**{"heads": heads, "alpha": ALPHA, "first": 0, "spared": 0, **changed})
-    return Method(NAME, page.METHOD, cfg) if heads else None
+    return Method(NAME, page.METHOD, cfg)
 
 
 @cache
@@ -43,8 +44,9 @@ def pieces() -> Tensor:
 
 @torch.inference_mode()
 def accuracy(ids: Tensor, heads: tuple[page.Head, ...]) -> float:
-    method, model = calibrated(heads), shipped().model
-    with attach(model, [] if method is None else method):
+    """Of the model as it is, where there are no heads."""
+    model = shipped().model
+    with attach(model, calibrated(heads)) if heads else nullcontext():
         best = model(ids[:, :-1]).logits.argmax(-1)
     return (best == ids[:, 1:]).double().mean().item()
 
@@ -79,9 +81,11 @@ def measure() -> Measured:
     with threads(1):
         exact, splits = exactness(), [split(number) for number in range(1, SPLITS + 1)]
     gains = [s["selected"] - s["random"] for s in splits]
-    numbers = {f"accuracy_{key}": [s[key] for s in splits] for key in ("plain", "selected", "random")}
+    numbers: dict[str, Any] = {
+        f"accuracy_{key}": [s[key] for s in splits] for key in ("plain", "selected", "random")
+    }
     numbers |= {"selected_minus_random": gains, "heads_selected": [s["heads"] for s in splits]}
-    numbers |= {"raised_on_calibration": [s["raised_on_calibration"] for s in splits], **exact}
+    numbers |= {"raised_on_calibration": [s["raised_on_calibration"] for s in splits]} | exact
     better = sum(gain > 0 for gain in gains)
     holds = exact["row_sum_error"] < 1e-6 and exact["beta_1_is_the_model"] == 1 and better >= 4
     return Measured(holds, numbers | {"splits_better": better})

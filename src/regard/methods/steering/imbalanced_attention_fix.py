@@ -103,7 +103,8 @@ def prepare(runs: object, at: Steered, cfg: Config) -> Tensor:
 
 def weights(at: Steered, w: Tensor, cfg: Config) -> Tensor:
     wide, image = at_least_float32(w), at.role("image")
-    g = at_keys(at.memory.to(wide.dtype), image)
+    kept = at.notes.setdefault("g", at.memory)  # in notes, which follow the rows of a batch that beams choose
+    g = at_keys(kept.to(wide.dtype), image)
     return amplified(wide, g, image, cfg.weighted).to(w.dtype)
 
 
