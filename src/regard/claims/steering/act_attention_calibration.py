@@ -6,7 +6,7 @@ calibration pieces each head of all layers but the first is calibrated alone, an
 selected; on the test pieces all of them are calibrated at once, and so are as many heads drawn at random, several
 times.
 
-alpha was chosen on split 0, which is not reported; beta is the paper's.
+alpha and beta are those of the released code; nothing was chosen.
 """
 
 import random
@@ -24,19 +24,18 @@ from regard.core import Claim, Measured, Method, Observer, Site
 from regard.methods.steering import act_attention_calibration as page
 
 NAME, LENGTH, PIECES, SPLITS, DRAWS = "act_attention_calibration", 256, 8, 5, 6
-ALPHA = 0.05
 CANDIDATES = tuple((layer, head) for layer in (1, 2, 3) for head in range(6))
 
 
 def calibrated(heads: tuple[page.Head, ...], **changed: Any) -> Method:
-    cfg = page.Config(**{"heads": heads, "alpha": ALPHA, "first": 0, "spared": 0, **changed})
+    cfg = page.Config(**{"heads": heads, "first": 0, "spared": 0, **changed})
     return Method(NAME, page.METHOD, cfg)
 
 
 @cache
 def pieces() -> Tensor:
-    """[2 (SPLITS + 1), PIECES, LENGTH + 1] ids, each piece after the first token."""
-    count = 2 * (SPLITS + 1) * PIECES
+    """[2 SPLITS, PIECES, LENGTH + 1] ids, each piece after the first token."""
+    count = 2 * SPLITS * PIECES
     ids = stream(count * LENGTH + 1)
     begin = ids[:1].expand(count, 1)
     return torch.cat([begin, ids[1:].view(count, LENGTH)], 1).view(-1, PIECES, LENGTH + 1)
@@ -79,7 +78,7 @@ def exactness() -> dict[str, float]:
 
 def measure() -> Measured:
     with threads(1):
-        exact, splits = exactness(), [split(number) for number in range(1, SPLITS + 1)]
+        exact, splits = exactness(), [split(number) for number in range(SPLITS)]
     gains = [s["selected"] - s["random"] for s in splits]
     numbers: dict[str, Any] = {
         f"accuracy_{key}": [s[key] for s in splits] for key in ("plain", "selected", "random")
