@@ -25,7 +25,7 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def found_norm(model: PreTrainedModel) -> nn.Module:
-    tower = towers(model, "text")[0][1]
+    tower = towers(model, "text")[0][1].base_model  # without the head, where the whole model is the tower
     names = stack_of(tower)
     modules, seen, last = dict(tower.named_modules()), [], []
 

@@ -9,9 +9,9 @@ them have run: 1 .. N.
 >>> import torch
 >>> last = torch.tensor([[0.6, 0.3, 0.1]]).log()
 >>> early = torch.tensor([[[0.6, 0.3, 0.1]], [[0.2, 0.4, 0.4]]]).log()  # the first says what the last one says
->>> chosen, contrast, kept = measure(last, early, Config(cut=0.2))
->>> chosen, contrast.exp(), kept  # 0.6 / 0.2, 0.3 / 0.4, 0.1 / 0.4, and 0.1 < 0.2 · 0.6
-(tensor([1]), tensor([[3.0000, 0.7500, 0.2500]]), tensor([[ True,  True, False]]))
+>>> apart, contrast, kept = measure(last, early, Config(cut=0.2))
+>>> contrast.exp(), kept  # 0.6 / 0.2, 0.3 / 0.4, 0.1 / 0.4, and 0.1 < 0.2 · 0.6
+(tensor([[3.0000, 0.7500, 0.2500]]), tensor([[ True,  True, False]]))
 >>> candidates(32, Config())  # of LLaMA 7B, its higher half
 [16, 18, 20, 22, 24, 26, 28, 30]
 """
@@ -68,13 +68,13 @@ def divergence(last: Tensor, early: Tensor) -> Tensor:
 
 
 def measure(last: Tensor, early: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits [B, V] and [J, B, V]: the number of the candidate [B], the contrast and what is kept of it [B, V]."""
+    """Of logits [B, V] and [J, B, V]: divergences [J, B], the contrast and what is kept of it [B, V]."""
     last, early = at_least_float32(last), at_least_float32(early)
-    chosen = divergence(last, early).argmax(0)
-    other = early[chosen, torch.arange(len(last), device=last.device)]
+    apart = divergence(last, early)
+    other = early[apart.argmax(0), torch.arange(len(last), device=last.device)]
     contrast = last.log_softmax(-1) - cfg.strength * other.log_softmax(-1)
     floor = last.amax(-1, keepdim=True) + (math.log(cfg.cut) if cfg.cut else -math.inf)
-    return chosen, contrast, last >= floor
+    return apart, contrast, last >= floor
 
 
 def contrasted(at: Steered, logits: Mapping[str, Tensor], cfg: Config) -> Tensor:
@@ -98,15 +98,16 @@ def reference(last: Tensor, early: Tensor, cfg: Config) -> tuple[Tensor, Tensor,
     def away(p: list[float], q: list[float]) -> float:
         return math.fsum(a * math.log(2 * a / (a + b)) for a, b in zip(p, q, strict=True) if a)
 
-    numbers, contrasts, kept = [], [], []
+    divergences, contrasts, kept = [], [], []
     for b, row in enumerate(last.tolist()):
         p, others = shares(row), [shares(layer[b]) for layer in early.tolist()]
-        apart = [away(p, q) + away(q, p) for q in others]
-        numbers.append(apart.index(max(apart)))
-        q = others[numbers[-1]]
+        apart = [(away(p, q) + away(q, p)) / 2 for q in others]
+        divergences.append(apart)
+        q = others[apart.index(max(apart))]
         contrasts.append([math.log(x) - cfg.strength * math.log(y) for x, y in zip(p, q, strict=True)])
         kept.append([x >= cfg.cut * max(p) for x in p])
-    return torch.tensor(numbers), torch.tensor(contrasts, dtype=torch.float64), torch.tensor(kept)
+    wide = torch.float64
+    return torch.tensor(divergences, dtype=wide).T, torch.tensor(contrasts, dtype=wide), torch.tensor(kept)
 
 
 def cases(seed: int) -> Iterable[tuple]:

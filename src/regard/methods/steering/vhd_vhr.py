@@ -10,11 +10,11 @@ Heads are chosen at the prompt's last token, layer by layer: z of a layer is wha
 it make of it. They stay the same for every token that is generated.
 
 >>> import torch
->>> z = torch.tensor([[1.0, 3.0, 2.0, 1.0]])[..., None]  # four heads of width 1
->>> without = torch.tensor([[9.0, 0.0, 0.0, 0.0]])[..., None]  # VHD 8 > 3.5 + 2.7, and 81 > 20.3 + 35.1
+>>> z = torch.tensor([[-2.0, 8.0, 7.0, 1.0]])[..., None]  # four heads of width 1
+>>> without = torch.tensor([[6.0, 5.0, 5.0, 0.0]])[..., None]  # VHD 8 > 3.5 + 2.7, and 36 > 21.5 + 13.2
 >>> vhd, louder = measure(z[:, :, None], without, Config())
 >>> vhd, louder.flatten()
-(tensor([[0., 3., 2., 1.]]), tensor([1., 6., 4., 1.]))
+(tensor([[0., 3., 2., 1.]]), tensor([-2., 16., 14.,  1.]))
 """
 
 import math
@@ -136,6 +136,9 @@ def cases(seed: int) -> Iterable[tuple]:
     without[:, 6], without[:, 7] = without[:, 0], without[:, 1]
     yield z, without, Config()
     yield z, without, Config(outliers=False)
+    # high among squares by a whole population's σ alone
+    without = torch.tensor([[6, 5, 5, 0]], dtype=torch.float64)[..., None]
+    yield without[:, :, None] + torch.tensor([8.0, 3, 2, 1])[:, None, None], without, Config()
 
 
 METHOD = SteeringPage(
