@@ -1,7 +1,7 @@
 """A small diffusion transformer over patches with words in cross-attention, for claims on steering what it draws.
 
-    x_t = (1 - t) x + t ε        the model learns x from x_t, t and the words; a step of the sampler, from t to s < t:
-    x_s = x_t + (s - t) (x_t - x̂) / t
+    x_t = (1 - t) x + t ε        the model learns from x_t, t and the words the part of x that the words name, x̂;
+    x_s = x_t + (s - t) (x_t - x̂) / t                      a step of the sampler, from t to s < t
 
 Scenes are handwritten digits of scikit-learn among clutter, scraps of other digits, on a canvas of 16 x 16 pixels, 8 x
 8 patches of 2 x 2; a digit fills a quarter. A caption names one digit or both, with stop words in between; in
@@ -40,10 +40,12 @@ Edit = Callable[[int, str, Tensor | None, Tensor | None], Tensor]
 
 
 class Scenes(NamedTuple):
-    """images [B, SIDE, SIDE] in [0, 1]; digits [B, 2] their classes; corners [B, 2, 2] in pixels, row first; ink
-    [B, 2, P] bool: the patches that show each; words [B, WORDS] a caption, padded with PAD."""
+    """images [B, SIDE, SIDE] in [0, 1]; named: of these the digits that the caption names, without clutter; digits
+    [B, 2] their classes; corners [B, 2, 2] in pixels, row first; ink [B, 2, P] bool: the patches that show each; words
+    [B, WORDS] a caption, padded with PAD."""
 
     images: Tensor
+    named: Tensor
     digits: Tensor
     corners: Tensor
     ink: Tensor
@@ -114,7 +116,8 @@ def scenes(
     extra = torch.randint(stops[0], stops[1] + 1, (count,), generator=g)
     two = torch.rand(count, generator=g) < both
     named = torch.stack([labels[chosen[:, 0]], labels[chosen[:, 1]].where(two, PAD)], dim=1)
-    return Scenes(canvas, labels[chosen], corners, ink, captions(named, extra, g))
+    shown = torch.where(two[:, None, None], torch.maximum(*apart), apart[0])
+    return Scenes(canvas, shown, labels[chosen], corners, ink, captions(named, extra, g))
 
 
 # the model
@@ -211,10 +214,11 @@ def trained(seed: int, steps: int = STEPS) -> ToyDiffusion:
 
     def loss_at(step: int) -> Tensor:
         scene = scenes(BATCH, g)
-        x = 2 * patches_of(scene.images) - 1
-        # times lean towards noise: near the image words hardly matter
-        noise, t = torch.randn(x.shape, generator=g), torch.rand(BATCH, generator=g).sqrt()
-        return F.mse_loss(model(noised(x, noise, t), t, scene.words), x)
+        x, named = (2 * patches_of(images) - 1 for images in scene[:2])
+        # in a quarter of the scenes there is nothing but what is named, as when the sampler draws
+        x[: BATCH // 4] = named[: BATCH // 4]
+        noise, t = torch.randn(x.shape, generator=g), torch.rand(BATCH, generator=g)
+        return F.mse_loss(model(noised(x, noise, t), t, scene.words), named)
 
     with threads(1):
         fit(
