@@ -4,6 +4,7 @@ Each text of a batch is asked alone, with its own picture. `attention` lets the 
 is or another instruction about the same picture, and gives what each answer token attended to on the image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +35,10 @@ class PictureRun:
     pixels: Tensor
     grid: tuple[int, int] = (0, 0)
 
-    def attention(self, instruction: str | None = None) -> Tensor:
+    def attention(self, instruction: str | Sequence[int] | None = None) -> Tensor:
         """[steps, layers, P] mean over heads of what each answer token attends to on the image.
 
-        `instruction` takes the place of what follows the image; None: the prompt as it is.
+        `instruction`, a text or its ids, takes the place of what follows the image; None: the prompt as it is.
         """
         model, steering = self.steering.model, self.steering
         ids, found = self.ids if instruction is None else self.asked(instruction), []
@@ -52,15 +53,19 @@ class PictureRun:
                 break
         return torch.stack(found)
 
-    def asked(self, instruction: str) -> Tensor:
+    def asked(self, instruction: str | Sequence[int]) -> Tensor:
         """The prompt with another text behind its image."""
+        last = int((self.ids == image_token(self.steering.model)).nonzero().max())
+        return torch.cat([self.ids[: last + 1], self.ids.new_tensor(self.tokens_of(instruction))])
+
+    def tokens_of(self, instruction: str | Sequence[int]) -> Sequence[int]:
+        if not isinstance(instruction, str):
+            return instruction
         tokenizer = present(
             self.steering.context.tokenizer,
             f"{self.steering.name} asks an instruction of its own: attach(..., tokenizer=...) gives its tokens",
         )
-        last = int((self.ids == image_token(self.steering.model)).nonzero().max())
-        text = tokenizer(instruction, add_special_tokens=False)["input_ids"]
-        return torch.cat([self.ids[: last + 1], self.ids.new_tensor(text)])
+        return tokenizer(instruction, add_special_tokens=False)["input_ids"]
 
 
 def ends_of(model: Any) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ EQUAL = 1 - 1e-5  # a pixel this close to the last one that stays, stays
 
 @dataclass(frozen=True)
 class Config:
-    general: str = "Write a general description of the image."
+    general: str | tuple[int, ...] = "Write a general description of the image."  # or its token ids
     lam: float = 1e-8  # λ, beside maps that sum to 1
     depth: tuple[float, float] = (0.7, 0.9)  # layer numbers over their count: 20 to 25 of 28
     share: float = 0.2  # of the pixels
@@ -44,7 +44,7 @@ class Config:
 
     def __post_init__(self) -> None:
         first, last = self.depth
-        require(bool(self.general.strip()), "a general instruction", general=self.general)
+        require(len(self.general) > 0, "a general instruction", general=self.general)
         require(self.lam >= 0, "lam >= 0", lam=self.lam)
         require(0 <= first <= last <= 1, "0 <= first depth <= last <= 1", depth=self.depth)
         require(0 < self.share <= 1, "0 < share <= 1", share=self.share)
@@ -247,6 +247,7 @@ METHOD = SteeringPage(
     reference=reference,
     cases=cases,
     needs_image=True,
+    test_settings=({"general": (5, 6, 7)},),
     card=Card(
         title="CARVE",
         paper="Focusing by Contrastive Attention: Enhancing VLMs' Visual Reasoning",

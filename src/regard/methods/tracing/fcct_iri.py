@@ -172,6 +172,6 @@ METHOD = TracingPage(
         "text. A source gives what its sublayer put out, not what it was changed to, where it is a target as well; "
         "outputs are of one run without changes, where the paper changes as it goes, so that later outputs answer "
         "to earlier changes. Rates may be negative, and then subtract. The paper corrupts images by noise and looks "
-        "at seven groups of tokens; groups are the caller's, and the claim is on text",
+        "at seven groups of tokens; groups are the caller's, and those of the claim on pictures",
     ),
 )
