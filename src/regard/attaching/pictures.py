@@ -48,7 +48,9 @@ class PictureRun:
             steering.captured = {}
             out = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1, **pixels)
             new, pixels = out.logits[:, -1:].argmax(-1), {}
-            found.append(torch.stack([steering.captured[i] for i in sorted(steering.captured)]))
+            weights = torch.stack([steering.captured[i] for i in sorted(steering.captured)])
+            # a model may say the image's token too: that one is not of the picture
+            found.append(weights[:, : found[0].shape[-1]] if found else weights)
             if int(new) in ends:
                 break
         return torch.stack(found)

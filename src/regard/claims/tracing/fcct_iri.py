@@ -42,7 +42,7 @@ from regard.tasks.scenes import GRID
 COUNT, LENGTH, SEED = 48, 96, 3
 LONG, TEXTS = 512, 16
 STRENGTH = {"out": 0.26, "mlp": 0.16}
-SCENES, NOISE, INJECTED = 32, 2.0, 24  # NOISE beside pixels of standard deviation 1
+SCENES, NOISE, INJECTED = 32, 5.0, 24  # NOISE beside pixels of standard deviation 1
 COMPONENTS = ("out", "mlp", "resid_post")
 
 
