@@ -8,7 +8,7 @@ from regard.methods.steering import var as page
 
 def test_planted_dimensions_are_found_at_any_width():
     for width in (64, 4096):
-        states = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+        states = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).sign()
         assert page.sink_dimensions(states) == ()
         states[0, 7], states[1, 40] = width, -width
         assert page.sink_dimensions(states) == (7, 40)

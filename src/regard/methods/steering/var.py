@@ -212,6 +212,7 @@ METHOD = SteeringPage(
         "scales with the root of the width, so that 13B needs width=5120. Where the image has no sink the "
         "code changes no head, the equations and this page do. The code's flag for the last layer has no "
         "effect, so it changes that layer too; it finds sinks in the prompt alone, here generated tokens may "
-        "be sinks. A model without massive activations, as small ones are, has no sinks and is left as it is",
+        "be sinks. A model without massive activations, as small ones are, has no sinks and is left as it is; "
+        "below some hundred dimensions the scaled threshold is within what ordinary states reach",
     ),
 )
