@@ -264,7 +264,8 @@ def own_roles(model: PreTrainedModel) -> dict[str, RoleRule]:
         token = image_token(model)
     except Unreachable:
         return {}
-    return {"image": lambda ids: ids == token}
+    # a single token is what the model said, whatever its number
+    return {"image": lambda ids: (ids == token) & (ids.shape[1] > 1)}
 
 
 def layer_counts(model: PreTrainedModel) -> tuple[int, int]:

@@ -84,13 +84,13 @@ def other_pictures(steering: Any, given: dict[str, Any]) -> Tensor:
             f"{steering.name}: one picture [C, H, W] in each text; here they are packed otherwise"
         )
     mask, made = given.get("attention_mask"), []
-    for text, (row, picture) in enumerate(zip(present(ids, ""), present(pixels, ""), strict=True)):
+    for text, (row, picture) in enumerate(zip(given["input_ids"], given["pixel_values"], strict=True)):
         own = row if mask is None else row[mask[text, -len(row) :].bool()]
         run = PictureRun(steering, own, picture[None])
         run.grid = grid_of(steering, run)
         made.append(steering.page.images(run, steering.config))
         require(made[-1].shape == run.pixels.shape, "a picture of the same size", given=tuple(made[-1].shape))
-    return torch.cat(made).to(present(pixels, ""))
+    return torch.cat(made).to(given["pixel_values"])
 
 
 def grid_of(steering: Any, run: PictureRun) -> tuple[int, int]:
@@ -109,5 +109,7 @@ def capture(steering: Any, call: AttentionCall, view: View) -> None:
     """Note the newest token's attention to the image, the mean over heads, of one text."""
     w = view.weights(slice(view.new - 1, view.new))[0, :, 0].mean(0)
     label = role_of(call, "image")[0]
-    table = view.index[0, 0]
-    steering.captured[call.site.layer] = w[label[table.clamp(max=len(label) - 1)] & (table < len(label))]
+    whole = w.new_zeros(len(label)).scatter_(
+        0, view.index[0, 0], w
+    )  # what a window has left behind gets nothing
+    steering.captured[call.site.layer] = whole[label]

@@ -65,10 +65,20 @@ def stream_inputs(
     else:
         given |= dict(past_key_values=None, use_cache=False)
     if stream.pixels is not None and isinstance(given.get("pixel_values"), Tensor):
-        given["pixel_values"] = stream.pixels(given["pixel_values"], torch.Generator().manual_seed(seed))
+        given["pixel_values"] = other_pixels(stream, given, seed)
     main = kwargs.get("past_key_values")
     seen = main.get_seq_length() if begun(main) else 0
     return prefixed(given, stream.prefix, cache, seen) if stream.prefix else given
+
+
+def other_pixels(stream: Stream, given: dict[str, Any], seed: int) -> Tensor:
+    """The stream's pixels; pictures that are packed in one list of patches are given one by one."""
+    pixels, grids = given["pixel_values"], given.get("image_grid_thw")
+    change = present(stream.pixels, "a stream with pixels of its own")
+    if grids is None or pixels.dim() > 2:
+        return change(pixels, torch.Generator().manual_seed(seed))
+    parts = pixels.split(grids.prod(-1).tolist())
+    return torch.cat([change(part, torch.Generator().manual_seed(seed)) for part in parts])
 
 
 def prefixed(

@@ -13,7 +13,22 @@ from regard.kinds.steering import SteeringPage
 from regard.testing.pictures import alone, batch, families_of, said
 from regard.testing.twice import check_twice
 
-ROLES = {"context": lambda ids: (ids > 20) & (ids < 60)}
+
+def two_documents(ids: Tensor) -> Tensor:
+    """[B, N]: of each prompt's tokens 3 to 5 are document 0 and 6 to 8 document 1."""
+    place = (ids != 0).cumsum(1) - 1
+    inside = (ids != 0) & (place >= 3) & (place < 9) & (ids.shape[1] > 1)
+    return torch.where(inside, (place - 3) // 3, -1)
+
+
+ROLES = {"context": lambda ids: (ids > 20) & (ids < 60), "document": two_documents}
+
+
+class Words:
+    """A tokenizer for methods with texts of their own: every word is a number."""
+
+    def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
+        return {"input_ids": [4 + sum(map(ord, word)) % 90 for word in text.split()]}
 
 
 def check_steering_page(name: str) -> dict[str, str]:
@@ -38,7 +53,7 @@ def configured(name: str, page: SteeringPage, **changed: Any) -> Method:
 
 
 def steered(method: Method, model: Any, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
-    with torch.no_grad(), attach(model, method, roles=ROLES):
+    with torch.no_grad(), attach(model, method, roles=ROLES, tokenizer=Words()):
         return said(model, dict(inputs), **settings)
 
 
@@ -104,13 +119,17 @@ def check_sampling(name: str, page: SteeringPage) -> str:
     model, inputs = batch(family)
     found = []
     for _ in range(2):
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), attach(model, method, roles=ROLES):
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            attach(model, method, roles=ROLES, tokenizer=Words()),
+        ):
             torch.manual_seed(0)
             found.append(
                 model.generate(**inputs, max_new_tokens=4, do_sample=True, pad_token_id=0, eos_token_id=2)
             )
     assert torch.equal(*found), f"{name} on {family}: the same seed samples something else"
-    with torch.no_grad(), attach(model, method, roles=ROLES):
+    with torch.no_grad(), attach(model, method, roles=ROLES, tokenizer=Words()):
         model.generate(
             **inputs, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0, eos_token_id=2
         )

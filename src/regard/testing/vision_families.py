@@ -10,7 +10,7 @@ from transformers.utils import logging
 from regard import catalog
 from regard.core import Method, Unreachable, Unsupported
 from regard.testing.pictures import FAMILIES, batch
-from regard.testing.steering import ROLES
+from regard.testing.steering import ROLES, Words
 from regard.testing.tokens import answers
 
 TITLES = {
@@ -63,13 +63,6 @@ def generate(method: Method, model: Any, inputs: dict) -> None:
 
     with torch.no_grad(), attach(model, method, roles=ROLES, tokenizer=Words()):
         model.generate(**inputs, max_new_tokens=2, pad_token_id=0, eos_token_id=2)
-
-
-class Words:
-    """A tokenizer for methods with texts of their own: every word is a number."""
-
-    def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
-        return {"input_ids": [4 + sum(map(ord, word)) % 90 for word in text.split()]}
 
 
 def markdown(found: list[Reach], version: str, day: str) -> str:
