@@ -134,4 +134,11 @@ CLAIM = Claim(
         "α = 0 and β = 0 logits differ by 0"
     ),
     measure=measure,
+    contradicted=(
+        "this tower has no such patches: of those that its class token attends to most 20 % lie in cells without a "
+        "thing, where 78 % of all patches do; they are where the things are. Of k in 1, 4, 10 and α in 0.5, 2 the best "
+        "on another seed, k = 1 and α = 2, gives 0.32, 0.35, 0.38 false yes on three seeds, random patches 0.31, 0.35, "
+        "0.38, the model alone 0.30, 0.34, 0.38; the code's k = 10 and α = 2 raise it to 0.44, 0.53, 0.52 (true yes "
+        "from 0.88, 0.88, 0.90 to 0.92, 0.91, 0.93). α = 0 is the identity"
+    ),
 )

@@ -58,12 +58,18 @@ def noised(pixels: Tensor, noise: Tensor, step: int) -> Tensor:
     return (math.sqrt(kept) * wide + math.sqrt(1 - kept) * noise.to(wide)).to(pixels.dtype)
 
 
+def own_noise(pixels: Tensor, seed: int) -> Tensor:
+    """Normal noise, drawn for each picture (of patches in one list, for each) from its content, whatever the batch."""
+    size = pixels.shape[-3:].numel() if pixels.dim() > 3 else pixels.shape[-1]
+    rows = pixels.detach().cpu().float().contiguous().view(-1, size)
+    contents = rows.view(torch.int32).long().sum(-1).tolist()
+    made = [torch.randn(size, generator=torch.Generator().manual_seed(seed + x)) for x in contents]
+    return torch.stack(made).view(pixels.shape).to(pixels.device)
+
+
 def streams(cfg: Config) -> tuple[Stream, ...]:
     def pixels(given: Tensor, generator: torch.Generator) -> Tensor:
-        # every picture gets the same, whatever the batch; patches in one list [patches, width] have no pictures apart
-        shape = given.shape[1:] if given.dim() > 2 else given.shape
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        return noised(given, noise.to(given.device), cfg.noise)
+        return noised(given, own_noise(given, generator.initial_seed()), cfg.noise)
 
     return (Stream(NOISED, pixels=pixels),) if cfg.strength else ()
 
@@ -143,7 +149,7 @@ METHOD = SteeringPage(
         needs=("decoder-lm", "an image"),
         lineage=("contrastive decoding",),
         neutral={"strength": 0.0, "cut": 0.0},
-        caveat="noise is drawn once for a prompt, the same for each picture, on the processor's values. α = 1, β = 0.1 "
+        caveat="noise is drawn once for a prompt, from a picture's content, on the processor's values. α = 1, β = 0.1 "
         "and T = 500 are those of the released scripts; its sampling falls back to α = 0.5 where none is given. "
         "Released code counts steps from 0, so that T = 500 has had 501 of them; so does this page",
     ),
