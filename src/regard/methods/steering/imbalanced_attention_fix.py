@@ -103,8 +103,11 @@ def prepare(runs: object, at: Steered, cfg: Config) -> Tensor:
 
 def weights(at: Steered, w: Tensor, cfg: Config) -> Tensor:
     wide, image = at_least_float32(w), at.role("image")
-    kept = at.notes.setdefault("g", at.memory)  # in notes, which follow the rows of a batch that beams choose
-    g = at_keys(kept.to(wide.dtype), image)
+    if "g" not in at.notes:  # by column, in notes: these follow beams, and a generated token is never marked
+        at.notes["g"] = at_keys(at.memory.to(wide.dtype), image)
+    kept, keys = at.notes["g"], at.keys
+    known = (keys >= 0) & (keys < kept.shape[1])
+    g = kept.gather(1, keys.clamp(0, kept.shape[1] - 1)) * known
     return amplified(wide, g, image, cfg.weighted).to(w.dtype)
 
 
