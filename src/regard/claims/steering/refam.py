@@ -1,0 +1,103 @@
+"""RefAM's claim, in diffusion transformers trained on digits among clutter, whose patches share a softmax among words.
+
+The prompt is a noun, the class of one of two digits, and one stop word; the other digit is not named. Then four stop
+words are appended, the magnets, or, for a control, four other nouns, classes that the scene does not show. In all
+three the noun's own map is read, the mean over layers and heads at one time of the noised scene, and thresholded in
+the middle between its least and its largest value. The truth is where the digit has ink. Times and layers were chosen
+by the baseline's overlap with a model of a seed that the claim does not use; scenes are of images that no training
+saw.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.claims import toy_diffusion as toy
+from regard.claims.lab import generator, mean, threads
+from regard.core.claim import Claim, Measured
+from regard.methods.steering import refam as page
+
+SEEDS, SCENES = range(5), 256
+TIME, EXTRA = 0.7, 4
+KEEP = page.Config(handle="keep")
+
+
+def others(shown: Tensor, count: int, g: torch.Generator) -> Tensor:
+    """[B, count] classes that are not among those shown [B, 2]."""
+    order = torch.rand(len(shown), 10, generator=g).scatter(1, shown, 2.0)
+    return order.argsort(1)[:, :count]
+
+
+def prompts(scene: toy.Scenes, g: torch.Generator) -> dict[str, Tensor]:
+    """[B, WORDS] of each side: first the noun, then a stop word, then what is appended."""
+    noun, count = scene.digits[:, :1], len(scene.digits)
+    stops = torch.tensor(toy.STOP).expand(count, -1)
+    nothing = torch.full((count, EXTRA), toy.PAD)
+    sides = {"baseline": nothing, "magnets": stops[:, 1 : 1 + EXTRA], "nouns": others(scene.digits, EXTRA, g)}
+    rest = torch.full((count, toy.WORDS - 2 - EXTRA), toy.PAD)
+    return {name: torch.cat([noun, stops[:, :1], more, rest], dim=1) for name, more in sides.items()}
+
+
+def maps(model: toy.ToyDiffusion, x: Tensor, words: Tensor, time: float, cfg: page.Config) -> page.Found:
+    record = toy.Record()
+    model(x, torch.full((len(x),), time), words, record)
+    w = torch.stack([record.weights[layer, "cross"] for layer in range(toy.LAYERS)])
+    place = torch.arange(toy.WORDS).expand(len(x), -1)
+    return page.measure(w, place == 0, (place >= 2) & (words != toy.PAD), cfg)
+
+
+def judged(found: page.Found, ink: Tensor) -> dict[str, float]:
+    """IoU at half of the map's range, the mean weight off the digit and on it, and how often the peak is on ink."""
+    low, high = found.map.amin(-1, keepdim=True), found.map.amax(-1, keepdim=True)
+    mask = found.map > (low + high) / 2
+    iou = (mask & ink).sum(-1).double() / (mask | ink).sum(-1)
+    off = found.map.masked_fill(ink, 0).sum(-1)
+    return {
+        "iou": iou.mean().item(),
+        "off_the_digit": (off / (~ink).sum(-1)).mean().item(),
+        "on_the_digit": (found.map.masked_fill(~ink, 0).sum(-1) / ink.sum(-1)).mean().item(),
+        "share_off_the_digit": (off / found.map.sum(-1)).mean().item(),
+        "peak_on_ink": ink.gather(1, found.peak[:, None]).double().mean().item(),
+    }
+
+
+@torch.no_grad()
+def sides(model: toy.ToyDiffusion, seed: int, time: float = TIME) -> dict[str, dict[str, float]]:
+    g = generator(seed)
+    scene = toy.scenes(SCENES, g, "test")
+    clean = 2 * toy.patches_of(scene.images) - 1
+    x = toy.noised(clean, torch.randn(clean.shape, generator=g), time)
+    ink, given = scene.ink[:, 0], prompts(scene, g)
+    found = {name: judged(maps(model, x, words, time, KEEP), ink) for name, words in given.items()}
+    return found | {"magnets_and_sinks": judged(maps(model, x, given["magnets"], time, page.Config()), ink)}
+
+
+def measure() -> Measured:
+    with threads(1):
+        runs = [sides(toy.trained(seed), seed + 10) for seed in SEEDS]
+    numbers: dict[str, Any] = {
+        f"{side}_{what}": [run[side][what] for run in runs] for side in runs[0] for what in runs[0][side]
+    }
+    gains = {
+        side: [run[side]["iou"] - run["baseline"]["iou"] for run in runs] for side in ("magnets", "nouns")
+    }
+    gain, control = (mean(values) for values in gains.values())
+    off = [mean(run[side]["off_the_digit"] for run in runs) for side in ("magnets", "baseline")]
+    numbers |= {f"{side}_gain": values for side, values in gains.items()}
+    numbers |= {"magnets_gain_mean": gain, "nouns_gain_mean": control}
+    return Measured(gain >= 0.05 and abs(control) <= 0.02 and off[0] < off[1], numbers)
+
+
+CLAIM = Claim(
+    name="refam",
+    statement=(
+        "appended stop words, dropped again, lower the background's weight on a noun and sharpen its map; as many "
+        "appended nouns of things that are not there do not"
+    ),
+    bound=(
+        "mean over 5 seeds of the thresholded noun map's IoU: with magnets >= without + 0.05 and less weight off the "
+        "digit; with other nouns within 0.02 of without"
+    ),
+    measure=measure,
+)
