@@ -6,7 +6,7 @@ random (all alive ones, where there are fewer). Tokens are taken out as if they 
 positions. Control: as many drawn from all tokens.
 
 Beside it, and deciding nothing: accuracy where visual tokens enter the decoder at a later layer, untouched before it.
-The table has 75 words, so one nearest word is read and not three.
+The table has few words, so one nearest word is read and not three. Settings were looked at on scenes of another seed.
 """
 
 from collections.abc import Callable, Sequence
@@ -126,4 +126,13 @@ CLAIM = Claim(
         "10 points or more (there are dead or sink tokens)"
     ),
     measure=measure,
+    contradicted=(
+        "words recur (two letters, near to 40 % of the tokens), and what is near them matters less: without them "
+        "accuracy falls by 9.7 points (standard error 1.2), without as many drawn from all tokens by 12.2 (1.4), "
+        "without as many alive ones by 22.3 (1.8). But it does fall: tower and decoder of this model were trained "
+        "together, on every token, and what is on no thing says that nothing is there. With the stricter rule for "
+        "words that recur (near to 5 % of the tokens) 28 % are dead and cost 3.3 points, as many alive ones 7.5; "
+        "with three nearest words nearly all tokens are dead. There are no sinks. Nor can the first layers be left"
+        " out: tokens that enter at layer 1, 2 and 3 leave 87, 75 and 58 % of 95"
+    ),
 )
