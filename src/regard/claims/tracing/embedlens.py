@@ -132,7 +132,7 @@ CLAIM = Claim(
         "without as many alive ones by 22.3 (1.8). But it does fall: tower and decoder of this model were trained "
         "together, on every token, and what is on no thing says that nothing is there. With the stricter rule for "
         "words that recur (near to 5 % of the tokens) 28 % are dead and cost 3.3 points, as many alive ones 7.5; "
-        "with three nearest words nearly all tokens are dead. There are no sinks. Nor can the first layers be left"
+        "with three nearest words 70 to 98 % are dead and cost 32 to 54. There are no sinks. Nor can layers be left"
         " out: tokens that enter at layer 1, 2 and 3 leave 87, 75 and 58 % of 95"
     ),
 )
