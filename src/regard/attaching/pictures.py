@@ -106,7 +106,7 @@ def grid_of(steering: Any, run: PictureRun) -> tuple[int, int]:
 
 
 def capture(steering: Any, call: AttentionCall, view: View) -> None:
-    """Note the newest token's attention to the image, the mean over heads, of one text."""
+    """Note the newest token's attention to the image, the mean over heads, of one text; zero beyond a window."""
     w = view.weights(slice(view.new - 1, view.new))[0, :, 0].mean(0)
     label = role_of(call, "image")[0]
     whole = w.new_zeros(len(label)).scatter_(
