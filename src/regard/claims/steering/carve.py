@@ -136,8 +136,8 @@ CLAIM = Claim(
         "0.038 (standard error 0.007) in the layer that was chosen, 0.850 to 0.812, and below it where that is best "
         "(0.855 to 0.865, layer 3): this model's questions attend to the digit as they are. What a description's first "
         "word attends to is no noise here but what the caption names first, so that the digit is less in it than "
-        "elsewhere (AUC 0.28). On scenes of another seed no layer, none of 3 to 5 together, no λ of 1e-8 to 0.05 and "
-        "no contrast of things from 0.9 to 0.2 gains 0.05 on both kinds of questions. Asked of refined pictures alone the "
+        "elsewhere (AUC 0.28). On scenes of another seed no layer, none of 3 to 5 together, no λ of 1e-8 to 0.05, no "
+        "contrast of things from 0.9 to 0.2 gains 0.05 on both kinds of questions. Asked of refined pictures alone the "
         "model, which knows things of one size, falls from 93 to 70 %"
     ),
 )
