@@ -110,8 +110,10 @@ class attach:
             if isinstance(actor, CachePolicy):
                 actor.calibrate(self.model)
         # what is found out by running the model is found out before anything acts on it
-        for looks in (*self.actors, *([] if self.streams is None else [self.streams])):
-            looks.look(self.model)
+        for actor in self.actors:
+            actor.look(self.model)
+        if self.streams is not None:
+            self.streams.look(self.model)
         try:
             self._switch(reachable)
             self._hook()
