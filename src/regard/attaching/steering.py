@@ -95,6 +95,12 @@ class Steering(Actor):
             )
         if self.page.needs_image:
             image_token(model)
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        if any(s.prefix for s in self.streams) and "mrope_section" in rope:
+            raise Unsupported(
+                f"{self.name} puts a prefix before the prompt, and tokens of {type(model).__name__} have positions of "
+                "several components"
+            )
         self.model = model
 
     def check_fired(self, forwards: int) -> None:

@@ -67,7 +67,7 @@ def stream_inputs(
     if stream.pixels is not None and isinstance(given.get("pixel_values"), Tensor):
         given["pixel_values"] = other_pixels(stream, given, seed)
     main = kwargs.get("past_key_values")
-    seen = main.get_seq_length() if begun(main) else 0
+    seen = 0 if main is None else main.get_seq_length()
     return prefixed(given, stream.prefix, cache, seen) if stream.prefix else given
 
 
@@ -91,11 +91,8 @@ def prefixed(
     mask, ids = given.get("attention_mask"), given["input_ids"]
     mask = ids.new_ones(len(ids), seen + ids.shape[1]) if mask is None else mask
     require(mask.dim() == 2, "a prefix beside a mask [B, N]", attention_mask=tuple(mask.shape))
-    if given.get("image_grid_thw") is not None:
-        raise Unsupported("a prefix before a prompt whose visual tokens have positions of several components")
-    at = (
-        mask.to(torch.uint8).argmax(1) + 1
-    )  # of the whole text: padding before it stays the same over the steps
+    # of the whole text: padding before it stays the same over the steps
+    at = mask.to(torch.uint8).argmax(1) + 1
     whole = inserted(mask, at, torch.ones(len(prefix), dtype=mask.dtype))
     new = given["input_ids"].shape[1]
     given = {**given, "attention_mask": whole}
