@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 from regard.attaching.actors import AttentionCall
 from regard.attaching.streams_beside import OF_TOKENS
 from regard.core import Unsupported, require
+from regard.core.errors import present
 from regard.ops import View
 
 # settings of generate() that a search reads; those that are set to anything else are refused
@@ -40,6 +42,7 @@ class SearchRun:
     tokens: int
     ends: tuple[int, ...]
     cache: Any = None
+    first: Tensor | None = None  # [1, V] logits of the first token
     rows: list[Tensor] = field(default_factory=list)  # of each token that was fed: [R, its number]
 
     @property
@@ -58,7 +61,8 @@ class SearchRun:
         self.cache.batch_repeat_interleave(beams)
         self.mask = self._mask().repeat_interleave(beams, 0)
         self.rows = []
-        return out.logits[:, -1].float().repeat_interleave(beams, 0)
+        self.first = out.logits[:, -1]
+        return self.first.float().repeat_interleave(beams, 0)
 
     def _mask(self) -> Tensor:
         mask = self.inputs.get("attention_mask")
@@ -117,7 +121,7 @@ def note_newest(steering: Any, call: AttentionCall, view: View) -> None:
 
 
 def generate_of(steering: Any, own: Any) -> Any:
-    """`generate` of the model while the page searches."""
+    """`generate` of the model while the page searches; its `logits` are those of the first token alone."""
 
     @torch.no_grad()
     def generate(input_ids: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
@@ -133,13 +137,17 @@ def generate_of(steering: Any, own: Any) -> Any:
         ends = () if end is None else tuple(end) if isinstance(end, list | tuple) else (end,)
         pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
         steering.acted += 1
-        found = []
+        found, first = [], []
         for own in one_by_one(steering, inputs):
-            steering.fed = 0
-            found.append(steering.page.search(SearchRun(steering, own, most, ends), steering.config)[0])
+            steering.fed, run = 0, SearchRun(steering, own, most, ends)
+            found.append(steering.page.search(run, steering.config)[0])
+            first.append(present(run.first, "a search begins"))
         longest = max(len(ids) for ids in found)
         ids = [torch.nn.functional.pad(x, (0, longest - len(x)), value=int(pad)) for x in found]
-        return torch.cat([inputs["input_ids"], torch.stack(ids)], 1)
+        sequences = torch.cat([inputs["input_ids"], torch.stack(ids)], 1)
+        if not config.return_dict_in_generate:
+            return sequences
+        return GenerateBeamDecoderOnlyOutput(sequences=sequences, logits=(torch.cat(first),))
 
     return generate
 

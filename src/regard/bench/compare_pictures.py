@@ -35,7 +35,8 @@ def picture_grid(
     """The model as it is first, then each method; random and plain reductions beside every tokens method."""
     known = [name for kind in ("steering", "tokens") for name in catalog.list_methods(kind=kind)]
     asked = [name for name in known if getattr(catalog.get(name), "acts_on_models", True)]
-    specs = [parse_spec(spec) for spec in (asked if methods is None else methods)]
+    standard = [name for name in asked if getattr(catalog.get(name), "standard", True)]
+    specs = [parse_spec(spec) for spec in (standard if methods is None else methods)]
     for name, settings in specs:
         if name == FULL:
             continue

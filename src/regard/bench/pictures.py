@@ -148,7 +148,7 @@ class Reader:
 
     def note(self, answers: Answers, out: Any, before: int) -> None:
         new, first = out.sequences[:, before:], out.logits[0].float()
-        answers.tokens += len(out.logits)
+        answers.tokens += new.shape[1]
         answers.said += [t.strip() for t in self.processor.batch_decode(new, skip_special_tokens=True)]
         answers.first.append(first)
         logs = first.log_softmax(-1)

@@ -33,6 +33,7 @@ class SteeringPage(Page):
     reference(*case), measure(*case), cases(seed)    as of a tokens page: the page's own mathematics, twice
     needs_image      a prompt without an image is an error
     acts_on_models   False: its functions are for models that `attach` does not reach (diffusion)
+    standard         whether compare asks it when no methods are named: False where it needs a setting, or roles
     neutral, on the card, is a setting under which the model's logits are the base's to the last bit
     """
 
@@ -54,6 +55,7 @@ class SteeringPage(Page):
     cases: Callable = None  # type: ignore[assignment]
     needs_image: bool = False
     acts_on_models: bool = True
+    standard: bool = True
     kind = "steering"
 
 

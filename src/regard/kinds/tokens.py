@@ -19,6 +19,7 @@ class TokensPage(Page):
     reference(*case)       what `measure` gives, by its definition in float64, plain; they share nothing
     measure(*case)         the page's own mathematics on tensors: what `before` and `after` are made of
     cases(seed)            arguments of both, a tuple each: what the checks compare them on
+    standard               whether compare asks it when no methods are named: False where it needs a setting
     """
 
     before: Callable | None = None
@@ -26,6 +27,7 @@ class TokensPage(Page):
     measure: Callable = None  # type: ignore[assignment]
     reference: Callable = None  # type: ignore[assignment]
     cases: Callable = None  # type: ignore[assignment]
+    standard: bool = True
     kind = "tokens"
 
 

@@ -91,6 +91,7 @@ METHOD = SteeringPage(
     reference=reference,
     cases=cases,
     test_settings=({"prefix": (5, 7, 11)},),
+    standard=False,
     card=Card(
         title="ICD",
         paper="Mitigating Hallucinations in Large Vision-Language Models with Instruction Contrastive Decoding",

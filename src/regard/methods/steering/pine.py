@@ -187,6 +187,7 @@ METHOD = SteeringPage(
     measure=measure,
     reference=reference,
     cases=cases,
+    standard=False,
     card=Card(
         title="PINE",
         paper="Eliminating Position Bias of Language Models: A Mechanistic Approach",

@@ -164,6 +164,7 @@ METHOD = TokensPage(
     reference=reference,
     cases=cases,
     test_settings=({"exit": 0},),
+    standard=False,
     card=Card(
         title="DyVTE",
         paper="Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit and the Empirical Findings",
