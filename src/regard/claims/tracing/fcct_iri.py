@@ -153,8 +153,8 @@ def seen_pairs(seed: int | str, count: int, noise: float = NOISE) -> list[tuple[
         inputs = seeing.inputs_of([one.scene], [one.question.text])
         ids, pixels = inputs["input_ids"], inputs["pixel_values"]
         noised = pixels + noise * torch.randn(pixels.shape, generator=g)
-        sides = [Batch(ids, torch.ones_like(ids), {"pixel_values": x}) for x in (pixels, noised)]
-        found.append((one, Pairs(*sides, torch.tensor([yes]), metric=prob)))
+        clean, corrupt = (Batch(ids, torch.ones_like(ids), {"pixel_values": x}) for x in (pixels, noised))
+        found.append((one, Pairs(clean, corrupt, torch.tensor([yes]), metric=prob)))
         if len(found) == count:
             break
     assert len(found) == count, f"{len(found)} questions of {count} are answered"
@@ -253,7 +253,7 @@ def on_pictures() -> Measured:
     whole, layers = found.pop("all")["resid_post"], len(attention)
     middle = range(layers // 4, layers - layers // 4)
     best = max(middle, key=lambda n: float(attention[n]))
-    numbers = {
+    numbers: dict[str, Any] = {
         "mean_span": last["out"].span.mean().item(),
         "farthest_from_1_of_all_tokens": (whole.mean - 1).abs().max().item(),
         "recovery_attention": attention.tolist(),
