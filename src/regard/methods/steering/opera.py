@@ -1,11 +1,11 @@
 """OPERA: beam search that distrusts tokens which lean on a few summary tokens, and goes back where it leaned too long.
 
     φ_c = max_j Π_{i=j..t} σ A_ij              A: last layer, max over heads, rows of sum 1; i, j tokens of the answer
-    score(c) = log p(c) - α u φ_c              c: the likeliest tokens of each beam, each fed as token t to see its row
+    p(c) = softmax_c(logit_c - α u φ_c)        c: the likeliest tokens of each beam, each fed as token t to see its row
 
 where a column j to which every later token attends with more than 1/σ grows with each of them: knowledge was gathered
-in token j, and what follows is told from it and not from the image. If the column of the maximum stays the same for
-more than `patience` steps, the search returns to just behind it and takes other tokens there.
+in token j, and what follows is told from it and not from the image. If one column is that of the maximum in more than
+`patience` steps, the search returns to just behind it and takes other tokens there.
 
 >>> columnar = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.1, 0.0], [0.5, 0.1, 0.1]]).double()
 >>> value, column = measure(columnar, sigma=4.0)  # column 0: 4 · 2 · 2
@@ -115,7 +115,7 @@ def distrusted(run: Any, logs: Tensor, cfg: Config) -> tuple[Tensor, int]:
     value, column = measure(torch.cat([past, rows[:, :, None]], 2), cfg.sigma)
     scores = torch.full_like(logs, -torch.inf)
     found = logs.gather(1, chosen) - cfg.alpha * cfg.unit * value.to(logs)
-    return scores.scatter(1, chosen, found), int(column.flatten().mode().values)
+    return scores.scatter(1, chosen, found.log_softmax(-1)), int(column.flatten().mode().values)
 
 
 def search(run: Any, cfg: Config) -> Tensor:
@@ -132,10 +132,10 @@ def search(run: Any, cfg: Config) -> Tensor:
     while beams.ids.shape[1] < run.tokens:
         step, scores = beams.ids.shape[1], logits.log_softmax(-1)
         states = [*states[:step], (Beams(beams.ids, beams.sums, list(beams.ended)), logits)]
+        scores[:, sorted(banned.get(step, ()))] = -torch.inf
         if cfg.alpha and step:
             scores, column = distrusted(run, scores, cfg)
             columns = [*columns[: step - 1], column]
-        scores[:, sorted(banned.get(step, ()))] = -torch.inf
         back = summary(columns, cfg)
         if left and back is not None and back + 1 < step:
             left, step = left - 1, back + 1
@@ -152,9 +152,9 @@ def search(run: Any, cfg: Config) -> Tensor:
 
 
 def summary(columns: list[int], cfg: Config) -> int | None:
-    """The column that the last `patience` + 1 steps lean on, all of them."""
-    last = columns[-cfg.patience - 1 :]
-    return last[0] if len(last) > cfg.patience and len({*last}) == 1 else None
+    """The column on which more than `patience` of the steps lean."""
+    often = max(columns, key=columns.count, default=0)
+    return often if columns.count(often) > cfg.patience else None
 
 
 def restored(run: Any, state: tuple[Beams, Tensor]) -> tuple[Beams, Tensor]:
@@ -193,8 +193,10 @@ METHOD = SteeringPage(
         lineage=("beam search",),
         neutral={"alpha": 0.0},
         caveat="the factor u = 1e-7 is the released code's: without it φ, a product of numbers above 1, outgrows every "
-        "score. For the first 10 tokens the code rewards attention to the image instead; the page, as the paper, does "
-        "not. The penalty is taken off log p, as in the code, not off the logit before the softmax. At α = 0 it is "
-        "plain beam search with `beams` beams over all tokens. Texts of a batch are searched one by one",
+        "score. For the first 10 tokens the code rewards attention to the image instead, and it does not go back to "
+        "them; the page, as the paper, does. As in the paper and the code p is normalised over the candidates of a "
+        "beam: what all of them lose is lost by none. Tokens that are taken back are banned in all beams, and there "
+        "are `rollbacks` for a text; the code bans them behind their own beams, five times for a place. At α = 0 it "
+        "is plain beam search over all tokens with `beams` beams. Texts of a batch are searched one by one",
     ),
 )
