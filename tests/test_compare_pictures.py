@@ -102,6 +102,8 @@ def test_verdicts_follow_from_the_intervals():
     assert result.verdict({**row, "gain_interval": [-0.1, 0.2]}) == "no effect shown"
     assert result.verdict({**row, "over_control_interval": [-0.2, -0.1]}) == "worse than its control"
     assert result.verdict({**row, "works": True}) == "works"
+    assert result.verdict({**row, "gain_interval": [-0.3, -0.1]}) == "worse, as its control"
+    assert result.verdict({**row, "gain_interval": [0.0, 0.0]}) == "changes no answer"
     assert result.verdict({**row, "status": "timeout"}) == "timeout"
 
 

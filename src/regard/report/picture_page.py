@@ -9,9 +9,9 @@ from rich.console import Console
 from regard.report.html import page
 from regard.report.markdown import escape as plain
 from regard.report.markdown import line
-from regard.report.pictures import FULL, HEADS, KEYS, PictureResult, columns, gained
+from regard.report.pictures import FULL, HEADS, KEYS, RANDOM, PictureResult, alike, apart, columns
 from regard.report.terminal import in_parts, table
-from regard.report.words import clean, number, plural
+from regard.report.words import clean, plural
 
 WIDE, TALL = 360, 24
 STYLE = """
@@ -20,6 +20,7 @@ STYLE = """
 .forest .works line.whisker, .forest .works circle { stroke: #009e73; fill: #009e73; }
 .forest .worse line.whisker, .forest .worse circle { stroke: #d55e00; fill: #d55e00; }
 .forest circle { fill: #0072b2; } .forest text { fill: #33373b; }
+td.verdict { white-space: nowrap; }
 td.verdict.works { color: #00704f; font-weight: 650; } td.verdict.worse { color: #a63603; }
 """
 
@@ -111,34 +112,45 @@ def html_table(rows: Sequence[Mapping[str, str]], heads: Mapping[str, str]) -> s
 
 
 def forest(result: PictureResult, task: str) -> str:
-    """Each method's gain over its control, with its interval."""
-    rows = [r for r in result.of(task) if r["status"] == "ok" and r["method"] != FULL]
-    key = "over_control" if rows and "over_control" in rows[0] else "gain"
-    ends = [e for r in rows for e in r.get(f"{key}_interval") or ()]
-    if not ends:
+    """What each method gains over its control, and what each choice of tokens gains over random ones."""
+    steered, reduced = [], []
+    other = next((r for r in result.of(task) if r["method"] == RANDOM and r["status"] == "ok"), None)
+    for row in result.of(task):
+        if row["status"] != "ok" or row["method"] in (FULL, RANDOM):
+            continue
+        if row.get("kind_of_method") == "tokens":
+            if other is not None and alike(row.get("kept"), other.get("kept")):
+                reduced.append((row, row["quality"] - other["quality"], apart(row, other)))
+        else:
+            key = "over_control" if "over_control" in row else "gain"
+            steered.append((row, row[key], row[f"{key}_interval"]))
+    what = "the control" if metric(result, task) != "said" else "the model as it is"
+    return drawn(result, steered, f"Points over {what}") + drawn(result, reduced, "Points over random tokens")
+
+
+def drawn(result: PictureResult, rows: list, title: str) -> str:
+    """Rows of (row, value, interval) as whiskers; right of the line is better."""
+    if not rows:
         return ""
+    ends = [end for _, _, interval in rows for end in interval]
     low, high = min(0.0, *ends), max(0.0, *ends)
-    span = max(high - low, 1e-6)
-    at = lambda x: 190 + (WIDE - 20) * (x - low) / span  # noqa: E731
-    height = TALL * len(rows) + 26
-    what = (
-        "points over the control (right of the line is better)"
-        if key == "over_control"
-        else "points over the model as it is"
-    )
-    marks = "".join(whisker(result, row, key, i, at) for i, row in enumerate(rows))
-    zero = f'<line class="zero" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="0" y2="{height - 20}"/>'
-    words = f'<text x="{190}" y="{height - 6}">{escape(what)}: {100 * low:+.1f} to {100 * high:+.1f}</text>'
-    size = f'width="{WIDE + 200}" height="{height}" role="img"'
-    return f'<div class="wide"><svg class="forest" {size}>{zero}{marks}{words}</svg></div>'
+    at = lambda x: 190 + (WIDE - 20) * (x - low) / max(high - low, 1e-6)  # noqa: E731
+    height = TALL * len(rows) + 4
+    marks = "".join(whisker(result, *row, i, at) for i, row in enumerate(rows))
+    zero = f'<line class="zero" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="0" y2="{height}"/>'
+    size = f'viewBox="0 0 {WIDE + 200} {height}" width="{WIDE + 200}" role="img"'
+    words = f"{title}: {100 * low:+.1f} to {100 * high:+.1f}; right of the line is better."
+    return f'<svg class="forest" {size}>{zero}{marks}</svg><p class="meta">{escape(words)}</p>'
 
 
-def whisker(result: PictureResult, row: Mapping[str, Any], key: str, i: int, at: Any) -> str:
-    y, (a, b) = TALL * i + 14, row[f"{key}_interval"]
-    value = number(row[key]) or 0.0
+def whisker(
+    result: PictureResult, row: Mapping[str, Any], value: float, ends: Sequence[float], i: int, at: Any
+) -> str:
+    y, (a, b) = TALL * i + 14, ends
     label = escape(clean(row["label"])[:26])
+    said = f"{100 * value:+.1f} ({100 * a:+.1f} to {100 * b:+.1f})"
     return (
-        f'<g class="{tone(result.verdict(row))}"><title>{label}: {escape(gained(row, key))}</title>'
+        f'<g class="{tone(result.verdict(row))}"><title>{label}: {said}</title>'
         f'<text x="0" y="{y + 4}">{label}</text>'
         f'<line class="whisker" x1="{at(a):.1f}" x2="{at(b):.1f}" y1="{y}" y2="{y}"/>'
         f'<circle cx="{at(value):.1f}" cy="{y}" r="3.5"/></g>'

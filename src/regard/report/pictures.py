@@ -72,10 +72,14 @@ class PictureResult:
             return self.beside_random(row)
         if row["works"]:
             return "works"
-        _, high = row.get("over_control_interval") or row["gain_interval"]
-        if high < 0:
+        over, gain = row.get("over_control_interval") or row["gain_interval"], row["gain_interval"]
+        if over[1] < 0:
             return "worse than its control"
-        return "as its control" if row["gain_interval"][0] > 0 else "no effect shown"
+        if gain[0] == gain[1] == 0:
+            return "changes no answer"
+        return (
+            "as its control" if gain[0] > 0 else "worse, as its control" if gain[1] < 0 else "no effect shown"
+        )
 
     def beside_random(self, row: Row) -> str:
         """A reduction beside random tokens, in pairs over the images that both answered."""
@@ -88,14 +92,30 @@ class PictureResult:
         return "above random" if low > 0 else "below random" if high < 0 else "as random"
 
     def sentence(self) -> str:
-        """What works here, in one sentence for each task."""
+        """What works here, in a sentence or two for each task."""
         said = []
         for task in self.tasks():
-            good = [row["label"] for row in self.of(task) if self.verdict(row) in ("works", "above random")]
-            what = (
-                f"{clean(', '.join(good))} excluded the control" if good else "no method excluded its control"
+            rows, steered, reduced = self.of(task), [], []
+            for row in rows:
+                verdict = self.verdict(row)
+                if verdict == "works":
+                    steered.append(row["label"])
+                if verdict == "above random":
+                    reduced.append(row["label"])
+            parts = []
+            if any(row.get("kind_of_method") == "steering" for row in rows):
+                parts.append(
+                    f"{', '.join(steered)} beat the control" if steered else "no steering beat its control"
+                )
+            if any(row.get("kind_of_method") == "tokens" for row in rows):
+                parts.append(
+                    f"{', '.join(reduced)} beat random tokens" if reduced else "no choice beat random tokens"
+                )
+            said.append(
+                f"On {clean(task)} {clean('; '.join(parts))}."
+                if parts
+                else f"On {clean(task)} nothing was compared."
             )
-            said.append(f"On {clean(task)} {what}.")
         return " ".join(said)
 
     def readings(self) -> list[dict[str, Any]]:

@@ -122,6 +122,6 @@ CLAIM = Claim(
         "questions merging to 16 of 64 tokens keeps 58.3 % where random tokens keep 56.8 (by seed +0.3, +6.3 and -1.8; "
         "whole images 96.6), and the tokens that merging keeps, without their neighbours in them, 56.8: the mean adds "
         "a point and a half. A regular grid keeps 64.9. AIM ranks pairs by likeness wherever they lie, which pays "
-        "where much of a picture is alike; here a thing is 4 tokens and a printed word 12, and a grid reaches every thing"
+        "where much of a picture is alike; here a thing is 4 tokens, a printed word 12, and a grid reaches all of them"
     ),
 )
