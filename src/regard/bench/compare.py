@@ -6,7 +6,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -24,11 +23,11 @@ from regard.bench.compare_pictures import picture_grid, picture_tasks, run_pictu
 from regard.bench.estimate import estimate
 from regard.bench.executor import Executor, InProcess, executor_of
 from regard.bench.prefill import leaves_unread
+from regard.bench.revisions import content, with_revisions
 from regard.core import Method, Unsupported, require
 from regard.core.spec import parse_spec
 from regard.kinds.mask import build_mask, refuse_ahead
-from regard.models.revision import revision
-from regard.models.shipped import load, load_shipped, shipped_name, source_of, stored_dtype
+from regard.models.shipped import load, load_shipped, shipped_name, stored_dtype
 from regard.ops import parse_budget
 from regard.ops.machine import cpu_facts, slow_on_cpu
 from regard.report.folder import Folder, keys_of
@@ -36,7 +35,6 @@ from regard.report.html import to_html
 from regard.report.markdown import to_markdown
 from regard.report.pictures import PictureResult
 from regard.report.result import Result
-from regard.tasks import Source
 
 BUDGETS = (0.1, 0.25, 0.5)
 LENGTHS = (256, 512, 1024)
@@ -189,55 +187,6 @@ def slow_model(model: Any, device: str | None = None, dtype: str | None = None) 
     held = getattr(torch, dtype) if dtype else stored_dtype(model)
     place = device or ("cuda" if torch.cuda.is_available() and shipped_name(model) is None else "cpu")
     return None if held is None else slow_on_cpu(held, place)
-
-
-def with_revisions(cells: Sequence[Cell], model: Any, dtype: str | None = None) -> list[Cell]:
-    """The cells with the content of all that they read from outside the package; what is no text is refused here."""
-    text = cells[0].text
-    source = None if text is None else text_revision(cells[0])
-    common = {
-        "text": source,
-        "model": content_of(model),
-        "dtype": dtype,
-    }
-    names = {name for c in cells for name in (c.method, page_of(c.task))} - {FULL}
-    pages = {name: catalog.revision_of(name) for name in names}
-    made = []
-    for cell in cells:
-        learned = cell.settings.get("learned")
-        facts = {
-            **common, "method": pages.get(cell.method), "task": pages[page_of(cell.task)],
-            "learned": None if learned is None else revision(learned),
-        }  # fmt: skip
-        made.append(replace(cell, revisions={k: v for k, v in facts.items() if v is not None}))
-    return made
-
-
-def text_revision(cell: Cell) -> str:
-    """The content of the text, or of the annotations of images, that cells read."""
-    if cell.what != "pictures":
-        return Source.from_path(cell.text or "").revision
-    return str(revision(cell.text))
-
-
-def page_of(task: str) -> str:
-    """The page of a task that may bring settings."""
-    return parse_spec(task)[0]
-
-
-def content_of(model: Any) -> str | None:
-    """The content of a model that does not come with this package."""
-    held = model if isinstance(model, tuple) else source_of(model)
-    return None if held is None else revision(held)
-
-
-def content(cells: Sequence[Cell]) -> dict[str, str]:
-    """What the run read from outside the package, by name: text, model and pages of one's own."""
-    known = {}
-    for cell in cells:
-        names = {"method": cell.method, "task": cell.task, "learned": f"{cell.method}:learned"}
-        known |= {names.get(what, what): held for what, held in cell.revisions.items()}
-    return known
 
 
 def parsed(spec: str) -> tuple[str, dict]:

@@ -19,10 +19,11 @@ from regard.attaching.attachment import attach
 from regard.attaching.converted import configured
 from regard.bench import harness_tasks as tasks_of
 from regard.bench.cell import FULL
-from regard.bench.compare import BUDGETS, content_of, loader, machine, parsed
+from regard.bench.compare import BUDGETS, loader, machine, parsed
 from regard.bench.executor import why
 from regard.bench.harness import language_model, refuse_missing
 from regard.bench.harness_tasks import Asking, Loaded
+from regard.bench.revisions import content_of
 from regard.core import require
 from regard.models.revision import revision
 from regard.ops.budget import Budget, parse_budget

@@ -111,7 +111,7 @@ def count_of(keep: float | int, tokens: int) -> int:
     >>> count_of(0, 64)
     Traceback (most recent call last):
     ...
-    ValueError: a budget keeps a visual token or more: keep=0
+    ValueError: must hold: a budget keeps a visual token or more (keep=0)
     """
     require(keep > 0, "a budget keeps a visual token or more", keep=keep)
     if (isinstance(keep, float) and not keep.is_integer()) or (keep == 1.0 and isinstance(keep, float)):

@@ -3,7 +3,8 @@
 Letters: B texts, H heads, R query rows, n stored keys, E a head's width, d the model's, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,3 +125,14 @@ def contrasted(logits: Tensor, other: Tensor, strength: float, cut: float) -> Te
         return mixed
     floor = logits.max(-1, keepdim=True).values + torch.log(torch.tensor(cut, dtype=torch.float64)).to(logits)
     return mixed.masked_fill(logits < floor, -torch.inf)
+
+
+def plainly_contrasted(
+    row: Sequence[float], others: Sequence[Sequence[float]], strength: float, cut: float
+) -> list[float]:
+    """Probabilities of the next token by the definition, token by token, for references: each pass beside counts."""
+    bar = max(row) + math.log(cut) if cut else -math.inf
+    says = {t: x + math.fsum(strength * (x - y[t]) for y in others) for t, x in enumerate(row) if x >= bar}
+    top = max(says.values())
+    total = math.fsum(math.exp(x - top) for x in says.values())
+    return [math.exp(says[t] - top) / total if t in says else 0.0 for t in range(len(row))]

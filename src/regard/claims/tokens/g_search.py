@@ -135,7 +135,7 @@ CLAIM = Claim(
     contradicted=(
         "the searched schedule keeps 91.6 % where a cut after the second layer with as many token-layers keeps 91.5 "
         "and as many random tokens 88.4 (whole images 94.9), so that half holds by a hair; but rankings of "
-        "neighbouring layers agree by 0.22, 0.20, 0.25 and 0.25 (Spearman, from the second layer on), not by 0.6. Six layers of a "
-        "small decoder each read the image for something else"
+        "neighbouring layers agree by 0.22, 0.20, 0.25 and 0.25 (Spearman, from the second layer on), not by 0.6. Six "
+        "layers of a small decoder each read the image for something else"
     ),
 )

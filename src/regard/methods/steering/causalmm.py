@@ -32,7 +32,7 @@ from torch import Tensor
 from regard.core import Card, require
 from regard.kinds.steering import SteeringPage
 from regard.ops import at_least_float32
-from regard.ops.steered import Steered, Stream, contrasted
+from regard.ops.steered import Steered, Stream, contrasted, plainly_contrasted
 
 KINDS = ("random", "uniform", "reversed", "shuffled")
 VISION, LANGUAGE = "cf_vision", "cf_language"
@@ -134,7 +134,8 @@ def reference(w: Tensor, visible: Tensor, drawn: Tensor, said: Mapping[str, Tens
     result = {name: plain_map(w, visible, drawn, kind) for name, kind in kinds.items() if kind}
     passes = [said[f"cf_{name}"].tolist() for name, kind in kinds.items() if kind]
     rows = [
-        plain_next(row, [other[b] for other in passes], cfg) for b, row in enumerate(said["main"].tolist())
+        plainly_contrasted(row, [other[b] for other in passes], cfg.strength, cfg.cut)
+        for b, row in enumerate(said["main"].tolist())
     ]
     return result | {"next": torch.tensor(rows, dtype=torch.float64)}
 
@@ -158,16 +159,6 @@ def plain_row(row: list[float], drawn: list[float], kind: str) -> list[float]:
     if not any(new):
         new = [1.0] * len(row)
     return [x * math.fsum(row) / math.fsum(new) for x in new]
-
-
-def plain_next(row: list[float], others: list[list[float]], cfg: Config) -> list[float]:
-    """Probabilities of the next token."""
-    says = [x + math.fsum(cfg.strength * (x - other[t]) for other in others) for t, x in enumerate(row)]
-    bar = max(row) + math.log(cfg.cut) if cfg.cut else -math.inf
-    stay = [x >= bar for x in row]
-    top = max(x for x, kept in zip(says, stay) if kept)
-    mass = [math.exp(x - top) if kept else 0.0 for x, kept in zip(says, stay)]
-    return [m / math.fsum(mass) for m in mass]
 
 
 def cases(seed: int) -> Iterable[tuple]:

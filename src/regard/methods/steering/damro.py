@@ -25,7 +25,7 @@ from torch import Tensor
 from regard.core import Card, require
 from regard.kinds.steering import SteeringPage
 from regard.ops import at_least_float32
-from regard.ops.steered import Stream, contrasted
+from regard.ops.steered import Stream, contrasted, plainly_contrasted
 
 OUTLIERS = "outliers"
 
@@ -70,7 +70,10 @@ def measure(attention: Tensor, said: Tensor, by_outliers: Tensor, cfg: Config) -
 
 def reference(attention: Tensor, said: Tensor, by_outliers: Tensor, cfg: Config) -> dict:
     """The most attended patch taken out again and again; token by token of what is said."""
-    rows = [plain_next(*row, cfg) for row in zip(said.tolist(), by_outliers.tolist())]
+    rows = [
+        plainly_contrasted(row, [other], cfg.strength, cfg.cut)
+        for row, other in zip(said.tolist(), by_outliers.tolist())
+    ]
     found = [plain_outliers(text, cfg.patches) for text in attention.tolist()]
     return {"outliers": torch.tensor(found), "next": torch.tensor(rows, dtype=torch.float64)}
 
@@ -81,14 +84,6 @@ def plain_outliers(heads: list[list[float]], patches: int) -> list[bool]:
     while left and len(total) - len(left) < patches:
         left.remove(max(left, key=lambda p: total[p]))  # the first of equal ones
     return [p not in left for p in range(len(total))]
-
-
-def plain_next(row: list[float], other: list[float], cfg: Config) -> list[float]:
-    bar = max(row) + math.log(cfg.cut) if cfg.cut else -math.inf
-    says = {t: x + cfg.strength * (x - y) for t, (x, y) in enumerate(zip(row, other)) if x >= bar}
-    top = max(says.values())
-    total = math.fsum(math.exp(x - top) for x in says.values())
-    return [math.exp(says[t] - top) / total if t in says else 0.0 for t in range(len(row))]
 
 
 def cases(seed: int) -> Iterable[tuple]:

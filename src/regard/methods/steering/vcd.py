@@ -26,7 +26,7 @@ from torch import Tensor
 from regard.core import Card, require
 from regard.kinds.steering import SteeringPage
 from regard.ops import at_least_float32
-from regard.ops.steered import Stream, contrasted
+from regard.ops.steered import Stream, contrasted, plainly_contrasted
 
 STEPS, LEAST, MOST, EDGE = 1000, 1e-5, 5e-3, 6.0
 NOISED = "noised"
@@ -98,20 +98,15 @@ def reference(pixels: Tensor, noise: Tensor, said: Tensor, said_noised: Tensor, 
         picture * x + math.sqrt(variance) * e
         for x, e in zip(pixels.flatten().tolist(), noise.flatten().tolist())
     ]
-    rows = [plain_next(*row, cfg) for row in zip(said.tolist(), said_noised.tolist())]
+    rows = [
+        plainly_contrasted(row, [other], cfg.strength, cfg.cut)
+        for row, other in zip(said.tolist(), said_noised.tolist())
+    ]
     wide = torch.float64
     return {
         "noised": torch.tensor(flat, dtype=wide).view(pixels.shape),
         "next": torch.tensor(rows, dtype=wide),
     }
-
-
-def plain_next(row: list[float], other: list[float], cfg: Config) -> list[float]:
-    bar = max(row) + math.log(cfg.cut) if cfg.cut else -math.inf
-    says = {t: x + cfg.strength * (x - y) for t, (x, y) in enumerate(zip(row, other)) if x >= bar}
-    top = max(says.values())
-    total = math.fsum(math.exp(x - top) for x in says.values())
-    return [math.exp(says[t] - top) / total if t in says else 0.0 for t in range(len(row))]
 
 
 def cases(seed: int) -> Iterable[tuple]:
