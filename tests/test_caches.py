@@ -10,7 +10,7 @@ from regard import catalog
 from regard.attaching import slots, views
 from regard.attaching.attachment import attach
 from regard.attaching.lazy_mask import MaskRule
-from regard.attaching.ledger import LedgerLayer
+from regard.attaching.ledger import LedgerLayer, Pending
 from regard.attaching.policy import CachePolicy
 from regard.attaching.rotary import Rotary
 from regard.attaching.slots import Group
@@ -320,7 +320,7 @@ def test_notes_travel_with_their_slots():
 def stored_layer(batch: int = 2, n: int = 5) -> LedgerLayer:
     layer = LedgerLayer()
     k = torch.arange(float(batch * 2 * n)).view(batch, 2, n, 1).expand(-1, -1, -1, 4)
-    layer.pending = []
+    layer.pending = Pending()
     layer.update(k, -k)
     return layer
 
