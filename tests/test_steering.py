@@ -108,6 +108,45 @@ def test_refusals():
         attach(model, away)
 
 
+def by_text(**parts):
+    """Steered by what was prepared: the last token's state of each layer, [B, layers, d]."""
+
+    def prepare(runs, at, cfg):
+        return runs["image"]["resid_post"].transpose(0, 1)
+
+    def steer(at, x, cfg):
+        return x + at.memory[:, at.layer, None] if at.phase == "decode" else x
+
+    record = lambda cfg: (Stream("image", records=("resid_post",), once=True),)  # noqa: E731
+    return method(streams=record, **{"prepare": prepare, "layer_edits": {"resid_post": steer}, **parts})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [[1, 0], [1], [0, 0, 1]])
+def test_memory_follows_the_rows_of_a_cache(rows):
+    """A text goes on as it would have, wherever its row is put."""
+    model, inputs = batch("llava")
+    token, mask = torch.tensor([[5], [9]]), torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    found = []
+    for order in ([0, 1], rows):
+        with attach(model, by_text()):
+            cache = model(**inputs, use_cache=True).past_key_values
+            (cache.reorder_cache if len(rows) > 1 else cache.batch_select_indices)(torch.tensor(order))
+            out = model(input_ids=token[order], attention_mask=mask[order], past_key_values=cache)
+            found.append(out.logits[:, -1])
+    plain, moved = found
+    assert (plain[0] - plain[1]).abs().max() > 1e-2
+    assert (moved - plain[rows]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_memory_that_does_not_lead_with_the_batch_is_refused():
+    model, inputs = batch("llava")
+    other = by_text(prepare=lambda runs, at, cfg: torch.zeros(3, 2), layer_edits={})
+    with pytest.raises(ValueError, match="leads with the batch"), attach(model, other):
+        model(**inputs, use_cache=True)
+
+
 @torch.no_grad()
 def test_a_cache_that_began_without_the_method():
     model, inputs = build("llava")

@@ -19,7 +19,7 @@ def test_bad_settings_are_refused():
 
 @pytest.mark.parametrize("prompt", [False, True])
 def test_of_a_prompt_the_last_token_is_steered_or_all_are(prompt):
-    x, v = torch.randn(2, 3, 4), torch.randn(1, 2, 4)
+    x, v = torch.randn(2, 3, 4), torch.randn(2, 1, 4)
     at = Steered(layer=0, layers=1, phase="prefill", memory=v, rows=torch.tensor([[0, 1, 2], [0, 1, -1]]))
     same = (page.steer(at, x, page.Config(prompt=prompt)) == x).all(-1)
     assert same.tolist() == ([[False] * 3] * 2 if prompt else [[True, True, False], [True, False, True]])

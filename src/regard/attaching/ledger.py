@@ -33,6 +33,15 @@ def select_rows(memory: dict, rows: Tensor) -> dict:
     }
 
 
+def follow(memory: Any, rows: Tensor, batch: int) -> Any:
+    """What a page prepared, for these rows of a batch: its tensors lead with the batch; those that lead with 1 stay."""
+
+    def chosen(x: Tensor) -> Tensor:
+        return x.index_select(0, rows.to(x.device)) if x.dim() and len(x) == batch else x
+
+    return tree_map(chosen, memory)
+
+
 class Pending(list["LedgerLayer"]):
     """The layers that were written and not yet attended to.
 
@@ -308,6 +317,8 @@ class LedgerLayer(DynamicLayer):
 
     def _rows(self, rows: Tensor) -> None:
         rows = rows.to(self.device) if self.groups else rows
+        if self.groups:
+            self.prepared = follow(self.prepared, rows, self.groups[0].keys.shape[0])
         for group in self.groups:
             group.select_rows(rows)
         self.memory, self.labels = select_rows(self.memory, rows), select_rows(self.labels, rows)

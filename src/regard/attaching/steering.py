@@ -31,6 +31,7 @@ from regard.attaching.streams_beside import (
 from regard.attaching.towers import Tower, image_token, layouts
 from regard.core import Method, NeverFired, Unreachable, Unsupported, require
 from regard.core.errors import present
+from regard.core.trees import tree_leaves
 from regard.kinds.steering import SteeringPage
 from regard.ops import View, mix, row_blocks
 from regard.ops.steered import Steered, Stream
@@ -231,7 +232,11 @@ class Steering(Actor):
         """With the cache, so that it is known to later steps, and to copies."""
         layer = first_layer(cache)
         if layer is not None and layer.prepared is None and self.page.prepare is not None:
-            layer.prepared = (self.memory_of(),)
+            memory, batch = self.memory_of(), layer.groups[0].keys.shape[0]
+            shapes = [tuple(x.shape) for x in tree_leaves(memory)]
+            led = all(not shape or shape[0] in (1, batch) for shape in shapes)
+            require(led, f"memory of {self.name} leads with the batch, {batch}, or with 1", memory=shapes)
+            layer.prepared = (memory,)
 
     def memory_of(self) -> Any:
         """What `prepare` gave for this text; prepared when it is first asked for."""

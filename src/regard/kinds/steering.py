@@ -24,7 +24,8 @@ class SteeringPage(Page):
     rows                               "last": scores, weights and z are of the newest token alone; "all" (default)
 
     streams(cfg) -> (Stream, ...)      passes beside the main one; they run before it, at every step unless `once`
-    prepare(runs, at, cfg) -> memory   once for each prompt, from the streams' records {stream: {quantity: tensor}}
+    prepare(runs, at, cfg) -> memory   once for each prompt, from the streams' records {stream: {quantity: tensor}};
+                                       its tensors lead with B, or with 1 where all texts share them: they follow beams
     logits(at, logits, cfg) -> [B, V]  the next token's logits, from {"main": [B, V], stream: [B, V], ...} in float32
     attention(at, cfg) -> [B, H, N, E] | None    an attention of its own (see Arranged); None: the model's own here
     search(run, cfg) -> ids            a search of its own in the place of generate's (see attaching/search.py)

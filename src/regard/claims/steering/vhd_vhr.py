@@ -50,7 +50,7 @@ def others() -> Method:
     """The heads that VHR leaves as they are, instead of those that it takes."""
 
     def steer(at: Steered, z: Tensor, cfg: page.Config) -> Tensor:
-        factor = page.factors(page.divergence(z[:, :, -1], at.memory[at.layer]), cfg.strength)
+        factor = page.factors(page.divergence(z[:, :, -1], at.memory[:, at.layer]), cfg.strength)
         return page.louder(z, 1 + cfg.strength - factor)
 
     return replace(method(), page=replace(page.METHOD, z=steer))

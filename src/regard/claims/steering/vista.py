@@ -31,7 +31,7 @@ def method(strength: float, mix: float = 0.0, prompt: bool = False) -> Method:
 
 
 def along(strength: float, directions: Any) -> Method:
-    """Steered along directions(v), as long as v, [layers, B, d]."""
+    """Steered along directions(v), as long as v, [B, layers, d]."""
 
     def prepare(runs: Any, at: Steered, cfg: page.Config) -> Tensor:
         v = page.prepare(runs, at, cfg)
@@ -42,11 +42,14 @@ def along(strength: float, directions: Any) -> Method:
 
 
 def randomly(strength: float, draw: int) -> Method:
-    return along(strength, lambda v: torch.randn(v.shape, generator=generator(draw)))
+    return along(
+        strength,
+        lambda v: torch.randn(v.transpose(0, 1).shape, generator=generator(draw)).transpose(0, 1),
+    )
 
 
 def swapped(strength: float) -> Method:
-    return along(strength, lambda v: v.roll(1, 1))
+    return along(strength, lambda v: v.roll(1, 0))
 
 
 def norm_change(texts: Contradicted, strength: float) -> float:

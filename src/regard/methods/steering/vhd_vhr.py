@@ -86,13 +86,13 @@ def streams(cfg: Config) -> tuple[Stream, ...]:
 
 
 def prepare(runs: Any, at: Steered, cfg: Config) -> Tensor:
-    """[layers, B, H, E] the heads' outputs at the last token without the image."""
-    return runs["without"]["z"]
+    """[B, layers, H, E] the heads' outputs at the last token without the image."""
+    return runs["without"]["z"].transpose(0, 1)
 
 
 def steer(at: Steered, z: Tensor, cfg: Config) -> Tensor:
     if at.phase == "prefill":
-        vhd = divergence(z[:, :, -1], at.memory[at.layer].to(z.device), cfg.outliers)
+        vhd = divergence(z[:, :, -1], at.memory[:, at.layer].to(z.device), cfg.outliers)
         at.notes["factor"] = factors(vhd, cfg.strength)
     return louder(z, at.notes["factor"])
 

@@ -74,13 +74,13 @@ def streams(cfg: Config) -> tuple[Stream, ...]:
 
 
 def prepare(runs: Any, at: Steered, cfg: Config) -> Tensor:
-    """[layers, B, d] v of each layer."""
+    """[B, layers, d] v of each layer."""
     image, without = (at_least_float32(runs[name]["resid_post"]) for name in ("image", "without"))
-    return image - without
+    return (image - without).transpose(0, 1)
 
 
 def steer(at: Steered, x: Tensor, cfg: Config) -> Tensor:
-    changed = steered(x, at.memory[at.layer].to(x.device), cfg.strength)
+    changed = steered(x, at.memory[:, at.layer].to(x.device), cfg.strength)
     if cfg.prompt or at.phase == "decode":
         return changed
     number = torch.arange(x.shape[1], device=x.device)[None] if at.rows is None else at.rows
