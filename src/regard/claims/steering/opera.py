@@ -3,8 +3,8 @@
 Scenes show coloured shapes without the partners that usually come with them, at contrasts of training; a mention of
 what is not there is false (CHAIR_I: false mentions over all). OPERA is beside beam search with as many beams, which it
 is at α = 0, and greedy decoding. Unit and patience were chosen on the seed CHOICE, σ and α are the paper's.
-The way back is what acts: with a patience of 15 captions of 20 tokens or less hardly change (3 of 48, CHAIR_I the same),
-and a larger unit keeps beams from ending, so that captions grow and more of their mentions are false.
+The way back is what acts: with a patience of 15 captions of 20 tokens or less hardly change (3 of 48, the same
+CHAIR_I), and a larger unit keeps beams from ending, so that captions grow and more of their mentions are false.
 
 Control: captions of beam search of which only the first mentions are kept, as many in all as OPERA's captions have.
 Columnar attention puts c of each row on the first column and the rest evenly on the others; diffuse is even.
