@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from regard.attaching.attachment import attach
-from regard.core import Card, Method, NeverFired, Observer, Unreachable, Unsupported
+from regard.core import Card, Edit, Method, NeverFired, Observer, Site, Unreachable, Unsupported
 from regard.kinds.steering import SteeringPage
 from regard.ops.steered import Stream, contrasted
-from regard.testing.pictures import batch, said
+from regard.testing.pictures import alone, batch, said
 from regard.testing.zoo import build
 
 CARD = Card(title="test", paper="none", year=2026, idea="", neutral={"alpha": 0.0})
@@ -170,3 +170,64 @@ def test_padding_on_the_right():
     last = right["attention_mask"].sum(1) - 1
     assert (out[torch.arange(2), last] - left).abs().max() < 1e-4
     assert torch.isfinite(said(model, inputs, 1)).all()
+
+
+@torch.no_grad()
+def test_two_methods_keep_what_each_of_them_prepared():
+    model, inputs = build("llava")
+    seen = {"a": [], "b": []}
+
+    def noting(name):
+        def z(at, z, cfg):
+            seen[name].append((at.memory, at.notes.setdefault("who", name)))
+            return z
+
+        page = method(prepare=lambda runs, at, cfg: name, z=z).page
+        return Method(name, page, Config())
+
+    with attach(model, [noting("a"), noting("b")]):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert all(found and {*found} == {(name, name)} for name, found in seen.items())
+
+
+def test_two_that_change_attention_weights_are_refused():
+    model, _ = build("llava")
+    one, other = method(weights=lambda at, w, cfg: w), method(scores=lambda at, s, cfg: s)
+    edit = Edit(Site("weights", layers=0), "zero")
+    for both in ([one, other], [edit, one]):
+        with pytest.raises(Unsupported, match="changes attention weights at a time"):
+            attach(model, both)
+    attach(model, [Edit(Site("mlp", layers=0), "zero"), one])
+
+
+@torch.no_grad()
+def test_streams_read_what_was_given_by_place():
+    model, inputs = build("llama")
+    ids = inputs["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[:, :2] = 0
+    same = method(False, streams=lambda cfg: (Stream("same"),), logits=lambda at, logits, cfg: logits["same"])
+    wanted = model(input_ids=ids, attention_mask=mask).logits[:, -1]
+    assert (wanted - model(input_ids=ids).logits[:, -1]).abs().max() > 1e-3
+    with attach(model, same):
+        assert torch.allclose(model(ids, mask).logits[:, -1], wanted, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_search_gives_what_generate_is_asked_for_or_refuses():
+    model, both = batch("llava")
+    inputs, how = alone(both, 0), dict(max_new_tokens=3, pad_token_id=0)
+    first = model(**inputs).logits[:, -1]
+    with attach(model, "opera", beams=2, alpha=0.0):
+        out = model.generate(**inputs, **how, return_dict_in_generate=True, output_logits=True)
+        assert torch.equal(out.sequences, model.generate(**inputs, **how, num_beams=2))
+        assert torch.allclose(out.logits[0], first, atol=1e-5)
+        with pytest.raises(ValueError, match="takes its beams from its settings"):
+            model.generate(**inputs, **how, num_beams=3)
+        for unread in (
+            dict(min_new_tokens=2),
+            dict(logits_processor=[lambda ids, x: x]),
+            dict(output_scores=True),
+        ):
+            with pytest.raises(Unsupported, match="reads no"):
+                model.generate(**inputs, **how, **unread)

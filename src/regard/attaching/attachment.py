@@ -26,7 +26,7 @@ from regard.attaching.resolve import Attachable, actors_of
 from regard.attaching.rotary import Rotary
 from regard.attaching.selected import selection
 from regard.attaching.sites import ATTENTION, Sites, refuse_unreachable, towers
-from regard.attaching.step import RoleRule
+from regard.attaching.step import RoleRule, named
 from regard.attaching.streams import Streams
 from regard.attaching.towers import image_token
 from regard.attaching.turning import is_rotary_table
@@ -196,7 +196,7 @@ class attach:
         context.caches.pending.clear()
         context.caches.pending.arriving = None
         context.standins.rules.clear()
-        context.step = context.step.next(named(args, kwargs), context.roles)
+        context.step = context.step.next(named(module, args, kwargs), context.roles)
         context.step.stream = context.stream
         for actor in self.actors:
             actor.begin(context.step)
@@ -280,11 +280,6 @@ def layer_counts(model: PreTrainedModel) -> tuple[int, int]:
 def uncompiled(function: Callable) -> Callable:
     """A function that torch.compile leaves as it is: the compiled model has a break there."""
     return torch._dynamo.disable(function)
-
-
-def named(args: tuple, kwargs: dict) -> dict:
-    """Keyword arguments of a forward, its first positional one read as input_ids."""
-    return {"input_ids": args[0], **kwargs} if args else kwargs
 
 
 def refuse_batch(*args: Any, **kwargs: Any) -> None:

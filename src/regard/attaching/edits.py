@@ -57,6 +57,10 @@ class Edits(Actor):
         # heads at which an edit, by id, met keys that are seen, in the call that is being edited
         self._met: dict[int, set[int]] = {}
 
+    @property
+    def changes_weights(self) -> bool:
+        return any(r.edit.site.quantity in BY_KEY for r in self.receipts)
+
     def of_streams(self) -> list[Receipt]:
         return [r for r in self.receipts if r.edit.site.quantity in STREAMS]
 

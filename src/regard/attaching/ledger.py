@@ -78,7 +78,7 @@ class LedgerLayer(DynamicLayer):
         # whether another model verifies its tokens: then what was evicted may stay away when some are taken back
         self.draft = False
         self.followers: dict[str, Any] = {}  # caches of passes beside the one that this layer's cache is of
-        self.prepared: tuple | None = None  # what a steering method found on the prompt
+        self.prepared: dict[str, tuple] = {}  # what steering methods found on the prompt, by name
         self.inference = False  # whether it was written last in inference mode
         self.offloads = False  # whether it is offloaded once the attention that reads it is done
 
@@ -255,7 +255,7 @@ class LedgerLayer(DynamicLayer):
     def reset(self) -> None:
         self.groups, self.memory, self.labels, self.positions = [], {}, {}, None
         self.seen, self.compressed, self.is_initialized = 0, False, False
-        self.followers, self.prepared = {}, None
+        self.followers, self.prepared = {}, {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens: an error once something was evicted, but for a draft, which is verified."""

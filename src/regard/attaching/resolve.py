@@ -52,6 +52,7 @@ def actors_of(
         actors.append(Observers(by_kind["observer"]))
     refuse_beside_removal(actors)
     refuse_two_decoders(actors)
+    refuse_two_weights(actors)
     return actors
 
 
@@ -60,6 +61,14 @@ def refuse_two_decoders(actors: list[Actor]) -> None:
     decode = [a.name for a in actors if isinstance(a, Steering) and a.controls_decoding]
     if len(decode) > 1:
         raise Unsupported(f"one decode control at a time, not {', '.join(decode)}")
+
+
+def refuse_two_weights(actors: list[Actor]) -> None:
+    """Raise where two would each compute a head's output from weights of its own: the last alone would count."""
+    changing = [a.name for a in actors if isinstance(a, Steering) and a.changes_weights]
+    changing += [a.name for a in actors if isinstance(a, Edits) and a.changes_weights and changing]
+    if len(changing) > 1:
+        raise Unsupported(f"one method that changes attention weights at a time, not {', '.join(changing)}")
 
 
 def refuse_beside_removal(actors: list[Actor]) -> None:

@@ -20,10 +20,10 @@ from regard.core import Unsupported, require
 from regard.core.errors import present
 from regard.ops import View
 
-# settings of generate() that a search reads; those that are set to anything else are refused
+# settings of generate() that a search reads, or that are checked elsewhere; others are refused
 READ = (
     "max_new_tokens", "max_length", "num_beams", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache",
-    "do_sample", "return_dict_in_generate", "transformers_version", "min_new_tokens", "output_logits", "output_scores",
+    "do_sample", "return_dict_in_generate", "transformers_version", "output_logits",
 )  # fmt: skip
 
 
@@ -44,6 +44,7 @@ class SearchRun:
     cache: Any = None
     first: Tensor | None = None  # [1, V] logits of the first token
     rows: list[Tensor] = field(default_factory=list)  # of each token that was fed: [R, its number]
+    first: Tensor | None = None  # [1, V] logits of the first token
 
     @property
     def fed(self) -> int:
@@ -70,9 +71,8 @@ class SearchRun:
 
     def feed(self, tokens: Tensor) -> Tensor:
         """[R, V] logits after a token [R] for each row, which is kept."""
-        logits, seen = self._forward(self.cache, tokens, self.mask)
+        logits, seen = self._forward(self.cache, tokens)
         self.rows.append(seen)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         return logits
 
     def look(self, candidates: Tensor) -> Tensor:
@@ -80,23 +80,22 @@ class SearchRun:
         count = candidates.shape[1]
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(count)
-        _, seen = self._forward(cache, candidates.flatten(), self.mask.repeat_interleave(count, 0))
+        _, seen = self._forward(cache, candidates.flatten())
         return seen.unflatten(0, (-1, count))
 
-    def _forward(self, cache: Any, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and the last layer's attention of the new token to what was fed since the prompt, itself included."""
+    def _forward(self, cache: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the last layer's attention of the new token to what was fed since the prompt, itself included.
+
+        No text has padding here, so there is no mask: from one Qwen-VL would make positions for all that is stored.
+        """
         steering = self.steering
         steering.fed, steering.seen = len(self.rows) + 1, None
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        out = steering.model(
-            input_ids=tokens[:, None], attention_mask=mask, past_key_values=cache, use_cache=True
-        )
+        out = steering.model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True)
         return out.logits[:, -1].float(), steering.seen
 
     def reorder(self, rows: Tensor) -> None:
         """Put the state of row rows[i] in the place of row i."""
         self.cache.reorder_cache(rows)
-        self.mask = self.mask[rows]
         self.rows = [seen[rows] for seen in self.rows]
 
     def take_back(self, count: int) -> None:
@@ -104,7 +103,7 @@ class SearchRun:
         require(0 <= count <= len(self.rows), "as many tokens as were fed", count=count, fed=len(self.rows))
         if count:
             self.cache.crop(-count)
-            self.mask, self.rows = self.mask[:, :-count], self.rows[:-count]
+            self.rows = self.rows[:-count]
 
     @property
     def attention(self) -> Tensor:
@@ -130,6 +129,7 @@ def generate_of(steering: Any, own: Any) -> Any:
         unused = config.update(**kwargs)
         refuse_settings(steering, config)
         inputs = {"input_ids": input_ids, **unused} if input_ids is not None else dict(unused)
+        refuse_objects(steering, inputs)
         inputs = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
         require(inputs.get("input_ids") is not None, "a search reads input_ids", inputs=sorted(inputs))
         most = config.max_new_tokens or (config.max_length or 20) - inputs["input_ids"].shape[1]
@@ -180,7 +180,19 @@ def refuse_settings(steering: Any, config: GenerationConfig) -> None:
     }
     if config.do_sample:
         asked["do_sample"] = True
+    beams = getattr(steering.config, "beams", None)
+    require(config.num_beams in (None, 1, beams), f"{steering.name} takes its beams from its settings",
+            num_beams=config.num_beams, beams=beams)  # fmt: skip
     if asked:
         raise Unsupported(
             f"{steering.name} searches by itself and reads no {', '.join(sorted(asked))} of generate()"
+        )
+
+
+def refuse_objects(steering: Any, inputs: dict[str, Any]) -> None:
+    """Raise for processors, criteria, streamers and caches: generate() reads them, and a search does not."""
+    unread = [name for name, x in inputs.items() if x is not None and not isinstance(x, Tensor)]
+    if unread:
+        raise Unsupported(
+            f"{steering.name} searches by itself and reads no {', '.join(unread)} of generate()"
         )

@@ -82,7 +82,7 @@ def steered_of(steering: Any, call: AttentionCall, view: View, rows: slice) -> S
 
     notes = steering.notes.setdefault(call.site.layer, {})
     if call.layer is not None:
-        notes = call.layer.memory.setdefault("steering", {})
+        notes = call.layer.memory.setdefault("steering", {}).setdefault(steering.name, {})
     at = Steered(
         layer=call.site.layer, layers=steering.context.layers_of_text, phase=call.phase, stream=steering.stream,
         tower=call.site.tower, rows=numbers(view, start, stop), role=role, row_role=row_role,

@@ -15,7 +15,7 @@ from regard.attaching.pictures import ASIDE, capture, other_pictures
 from regard.attaching.search import generate_of, note_newest
 from regard.attaching.steered_calls import arranged_of, hidden_role, last_row, steered_of
 from regard.attaching.steered_layers import MAIN, hook_layer
-from regard.attaching.step import Step
+from regard.attaching.step import Step, named
 from regard.attaching.streams_beside import (
     Recorded,
     at_columns,
@@ -81,6 +81,10 @@ class Steering(Actor):
         )
 
     @property
+    def changes_weights(self) -> bool:
+        return self.page.scores is not None or self.page.weights is not None
+
+    @property
     def page(self) -> SteeringPage:
         return self.method.page
 
@@ -141,7 +145,7 @@ class Steering(Actor):
         """Before the main pass: those that are carried on, and on a prompt those that are read once."""
         if self.stream != MAIN:
             return None
-        given = {"input_ids": args[0], **kwargs} if args else dict(kwargs)
+        given = dict(named(module, args, kwargs))
         cache = given.get("past_key_values")
         first = not begun(cache)
         self._check_image(given, first)
@@ -150,8 +154,9 @@ class Steering(Actor):
             self.memory, self.notes, self.recorded = UNSET, {}, {}
         elif self.page.prepare is not None:
             layer = first_layer(cache)
-            known = None if layer is None else layer.prepared
-            self.memory = present(known, f"{self.name}: this cache began with the method attached")[0]
+            known = {} if layer is None else layer.prepared
+            own = known.get(self.name)
+            self.memory = present(own, f"{self.name}: this cache began with the method attached")[0]
         self.logits, self.began, caches = {}, {}, followers_of(cache)
         for stream in self.streams:
             if stream.once and not first:

@@ -1,11 +1,12 @@
 """One forward of the whole model: what its layers share, and the labels of its tokens by role."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.attaching.ledger import LedgerLayer
 from regard.attaching.places import Places
@@ -73,6 +74,11 @@ class Step:
             labels={} if text is None else labelled(roles, text),
             ids_labels=self.ids_labels if ids is None else labelled(roles, ids),
         )
+
+
+def named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a forward by name, those that were given by place too."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs} if args else kwargs
 
 
 def labelled(roles: Mapping[str, RoleRule], ids: Tensor) -> Labels:
