@@ -1,10 +1,12 @@
 """regard compare on images, with the shipped vision-language model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from regard.bench.compare import compare
+from regard.bench.pictures import Reader
 from regard.cli import app
 from regard.core import Unsupported
 from regard.report.picture_page import show_pictures
@@ -105,6 +107,27 @@ def test_verdicts_follow_from_the_intervals():
     assert result.verdict({**row, "gain_interval": [-0.3, -0.1]}) == "worse, as its control"
     assert result.verdict({**row, "gain_interval": [0.0, 0.0]}) == "changes no answer"
     assert result.verdict({**row, "status": "timeout"}) == "timeout"
+
+
+def test_a_reduction_is_beside_random_tokens_of_its_own_budget():
+    def row(method, kept, scores):
+        samples = [{"image": str(i), "score": s} for i, s in enumerate(scores)]
+        facts = dict(task="pope", status="ok", metric="yes_no", kind_of_method="tokens")
+        return {"method": method, "label": method, "kept": kept, "samples": samples, **facts}
+
+    few, many = row("random_tokens", 0.1, [0.0] * 8), row("random_tokens", 0.5, [1.0] * 8)
+    ours = row("fastervlm", 0.5, [0.0] * 8)
+    assert PictureResult({}, [few, many, ours]).verdict(ours) == "below random"
+    assert PictureResult({}, [few, ours]).verdict(ours) == "not at random's budget"
+
+
+def test_a_token_that_begins_yes_and_no_says_neither():
+    def tokenizer(word, add_special_tokens):
+        return {"input_ids": ([0] if word[0] == " " else []) + [1 + "yYnN".index(word.strip()[0])]}
+
+    tokenizer.unk_token_id = -1
+    reader = Reader(None, SimpleNamespace(tokenizer=tokenizer), "yes_no")
+    assert reader.yes_and_no() == ([1, 2], [3, 4])
 
 
 def test_the_command(run, tmp_path):

@@ -152,8 +152,13 @@ class Reader:
         answers.said += [t.strip() for t in self.processor.batch_decode(new, skip_special_tokens=True)]
         answers.first.append(first)
         logs = first.log_softmax(-1)
-        yes, no = (torch.logsumexp(logs[:, self.ids(words)], -1) for words in (YES, NO))
+        yes, no = (torch.logsumexp(logs[:, ids], -1) for ids in self.yes_and_no())
         answers.margins += torch.nan_to_num(yes - no, nan=0.0, posinf=1e4, neginf=-1e4).tolist()
+
+    def yes_and_no(self) -> tuple[list[int], list[int]]:
+        """First tokens of yes and of no; one that begins both (a space) says neither."""
+        yes, no = self.ids(YES), self.ids(NO)
+        return [i for i in yes if i not in no], [i for i in no if i not in yes]
 
     def ids(self, words: Sequence[str]) -> list[int]:
         """The first tokens of these words."""

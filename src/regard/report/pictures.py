@@ -83,12 +83,13 @@ class PictureResult:
 
     def beside_random(self, row: Row) -> str:
         """A reduction beside random tokens, in pairs over the images that both answered."""
-        other = next((r for r in self.of(row["task"]) if r["method"] == RANDOM and r["status"] == "ok"), None)
-        if other is None or row["method"] == RANDOM:
+        others = [r for r in self.of(row["task"]) if r["method"] == RANDOM and r["status"] == "ok"]
+        if not others or row["method"] == RANDOM:
             return ""
-        low, high = apart(row, other)
-        if not alike(row.get("kept"), other.get("kept")):
+        other = next((r for r in others if alike(row.get("kept"), r.get("kept"))), None)
+        if other is None:
             return "not at random's budget"
+        low, high = apart(row, other)
         return "above random" if low > 0 else "below random" if high < 0 else "as random"
 
     def sentence(self) -> str:
