@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from regard import attach
@@ -100,3 +101,15 @@ def test_what_was_taken_back_and_fed_again_gives_the_same_logits():
     first, again, rows, rows_again = seen[0]
     assert torch.equal(first, again) and torch.equal(rows, rows_again)
     assert rows.shape == (2, 3, 3) and rows.triu(1).eq(0).all()
+
+
+@pytest.mark.parametrize("family", ["qwen25vl", "qwen3vl"])
+@torch.no_grad()
+def test_positions_of_several_components_are_those_of_beam_search(family):
+    model, both = batch(family)
+    how = dict(max_new_tokens=5, pad_token_id=0, eos_token_id=2)
+    for text in (0, 1):
+        inputs = alone(both, text)
+        wanted = model.generate(**inputs, **how, num_beams=3, do_sample=False)
+        with attach(model, "opera", beams=3, alpha=0.0):
+            assert torch.equal(model.generate(**inputs, **how), wanted)
