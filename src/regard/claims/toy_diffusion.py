@@ -14,6 +14,7 @@ given the scores before the softmax (weights None), then the weights after it (s
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -208,6 +209,7 @@ def noised(patches: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
     return (1 - t) * patches + t * noise
 
 
+@cache
 def trained(seed: int, steps: int = STEPS) -> ToyDiffusion:
     """A model after a step of AdamW on each of so many fresh batches; its parameters ask for no gradients."""
     model, g = ToyDiffusion(seed), generator(1000 + seed)
@@ -220,7 +222,7 @@ def trained(seed: int, steps: int = STEPS) -> ToyDiffusion:
         noise, t = torch.randn(x.shape, generator=g), torch.rand(BATCH, generator=g)
         return F.mse_loss(model(noised(x, noise, t), t, scene.words), named)
 
-    with threads(1):
+    with threads(1), torch.enable_grad():
         fit(
             torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01),
             loss_at,

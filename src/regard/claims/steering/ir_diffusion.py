@@ -142,7 +142,9 @@ def attention_of(model: toy.ToyDiffusion, pair: Pair, t: float, g: torch.Generat
     ]
     found = []
     for i, (h, ref) in enumerate(zip(*seen, strict=True)):
-        q, k = model.looks[i].qkv(h, ref)[:2]
+        look = model.looks[i]
+        assert isinstance(look, toy.Mixer)
+        q, k = look.qkv(h, ref)[:2]
         there = page.moved(q, toy.GRID, pair.target_box, COMMON)
         sides = [matched(q, k, pair.target_box, pair.reference_box, pair.ink)]
         for common in (COMMON, ASIDE):
