@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from regard.attaching.actors import AttentionCall
 from regard.attaching.streams_beside import OF_TOKENS
@@ -42,7 +42,6 @@ class SearchRun:
     tokens: int
     ends: tuple[int, ...]
     cache: Any = None
-    first: Tensor | None = None  # [1, V] logits of the first token
     rows: list[Tensor] = field(default_factory=list)  # of each token that was fed: [R, its number]
     first: Tensor | None = None  # [1, V] logits of the first token
 
@@ -60,14 +59,8 @@ class SearchRun:
         out = self.steering.model(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
         self.cache.batch_repeat_interleave(beams)
-        self.mask = self._mask().repeat_interleave(beams, 0)
-        self.rows = []
-        self.first = out.logits[:, -1]
-        return self.first.float().repeat_interleave(beams, 0)
-
-    def _mask(self) -> Tensor:
-        mask = self.inputs.get("attention_mask")
-        return torch.ones_like(self.prompt) if mask is None else mask
+        self.rows, self.first = [], out.logits[:, -1].float()
+        return self.first.repeat_interleave(beams, 0)
 
     def feed(self, tokens: Tensor) -> Tensor:
         """[R, V] logits after a token [R] for each row, which is kept."""
@@ -120,7 +113,7 @@ def note_newest(steering: Any, call: AttentionCall, view: View) -> None:
 
 
 def generate_of(steering: Any, own: Any) -> Any:
-    """`generate` of the model while the page searches; its `logits` are those of the first token alone."""
+    """`generate` of the model while the page searches. Of output_logits it gives those of the first token alone."""
 
     @torch.no_grad()
     def generate(input_ids: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
@@ -139,15 +132,17 @@ def generate_of(steering: Any, own: Any) -> Any:
         steering.acted += 1
         found, first = [], []
         for own in one_by_one(steering, inputs):
-            steering.fed, run = 0, SearchRun(steering, own, most, ends)
+            run = SearchRun(steering, own, most, ends)
             found.append(steering.page.search(run, steering.config)[0])
-            first.append(present(run.first, "a search begins"))
+            first.append(run.first)
+            steering.fed = 0
         longest = max(len(ids) for ids in found)
         ids = [torch.nn.functional.pad(x, (0, longest - len(x)), value=int(pad)) for x in found]
-        sequences = torch.cat([inputs["input_ids"], torch.stack(ids)], 1)
+        whole = torch.cat([inputs["input_ids"], torch.stack(ids)], 1)
         if not config.return_dict_in_generate:
-            return sequences
-        return GenerateBeamDecoderOnlyOutput(sequences=sequences, logits=(torch.cat(first),))
+            return whole
+        logits = (torch.cat([present(x, "a search that began") for x in first]),)
+        return GenerateDecoderOnlyOutput(sequences=whole, logits=logits if config.output_logits else None)
 
     return generate
 

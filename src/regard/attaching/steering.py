@@ -236,12 +236,12 @@ class Steering(Actor):
     def _keep_memory(self, cache: Any) -> None:
         """With the cache, so that it is known to later steps, and to copies."""
         layer = first_layer(cache)
-        if layer is not None and layer.prepared is None and self.page.prepare is not None:
+        if layer is not None and self.name not in layer.prepared and self.page.prepare is not None:
             memory, batch = self.memory_of(), layer.groups[0].keys.shape[0]
             shapes = [tuple(x.shape) for x in tree_leaves(memory)]
             led = all(not shape or shape[0] in (1, batch) for shape in shapes)
             require(led, f"memory of {self.name} leads with the batch, {batch}, or with 1", memory=shapes)
-            layer.prepared = (memory,)
+            layer.prepared = {**layer.prepared, self.name: (memory,)}
 
     def memory_of(self) -> Any:
         """What `prepare` gave for this text; prepared when it is first asked for."""

@@ -132,11 +132,11 @@ def drawn(result: PictureResult, rows: list, title: str) -> str:
     """Rows of (row, value, interval) as whiskers; right of the line is better."""
     if not rows:
         return ""
-    ends = [end for _, _, interval in rows for end in interval]
-    low, high = min(0.0, *ends), max(0.0, *ends)
+    reach = [end for _, _, interval in rows for end in interval]
+    low, high = min(0.0, *reach), max(0.0, *reach)
     at = lambda x: 190 + (WIDE - 20) * (x - low) / max(high - low, 1e-6)  # noqa: E731
     height = TALL * len(rows) + 4
-    marks = "".join(whisker(result, *row, i, at) for i, row in enumerate(rows))
+    marks = "".join(whisker(result, row, value, ends, i, at) for i, (row, value, ends) in enumerate(rows))
     zero = f'<line class="zero" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="0" y2="{height}"/>'
     size = f'viewBox="0 0 {WIDE + 200} {height}" width="{WIDE + 200}" role="img"'
     words = f"{title}: {100 * low:+.1f} to {100 * high:+.1f}; right of the line is better."

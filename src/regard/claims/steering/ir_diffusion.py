@@ -144,7 +144,7 @@ def attention_of(model: toy.ToyDiffusion, pair: Pair, t: float, g: torch.Generat
     for i, (h, ref) in enumerate(zip(*seen, strict=True)):
         look = model.looks[i]
         assert isinstance(look, toy.Mixer)
-        q, k = look.qkv(h, ref)[:2]
+        q, k, *_ = look.qkv(h, ref)
         there = page.moved(q, toy.GRID, pair.target_box, COMMON)
         sides = [matched(q, k, pair.target_box, pair.reference_box, pair.ink)]
         for common in (COMMON, ASIDE):
