@@ -28,7 +28,7 @@ from regard.attaching.streams_beside import (
     newest_logits,
     stream_inputs,
 )
-from regard.attaching.towers import Tower, image_token, layouts
+from regard.attaching.towers import Tower, class_attention_of, image_token
 from regard.core import Method, NeverFired, Unreachable, Unsupported, require
 from regard.core.errors import present
 from regard.core.trees import tree_leaves
@@ -212,12 +212,8 @@ class Steering(Actor):
         if self.page.logits is not None:
             own, at = newest_logits(output.logits, present(self.columns, "a forward"), self.new)
             mixed = self.page.logits(self._behind(), {MAIN: own.float(), **self.logits}, self.config)
-            require(
-                mixed.shape == own.shape,
-                "mixed logits [B, V]",
-                mixed=tuple(mixed.shape),
-                own=tuple(own.shape),
-            )
+            shapes = (tuple(mixed.shape), tuple(own.shape))
+            require(shapes[0] == shapes[1], "mixed logits [B, V]", mixed=shapes[0], own=shapes[1])
             where = at.expand(len(own))[:, None, None].expand(-1, 1, own.shape[1])
             output["logits"] = output.logits.scatter(1, where, mixed.to(own.dtype)[:, None])
             self.acted += 1
@@ -248,20 +244,15 @@ class Steering(Actor):
         if self.page.prepare is not None and self.memory is UNSET:
             runs = {name: found.stacked() for name, found in self.recorded.items()}
             at = Steered(layer=0, layers=self.context.layers_of_text, phase="prefill", stream=self.stream)
-            at.class_attention, at.seed = self.class_attention, getattr(self.config, "seed", 0)
+            inputs = dict(self.step.inputs)
+            at.class_attention = lambda layer: class_attention_of(self.model, self.tower, inputs, layer)
+            at.seed = getattr(self.config, "seed", 0)
             self.memory = self.page.prepare(runs, at, self.config)
         return None if self.memory is UNSET else self.memory
 
     def makes_memory(self) -> bool:
         """Whether the stream that runs is one of those that the memory is made of."""
         return any(s.once and s.name == self.stream for s in self.streams)
-
-    def class_attention(self, layer: int) -> Tensor:
-        """[B, H, P] of the class token on each text's visual tokens: one image a text, of one size."""
-        images = layouts(self.model, self.tower, dict(self.step.inputs))
-        ids = self.step.inputs.get("input_ids")
-        require(ids is not None and len(images) == len(ids), "one image in each text", images=len(images))
-        return torch.stack([self.tower.class_attention(layer, at) for at in images])
 
     # attention
 

@@ -238,3 +238,10 @@ def padding_of(pixels: Tensor, at: Layout) -> Tensor | None:
 def border(blank: Tensor) -> Tensor:
     """Of [n] bool those that hang together with an end."""
     return blank.cumprod(0).bool() | blank.flip(0).cumprod(0).flip(0).bool()
+
+
+def class_attention_of(model: Any, tower: Tower, inputs: dict[str, Any], layer: int) -> Tensor:
+    """[B, H, P] of the class token on each text's visual tokens: one image a text, of one size."""
+    images, ids = layouts(model, tower, inputs), inputs.get("input_ids")
+    require(ids is not None and len(images) == len(ids), "one image in each text", images=len(images))
+    return torch.stack([tower.class_attention(layer, at) for at in images])

@@ -110,7 +110,7 @@ def measure(
     cfg, (question, general) = cfg or Config(), (at_least_float32(x) for x in (question, general))
     require(question.shape[1:] == general.shape[1:], "maps of the same layers and tokens",
             question=tuple(question.shape), general=tuple(general.shape))  # fmt: skip
-    require(math.prod(grid) == question.shape[-1], "a token for each place of the grid", grid=grid)
+    require(math.prod(grid) == question.shape[-1], "the places of the grid are the tokens", grid=grid)
     height, width = pixels.shape[-2:]
     fused = fuse(question, general, cfg)
     weight = resized(fused.view(1, *grid), (height, width))[0]
