@@ -49,7 +49,7 @@ def same_everywhere(at: Steered, s: Tensor) -> Tensor:
 
 
 def unlike_cmai(at: Steered, s: Tensor) -> Tensor:
-    """The page's focus, reversed: in the prompt alone, for rows that were seen."""
+    """The page's focus, reversed."""
     image, text = at.role("image"), ~at.row_role("image") & (at.rows >= 0)
     earlier = at.notes.get("looked", s.new_zeros(len(s), 0, 0))
     n, rows = s.shape[3], s.shape[2]
