@@ -221,8 +221,7 @@ class Steering(Actor):
 
     def _behind(self) -> Steered:
         """What is known behind the last layer."""
-        phase = "decode" if self.new == 1 else "prefill"
-        seed = getattr(self.config, "seed", 0)
+        phase, seed = "decode" if self.new == 1 else "prefill", getattr(self.config, "seed", 0)
         at = Steered(layer=self.layers, layers=self.layers, phase=phase, memory=self.memory_of(), seed=seed)
         at.early = lambda layer, normed=True: early_logits(self.model, self.early_states[layer], normed)
         return at
