@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regard.bench.picture_scores import cut, share
+from regard.bench.picture_scores import cut, difference, share
 from regard.claims.lab import mean, threads
-from regard.claims.shipped_vlm import captions, chair, named
+from regard.claims.shipped_vlm import captions, chair
 from regard.core import Method
 from regard.core.claim import Claim, Measured
 from regard.methods.steering import opera as page
+from regard.tasks.chair_scores import Counts, counts
 from regard.tasks.pictures import PictureQuestion
 from regard.tasks.scene_questions import DESCRIBE
 from regard.tasks.scenes import MIXED, PAIRS, Scene, Scenes
@@ -62,31 +63,30 @@ def ratios(sigma: float) -> list[float]:
     return found
 
 
-def truncated(scenes: Sequence[Scene], said: Sequence[str], wanted: int) -> float:
-    """CHAIR_I of captions cut to so many mentions."""
+def asked(scenes: Sequence[Scene]) -> list[PictureQuestion]:
+    shown = [tuple(" ".join(pair) for pair in scene.shapes) for scene in scenes]
+    return [PictureQuestion(None, DESCRIBE, "", str(i), objects=there) for i, there in enumerate(shown)]
+
+
+def over_cut(
+    scenes: Sequence[Scene], ours: Sequence[str], beams: Sequence[str]
+) -> tuple[list[Counts], list[Counts]]:
+    """Mentions of OPERA's captions, and of beam search's cut to as many."""
     objects = [" ".join(pair) for pair in PAIRS]
-    asked = [
-        PictureQuestion(None, DESCRIBE, "", str(i), objects=tuple(" ".join(p) for p in scene.shapes))
-        for i, scene in enumerate(scenes)
-    ]
-    kept = cut(asked, said, objects, wanted)
-    return share(kept, np.arange(len(kept)))
+    kept = [counts(text, q.objects, objects) for q, text in zip(asked(scenes), ours, strict=True)]
+    return kept, cut(asked(scenes), beams, objects, sum(c.named for c in kept))
 
 
 def beam_search(scenes: Sequence[Scene]) -> list[str]:
     return captions(None, scenes, num_beams=BEAMS)
 
 
-def mentions(said: Sequence[str]) -> int:
-    return sum(len(named(text)) for text in said)
-
-
 def length(said: Sequence[str]) -> float:
     return mean(len(text.split()) for text in said)
 
 
-def of_seed(seed: int, cfg: page.Config) -> dict[str, float]:
-    """CHAIR_I, recall and words of OPERA, beam search and greedy decoding, and CHAIR_I of beam search that is cut."""
+def of_seed(seed: int, cfg: page.Config) -> tuple[dict[str, float], tuple[list[Counts], list[Counts]]]:
+    """CHAIR_I, recall and words of OPERA, beam search and greedy decoding; mentions beside beam search that is cut."""
     scenes = drawn(seed)
     sides = {
         "opera": captions(opera(cfg), scenes), "beam": beam_search(scenes), "greedy": captions(None, scenes)
@@ -96,9 +96,9 @@ def of_seed(seed: int, cfg: page.Config) -> dict[str, float]:
         rate, recall = chair(said, scenes)
         found |= {name: rate, f"recall_{name}": recall, f"words_{name}": length(said)}
     changed = mean(a != b for a, b in zip(sides["opera"], sides["beam"], strict=True))
-    return {
-        **found, "cut": truncated(scenes, sides["beam"], mentions(sides["opera"])), "changed": changed,
-    }  # fmt: skip
+    both = over_cut(scenes, sides["opera"], sides["beam"])
+    whole = np.arange(len(scenes))
+    return {**found, "cut": share(both[1], whole), "changed": changed}, both
 
 
 def same_at_zero() -> int:
@@ -111,15 +111,20 @@ def same_at_zero() -> int:
 
 def measure() -> Measured:
     with threads(2):
-        found = [of_seed(seed, SETTINGS) for seed in SEEDS]
+        runs = [of_seed(seed, SETTINGS) for seed in SEEDS]
+        found = [run[0] for run in runs]
+        ours, theirs = ([c for run in runs for c in run[1][side]] for side in (0, 1))
+        names = [f"{seed} {i}" for seed in SEEDS for i in range(COUNT)]
         numbers: dict = {name: [each[name] for each in found] for name in found[0]}
+        numbers["over_cut_interval"] = difference(names, ours, theirs)
         differ, phi = same_at_zero(), ratios(SETTINGS.sigma)
         numbers |= {
             "seeds": list(SEEDS), "captions_of_a_seed": COUNT, "unit": SETTINGS.unit, "patience": SETTINGS.patience,
             "differ_at_alpha_0": differ, "phi_ratios": phi,
         }  # fmt: skip
     lower = all(each["opera"] < each["beam"] for each in found)
-    return Measured(differ == 0 and min(phi) > 10 and lower, numbers)
+    beyond = numbers["over_cut_interval"][1] < 0
+    return Measured(differ == 0 and min(phi) > 10 and lower and beyond, numbers)
 
 
 CLAIM = Claim(
@@ -127,6 +132,6 @@ CLAIM = Claim(
     statement="at α = 0 OPERA is beam search; attention that leans on one column scores higher than diffuse attention "
     "of equal row sums; with its penalty captions of a small vision-language model mention what is absent less often",
     bound="identical captions at α = 0; every ratio of φ > 10 on constructed maps; CHAIR_I below beam search's in 3 "
-    "of 3 seeds",
+    "of 3 seeds, and below that of beam search cut to as many mentions (95 % over images)",
     measure=measure,
 )
