@@ -113,3 +113,22 @@ def test_positions_of_several_components_are_those_of_beam_search(family):
         wanted = model.generate(**inputs, **how, num_beams=3, do_sample=False)
         with attach(model, "opera", beams=3, alpha=0.0):
             assert torch.equal(model.generate(**inputs, **how), wanted)
+
+
+@torch.no_grad()
+def test_behind_the_way_back_the_search_goes_on_as_the_model_does():
+    """With one beam and no penalty: greedy up to the place, its second choice there, greedy again."""
+    model, both = batch("llava")
+    inputs = alone(both, 0)
+    how, start = dict(pad_token_id=0, eos_token_id=None), inputs["input_ids"].shape[1]
+    greedy = model.generate(**inputs, **how, max_new_tokens=8, do_sample=False)
+    with attach(model, "opera", beams=1, unit=0.0, patience=2, rollbacks=1):
+        found = model.generate(**inputs, **how, max_new_tokens=8)
+    at = int((found != greedy).nonzero()[0, 1])
+    assert at > start
+    grown = found[:, : at + 1]
+    wanted = {**inputs, "input_ids": grown, "attention_mask": torch.ones_like(grown)}
+    logits = model(**{**wanted, "input_ids": grown[:, :-1], "attention_mask": None}).logits[0, -1]
+    assert found[0, at] == logits.topk(2).indices[1]
+    on = model.generate(**wanted, **how, max_new_tokens=start + 8 - at - 1, do_sample=False)
+    assert torch.equal(on, found)
