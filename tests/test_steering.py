@@ -231,3 +231,16 @@ def test_a_search_gives_what_generate_is_asked_for_or_refuses():
         ):
             with pytest.raises(Unsupported, match="reads no"):
                 model.generate(**inputs, **how, **unread)
+
+
+@torch.no_grad()
+def test_an_edit_of_outputs_is_not_lost_beside_changed_weights():
+    model, inputs = build("llava")
+    rolled = method(weights=lambda at, w, cfg: w.roll(1, -1), acts=lambda at, cfg: at.layer == 2)
+    zero = Edit(Site("z", layers=2), "zero")
+    found = []
+    for methods in (zero, [zero, rolled], [rolled, zero], rolled):
+        with attach(model, methods):
+            found.append(model(**inputs).logits[:, -1])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not torch.allclose(found[0], found[3], atol=1e-4)

@@ -43,10 +43,13 @@ def actors_of(
     if by_kind["mechanism"]:
         actors.append(replacement(model, by_kind["mechanism"], len(items) > 1, policies))
     actors += policies
+    steering = [Steering(x) for x in by_kind["steering"]]
+    # whoever changes weights computes heads' outputs anew, so edits of outputs come behind, and other steering too
+    actors += [x for x in steering if x.changes_weights]
     if by_kind["edit"]:
         actors.append(Edits(by_kind["edit"]))
     actors += [Reduction(x) for x in by_kind["tokens"]]
-    actors += [Steering(x) for x in by_kind["steering"]]
+    actors += [x for x in steering if not x.changes_weights]
     actors += by_kind["actor"]
     if by_kind["observer"]:
         actors.append(Observers(by_kind["observer"]))
