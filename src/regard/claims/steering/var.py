@@ -173,8 +173,8 @@ CLAIM = Claim(
     contradicted=(
         "not applicable: the shipped model, of 128 dimensions and six layers, has no sinks. No |x_d| can pass "
         "sqrt(128) = 11.3, so that the paper's 20 is out of reach; at the threshold scaled to the width, 3.5, no "
-        "first token of 32 texts is massive in any layer (at most 3.0, 2.7, 2.9, 2.7, 3.2, 3.2), and so there are no "
-        "dimensions. The largest value of a visual token is 6.1 in every layer, its median 3.5 to 4.1, and 49 to 66 %"
+        "first token of 30 texts is massive in any layer (at most 3.0, 2.7, 2.9, 2.7, 3.2, 3.2), and so there are no "
+        "dimensions. The largest value of a visual token is 6.0 to 6.1 by layer, its median 3.5 to 4.1, and 49 to 66 %"
         " of visual tokens are above the scaled threshold somewhere: there it marks ordinary states and no few "
         "massive ones, and D taken from visual tokens would name sinks where there are none. What holds attention "
         "here is content: without the four visual tokens that hold most, 76 of 192 answers change, without four "
