@@ -4,7 +4,7 @@
     control   what bias alone would do. For yes and no: a constant added to the base's margin until it says yes as
               often as the method; for captions: the base's, cut to as many mentions as the method makes
     neutral   the method at its neutral setting: the largest difference of a logit to the base's
-    shuffled  a steering method whose image role lies on other tokens of the text
+    shuffled  a steering method whose image role lies on the prompt's other tokens
 
 "works" asks that the paired 95 % interval over images excludes the control.
 """
@@ -186,19 +186,15 @@ def controls(
         facts["neutral"] = (neutral.first[0] - base.first[0]).abs().max().item()
     if method.page.kind == "steering" and method.page.needs_image:
         image = image_token(reader.model)
-        roles = {"image": lambda ids: shuffled_role(ids, image)}
+        roles = {"image": lambda ids: role_astray(ids, image, reader.pad())}
         astray = reader.answer(questions, method, roles=roles)
         facts["shuffled"] = SCORES[metric](questions, astray, base)["quality"]
     return facts
 
 
-def shuffled_role(ids: Tensor, image: int) -> Tensor:
-    """[B, N] bool: as many tokens as the image has, of each text others of it, drawn from a seed."""
-    label = ids == image
-    if ids.shape[1] == 1 or not bool(label.any()):
-        return label
-    g = torch.Generator().manual_seed(ids.shape[1])
-    return label[:, torch.randperm(ids.shape[1], generator=g)]
+def role_astray(ids: Tensor, image: int, pad: int) -> Tensor:
+    """[B, N] bool: the role of the image on all tokens of a prompt that are not the image's."""
+    return (ids != image) & (ids != pad) & (ids.shape[1] > 1)
 
 
 def cost(reader: Reader, questions: Sequence[PictureQuestion], method: Any) -> dict[str, float]:
