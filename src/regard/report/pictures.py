@@ -32,9 +32,9 @@ KEYS = (
     "right, CHAIR: of the questions, with the paired 95 % interval over images of what it gains on the model as it is. "
     "Equal bias: a constant added to the model's own yes/no margin until it says yes as often; cut base: its own "
     "captions, cut to as many mentions. Works: the interval excludes this control. Dropped: CHAIR_I without an "
-    "incomplete last sentence. Shuffled: the image's role on the prompt's other tokens. Neutral: largest change of a logit at the "
-    "setting that should change nothing. Tokens: visual tokens x layers that are read. Time: seconds per token over "
-    "the model's own."
+    "incomplete last sentence. Shuffled: the image's role on the prompt's other tokens. Neutral: largest change of a "
+    "logit at the setting that should change nothing. Tokens: visual tokens x layers that are read. Time: seconds per "
+    "token over the model's own."
 )
 
 
