@@ -99,7 +99,8 @@ def section(result: PictureResult, task: str) -> str:
 
 
 def html_table(rows: Sequence[Mapping[str, str]], heads: Mapping[str, str]) -> str:
-    top = "".join(f"<th{'' if k == 'method' else ' class=n'}>{escape(h)}</th>" for k, h in heads.items())
+    numbers = {key for key in heads if key not in ("method", "verdict")}
+    top = "".join(f"<th{' class=n' if k in numbers else ''}>{escape(h)}</th>" for k, h in heads.items())
     lines = []
     for row in rows:
         cells = []

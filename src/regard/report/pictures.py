@@ -170,7 +170,8 @@ def gained(row: Row, key: str) -> str:
     value, ends = number(row.get(key)), row.get(f"{key}_interval")
     if value is None or not ends:
         return NONE
-    return f"{100 * value:+.1f} ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})"
+    points = [round(100 * x, 1) + 0.0 for x in (value, *ends)]  # no minus before a zero
+    return f"{points[0]:+.1f} ({points[1]:+.1f} to {points[2]:+.1f})"
 
 
 def alike(a: object, b: object) -> bool:
