@@ -188,6 +188,8 @@ def load_vision(
     path: str, trust_remote_code: bool = False, device: str | None = None, dtype: torch.dtype | str = "auto"
 ) -> tuple[Any, Any]:
     """(vision-language model in eval mode, its processor) of a Hugging Face folder or name."""
+    if importlib.util.find_spec("PIL") is None:
+        raise NotInstalled("a processor of images needs pillow: pip install 'regard[vision]'")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"trust_remote_code": trust_remote_code}
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **settings)
