@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regard.attaching.attachment import attach
 from regard.bench import compare as comparing
+from regard.bench import revisions
 from regard.catalog import task
 from regard.claims import ledger
 from regard.explaining.tracing import accuracy, read_all
@@ -152,8 +153,8 @@ def test_attached_neutrally_it_is_itself_and_a_gguf_path_is_the_same_model(smoll
         assert torch.equal(load(SMOLLM2.file(), dtype=torch.float32, device="cpu")[0](ids).logits, plain)
     name, opened = comparing.loader("smollm2", False)
     assert name == "the shipped model 'smollm2'" and callable(opened)
-    assert comparing.content_of("smollm2") == revision(pretrained("smollm2"))
-    assert comparing.content_of(None) is None
+    assert revisions.content_of("smollm2") == revision(pretrained("smollm2"))
+    assert revisions.content_of(None) is None
 
 
 @pytest.mark.real

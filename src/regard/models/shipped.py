@@ -215,5 +215,14 @@ def is_vision(model: str | Path | None, trust_remote_code: bool = False) -> bool
     name = shipped_name(model)
     if name is not None or is_gguf(str(model)):
         return name in VISION
-    config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    path = Path(str(model))
+    looks_local = path.is_absolute() or str(model).startswith((".", "~")) or len(path.parts) > 2
+    rule = "the model path holds a config.json, or is a GGUF file"
+    require((path / "config.json").exists() or not (path.exists() or looks_local), rule, path=str(model))
+    try:
+        config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(
+            f"no model can be loaded from {str(model)!r}: {str(error).splitlines()[0]}"
+        ) from error
     return getattr(config, "vision_config", None) is not None
