@@ -4,14 +4,12 @@
 True
 """
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from regard.core import Card
 from regard.kinds.task import TaskPage
-from regard.tasks.pictures import PictureQuestion, own_questions, scenes
-from regard.tasks.scene_questions import ASKED
+from regard.tasks.pictures import PictureQuestion, asked_of_scenes, own_questions
 
 
 @dataclass(frozen=True)
@@ -23,12 +21,7 @@ def pictures(cfg: Config, count: int, seed: int, source: str | Path | None = Non
     """One question on each of `count` images; of one's own, all that the file asks."""
     if source is not None:
         return own_questions(source, count)
-    rng, found = random.Random(f"counting {seed}"), []
-    for i, scene in enumerate(scenes(count, seed, cfg.contrast, False, "shape")):
-        asked = ASKED["count"](scene, rng)
-        assert asked is not None, "the scene has what is asked for"
-        found.append(PictureQuestion(scene.pixels(), asked.text, asked.answer, f"scene {i}"))
-    return found
+    return asked_of_scenes("count", "shape", "counting", count, seed, cfg.contrast)
 
 
 METHOD = TaskPage(

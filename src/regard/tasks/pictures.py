@@ -7,6 +7,7 @@ instances_val2014.json for captions.
 """
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from regard.core import require
 from regard.core.errors import NotInstalled
+from regard.tasks.scene_questions import ASKED
 from regard.tasks.scenes import CLEAR, FAINT, MIXED, Scene, Scenes
 
 CONTRASTS = {"clear": CLEAR, "faint": FAINT, "mixed": MIXED}
@@ -65,6 +67,18 @@ def scenes(count: int, seed: int, contrast: str, conflict: bool, needs: str = ""
         scene = drawn.draw()
         if not needs or scene.of(needs):
             found.append(scene)
+    return found
+
+
+def asked_of_scenes(
+    kind: str, needs: str, name: str, count: int, seed: int, contrast: str
+) -> list[PictureQuestion]:
+    """One question of a kind on each of `count` scenes that have what it needs; `name` the task that draws it."""
+    rng, found = random.Random(f"{name} {seed}"), []
+    for i, scene in enumerate(scenes(count, seed, contrast, False, needs)):
+        asked = ASKED[kind](scene, rng)
+        assert asked is not None, "the scene has what is asked for"
+        found.append(PictureQuestion(scene.pixels(), asked.text, asked.answer, f"scene {i}"))
     return found
 
 
