@@ -196,14 +196,14 @@ class Reduction(Actor):
         )
         for at, answer in zip(images, answers, strict=True):
             own = torch.arange(at.tokens, device=x.device)
-            kept.append(start + self._checked(answer.keep, own, empty=True))
+            kept.append(start + self._checked(answer.keep, own))
             if answer.features is not None and len(answer.keep):
                 x[text, where[kept[-1]]] = answer.features.to(x)
             start += at.tokens
         prompt.alive[text] = torch.cat(kept)
         require(len(prompt.alive[text]) > 0, "a budget keeps a visual token or more", text=text)
 
-    def _checked(self, keep: Tensor, alive: Tensor, empty: bool = False) -> Tensor:
+    def _checked(self, keep: Tensor, alive: Tensor) -> Tensor:
         keep = keep.to(alive.device).long()
         ascending = keep.dim() == 1 and bool((keep[1:] > keep[:-1]).all())
         require(

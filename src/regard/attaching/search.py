@@ -112,7 +112,7 @@ def note_newest(steering: Any, call: AttentionCall, view: View) -> None:
         steering.seen = (most / most.sum(-1, keepdim=True))[:, -steering.fed :]
 
 
-def generate_of(steering: Any, own: Any) -> Any:
+def generate_of(steering: Any) -> Any:
     """`generate` of the model while the page searches. Of output_logits it gives those of the first token alone."""
 
     @torch.no_grad()

@@ -135,7 +135,7 @@ class Steering(Actor):
                 yield from hook_layer(self, layer)
 
     def in_place_of(self, model: PreTrainedModel) -> dict[str, Any]:
-        return {} if self.page.search is None else {"generate": generate_of(self, model.generate)}
+        return {} if self.page.search is None else {"generate": generate_of(self)}
 
     def _reads_layers(self) -> bool:
         records = any({*s.records} - {"z"} for s in self.streams)

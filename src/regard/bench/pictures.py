@@ -24,7 +24,7 @@ from regard.attaching.attachment import attach
 from regard.attaching.reduction import Reduction
 from regard.attaching.towers import image_token
 from regard.bench.picture_scores import chair_facts, said_facts, yes_no_facts
-from regard.core import Method, Unreachable, require
+from regard.core import Method, require
 from regard.tasks.pictures import PictureQuestion, opened
 
 FULL, BATCH, ROUNDS = "full", 16, 2
@@ -208,11 +208,3 @@ def cost(reader: Reader, questions: Sequence[PictureQuestion], method: Any) -> d
         "time_ratio": float(np.exp(np.log(ratios).mean())),
         "time_spread": float((max(ratios) - min(ratios)) / 2),
     }
-
-
-def refuse_text_only(model: Any) -> None:
-    """ValueError for a model that reads no images."""
-    try:
-        image_token(model)
-    except Unreachable as error:
-        raise ValueError(f"tasks of images ask a vision-language model: {error}") from error

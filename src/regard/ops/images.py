@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from regard.core.errors import require
+from regard.core.errors import Unsupported, require
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,15 @@ class ImageView:
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
+
+    def attended(self, layer: int, without_class: str) -> Tensor:
+        """[H, P] `class_attention`; in a tower without a class token `received`, unless that is to "refuse"."""
+        try:
+            return self.class_attention(layer)
+        except Unsupported:
+            if without_class == "refuse":
+                raise
+            return self.received(layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +127,16 @@ def count_of(keep: float | int, tokens: int) -> int:
         require(keep <= 1, "a share of visual tokens is in (0, 1]", keep=keep)
         return min(tokens, max(1, math.ceil(keep * tokens - 1e-9)))
     return min(tokens, int(keep))
+
+
+def grid_rows(rows: int, columns: int, count: int) -> int:
+    """Rows of a coarser grid of `count` places whose cells are about as high as wide, none of more than `columns`.
+
+    >>> grid_rows(4, 4, 4), grid_rows(2, 6, 3), grid_rows(1, 8, 5)
+    (2, 1, 1)
+    """
+    wanted = math.floor(math.sqrt(count * rows / columns) + 0.5)
+    return max(math.ceil(count / columns), min(rows, count, wanted))
 
 
 def highest(scores: Tensor, count: int) -> Tensor:

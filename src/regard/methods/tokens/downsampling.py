@@ -21,7 +21,7 @@ from torch import Tensor
 
 from regard.core import Card
 from regard.kinds.tokens import TokensPage
-from regard.ops.images import Images, ImageView, Reduced, count_of
+from regard.ops.images import Images, ImageView, Reduced, count_of, grid_rows
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,6 @@ class Config:
 
     def __post_init__(self) -> None:
         count_of(self.keep, 1)
-
-
-def rows_taken(rows: int, columns: int, count: int) -> int:
-    """a: at most a row for each cell, and enough of them that none has more cells than there are columns."""
-    wanted = math.floor(math.sqrt(count * rows / columns) + 0.5)
-    return max(math.ceil(count / columns), min(rows, count, wanted))
 
 
 def part_of(size: int, parts: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -47,7 +41,7 @@ def part_of(size: int, parts: Tensor | int) -> tuple[Tensor, Tensor]:
 
 def cells(rows: int, columns: int, count: int) -> tuple[Tensor, Tensor]:
     """[P] the cell of each token, and [count] the token in the middle of each cell."""
-    taken = rows_taken(rows, columns, count)
+    taken = grid_rows(rows, columns, count)
     row, row_middle = part_of(rows, taken)
     first, past = row * count // taken, (row + 1) * count // taken  # cells before and up to this row of them
     column, column_middle = part_of(columns, (past - first)[:, None])

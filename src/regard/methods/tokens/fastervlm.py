@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from regard.core import Card, Unsupported
+from regard.core import Card
 from regard.kinds.tokens import TokensPage
 from regard.ops.images import Images, ImageView, Reduced, count_of, highest
 
@@ -38,16 +38,6 @@ class Config:
         count_of(self.keep, 1)
 
 
-def class_attention(view: ImageView, layer: int, cfg: Config) -> Tensor:
-    """[H, P] weights of the class token on the patches; of all queries, in a tower without one, where it is allowed."""
-    try:
-        return view.class_attention(layer)
-    except Unsupported:
-        if cfg.without_class == "refuse":
-            raise
-        return view.received(layer)
-
-
 def measure(attention: Tensor, cfg: Config | None = None) -> Tensor:
     """[k] numbers of the patches that stay, ascending, of weights [H, P]."""
     attention, cfg = attention if attention.dtype == torch.float64 else attention.float(), cfg or Config()
@@ -57,7 +47,7 @@ def measure(attention: Tensor, cfg: Config | None = None) -> Tensor:
 def before(images: Images, cfg: Config) -> list[Reduced]:
     def of(view: ImageView) -> Reduced:
         layer = view.feature_layer if cfg.layer is None else cfg.layer
-        return Reduced(measure(class_attention(view, layer, cfg), cfg))
+        return Reduced(measure(view.attended(layer, cfg.without_class), cfg))
 
     return [of(view) for view in images]
 

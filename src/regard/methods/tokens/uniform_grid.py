@@ -21,7 +21,7 @@ from torch import Tensor
 
 from regard.core import Card
 from regard.kinds.tokens import TokensPage
-from regard.ops.images import Images, ImageView, Reduced, count_of
+from regard.ops.images import Images, ImageView, Reduced, count_of, grid_rows
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,6 @@ class Config:
 
     def __post_init__(self) -> None:
         count_of(self.keep, 1)
-
-
-def rows_taken(rows: int, columns: int, count: int) -> int:
-    """a: at most a row for each token, and enough of them that none takes more tokens than there are columns."""
-    wanted = math.floor(math.sqrt(count * rows / columns) + 0.5)
-    return max(math.ceil(count / columns), min(rows, count, wanted))
 
 
 def middles(size: int, parts: int) -> Tensor:
@@ -48,7 +42,7 @@ def measure(grid: tuple[int, int], cfg: Config | None = None) -> Tensor:
     """[k] numbers of the tokens that stay, ascending, of a grid (rows, columns)."""
     (rows, columns), cfg = grid, cfg or Config()
     count = count_of(cfg.keep, rows * columns)
-    taken = rows_taken(rows, columns, count)
+    taken = grid_rows(rows, columns, count)
     shares = (torch.arange(taken + 1) * count // taken).diff().tolist()
     lines = zip(middles(rows, taken).tolist(), shares, strict=True)
     return torch.cat([row * columns + middles(columns, share) for row, share in lines])

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from regard.core import Card, Unsupported, require
+from regard.core import Card, require
 from regard.kinds.tokens import TokensPage
 from regard.ops.images import Images, ImageView, Reduced, count_of, highest
 
@@ -49,16 +49,6 @@ def layers_of(view: ImageView, start: int) -> range:
     return range(max(first, -view.tower_layers), view.feature_layer + 1)
 
 
-def class_attention(view: ImageView, layer: int, cfg: Config) -> Tensor:
-    """[H, P] weights of the class token on the patches; of all queries, in a tower without one, where it is allowed."""
-    try:
-        return view.class_attention(layer)
-    except Unsupported:
-        if cfg.without_class == "refuse":
-            raise
-        return view.received(layer)
-
-
 def measure(attention: Tensor, cfg: Config | None = None) -> Tensor:
     """[k] numbers of the patches that stay, ascending, of weights [L, H, P]."""
     attention, cfg = attention if attention.dtype == torch.float64 else attention.float(), cfg or Config()
@@ -69,7 +59,7 @@ def measure(attention: Tensor, cfg: Config | None = None) -> Tensor:
 
 def before(images: Images, cfg: Config) -> list[Reduced]:
     def of(view: ImageView) -> Reduced:
-        weights = [class_attention(view, layer, cfg) for layer in layers_of(view, cfg.start)]
+        weights = [view.attended(layer, cfg.without_class) for layer in layers_of(view, cfg.start)]
         return Reduced(measure(torch.stack(weights), cfg))
 
     return [of(view) for view in images]
