@@ -63,10 +63,8 @@ class Steering(Actor):
         self.logits: dict[str, Tensor] = {}  # [B, V] of the streams that have run in this step
         self.began: dict[str, Any] = {}  # caches of the streams
         self.early_states: dict[int, Tensor] = {}  # [B, d] of each layer, at the newest token
-        self.fed, self.seen = (
-            0,
-            None,
-        )  # under a search: tokens since the prompt, and what the newest attends to of them
+        self.fed = 0  # under a search: tokens since the prompt
+        self.seen: Tensor | None = None  # under a search: what the newest attends to of them
         self.captured: dict[int, Tensor] = {}  # [P] by layer, while a picture is asked about
         self.columns: Tensor | None = None  # of the newest token of each text in the forward that runs
         self.new, self.layers, self.acted = 0, 0, 0

@@ -9,7 +9,7 @@ from rich.console import Console
 from regard.report.html import page
 from regard.report.markdown import escape as plain
 from regard.report.markdown import line
-from regard.report.pictures import FULL, HEADS, KEYS, RANDOM, PictureResult, alike, apart, columns
+from regard.report.pictures import FULL, HEADS, KEYS, RANDOM, PictureResult, alike, apart, columns, in_points
 from regard.report.terminal import in_parts, table
 from regard.report.words import clean, plural
 
@@ -149,7 +149,7 @@ def whisker(
 ) -> str:
     y, (a, b) = TALL * i + 14, ends
     label = escape(clean(row["label"])[:26])
-    said = f"{100 * value:+.1f} ({100 * a:+.1f} to {100 * b:+.1f})"
+    said = in_points(value, ends)
     return (
         f'<g class="{tone(result.verdict(row))}"><title>{label}: {said}</title>'
         f'<text x="0" y="{y + 4}">{label}</text>'

@@ -170,7 +170,16 @@ def gained(row: Row, key: str) -> str:
     value, ends = number(row.get(key)), row.get(f"{key}_interval")
     if value is None or not ends:
         return NONE
-    points = [round(100 * x, 1) + 0.0 for x in (value, *ends)]  # no minus before a zero
+    return in_points(value, ends)
+
+
+def in_points(value: float, ends: Sequence[float]) -> str:
+    """Shares as points with their interval, no minus before a zero.
+
+    >>> in_points(0.25, (-0.0001, 0.5))
+    '+25.0 (+0.0 to +50.0)'
+    """
+    points = [round(100 * x, 1) + 0.0 for x in (value, *ends)]
     return f"{points[0]:+.1f} ({points[1]:+.1f} to {points[2]:+.1f})"
 
 
