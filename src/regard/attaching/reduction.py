@@ -46,13 +46,18 @@ class Reduction(Actor):
     def __init__(self, method: Method, how: str = "remove") -> None:
         require(how in HOW, f"how is one of {HOW}", how=how)
         self.removes = how == "remove"
-        self.method, self.name, self.how = method, method.label, how
+        self.method, self.name = method, method.label
         self.tower, self.prompt, self.step = Tower(), None, Step()
         self.kept: list[list[int]] = []  # of the latest prompt: visual tokens that each layer saw, by text
         self.asked, self.layers = 0, 0
         self.deep: list[Tensor] = []  # [B, N, d] added behind each of the first layers
 
     prompt: Prompt | None
+
+    @property
+    def seed(self) -> int:
+        """Of what the page draws at random: its setting of that name, or 0."""
+        return getattr(self.method.config, "seed", 0)
 
     @property
     def page(self) -> TokensPage:

@@ -43,7 +43,7 @@ def layer_edited(steering: Any, quantity: str, number: int, x: Tensor) -> Tensor
         return x
     phase = "decode" if x.shape[1] == 1 and begun(steering.step.inputs.get("past_key_values")) else "prefill"
     at = Steered(layer=number, layers=steering.layers, phase=phase, stream=steering.stream, memory=None)
-    at.seed = getattr(steering.config, "seed", 0)
+    at.seed = steering.seed
     if not steering.steers(at):
         return x
     steering.acted += 1

@@ -70,6 +70,11 @@ class Steering(Actor):
         self.new, self.layers, self.acted = 0, 0, 0
 
     @property
+    def seed(self) -> int:
+        """Of what the page draws at random: its setting of that name, or 0."""
+        return getattr(self.config, "seed", 0)
+
+    @property
     def controls_decoding(self) -> bool:
         """Whether it runs passes beside the model's own, mixes logits, or searches by itself."""
         return (
@@ -181,7 +186,7 @@ class Steering(Actor):
         return {**given, "pixel_values": pixels}
 
     def _run(self, stream: Stream, given: dict, cache: Any) -> None:
-        inputs = stream_inputs(self.model, stream, given, cache, getattr(self.config, "seed", 0))
+        inputs = stream_inputs(self.model, stream, given, cache, self.seed)
         self.stream, self.context.stream = stream.name, stream.name
         self.columns = newest_columns(inputs, new_tokens(inputs), self.model.device)
         try:
@@ -219,7 +224,7 @@ class Steering(Actor):
 
     def _behind(self) -> Steered:
         """What is known behind the last layer."""
-        phase, seed = "decode" if self.new == 1 else "prefill", getattr(self.config, "seed", 0)
+        phase, seed = "decode" if self.new == 1 else "prefill", self.seed
         at = Steered(layer=self.layers, layers=self.layers, phase=phase, memory=self.memory_of(), seed=seed)
         at.early = lambda layer, normed=True: early_logits(self.model, self.early_states[layer], normed)
         return at
@@ -243,7 +248,7 @@ class Steering(Actor):
             at = Steered(layer=0, layers=self.context.layers_of_text, phase="prefill", stream=self.stream)
             inputs = dict(self.step.inputs)
             at.class_attention = lambda layer: class_attention_of(self.model, self.tower, inputs, layer)
-            at.seed = getattr(self.config, "seed", 0)
+            at.seed = self.seed
             self.memory = self.page.prepare(runs, at, self.config)
         return None if self.memory is UNSET else self.memory
 
