@@ -139,6 +139,11 @@ class AttentionCall:
         return self.q if abs(ratio - 1) < 1e-6 else self.q * ratio
 
 
+def seed_of(config: Any) -> int:
+    """Of what a page draws at random: its setting of that name, or 0."""
+    return getattr(config, "seed", 0)
+
+
 class Actor:
     """Something attached. Every stage does nothing unless a kind of actor says otherwise."""
 

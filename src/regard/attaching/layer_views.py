@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.attaching.actors import seed_of
 from regard.attaching.towers import padding_of
 from regard.core import require
 from regard.core.errors import present
@@ -27,7 +28,7 @@ def images_of(reduction: Any, text: int, x: Tensor) -> list[ImageView]:
         found.append(
             ImageView(
                 features=x[where[start : start + at.tokens]], grid=at.grid, question=x[outside], number=number,
-                of=len(prompt.images[text]), seed=reduction.seed + number,
+                of=len(prompt.images[text]), seed=seed_of(reduction.method.config) + number,
                 padding=padding_at(reduction, at), tower_layers=tower.layers,
                 feature_layer=feature_layer(reduction.model),
                 class_attention=lambda layer, at=at: tower.class_attention(layer, at),
@@ -103,7 +104,7 @@ def layer_view(reduction: Any, layer: int, text: int, x: Tensor) -> LayerView:
         layer=layer, layers=reduction.layers, alive=alive, image=image_numbers(prompt.images[text], x.device),
         states=x[text][real], visual=visual[real], question=question[real], weights=part(view.weights),
         scores=part(view.scores), whole=whole, padding=text_padding(reduction, text), memory=prompt.memory[text],
-        seed=reduction.seed,
+        seed=seed_of(reduction.method.config),
     )  # fmt: skip
 
 

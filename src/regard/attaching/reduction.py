@@ -55,11 +55,6 @@ class Reduction(Actor):
     prompt: Prompt | None
 
     @property
-    def seed(self) -> int:
-        """Of what the page draws at random: its setting of that name, or 0."""
-        return getattr(self.method.config, "seed", 0)
-
-    @property
     def page(self) -> TokensPage:
         return self.method.page
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.attaching.actors import AttentionCall
+from regard.attaching.actors import AttentionCall, seed_of
 from regard.attaching.lazy_mask import LazyMask
 from regard.attaching.step import has_role
 from regard.attaching.unrotated import unrotated
@@ -87,7 +87,7 @@ def steered_of(steering: Any, call: AttentionCall, view: View, rows: slice) -> S
         layer=call.site.layer, layers=steering.context.layers_of_text, phase=call.phase, stream=steering.stream,
         tower=call.site.tower, rows=numbers(view, start, stop), role=role, row_role=row_role,
         visible=view.visible(rows), received=lambda: received(view), states=call.x, notes=notes,
-        seed=steering.seed,
+        seed=seed_of(steering.config),
     )  # fmt: skip
     at.rows = at.rows.expand(batch, -1).to(device)
     at.keys = view.index[:, 0].expand(batch, -1)

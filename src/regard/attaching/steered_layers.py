@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.attaching.actors import seed_of
 from regard.attaching.anatomy import LayerAnatomy
 from regard.attaching.streams import live, put
 from regard.attaching.streams_beside import Recorded, at_columns, begun
@@ -43,7 +44,7 @@ def layer_edited(steering: Any, quantity: str, number: int, x: Tensor) -> Tensor
         return x
     phase = "decode" if x.shape[1] == 1 and begun(steering.step.inputs.get("past_key_values")) else "prefill"
     at = Steered(layer=number, layers=steering.layers, phase=phase, stream=steering.stream, memory=None)
-    at.seed = steering.seed
+    at.seed = seed_of(steering.config)
     if not steering.steers(at):
         return x
     steering.acted += 1

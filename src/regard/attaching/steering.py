@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
+from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder, seed_of
 from regard.attaching.anatomy import anatomy
 from regard.attaching.heads import early_logits, final_norm
 from regard.attaching.pictures import ASIDE, capture, other_pictures
@@ -68,11 +68,6 @@ class Steering(Actor):
         self.captured: dict[int, Tensor] = {}  # [P] by layer, while a picture is asked about
         self.columns: Tensor | None = None  # of the newest token of each text in the forward that runs
         self.new, self.layers, self.acted = 0, 0, 0
-
-    @property
-    def seed(self) -> int:
-        """Of what the page draws at random: its setting of that name, or 0."""
-        return getattr(self.config, "seed", 0)
 
     @property
     def controls_decoding(self) -> bool:
@@ -186,7 +181,7 @@ class Steering(Actor):
         return {**given, "pixel_values": pixels}
 
     def _run(self, stream: Stream, given: dict, cache: Any) -> None:
-        inputs = stream_inputs(self.model, stream, given, cache, self.seed)
+        inputs = stream_inputs(self.model, stream, given, cache, seed_of(self.config))
         self.stream, self.context.stream = stream.name, stream.name
         self.columns = newest_columns(inputs, new_tokens(inputs), self.model.device)
         try:
@@ -224,7 +219,7 @@ class Steering(Actor):
 
     def _behind(self) -> Steered:
         """What is known behind the last layer."""
-        phase, seed = "decode" if self.new == 1 else "prefill", self.seed
+        phase, seed = "decode" if self.new == 1 else "prefill", seed_of(self.config)
         at = Steered(layer=self.layers, layers=self.layers, phase=phase, memory=self.memory_of(), seed=seed)
         at.early = lambda layer, normed=True: early_logits(self.model, self.early_states[layer], normed)
         return at
@@ -248,7 +243,7 @@ class Steering(Actor):
             at = Steered(layer=0, layers=self.context.layers_of_text, phase="prefill", stream=self.stream)
             inputs = dict(self.step.inputs)
             at.class_attention = lambda layer: class_attention_of(self.model, self.tower, inputs, layer)
-            at.seed = self.seed
+            at.seed = seed_of(self.config)
             self.memory = self.page.prepare(runs, at, self.config)
         return None if self.memory is UNSET else self.memory
 
