@@ -41,11 +41,16 @@ def build(name: str, seed: int = 1) -> tuple[Any, dict]:
         raise unknown("model family", name, ZOO)
     torch.manual_seed(seed)
     model, inputs = ZOO[name]()
-    with torch.no_grad():
-        for label, weight in model.named_parameters():
-            if SHARP.search(label) and weight.ndim == 2:
-                weight.mul_(12)
-    return model.eval(), inputs
+    return sharpened(model), inputs
+
+
+@torch.no_grad()
+def sharpened(model: Any) -> Any:
+    """The model in eval mode, its query and key weights multiplied, so that attention is far from uniform."""
+    for label, weight in model.named_parameters():
+        if SHARP.search(label) and weight.ndim == 2:
+            weight.mul_(12)
+    return model.eval()
 
 
 @family

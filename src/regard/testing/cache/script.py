@@ -64,16 +64,12 @@ def script(
     """Inputs of successive forwards on one cache, positions counted from each row's first token.
 
     pads: padding to the left of each row's prompt. gaps: by the number of a forward, the padding (before, after) the
-    tokens of each row: what a question of the second turn has in a batch.
+    tokens of each row: what a question of the second turn has in a batch; of forward 0 it takes the place of `pads`.
     """
     g = torch.Generator().manual_seed(seed)
     pads, feeds, mask = torch.tensor(list(pads)), [], None
     for number, n in enumerate(steps):
-        each = (
-            [(int(pad), 0) for pad in pads]
-            if mask is None
-            else (gaps or {}).get(number, [(0, 0)] * len(pads))
-        )
+        each = (gaps or {}).get(number, [(int(pad) if mask is None else 0, 0) for pad in pads])
         new = torch.stack([(torch.arange(n) >= a) & (torch.arange(n) < n - b) for a, b in each])
         mask = new.long() if mask is None else torch.cat([mask, new.long()], 1)
         tokens = torch.randint(3, 118, (len(pads), n), generator=g).where(new, 0)

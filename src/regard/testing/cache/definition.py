@@ -1,0 +1,127 @@
+"""What a cache page does to one text, written out: the form in which a definition is given.
+
+A `Definition` is asked about one text, layer by layer and forward by forward. Tokens are counted by place, 0 for the
+first; there is no padding, no batch and no cache, only the queries, keys and values of all tokens so far. What it
+answers are lists of tokens. `testing/cache/choice.py` holds pages to it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Merged = tuple[Tensor, Tensor, float]  # key [D], value [E], and how many tokens they stand for
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One layer of one text at one forward. Tensors are float64."""
+
+    layer: int
+    q: Tensor  # [H, n, D] of all tokens so far, at their places
+    k: Tensor  # [G, n, D]
+    v: Tensor  # [G, n, E]
+    plain_q: Tensor  # [H, n, D] as projected, not rotated
+    plain_k: Tensor  # [G, n, D]
+    fed: int  # tokens of this forward, the last of the n
+    scale: float
+    budget: int  # tokens that may be held or read now
+    held: tuple[
+        tuple[int, ...], ...
+    ]  # by KV head, ascending: tokens stored before, and those of this forward
+    rotate: Callable[[Tensor, Tensor], Tensor]  # (x [m, D], positions [m]) -> x rotated on
+    window: int | None = None  # tokens that a query of this layer sees, its own included
+
+    @property
+    def n(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the forward is one token on a text that was begun."""
+        return self.fed == 1 < self.n
+
+    @property
+    def new(self) -> range:
+        """The tokens of this forward."""
+        return range(self.n - self.fed, self.n)
+
+    def kv_head(self, h: int) -> int:
+        """The KV head that query head h reads."""
+        return h * len(self.k) // len(self.q)
+
+    def query_heads(self, g: int) -> list[int]:
+        return [h for h in range(len(self.q)) if self.kv_head(h) == g]
+
+    def seen(self, i: int, tokens: Iterable[int]) -> list[int]:
+        """Those of the tokens that the query of token i sees."""
+        return [j for j in tokens if j <= i and (self.window is None or i - j < self.window)]
+
+    def scores(self, h: int, i: int, tokens: list[int]) -> Tensor:
+        """[m] q_i · k_j, scaled, of query head h."""
+        return self.k[self.kv_head(h)][tokens] @ self.q[h, i] * self.scale
+
+    def weights(self, h: int, i: int, tokens: list[int]) -> Tensor:
+        """[m] softmax of the scores over these tokens alone."""
+        return self.scores(h, i, tokens).softmax(0)
+
+
+class Definition:
+    """One page on one text; an instance goes through all layers and forwards of it, and remembers what it likes.
+
+    moves  setting -> two settings of the page that differ in this one alone, and give different results
+    more   further settings that are asked
+    long   tokens of a text on which the page acts under its defaults
+    """
+
+    moves: ClassVar[Mapping[str, tuple[dict[str, Any], dict[str, Any]]]] = {}
+    more: ClassVar[tuple[dict[str, Any], ...]] = ()
+    long: ClassVar[int] = 40
+    layers: ClassVar[int] = 3  # of the model that is asked
+    families: ClassVar[
+        Mapping[str, str]
+    ] = {}  # setting -> the model on which it moves something, if not "llama"
+
+    def __init__(self, cfg: Any, model: Any) -> None:
+        self.cfg, self.model, self.memory = cfg, model, {}
+
+    def own_budget(self) -> int | float:
+        """The budget where none is set: tokens, or a share of the text."""
+        return 1.0
+
+    def reads(self, at: Moment) -> list[list[int]] | None:
+        """By query head the tokens that this forward reads; None: all that is held."""
+        return None
+
+    def keeps(self, at: Moment) -> list[list[int]] | None:
+        """By KV head the tokens that stay after this forward; None: all."""
+        return None
+
+    def merged(self, at: Moment) -> list[Merged | None] | None:
+        """By KV head what stands in this forward for tokens that are gone; None: nothing does. Asked before `keeps`."""
+        return None
+
+    def answer(self, at: Moment, h: int, i: int, tokens: list[int]) -> Tensor:
+        """[E] of query head h for token i, which sees these tokens: attention over them and over what was merged."""
+        g, merged = at.kv_head(h), self.merged(at)
+        s, v = at.scores(h, i, tokens), at.v[g][tokens]
+        extra = None if merged is None else merged[g]
+        if extra is not None:
+            key, value, count = extra
+            s, v = (
+                torch.cat([s, (key @ at.q[h, i] * at.scale + math.log(count))[None]]),
+                torch.cat([v, value[None]]),
+            )
+        return s.softmax(0) @ v
+
+
+def largest(score: Mapping[int, float], count: int) -> list[int]:
+    """The tokens with the `count` largest scores, ascending; of equals the one that came first.
+
+    >>> largest({3: 1.0, 5: 2.0, 7: 1.0}, 2)
+    [3, 5]
+    """
+    return sorted(sorted(score, key=lambda j: (-score[j], j))[: max(0, count)])

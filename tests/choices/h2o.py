@@ -1,0 +1,32 @@
+"""H2O: the most recent tokens, and of the others those that received most attention while they were held."""
+
+from math import ceil
+from typing import ClassVar
+
+from regard.testing.cache.definition import Definition, Moment, largest
+
+
+class Written(Definition):
+    moves: ClassVar = {
+        "budget": ({"budget": 8}, {"budget": 0.4}),
+        "recent": ({"budget": 8}, {"budget": 8, "recent": 0.2}),
+    }
+    # 0.6 · 25 is 15, in float32 a little more
+    more = ({"budget": 5, "recent": 0.0}, {"budget": 9, "recent": 0.9}, {"budget": 25, "recent": 0.6})
+
+    def own_budget(self) -> float:
+        return 0.2
+
+    def keeps(self, at: Moment) -> list[list[int]]:
+        return [self.kept(at, g, list(tokens)) for g, tokens in enumerate(at.held)]
+
+    def kept(self, at: Moment, g: int, tokens: list[int]) -> list[int]:
+        received = self.memory.setdefault((at.layer, g), {})
+        for h in at.query_heads(g):
+            for i in at.new:
+                seen = at.seen(i, tokens)
+                for j, weight in zip(seen, at.weights(h, i, seen).tolist(), strict=True):
+                    received[j] = received.get(j, 0.0) + weight
+        recent = [j for j in tokens if j >= at.n - max(1, ceil(round(at.budget * self.cfg.recent, 9)))]
+        others = {j: received[j] for j in tokens if j not in recent}
+        return sorted([*largest(others, at.budget - len(recent)), *recent])
