@@ -47,8 +47,8 @@ def keep(view: View, cfg: Config) -> Kept | None:
         return None
     budget = view.budget[:, None, None] if view.real is not None else view.budget[:1, None, None]
     sinks = (budget - 1).clamp(max=cfg.sinks)
-    if view.window is not None:  # sinks leave a window as all tokens do
-        sinks = sinks.minimum((view.hold() & (view.rank() < cfg.sinks)).sum(-1, keepdim=True))
+    # a sink that is gone, from a layer's own window or a budget that was smaller, leaves its room to the recent tokens
+    sinks = sinks.minimum((view.hold() & (view.rank() < cfg.sinks)).sum(-1, keepdim=True))
     return Kept(slots_of(stays(view.rank(), view.age(), sinks, budget - sinks) & view.hold()))
 
 
