@@ -97,7 +97,11 @@ def select(view: View, cfg: Config) -> Tensor | None:
     init, local, k = shares[:, None, None].unbind(-1)  # [1|B, 1, 1]
     recent = view.age() < local + view.fresh()[:, None, None] - 1
     ends = held & ((view.rank() < init) | recent)
-    chosen = middle(view, cfg, held & ~ends, k[..., 0], fits)
+    between = held & ~ends
+    chosen = middle(view, cfg, between, k[..., 0], fits)
+    # what was chosen before may be among the first tokens by now, where the budget grows with the text
+    still = between.expand(len(chosen), 1, -1).gather(-1, chosen.clamp(min=0))
+    chosen = chosen.masked_fill(~still, -1)
     return torch.cat([slots_of(ends).expand(len(view.q), -1, -1), chosen], -1)
 
 
