@@ -28,7 +28,7 @@ def observe(view: View, cfg: Config) -> None:
 
 
 def keep(view: View, cfg: Config) -> Kept | None:
-    recent = (view.budget * cfg.recent).ceil().clamp(min=1)[:, None, None]
+    recent = (view.budget.double() * cfg.recent - 1e-9).ceil().clamp(min=1)[:, None, None]
     return keep_best(view, view.notes("received"), always=view.age() < recent)
 
 
