@@ -3,6 +3,7 @@
 tests/choices/NAME.py writes page NAME out for one text: slow, in plain Python, sharing nothing with the page.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 import pytest
 
 from regard import catalog
+from regard.methods.caches.streaming_llm import Config
 from regard.testing.cache.choice import (
+    STEPS,
     check_all_settings_move,
     check_choice,
     check_default_choice,
     check_moves,
     settings_of,
 )
-from regard.testing.cache.definition import Definition
-from regard.testing.cache.script import Tape
+from regard.testing.cache.definition import Definition, Merged, Moment
+from regard.testing.cache.script import Tape, script
 
 CHOICES = Path(__file__).parent / "choices"
 PAGES = catalog.list_methods(kind="cache")
@@ -55,6 +58,16 @@ def test_choice_is_the_definition(name):
 
 
 @pytest.mark.parametrize("name", PAGES)
+def test_choice_without_padding_is_the_definition(name):
+    """Rows of one length, whose tables are shared, and of which one token goes at a time."""
+    definition = written(name)
+    firsts = [one for one, _ in definition.moves.values()]
+    for i, settings in enumerate(firsts):
+        if settings not in firsts[:i]:
+            check_choice(catalog.method(name, **settings), definition, script(STEPS, pads=(0, 0)))
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_choice_under_the_defaults_is_the_definition(name):
     check_default_choice(catalog.method(name), written(name))
 
@@ -66,3 +79,74 @@ def test_every_setting_moves_what_is_chosen(name):
     for setting, pair in definition.moves.items():
         one, other = (run(name, settings, definition.families.get(setting, "llama")) for settings in pair)
         check_moves(f"{name}: {setting}", one, other)
+
+
+# the law itself: what it must not let pass
+
+SMALL = {"budget": 8}
+
+
+def faulty(of: type[Definition], **functions: Any) -> type[Definition]:
+    return type("Faulty", (of,), functions)
+
+
+def test_a_token_too_many_is_found():
+    h2o = written("h2o")
+    other = faulty(h2o, keeps=lambda self, at: [[*tokens[:-1]] for tokens in h2o.keeps(self, at)])
+    with pytest.raises(AssertionError, match=r"layer 0, KV head 0: holds .* by its definition"):
+        check_choice(catalog.method("h2o", **SMALL), other)
+
+
+def test_a_token_that_is_read_too_many_is_found():
+    tidal = written("tidaldecode")
+    other = faulty(tidal, searched=lambda self, at: [found[1:] for found in tidal.searched(self, at)])
+    with pytest.raises(AssertionError, match=r"forward 1, layer 2, query head 0: reads .* by its definition"):
+        check_choice(catalog.method("tidaldecode", **tidal.moves["k"][0]), other)
+
+
+def test_a_merged_token_of_another_weight_or_value_is_found():
+    razor = written("razor_attention")
+    method = catalog.method("razor_attention", **razor.moves["budget"][0])
+    faults = {
+        "a merged token of weight": lambda k, v, count: (k, v, count + 1),
+        "a merged token is 1": lambda k, v, count: (k, v + 1, count),
+        "1 merged tokens, by its definition 0": lambda k, v, count: None,
+    }
+    for said, fault in faults.items():
+
+        def merged(self: Definition, at: Moment, fault: Callable = fault) -> list[Merged | None]:
+            return [None if token is None else fault(*token) for token in razor.merged(self, at)]
+
+        with pytest.raises(AssertionError, match=said):
+            check_choice(method, faulty(razor, merged=merged))
+
+
+def test_a_key_at_another_position_is_found():
+    streaming = written("streaming_llm")
+    method = catalog.method("streaming_llm", **SMALL, positions="text")
+    in_slots = faulty(
+        streaming, __init__=lambda self, cfg, model: streaming.__init__(self, Config(**SMALL), model)
+    )
+    with pytest.raises(AssertionError, match=r"query head 0, token 18: .* away from its definition"):
+        check_choice(method, in_slots)
+
+
+def test_a_run_that_chooses_nothing_is_no_run():
+    for name, settings in {"h2o": {"budget": 1.0}, "longheads": {"chunk": 64}}.items():
+        with pytest.raises(AssertionError, match="chooses nothing"):
+            check_choice(catalog.method(name, **settings), written(name))
+
+
+def test_a_setting_that_moves_nothing_is_found():
+    one = run("h2o", SMALL)
+    with pytest.raises(AssertionError, match="recent changes nothing that is held or read"):
+        check_moves("recent", one, one)
+
+
+def test_a_setting_that_nobody_moves_is_found():
+    h2o, config = written("h2o"), catalog.get("h2o").config
+    with pytest.raises(AssertionError, match=r"settings \['recent'\]"):
+        check_all_settings_move(config, faulty(h2o, moves={"budget": h2o.moves["budget"]}))
+    both = {**h2o.moves, "recent": (SMALL, {"budget": 9, "recent": 0.2})}
+    with pytest.raises(AssertionError, match=r"the two settings of recent differ in \['budget', 'recent'\]"):
+        check_all_settings_move(config, faulty(h2o, moves=both))

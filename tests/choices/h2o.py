@@ -13,20 +13,21 @@ class Written(Definition):
     }
     # 0.6 · 25 is 15, in float32 a little more
     more = ({"budget": 5, "recent": 0.0}, {"budget": 9, "recent": 0.9}, {"budget": 25, "recent": 0.6})
+    slides: ClassVar = {"budget": 4}
 
     def own_budget(self) -> float:
         return 0.2
 
     def keeps(self, at: Moment) -> list[list[int]]:
-        return [self.kept(at, g, list(tokens)) for g, tokens in enumerate(at.held)]
+        return [self.kept(at, g) for g in range(len(at.k))]
 
-    def kept(self, at: Moment, g: int, tokens: list[int]) -> list[int]:
+    def kept(self, at: Moment, g: int) -> list[int]:
         received = self.memory.setdefault((at.layer, g), {})
         for h in at.query_heads(g):
             for i in at.new:
-                seen = at.seen(i, tokens)
+                seen = at.seen(i, at.held[g])
                 for j, weight in zip(seen, at.weights(h, i, seen).tolist(), strict=True):
                     received[j] = received.get(j, 0.0) + weight
-        recent = [j for j in tokens if j >= at.n - max(1, ceil(round(at.budget * self.cfg.recent, 9)))]
-        others = {j: received[j] for j in tokens if j not in recent}
+        recent = [j for j in at.lasting(g) if j >= at.n - max(1, ceil(round(at.budget * self.cfg.recent, 9)))]
+        others = {j: received[j] for j in at.lasting(g) if j not in recent}
         return sorted([*largest(others, at.budget - len(recent)), *recent])

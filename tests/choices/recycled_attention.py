@@ -15,13 +15,14 @@ class Written(Definition):
         "similarity": ({"budget": 6, "stride": 4}, {"budget": 6, "stride": 4, "similarity": 0.1}),
     }
     more = ({"budget": 6, "stride": 50, "similarity": -0.2}, {"budget": 1})
+    slides: ClassVar = {"budget": 3, "stride": 3}
     long = 4110
 
     def own_budget(self) -> int:
         return self.cfg.k
 
     def reads(self, at: Moment) -> list[list[int]] | None:
-        if not at.decodes or at.n <= at.budget:
+        if not at.decodes or len(at.held[0]) <= at.budget:
             self.memory.pop(at.layer, None)
             return None
         query = at.q[:, -1]
@@ -34,7 +35,8 @@ class Written(Definition):
             near = self.cfg.similarity is None or alike >= self.cfg.similarity
             if step["age"] < self.cfg.stride and near:
                 best = [step["best"][at.kv_head(h)] for h in range(len(at.q))]
-                return [sorted({*some, *range(step["n"], at.n)}) for some in best]
+                since = {*range(step["n"], at.n)}
+                return [sorted((since | {*some}) & {*at.held[0]}) for some in best]
         best = [self.best(at, g, list(tokens)) for g, tokens in enumerate(at.held)]
         self.memory[at.layer] = {"age": 0, "query": query, "n": at.n, "best": best}
         return None

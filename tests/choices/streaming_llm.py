@@ -23,7 +23,8 @@ class Written(Definition):
 
     def keeps(self, at: Moment) -> list[list[int]]:
         kept = []
-        for tokens in at.held:
+        for g in range(len(at.k)):
+            tokens = at.lasting(g)
             # as many as are there: one that is gone leaves its room to the window
             sinks = [j for j in tokens if j < self.cfg.sinks][: at.budget - 1]
             recent = [j for j in tokens if j >= at.n - (at.budget - len(sinks))]

@@ -16,6 +16,7 @@ class Written(Definition):
     }
     more = ({"budget": 6, "full": 0, "select": (0, 3)}, {"budget": 1, "full": 0, "select": (0, 2)})
     families: ClassVar = {"full": "mistral"}
+    slides: ClassVar = {"budget": 4, "full": 0, "select": (1,)}
     long, layers = 260, 5
 
     def own_budget(self) -> int:

@@ -25,21 +25,22 @@ class Written(Definition):
         {"init": 3, "local": 3, "k": 6, "reuse": -0.9, "budget": 0.5},
         {"init": 0, "local": 1, "k": 1, "reuse": 0.0, "vote": "raw"},
     )
+    slides: ClassVar = {"budget": 4, "init": 1, "local": 1, "k": 2, "reuse": 0.2}
     long = 2700
 
     def own_budget(self) -> int:
         return self.cfg.init + self.cfg.local + self.cfg.k
 
     def reads(self, at: Moment) -> list[list[int]] | None:
-        if at.fed == at.n or at.n <= at.budget + at.fed - 1:  # the prompt in one piece, or nothing to choose
+        # the prompt in one piece, or nothing to choose
+        if at.fed == at.n or len(at.held[0]) <= at.budget + at.fed - 1:
             return None
         whole = self.cfg.init + self.cfg.local + self.cfg.k
         init = round(at.budget * self.cfg.init / whole)
         local = max(1, round(at.budget * self.cfg.local / whole))
         tokens = at.held[0]
-        ends = [
-            j for j in tokens if j < init or j >= at.n - (local + at.fed - 1)
-        ]  # of every query of this forward
+        recent = at.n - (local + at.fed - 1)  # of every query of this forward
+        ends = [j for j in tokens if j < init or j >= recent]
         middle = self.middle(at, [j for j in tokens if j not in ends], max(0, at.budget - init - local))
         return [sorted({*ends, *middle})] * len(at.q)
 

@@ -50,8 +50,11 @@ def asked(family: str, layers: int) -> Any:
 
 
 def feeds_of_choice(family: str = "llama") -> list[dict]:
-    """The script: rows with padding before, after and between; a model that slides a window has one row without."""
-    return script(STEPS, pads=(0,)) if family != "llama" else script(STEPS, pads=(0,) * 3, gaps=GAPS)
+    """The script: rows with padding before, after and between.
+
+    A model that slides a window counts padding in it: there it stands before a text alone.
+    """
+    return script(STEPS, pads=(0, 14)) if family != "llama" else script(STEPS, pads=(0,) * 3, gaps=GAPS)
 
 
 @contextmanager
@@ -147,8 +150,7 @@ def follow(run: Trace, method: Method, definition: type[Definition], row: int, a
             keeps = written.keeps(at)
             keeps = [list(tokens) for tokens in at.held] if keeps is None else keeps
             # what a window can never see again is not held
-            gone = 0 if at.window is None else n - at.window + 1
-            held[layer] = [[j for j in tokens if j >= gone] for tokens in keeps]
+            held[layer] = [sorted({*tokens} & {*at.lasting(g)}) for g, tokens in enumerate(keeps)]
             for g, tokens in enumerate(held[layer]):
                 there = places(run.tape.held[forward][layer][row, g], mask)
                 assert there == tokens, f"{said}, KV head {g}: holds {there}, by its definition {tokens}"
@@ -268,7 +270,8 @@ def settings_of(definition: type[Definition]) -> list[tuple[str, dict[str, Any]]
         (definition.families.get(name, "llama"), s) for name, pair in definition.moves.items() for s in pair
     ]
     found: list[tuple[str, dict[str, Any]]] = []
-    for pair in [*pairs, *(("llama", settings) for settings in definition.more)]:
+    slides = [] if definition.slides is None else [("mistral", definition.slides)]
+    for pair in [*pairs, *(("llama", settings) for settings in definition.more), *slides]:
         if pair not in found:
             found.append(pair)
     return found

@@ -29,9 +29,8 @@ class Moment:
     fed: int  # tokens of this forward, the last of the n
     scale: float
     budget: int  # tokens that may be held or read now
-    held: tuple[
-        tuple[int, ...], ...
-    ]  # by KV head, ascending: tokens stored before, and those of this forward
+    # by KV head, ascending: tokens stored before, and those of this forward
+    held: tuple[tuple[int, ...], ...]
     rotate: Callable[[Tensor, Tensor], Tensor]  # (x [m, D], positions [m]) -> x rotated on
     window: int | None = None  # tokens that a query of this layer sees, its own included
 
@@ -60,6 +59,10 @@ class Moment:
         """Those of the tokens that the query of token i sees."""
         return [j for j in tokens if j <= i and (self.window is None or i - j < self.window)]
 
+    def lasting(self, g: int) -> list[int]:
+        """Of what KV head g holds, the tokens that a later query may see."""
+        return [j for j in self.held[g] if self.window is None or j > self.n - self.window]
+
     def scores(self, h: int, i: int, tokens: list[int]) -> Tensor:
         """[m] q_i · k_j, scaled, of query head h."""
         return self.k[self.kv_head(h)][tokens] @ self.q[h, i] * self.scale
@@ -74,11 +77,13 @@ class Definition:
 
     moves  setting -> two settings of the page that differ in this one alone, and give different results
     more   further settings that are asked
+    slides settings that are asked where every layer slides a window of 6 tokens; None: nothing is chosen there
     long   tokens of a text on which the page acts under its defaults
     """
 
     moves: ClassVar[Mapping[str, tuple[dict[str, Any], dict[str, Any]]]] = {}
     more: ClassVar[tuple[dict[str, Any], ...]] = ()
+    slides: ClassVar[dict[str, Any] | None] = None
     long: ClassVar[int] = 40
     layers: ClassVar[int] = 3  # of the model that is asked
     families: ClassVar[
