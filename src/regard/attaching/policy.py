@@ -271,7 +271,7 @@ def rotate_first(view: View, by: Tensor | None, call: AttentionCall) -> None:
         raise Unsupported(
             f"{call.where} expands its keys after they were stored, so they cannot be moved in place"
         )
-    group.origin = origin
+    group.origin, call.ledger.compressed = origin, True
     group.keys[:, :, :s] = turned
     view.cached_scores = view.cached_weights = None
 

@@ -177,6 +177,7 @@ class Group:
     def take_back(self, seen: int) -> None:
         """Drop the tokens from true index `seen` on."""
         if self.index is None:
+            self.restore()
             self.n = max(0, seen - self.start)
             return
         table = self.table()

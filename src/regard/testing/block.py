@@ -85,8 +85,9 @@ def check_holes(case: BlockCase) -> None:
 CHECKS = (
     check_shape, laws.check_fast_equals_reference, laws.check_gradients, laws.check_causality, laws.check_segments,
     laws.check_decode, laws.check_padding_right, laws.check_padding_left, laws.check_padding_nan, check_holes,
-    laws.check_padded_state, laws.check_batch, laws.check_blind_rows, laws.check_extremes, laws.check_precision,
-    laws.check_autocast, laws.check_speed_settings, laws.check_compiles, laws.check_state_size, laws.check_pure,
+    laws.check_padded_state, laws.check_state_rows, laws.check_batch, laws.check_blind_rows, laws.check_extremes,
+    laws.check_precision, laws.check_autocast, laws.check_speed_settings, laws.check_compiles, laws.check_state_size,
+    laws.check_pure,
 )  # fmt: skip
 
 

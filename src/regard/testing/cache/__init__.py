@@ -27,6 +27,7 @@ from regard.testing.cache.checks import (
 )
 from regard.testing.cache.handling import check_by_place, check_draft, check_goes_on, check_window
 from regard.testing.cache.oracle import movable
+from regard.testing.cache.rows import check_rows_move
 from regard.testing.cache.script import FAMILIES, PADS, play, script
 from regard.testing.zoo import DECODERS, build
 
@@ -83,6 +84,7 @@ def check_cache(
         if movable(method, build(family)[0]):
             check_oracle(method, family)
             check_neutral(method, family)
+            check_rows_move(method, family)
     assert max(effect.values()) > 1e-3, (
         f"{method.label} changed nothing on {families}: settings too large to test it"
     )
@@ -99,7 +101,9 @@ def check_cache(
     for family in DECODERS:
         if movable(method, build(family)[0]):
             check_by_place(method, family)
-    for check in (check_bytes, check_two_calls, check_generation, check_goes_on, check_draft, check_bfloat16):
+    for check in (
+        check_bytes, check_two_calls, check_generation, check_rows_move, check_goes_on, check_draft, check_bfloat16,
+    ):  # fmt: skip
         check(method, first)
     return effect
 

@@ -12,7 +12,13 @@ from regard.testing.laws.blocks import (
     check_blocks_last,
     check_blocks_said,
 )
-from regard.testing.laws.carrying import check_decode, check_padded_state, check_segments, check_state_size
+from regard.testing.laws.carrying import (
+    check_decode,
+    check_padded_state,
+    check_segments,
+    check_state_rows,
+    check_state_size,
+)
 from regard.testing.laws.equality import (
     check_derivatives,
     check_fast_equals_reference,
@@ -73,6 +79,7 @@ CHECKS = (
     check_padding_left,
     check_padding_nan,
     check_padded_state,
+    check_state_rows,
     check_mask_obeyed,
     check_mask_object,
     check_no_tokens,
@@ -117,6 +124,7 @@ __all__ = [
     "check_segments",
     "check_decode",
     "check_padded_state",
+    "check_state_rows",
     "check_state_size",
     "check_padding_right",
     "check_padding_left",

@@ -1,6 +1,7 @@
 """States: segments, single tokens and padded rows carried on give what the whole gives."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -46,6 +47,28 @@ def segments(case: Case, sizes: tuple[int, ...], law: str) -> None:
             rows.append(out)
         case.same(f"{label}: {law}", torch.cat(rows, dim=2), wanted)
         case.same_states(f"{label}: {law}", state, end)
+
+
+def check_state_rows(case: Case) -> None:
+    """Rows of a state that change places, as beams do, go on as each row did where it was."""
+    inputs, rows = case.inputs(10), [1, 0, 1]
+    if case.pattern != "causal_self":
+        raise NotApplicable("only causal_self carries a state")
+    if case.run(case.page.reference, inputs)[1] is None:
+        raise NotApplicable("it returns no state")
+    first, then = inputs.span(slice(0, 6)), inputs.span(slice(6, None))
+    for label, path in case.paths.items():
+        state = case.run(path, first)[1]
+        wanted, end = case.run(path, then, state=state)
+        out, after = case.run(path, then.rows(rows), state=rows_of(state, rows))
+        law = f"{label}: a state of which rows {rows} are taken"
+        case.same(f"{law} goes on as each row did", out, wanted[rows])
+        case.same_states(f"{law} ends as each row did", after, rows_of(end, rows))
+
+
+def rows_of(state: Any, rows: list[int]) -> Any:
+    """These rows of a state, as caches take them: its tensors lead with the batch."""
+    return tree_map(lambda t: t.index_select(0, torch.tensor(rows)), state)
 
 
 def check_padded_state(case: Case) -> None:
