@@ -20,6 +20,7 @@ from regard.testing.laws.equality import (
     check_speed_settings,
     check_widths,
 )
+from regard.testing.laws.heads import check_drawn, check_groups, check_heads_alone
 from regard.testing.laws.influence import (
     check_accumulates,
     check_causality,
@@ -45,7 +46,6 @@ from regard.testing.laws.numbers import (
     check_compiles,
     check_extremes,
     check_frozen,
-    check_groups,
     check_neutral,
     check_precision,
     check_pure,
@@ -84,6 +84,8 @@ CHECKS = (
     check_autocast,
     check_frozen,
     check_groups,
+    check_heads_alone,
+    check_drawn,
     check_compiles,
     check_state_size,
     check_pure,
@@ -132,6 +134,8 @@ __all__ = [
     "check_autocast",
     "check_frozen",
     "check_groups",
+    "check_heads_alone",
+    "check_drawn",
     "check_compiles",
     "check_pure",
     "check_blocks_all",

@@ -189,7 +189,8 @@ METHOD = Mechanism(
     ),
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
     exempt=dict.fromkeys(("influence", "queries", "prefix"), ORDER)
-    | dict.fromkeys(("segments", "decode", "padded_state"), STORED),
+    | dict.fromkeys(("segments", "decode", "padded_state"), STORED)
+    | {"heads_alone": "every head draws keys of its own, by its number"},
     prefills=True,
     card=Card(
         title="HyperAttention",
