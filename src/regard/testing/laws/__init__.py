@@ -14,6 +14,7 @@ from regard.testing.laws.blocks import (
 )
 from regard.testing.laws.carrying import check_decode, check_padded_state, check_segments, check_state_size
 from regard.testing.laws.equality import (
+    check_constants,
     check_derivatives,
     check_fast_equals_reference,
     check_gradients,
@@ -58,6 +59,7 @@ from regard.testing.laws.packing import check_packed
 CHECKS = (
     check_fast_equals_reference,
     check_speed_settings,
+    check_constants,
     check_widths,
     check_packed,
     check_gradients,
@@ -105,6 +107,7 @@ __all__ = [
     "softmax",
     "check_fast_equals_reference",
     "check_speed_settings",
+    "check_constants",
     "check_widths",
     "check_packed",
     "check_gradients",

@@ -5,13 +5,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from regard.ops.blocks import BlockSettings
 from regard.testing.case import Case, E, H, Inputs, NotApplicable, hold, random_mask, sizes
+
+FEW, BLOCKS = (7, 9), (41, 43)
 
 
 def check_groups(case: Case) -> None:
     """Query heads that share a KV head give what they give with a copy of it, and of its parameters, each."""
     for groups in (1, H):
-        few = grouped(case, groups)
+        # a page that chooses blocks is asked where it has some to choose from
+        few = grouped(case, groups, *(BLOCKS if isinstance(case.cfg, BlockSettings) else FEW))
         case.able(few)
         copied = (t.repeat_interleave(2 * H // groups, dim=1) for t in (few.k, few.v))
         params = copies(case, few, groups)
@@ -41,9 +45,9 @@ def check_heads_alone(case: Case) -> None:
                 case.same(law, out[:, h : h + 1], case.run(path, alone(case, whole, h), own)[0])
 
 
-def grouped(case: Case, groups: int) -> Inputs:
+def grouped(case: Case, groups: int, n: int = 7, m: int = 9) -> Inputs:
     """Inputs of twice as many query heads as usual, on so many KV heads."""
-    few = case.inputs(7, 9, groups=groups)
+    few = case.inputs(n, m, groups=groups)
     q = torch.cat([few.q, few.q.flip(1) + 1], dim=1)
     return replace(few, q=q, params=case.params(2 * H, groups, few.v.shape[-1]))
 
