@@ -8,10 +8,10 @@ import torch
 
 import regard
 from regard import catalog
-from regard.core import Edit, Observer, Site
+from regard.core import Edit, Site
 from regard.ops.machine import products_in
 from regard.ops.softmax import explicit, times
-from regard.testing.cache.oracle import gap, hide
+from regard.testing.cache.oracle import gap
 from regard.testing.cache.script import NEAR, play, script
 from regard.testing.constants import SMALL, small_constants
 from regard.testing.zoo import build
@@ -39,6 +39,29 @@ def test_every_constant_of_speed_is_known():
     assert said() <= set(SMALL), f"not in regard/testing/constants.py: {sorted(said() - set(SMALL))}"
     with small_constants():
         pass  # each of them is there
+
+
+EDITS = (
+    Edit(Site("scores", layers=1, heads=(0, 3), keys=(2, 9, -1)), "scale", 0.3),
+    Edit(Site(layers=(1, 2), heads=(1, 3), keys=(5, 9, 13)), "move", 0.6, to=(2, 10)),
+    Edit(Site(layers=2, heads=(1, 2), rows=(-1, -2, 4)), "scale", 1.7),
+)
+
+
+@pytest.mark.parametrize("method", [None, "h2o", "snapkv", "streaming_llm"])
+def test_caches_and_edits_in_small_blocks_and_without_slack(method):
+    """Prompts, steps and padding: logits, and what is held, are what they are in one block."""
+    model, _ = build("llama")
+    settings = {None: {}, "snapkv": dict(budget=10, window=3)}.get(method, dict(budget=10))
+    policy = None if method is None else catalog.method(method, **settings)
+    feeds = script(steps=(20, 1, 4, 1))
+    whole = play(model, policy, feeds, EDITS)
+    with small_constants():
+        parts = play(model, policy, feeds, EDITS)
+    assert gap(feeds, parts.outs, whole.outs) <= NEAR
+    assert parts.stored == whole.stored
+    for one, other in zip(parts.held, whole.held, strict=True):
+        assert all(torch.equal(one[layer], other[layer]) for layer in other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -187,10 +187,7 @@ METHOD = Mechanism(
     unsupported={"cross": NO_DISTANCE, "causal_cross": NO_DISTANCE},
     test_settings=({"kernel": 1}, {"kernel": 4}, {"kernel": 0}, {"relative": False}),
     state_size=state_size,
-    exempt={
-        "queries": "the convolution carries a query to the next kernel - 1 tokens",
-        "heads_alone": "distances have as many waves as all heads have channels",
-    },
+    exempt={"queries": "its convolution carries them on", "heads_alone": "as many waves as channels"},
     card=Card(
         title="RCMHA: relative convolutional multi-head attention",
         paper="RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling, arXiv:2308.03429",

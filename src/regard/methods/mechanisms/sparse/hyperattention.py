@@ -174,7 +174,7 @@ def hashed(asks: Side, text: Side, low: int, cfg: Config) -> Part:
 
 
 STORED = (
-    "a segment of fewer queries than exact_below reads everything, and the halves of a longer text are others"
+    "a segment of fewer queries than exact_below reads everything; the halves of a longer text are others"
 )
 ORDER = "a query's rank among the hashes depends on the other queries, later ones too (never on later keys and values)"
 METHOD = Mechanism(
@@ -190,7 +190,7 @@ METHOD = Mechanism(
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
     exempt=dict.fromkeys(("influence", "queries", "prefix"), ORDER)
     | dict.fromkeys(("segments", "decode", "padded_state"), STORED)
-    | {"heads_alone": "every head draws keys of its own, by its number"},
+    | {"heads_alone": "a head draws by its number"},
     prefills=True,
     card=Card(
         title="HyperAttention",
