@@ -173,9 +173,7 @@ def hashed(asks: Side, text: Side, low: int, cfg: Config) -> Part:
     return bucket_attention(q, k, v, rank_q, rank_k, cfg.block, draws, q.shape[-1] ** -0.5)
 
 
-STORED = (
-    "a segment of fewer queries than exact_below reads everything; the halves of a longer text are others"
-)
+STORED = "fewer queries than exact_below read everything, and the halves of a longer text are others"
 ORDER = "a query's rank among the hashes depends on the other queries, later ones too (never on later keys and values)"
 METHOD = Mechanism(
     config=Config,
