@@ -59,14 +59,16 @@ class Windowed:
     window: int = 4
 
 
-def page(fault: Callable, config: type = Plain, both: bool = True, **fields) -> Mechanism:
+def page(
+    fault: Callable, config: type = Plain, both: bool = True, init: Callable | None = None, **fields
+) -> Mechanism:
     reference = fault if both else attention
     card = replace(
         SOFTMAX.card, neutral=fields.pop("neutral", {"window": 2**20} if config is Windowed else {})
     )
     exempt = {} if card.neutral else {"neutral": "nothing to set"}
     page = replace(
-        SOFTMAX, config=config, reference=reference, fast=fault, card=card, test_settings=(), init=None
+        SOFTMAX, config=config, reference=reference, fast=fault, card=card, test_settings=(), init=init
     )
     return replace(page, exempt=exempt, **fields)
 
@@ -242,6 +244,30 @@ def wrong_head_of_the_group(q, k, v, cfg, call):
     if k.shape[1] not in (1, q.shape[1]):
         k, v = (t.flip(1) for t in (k, v))
     return attention(q, k, v, cfg, call)
+
+
+@planted("heads_alone")
+def heads_speak(q, k, v, cfg, call):
+    return attention(q, k - 0.1 * k.mean(1, keepdim=True), v, cfg, call)
+
+
+@planted("heads_alone", init=lambda cfg, dims: {"sink": torch.arange(1.0, dims["heads"] + 1)})
+def first_parameter_for_all_heads(q, k, v, cfg, call):
+    out, state = attention(q, k, v, cfg, call)
+    return out * call.params["sink"][0].to(out.dtype), state
+
+
+@planted("groups", init=lambda cfg, dims: {"gain": torch.arange(1.0, dims["kv_heads"] + 1)})
+def parameters_of_kv_heads_tiled(q, k, v, cfg, call):
+    out, state = attention(q, k, v, cfg, call)
+    gain = call.params["gain"].repeat(q.shape[1] // k.shape[1])
+    return out * gain.to(out.dtype)[:, None, None], state
+
+
+@planted("drawn", init=lambda cfg, dims: {"gain": torch.rand(1).expand(dims["heads"]).clone()})
+def drawn_once_for_all_heads(q, k, v, cfg, call):
+    out, state = attention(q, k, v, cfg, call)
+    return out * call.params["gain"].to(out.dtype)[:, None, None], state
 
 
 @planted("segments", "decode")

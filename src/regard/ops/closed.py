@@ -102,7 +102,13 @@ def highest(score: Tensor, count: int, limit: Tensor | None = None) -> Tensor:
 
 
 def chunks(rows: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, rows)) for i in range(0, rows, max(1, step)))
+    """Slices of so many rows, of one at least.
+
+    >>> [*chunks(3, 2)], [*chunks(2, 0)]
+    ([slice(0, 2, None), slice(2, 3, None)], [slice(0, 1, None), slice(1, 2, None)])
+    """
+    step = max(1, step)
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
 
 def recomputed(numbers: int, function: Callable, *inputs: Any) -> Any:

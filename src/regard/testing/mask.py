@@ -119,6 +119,7 @@ def check_mask(page: MaskPage | PositionPage, *, settings: Iterable[Settings] = 
             same_after_pickling(repr(composed), composed)
         check_window_width(page, cfg)
         check_looks_ahead(page, cfg)
+        check_kv_heads(page, cfg)
     check_neutral(page)
     return blind
 
@@ -167,17 +168,23 @@ def check_at(mask: Mask, n: int, roles: Roles | None) -> None:
     g = torch.Generator().manual_seed(n)
     rows, heads = max(2, dense.shape[0]), mask.heads or 4
     wide = dense.expand(rows, heads, n, n)
-    for groups in sorted({1, heads}):
+    for groups in divisors(heads):
         kept = torch.randint(-1, n, (rows, groups, n + 3), generator=g)  # repeats and empty slots among them
         queries = torch.randint(0, n, (rows, 5), generator=g)
         index = kept.repeat_interleave(heads // groups, dim=1)[:, :, None].expand(-1, -1, 5, -1)
         picked = wide.gather(2, queries[:, None, :, None].expand(-1, heads, -1, n)).gather(
             3, index.clamp(min=0)
         )
-        actual = mask.at(queries, kept, roles=roles)
+        asked = heads if 1 < groups < heads else None
+        actual = mask.at(queries, kept, roles=roles, heads=asked)
         same("at evicted slots = dense, gathered", mask, actual, picked & (index >= 0))
-        actual = (~mask).at(queries, kept, roles=roles)
+        actual = (~mask).at(queries, kept, roles=roles, heads=asked)
         same("an empty slot is seen by nobody", mask, actual, ~picked & (index >= 0))
+
+
+def divisors(heads: int) -> list[int]:
+    """In how many KV heads so many query heads may lie: one, all, and those between."""
+    return [groups for groups in range(1, heads + 1) if heads % groups == 0]
 
 
 def check_flex(mask: Mask, n: int, roles: Roles | None) -> None:
@@ -187,10 +194,13 @@ def check_flex(mask: Mask, n: int, roles: Roles | None) -> None:
     same("flex = dense", mask, lowered, dense)
     last = create_mask(mask.flex(roles=roles, offset=n - 1), b, h, 1, n, device="cpu")
     same("flex with an offset = the last row of dense", mask, last, dense[:, :, -1:])
-    kept = torch.arange(n).flip(0).view(1, 1, n)
-    kept = torch.where(kept % 3 == 1, -1, kept)
-    stored = create_mask(mask.flex(roles=roles, k_index=kept, heads=h), b, h, n, n, device="cpu")
-    same("flex over stored keys = at", mask, stored, mask.at(torch.arange(n), kept, roles=roles))
+    heads = mask.heads or 4
+    for groups in divisors(heads):
+        kept = torch.stack([torch.arange(n).flip(0).roll(-g) for g in range(groups)])[None]
+        kept = torch.where(kept % 3 == 1, -1, kept)
+        stored = create_mask(mask.flex(roles=roles, k_index=kept, heads=heads), b, heads, n, n, device="cpu")
+        wanted = mask.at(torch.arange(n), kept, roles=roles, heads=heads)
+        same(f"flex over keys stored in {groups} KV heads = at", mask, stored, wanted)
 
 
 def check_blocks(mask: Mask, n: int, roles: Roles | None) -> None:
@@ -303,6 +313,18 @@ def check_looks_ahead(page: MaskPage | PositionPage, cfg: Any) -> None:
     ahead = bool((seen & ~causal().dense(n)).any())
     says = page.looks_ahead(cfg) if callable(page.looks_ahead) else page.looks_ahead
     assert says or not ahead, f"{page.card.title}: {mask!r} shows later tokens, and looks_ahead is not set"
+
+
+def check_kv_heads(page: MaskPage | PositionPage, cfg: Any) -> None:
+    """Query heads that share a KV head read the same keys: those of a layer with its KV heads alone, each repeated."""
+    names = {f.name for f in fields(cfg)}
+    if not {"heads", "kv_heads"} <= names:
+        return
+    mask, n, share = page.build(cfg), LENGTHS[-1], cfg.heads // cfg.kv_heads
+    roles = example_roles(mask.needs, n, cfg)
+    alone = page.build(replace(cfg, heads=cfg.kv_heads)).dense(n, roles=roles)
+    law = f"{cfg.heads} heads on {cfg.kv_heads} KV heads = the heads of the KV heads, repeated"
+    same(law, mask, mask.dense(n, roles=roles), alone.repeat_interleave(share, 1))
 
 
 def check_neutral(page: MaskPage | PositionPage) -> None:

@@ -20,12 +20,14 @@ from regard.testing.laws.carrying import (
     check_state_size,
 )
 from regard.testing.laws.equality import (
+    check_constants,
     check_derivatives,
     check_fast_equals_reference,
     check_gradients,
     check_speed_settings,
     check_widths,
 )
+from regard.testing.laws.heads import check_drawn, check_groups, check_heads_alone
 from regard.testing.laws.influence import (
     check_accumulates,
     check_causality,
@@ -51,7 +53,6 @@ from regard.testing.laws.numbers import (
     check_compiles,
     check_extremes,
     check_frozen,
-    check_groups,
     check_neutral,
     check_precision,
     check_pure,
@@ -64,6 +65,7 @@ from regard.testing.laws.packing import check_packed
 CHECKS = (
     check_fast_equals_reference,
     check_speed_settings,
+    check_constants,
     check_widths,
     check_packed,
     check_gradients,
@@ -91,6 +93,8 @@ CHECKS = (
     check_autocast,
     check_frozen,
     check_groups,
+    check_heads_alone,
+    check_drawn,
     check_compiles,
     check_state_size,
     check_pure,
@@ -110,6 +114,7 @@ __all__ = [
     "softmax",
     "check_fast_equals_reference",
     "check_speed_settings",
+    "check_constants",
     "check_widths",
     "check_packed",
     "check_gradients",
@@ -140,6 +145,8 @@ __all__ = [
     "check_autocast",
     "check_frozen",
     "check_groups",
+    "check_heads_alone",
+    "check_drawn",
     "check_compiles",
     "check_pure",
     "check_blocks_all",

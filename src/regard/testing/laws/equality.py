@@ -12,6 +12,7 @@ from regard.testing.case import (
     EXACT,
     Broken,
     Case,
+    H,
     Inputs,
     NotApplicable,
     gradients,
@@ -21,6 +22,8 @@ from regard.testing.case import (
     same,
     tracked,
 )
+from regard.testing.constants import small_constants
+from regard.testing.laws.heads import grouped
 
 LENGTHS = (1, 7, 64, 65)
 ODD = (1, 3, 5, 64)  # values of settings that change the speed only
@@ -90,6 +93,25 @@ def check_speed_settings(case: Case) -> None:
             case.same_states(law, actual[1], wanted[1])
             for of, g in wanted[2].items():
                 case.same(f"{law}: the gradient of {of}", actual[2][of], g)
+
+
+def check_constants(case: Case) -> None:
+    """Blocks, tiles and pieces of a few tokens change nothing: outputs, states, gradients, grouped heads, masks."""
+    n, m = 33, 36
+    inputs = grouped(case, H, n, m)
+    path = case.page.fast or case.page.reference
+    for label, mask in ("no mask", None), *[*masks_of(case, inputs)][-1:]:
+        wanted = gradients(case, path, inputs, mask)
+        with small_constants():
+            found = gradients(case, path, inputs, mask)
+            with torch.no_grad():
+                out = case.run(path, inputs, mask)[0]
+        law = f"small constants of speed, {label}"
+        case.same(law, found[0], wanted[0])
+        case.same(f"{law}, without gradients", out, wanted[0])
+        case.same_states(law, found[1], wanted[1])
+        for name, g in wanted[2].items():
+            case.same(f"{law}: the gradient of {name}", found[2][name], g)
 
 
 def check_widths(case: Case, n: int = 5) -> None:

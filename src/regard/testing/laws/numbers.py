@@ -1,4 +1,4 @@
-"""Batches, groups of heads, precisions, neutral settings, compilation."""
+"""Batches, precisions, neutral settings, compilation."""
 
 from dataclasses import replace
 
@@ -17,7 +17,6 @@ from regard.testing.case import (
     NotApplicable,
     gradients,
     hold,
-    random_mask,
     same,
     same_states,
     stores,
@@ -161,29 +160,6 @@ def check_frozen(case: Case, n: int = 9) -> None:
         _, _, frozen = gradients(case, path, inputs, learn=False)
         for name, g in frozen.items():
             same(f"{label}, parameters frozen: the gradient of {name}", g, wanted[name], tol=1e-4)
-
-
-def check_groups(case: Case) -> None:
-    """Query heads that share a KV head give what they give with a copy of it each."""
-    for groups in (1, H):
-        few = case.inputs(7, 9, groups=groups)
-        few = replace(
-            few, q=torch.cat([few.q, few.q.flip(1) + 1], dim=1), params=case.params(2 * H, groups, E)
-        )
-        copied = (t.repeat_interleave(2 * H // groups, dim=1) for t in (few.k, few.v))
-        many = replace(few, **dict(zip("kv", copied, strict=True)))
-        case.able(few)
-        shapes = [{n: p.shape for n, p in case.params(2 * H, g, E).items()} for g in (groups, 2 * H)]
-        if shapes[0] != shapes[1]:
-            raise NotApplicable("its parameters belong to KV heads")
-        hidden = random_mask(1, few.k.shape[2], 2 * H)
-        takes_mask = case.takes(few, hidden)
-        for label, path in case.paths.items():
-            law = f"{label}: {2 * H} heads on {groups} KV heads = a copy for each"
-            case.same(law, case.run(path, few)[0], case.run(path, many)[0])
-            if takes_mask:
-                law = f"{law}, keys hidden by head"
-                case.same(law, case.run(path, few, hidden)[0], case.run(path, many, hidden)[0])
 
 
 def check_compiles(case: Case) -> None:

@@ -183,6 +183,7 @@ METHOD = Mechanism(
         {"shared": 1.0, "active": 1.0},
     ),
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
+    exempt={"heads_alone": "heads are chosen, and weighed, beside each other"},
     card=Card(
         title="Mixture-of-head attention (MoH)",
         paper="MoH: Multi-Head Attention as Mixture-of-Head Attention, arXiv:2410.11842",

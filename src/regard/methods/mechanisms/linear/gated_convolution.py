@@ -171,7 +171,10 @@ METHOD = Mechanism(
     unsupported={"cross": NO_DISTANCE, "causal_cross": NO_DISTANCE},
     test_settings=({"length": 8, "bands": 2, "hidden": 4, "layers": 1},),
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * dims["key"],
-    exempt={"neutral": "its weights know distances only: no filter makes them depend on who asks"},
+    exempt={
+        "neutral": "its weights know distances only: no filter makes them depend on who asks",
+        "heads_alone": "windows go from slow to fast over the channels of all heads",
+    },
     card=Card(
         title="Gated long convolution (Hyena, order 2)",
         paper="Hyena Hierarchy: Towards Larger Convolutional Language Models",

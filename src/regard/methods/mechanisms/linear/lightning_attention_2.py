@@ -95,6 +95,7 @@ METHOD = Mechanism(
     speed_settings=("chunk",),
     test_settings=(dict(layer=1, layers=2), dict(decay="slopes", layer=1, layers=3), dict(decay="none")),
     neutral_base=undecayed,
+    exempt={"heads_alone": "a head's decay follows from its number"},
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
     card=Card(
         title="Lightning Attention-2",

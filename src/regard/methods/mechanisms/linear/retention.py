@@ -137,7 +137,10 @@ METHOD = Mechanism(
     speed_settings=("chunk",),
     test_settings=({"turns": False}, {"slowest": 3.0}),
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"],
-    exempt={"neutral": "every head forgets: no setting has γ = 1, and none has softmax's denominator"},
+    exempt={
+        "neutral": "every head forgets: no setting has γ = 1, and none has softmax's denominator",
+        "heads_alone": "a head's decay follows from its number",
+    },
     card=Card(
         title="Retention (RetNet)",
         paper="Retentive Network: A Successor to Transformer for Large Language Models (2023)",

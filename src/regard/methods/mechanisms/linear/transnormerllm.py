@@ -149,7 +149,10 @@ METHOD = Mechanism(
     speed_settings=("chunk",),
     test_settings=({"layer": 1, "layers": 2}, {"decay": "slopes", "layers": 2}),
     state_size=lambda cfg, dims, n: dims["heads"] * dims["key"] * dims["value"] * (1 if cfg.layer else 2),
-    exempt={"neutral": "the norm and the gate are part of it: no setting takes them out"},
+    exempt={
+        "neutral": "the norm and the gate are part of it: no setting takes them out",
+        "heads_alone": "the norm is over all heads, and a head's decay follows from its number",
+    },
     card=Card(
         title="TransNormerLLM",
         paper="TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer (2023)",

@@ -173,9 +173,7 @@ def hashed(asks: Side, text: Side, low: int, cfg: Config) -> Part:
     return bucket_attention(q, k, v, rank_q, rank_k, cfg.block, draws, q.shape[-1] ** -0.5)
 
 
-STORED = (
-    "a segment of fewer queries than exact_below reads everything, and the halves of a longer text are others"
-)
+STORED = "fewer queries than exact_below read everything, and the halves of a longer text are others"
 ORDER = "a query's rank among the hashes depends on the other queries, later ones too (never on later keys and values)"
 METHOD = Mechanism(
     config=Config,
@@ -189,7 +187,8 @@ METHOD = Mechanism(
     ),
     state_size=lambda cfg, dims, n: dims["kv_heads"] * n * (dims["key"] + dims["value"]),
     exempt=dict.fromkeys(("influence", "queries", "prefix"), ORDER)
-    | dict.fromkeys(("segments", "decode", "padded_state"), STORED),
+    | dict.fromkeys(("segments", "decode", "padded_state"), STORED)
+    | {"heads_alone": "a head draws by its number"},
     prefills=True,
     card=Card(
         title="HyperAttention",
