@@ -15,6 +15,7 @@ from typing import Any
 from regard.core import require
 
 PART = ".regard.part"  # where a folder's files are written until they are whole
+BEGUN = (PART, "run.json.part")  # what a start leaves that was killed before the folder was a run's
 
 
 @dataclass
@@ -117,7 +118,7 @@ def vacant(
 ) -> None:
     """Refuse, before any work, a folder that holds something, or that cannot be made or written to."""
     require(not folder.exists() or folder.is_dir(), "the output is a folder", out=str(folder))
-    there = sorted(p.name for p in folder.iterdir() if p.name != PART) if folder.exists() else []
+    there = sorted(p.name for p in folder.iterdir() if p.name not in BEGUN) if folder.exists() else []
     require(not there, rule, out=str(folder), **{"holds": there[:5], **holds})
     writable(folder)
 
