@@ -156,6 +156,7 @@ def test_the_examples_by_their_heads(page):
     for at in range(len(details)):
         for row in page.table("Examples", at):
             text = {head: cell.text for head, cell in row.items()}
+            assert len(text["Generated"].split()) == 4, text["Generated"]
             label, budget, length, depth = text["Generated"].split()
             score = scores[label, budget, int(length), float(depth)]
             assert (

@@ -55,7 +55,8 @@ class Folder:
         if len(whole) < len(text):
             with self.results.open("r+b") as file:
                 file.truncate(len(whole))
-        return {row["key"]: row for row in map(json.loads, whole.decode("utf8").splitlines())}
+        # a text in a row may hold other signs that end a line
+        return {row["key"]: row for row in map(json.loads, whole.split(b"\n")[:-1])}
 
     def add(self, row: dict) -> None:
         """Append a row and push it to the disk. A full disk is an error that says so; earlier rows stay whole."""

@@ -26,14 +26,16 @@ def check_places(method: Method) -> str | None:
             f"{method.label}: depth {sample.depth:.2f}, it is at {place:.2f}"
         )
     if not windows(method, 1, COUNT)[0]:
-        places = {sample.evidence for sample in drawn}
-        assert len(places) >= COUNT // 3, (
-            f"{method.label}: {len(places)} places of the asked fact in {COUNT} samples"
+        stands = {sample.evidence for sample in drawn}
+        assert len(stands) >= COUNT // 3, (
+            f"{method.label}: {len(stands)} places of the asked fact in {COUNT} samples"
         )
         return None
-    turns = zip(*(asked_places(sample) for sample in drawn), strict=True) if drawn[0].turns else ()
-    pooled = [place for sample in drawn for place in asked_places(sample)]
-    for i, places in enumerate(turns or (pooled,), 1):
+    each = [asked_places(sample) for sample in drawn]
+    turns: list[list[float]] = [[place for places in each for place in places]]
+    if drawn[0].turns:
+        turns = [list(places) for places in zip(*each, strict=True)]
+    for i, places in enumerate(turns, 1):
         counts = [sum(q / 4 <= place < (q + 1) / 4 for place in places) for q in range(4)]
         assert min(counts) >= FAIR, f"{method.label}: facts of turn {i} in the quarters of the text: {counts}"
     return None
