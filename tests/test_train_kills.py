@@ -1,17 +1,16 @@
 """A training run that is killed at any of its writes ends with the very weights and points of one that was not.
 
-A kill is the end of a process that runs no handler: each is a child that ends itself at one write, which it leaves
-half done, or before it moves or removes a file.
+Each kill is a child that ends itself at one write, which it leaves half done, or before it moves or removes a file.
 """
 
 import json
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.kills import Kill, goes_on, killed, writes
 
 from regard.train import Plan, run, train
 from regard.train.run import LAST
@@ -20,62 +19,12 @@ SMALL = dict(steps=2, every=1, length=16, pairs=2, vocab=16, tested=8, batch=4, 
 PLAN = Plan(rates=(1e-2, 3e-2), **SMALL)
 
 
-@dataclass
-class Kill:
-    """Ends this process at the n-th write, in the middle of what can be half done; None: counts them."""
-
-    at: int | None
-    seen: list[str] = field(default_factory=list)
-
-    def __call__(self, what: str, half=None) -> None:
-        self.seen.append(what)
-        if len(self.seen) - 1 == self.at:
-            if half is not None:
-                half()
-            os._exit(9)
+def half_saved(whole, tensors, path, **rest):
+    whole(tensors, path, **rest)
+    os.truncate(path, os.path.getsize(path) // 2)
 
 
-def watched(kill: Kill, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that a run does to its folder goes by the kill: what it writes, moves, makes and takes away."""
-
-    def before(owner, name: str, half=None):
-        whole = getattr(owner, name)
-
-        def write(*args, **rest):
-            kill(name, half and (lambda: half(whole, *args, **rest)))
-            return whole(*args, **rest)
-
-        monkeypatch.setattr(owner, name, write)
-
-    def half_saved(whole, tensors, path, **rest):
-        whole(tensors, path, **rest)
-        os.truncate(path, os.path.getsize(path) // 2)
-
-    before(run, "save_file", half_saved)
-    before(Path, "write_text", lambda whole, path, text, **rest: whole(path, text[: len(text) // 2], **rest))
-    # a row was written and is pushed to the disk; torn, its last bytes are not there
-    before(os, "fsync", lambda whole, fd: os.ftruncate(fd, os.fstat(fd).st_size - 5))
-    for owner, name in (
-        (os, "replace"),
-        (Path, "unlink"),
-        (Path, "rmdir"),
-        (run.RegardForCausalLM, "save_pretrained"),
-    ):
-        before(owner, name)
-
-
-def killed(folder: Path, kill: Kill) -> int:
-    """The exit status of a child that trains in the folder until it is killed."""
-    child = os.fork()
-    if child == 0:
-        with pytest.MonkeyPatch.context() as patch:
-            try:
-                watched(kill, patch)
-                train(PLAN, folder)
-                os._exit(0)
-            finally:
-                os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+OWN = ((run, "save_file", half_saved), (run.RegardForCausalLM, "save_pretrained", None))
 
 
 def left(folder: Path) -> dict:
@@ -93,11 +42,8 @@ def left(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(folder of a run that was not killed, the writes it took)"""
-    folder, kill = tmp_path_factory.mktemp("whole"), Kill(None)
-    with pytest.MonkeyPatch.context() as patch:
-        watched(kill, patch)
-        train(PLAN, folder)
-    return folder, kill.seen
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, writes(lambda: train(PLAN, folder), *OWN)
 
 
 def test_the_writes_of_a_run_are_these(whole):
@@ -111,12 +57,13 @@ def test_a_run_killed_at_any_write_ends_as_if_it_had_not_been(whole, tmp_path):
     weights = load_file(folder / "best" / "model.safetensors")
     for at, what in enumerate(seen):
         again = tmp_path / f"{at}"
-        assert killed(again, Kill(at)) == 9
-        train(PLAN, again)
-        train(PLAN, again)  # once more it has nothing to do
-        assert left(again) == left(folder), f"killed at write {at}, {what}"
+        assert killed(Kill(at), lambda out=again: train(PLAN, out), *OWN) == 9
+        where = f"killed at write {at}, {what}"
+        goes_on(lambda out=again: train(PLAN, out), where)
+        goes_on(lambda out=again: train(PLAN, out), where)  # once more it has nothing to do
+        assert left(again) == left(folder), where
         for name, tensor in load_file(again / "best" / "model.safetensors").items():
-            assert torch.equal(tensor, weights[name]), f"killed at write {at}, {what}: {name}"
+            assert torch.equal(tensor, weights[name]), f"{where}: {name}"
 
 
 def test_the_folder_of_a_run_holds_no_parts(whole):

@@ -57,7 +57,8 @@ class Knowing:
         self.modes = []
 
     def __call__(self, inputs, use_cache):
-        wanted = torch.stack([self.right[tuple(row)] for row in inputs.tolist()]).clamp(min=0)
+        rows = [self.right.get(tuple(row), torch.zeros_like(inputs[0])) for row in inputs.tolist()]
+        wanted = torch.stack(rows).clamp(min=0)
         wrong = torch.tensor([tuple(row) not in self.known for row in inputs.tolist()])[:, None]
         said = (wanted + wrong) % self.vocab
         return SimpleNamespace(logits=torch.nn.functional.one_hot(said, self.vocab).float())
@@ -88,8 +89,8 @@ def test_the_score_of_text_is_in_bits():
     assert Text.measure(sure, torch.tensor([[0, 1]])) == pytest.approx((1 + 2, 2))
 
 
-def rates_and_steps(monkeypatch) -> list[tuple[float, int]]:
-    """(rate, size of the batch's loss graph) of every step of AdamW from now on."""
+def rates_of_steps(monkeypatch) -> list[float]:
+    """The rate of every step of AdamW from now on."""
     seen, step = [], torch.optim.AdamW.step
 
     def noted(self, *args, **rest):
@@ -102,7 +103,7 @@ def rates_and_steps(monkeypatch) -> list[tuple[float, int]]:
 
 def test_the_rates_of_a_run_rise_and_fall_by_half_a_cosine(tmp_path, monkeypatch):
     """Two of twenty steps rise, the others fall; a run that was stopped goes on at the rate of its next step."""
-    seen = rates_and_steps(monkeypatch)
+    seen = rates_of_steps(monkeypatch)
     plan = Plan(steps=20, every=10, rates=(0.01, 0.04), **SMALL)
     shares = [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * s / 18)) for s in range(18))]
 
