@@ -27,6 +27,8 @@ from regard.bench.quality import fidelity, quality
 from regard.core import Unsupported
 from regard.models.shipped import load, load_shipped
 from regard.report.folder import Folder
+from regard.report.pictures import PictureResult
+from regard.report.result import Result
 from regard.tasks import Sample, Turn
 from regard.testing.zoo import build, ids
 
@@ -246,6 +248,26 @@ def test_a_line_cut_short_by_a_kill_is_taken_away(tmp_path):
     assert set(folder.rows()) == {"one", "three"}
 
 
+def test_what_a_model_says_ends_no_line_of_the_folder(tmp_path):
+    """Python ends lines at more signs than JSON escapes, such as U+0085 and U+2028; a model may generate them."""
+    said = "one\x85two\u2028three\u2029four\x0b\x1c\r\nfive"
+    folder = Folder(tmp_path / "run")
+    folder.open(header(a=1))
+    rows = [
+        {"kind": "cell", "key": str(i), "status": "ok", "samples": [{"generated": said}]} for i in range(2)
+    ]
+    for row in rows:
+        folder.add(row)
+    assert list(folder.open(header(a=1)).values()) == rows
+    assert Result.load(folder.path).rows == rows and not Result.load(folder.path).unreadable
+    pictured = [row | {"kind": "pictures"} for row in rows]
+    folder.results.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pictured), "utf-8"
+    )
+    (folder.path / "run.json").write_text(json.dumps({"cells": ["0", "1"]}))
+    assert PictureResult.load(folder.path).rows == pictured
+
+
 def test_the_folder_of_another_run_is_refused(tmp_path):
     folder = Folder(tmp_path / "run")
     folder.open(header(lengths=[64]))
@@ -254,6 +276,14 @@ def test_the_folder_of_another_run_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="new, empty"):
         Folder(tmp_path).open(header())
+
+
+def test_a_start_that_was_killed_before_its_header_is_gone_on_from(tmp_path):
+    """The header is written beside and moved: what a kill leaves between the two is ours."""
+    (tmp_path / "run.json.part").write_text('{"kind": "ru')
+    folder = Folder(tmp_path)
+    assert folder.open(header(a=1)) == {}
+    assert folder.open(header(a=1)) == {} and [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_a_full_disk_keeps_what_was_finished(tmp_path, monkeypatch):
@@ -353,7 +383,8 @@ def test_a_stopped_run_loses_nothing_that_ended_and_resumes(tmp_path, how):
     if how == signal.SIGINT:
         assert first.returncode == 130
         assert "Finished cells are kept" in said
-    before = (folder / "results.jsonl").read_text().splitlines()
+    # a row that the kill cut short is none
+    before = (folder / "results.jsonl").read_text().split("\n")[:-1]
     assert 2 <= len(before) < 6
     again = subprocess.run([*run, "--json"], capture_output=True, text=True, timeout=300, check=True)
     after = (folder / "results.jsonl").read_text().splitlines()

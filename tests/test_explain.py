@@ -219,6 +219,10 @@ def test_a_prompt_is_corrupted_as_said(tmp_path):
     file = tmp_path / "several.jsonl"
     file.write_text(json.dumps({"prompt": PROMPT, "foil": "9"}) + "\n" + json.dumps({"prompt": PROMPT}))
     assert [q.foil for q in read_questions(file, "1", "7", None)] == ["9", "7"]
+    file.write_text(
+        json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False), "utf8"
+    )  # which ends no line of JSON
+    assert [q.prompt for q in read_questions(file, "1", None, None)] == ["a\u2028b"]
     file.write_text(json.dumps({"prompts": PROMPT}))
     with pytest.raises(ValueError, match="a line has prompt"):
         read_questions(file, None, None, None)

@@ -126,6 +126,10 @@ def test_images_and_annotations_of_ones_own(tmp_path):
     found = own_questions(tmp_path, 4)
     assert found[0].answer == "no" and found[0].text.startswith("Is there") and found[1].objects == ("dog",)
     assert opened(found[0].picture).size == (32, 32)
+    file.write_text(
+        json.dumps({**published, "text": "a dog\u2028here?"}, ensure_ascii=False) + "\r\n", "utf-8"
+    )
+    assert own_questions(tmp_path, 4)[0].text == "a dog\u2028here?"  # which ends no line of JSON
     with pytest.raises(ValueError, match=r"the image can be read.*broken.png"):
         opened(tmp_path / "broken.png")
     with pytest.raises(ValueError, match="the image is there"):

@@ -49,7 +49,7 @@ def read_questions(path: Path, target: str | None, foil: str | None, corrupt: st
     text = path.read_text(encoding="utf8")
     if path.suffix != ".jsonl":
         return [Question(text.rstrip("\n"), target, foil, corrupt)]
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     require(len(rows) > 0, "a file of prompts has a line", file=str(path))
     unknown = sorted({key for row in rows for key in row} - {*Question.__dataclass_fields__})
     require(not unknown, "a line has prompt, target, foil, corrupt", unknown=unknown)

@@ -15,6 +15,7 @@ from typing import Any
 from regard.core import require
 
 PART = ".regard.part"  # where a folder's files are written until they are whole
+BEGUN = (PART, "run.json.part")  # what a start leaves that was killed before the folder was a run's
 
 
 @dataclass
@@ -54,7 +55,8 @@ class Folder:
         if len(whole) < len(text):
             with self.results.open("r+b") as file:
                 file.truncate(len(whole))
-        return {row["key"]: row for row in map(json.loads, whole.decode("utf8").splitlines())}
+        # a text in a row may hold other signs that end a line
+        return {row["key"]: row for row in map(json.loads, whole.split(b"\n")[:-1])}
 
     def add(self, row: dict) -> None:
         """Append a row and push it to the disk. A full disk is an error that says so; earlier rows stay whole."""
@@ -117,7 +119,7 @@ def vacant(
 ) -> None:
     """Refuse, before any work, a folder that holds something, or that cannot be made or written to."""
     require(not folder.exists() or folder.is_dir(), "the output is a folder", out=str(folder))
-    there = sorted(p.name for p in folder.iterdir() if p.name != PART) if folder.exists() else []
+    there = sorted(p.name for p in folder.iterdir() if p.name not in BEGUN) if folder.exists() else []
     require(not there, rule, out=str(folder), **{"holds": there[:5], **holds})
     writable(folder)
 

@@ -49,8 +49,8 @@ class PictureResult:
     def load(cls, folder: str | Path) -> "PictureResult":
         folder = Path(folder)
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = {row["key"]: row for row in map(json.loads, lines)}
+        lines = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")
+        rows = {row["key"]: row for row in map(json.loads, filter(None, lines))}
         return cls(run, [rows[key] for key in run["cells"] if key in rows])
 
     def tasks(self) -> list[str]:

@@ -93,7 +93,7 @@ def own_questions(source: str | Path, count: int) -> list[PictureQuestion]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json" and not text.lstrip().startswith('{"question'):
         return coco_captions(json.loads(text), path.parent, count)
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     return within([line_question(line, number, path) for number, line in enumerate(lines, 1)], count)
 
 

@@ -1,6 +1,5 @@
 """Checks that every task page must pass; yours too: `check_task(Method(name, METHOD, Config()))`."""
 
-import re
 from itertools import pairwise
 from typing import Any
 
@@ -8,54 +7,16 @@ import torch
 
 from regard import catalog
 from regard.core import Method
-from regard.kinds.task import TaskPage, ask
+from regard.kinds.task import TaskPage
 from regard.tasks import Sample
 from regard.tasks.base import contains, said
+from regard.testing.task_places import check_places, check_windows
+from regard.testing.task_scores import check_picture_scores, check_pictures, check_scores
+from regard.testing.tokenizers import ChatTokenizer, WordTokenizer, samples
+
+__all__ = ["ChatTokenizer", "WordTokenizer", "check_task", "check_task_page", "samples"]
 
 LENGTHS = (256, 300, 1024)
-
-
-class WordTokenizer:
-    """A tokenizer with one id for each word, digit and sign, given out as they come; id 0 begins every text.
-
-    `letters`: longer words take several ids, so that not all texts of so many words are equally long.
-    """
-
-    chat_template = None
-
-    def __init__(self, bos: int | None = 0, spare: int = 200, letters: int | None = None) -> None:
-        self.word = re.compile(rf"<s>|\d| ?[^\W\d]{f'{{1,{letters}}}' if letters else '+'}|\s|.")
-        self.bos_token_id, self.pieces, self.known, self.spare = bos, ["<s>"], {"<s>": 0}, spare
-        self.all_special_ids = [0]
-
-    def __len__(self) -> int:
-        return len(self.pieces) + self.spare
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
-        for piece in self.word.findall(text):
-            if piece not in self.known:
-                self.known[piece] = len(self.pieces)
-                self.pieces.append(piece)
-            ids.append(self.known[piece])
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(self.pieces[i] for i in ids)
-
-
-class ChatTokenizer(WordTokenizer):
-    """The same with a chat template: a system prompt of its own where none is given, marks around each message."""
-
-    SYSTEM, END = "<s><system>Answer in few words.<end>\n", "<end>\n"
-    chat_template = "a template"
-
-    def apply_chat_template(
-        self, messages: list[dict], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str:
-        assert not tokenize, "the tasks ask for text"
-        said = "".join(f"<{m['role']}>{m['content']}{self.END}" for m in messages)
-        return self.SYSTEM + said + ("<assistant>" if add_generation_prompt else "")
 
 
 def check_task_page(name: str) -> dict[str, str]:
@@ -71,8 +32,10 @@ def check_task(method: Method) -> dict[str, str]:
     """Every law that the task can be asked: "held" or "not applicable: reason". Raises AssertionError."""
     page: TaskPage = method.page
     report = {}
-    asked = (check_samples, check_seed, check_evidence, check_context, check_chat, check_first_token)
-    for law, part in (*((law, "samples") for law in asked), (check_generate, "generate")):
+    asked = (check_samples, check_seed, check_evidence, check_context, check_chat, check_first_token, check_places,
+             check_windows, check_scores)  # fmt: skip
+    of_pictures = ((law, "pictures") for law in (check_pictures, check_picture_scores))
+    for law, part in (*((law, "samples") for law in asked), (check_generate, "generate"), *of_pictures):
         name = law.__name__.removeprefix("check_")
         if getattr(page, part) is None:
             report[name] = f"not applicable: it gives no {part}"
@@ -80,12 +43,6 @@ def check_task(method: Method) -> dict[str, str]:
         reason = law(method)
         report[name] = f"not applicable: {reason}" if reason else "held"
     return report
-
-
-def samples(
-    method: Method, length: int, count: int, seed: int, tokenizer: Any = None, chat: bool = False
-) -> list[Sample]:
-    return ask(method).samples(tokenizer or WordTokenizer(), length, count, seed, chat=chat)
 
 
 def check_samples(method: Method) -> None:

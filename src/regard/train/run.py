@@ -44,6 +44,7 @@ def train(plan: Plan, out: str | Path, progress: Progress | None = None, threads
     folder.open({"title": f"{plan.label} on {plan.task}", "settings": plan.to_dict()})
     rows = recovered(folder)
     if (folder.path / "result.json").exists():
+        (folder.path / LAST).unlink(missing_ok=True)  # a kill may have come before it was taken away
         return json.loads((folder.path / "result.json").read_text(encoding="utf8"))
     with using_threads(threads or (1 if plan.width < 256 else torch.get_num_threads())):
         for rate in plan.rates:
