@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from regard.core.errors import require
 
+TIME = "time"
 TOY = "toy"  # a model that a claim trains itself, among those that it names
 
 
@@ -16,6 +17,7 @@ class Measured:
     """What a measurement found. `holds` is the bound applied to `numbers`; nothing else decides it.
 
     `parts`: the bound line by line, name -> whether that line holds, where there are several; all of them must.
+    The names of lines that a clock decides begin with TIME.
     """
 
     holds: bool
