@@ -1,6 +1,7 @@
 """The ledger of claims on several models: a row for each, what is absent, which one decides, what commands print."""
 
 import json
+from itertools import product
 
 import pytest
 from typer.testing import CliRunner
@@ -19,8 +20,11 @@ def claim_on(*models, **of):
 
     def measure(model=None):
         asked.append(model)
-        return Measured(model != "lm", {"times": len(asked)})
+        return Measured.by({"the toys": model != "lm", "sums": True}, {"times": len(asked)})
 
+    if "contradicted" in of and "fails" not in of:
+        noted = of["contradicted"]
+        of["fails"] = ("the toys",) if isinstance(noted, str) else dict.fromkeys(noted, ("the toys",))
     given = {"name": "one", "statement": "s", "bound": "b", "measure": measure, "models": models, **of}
     return Claim(**given), asked
 
@@ -161,9 +165,60 @@ def test_a_claim_says_on_which_models_it_is_contradicted():
     with pytest.raises(ValueError, match="each once"):
         claim_on("lm", "lm")
     single, _ = claim_on(contradicted="too small")
-    assert single.verdict(Measured(False)) == "contradicted" and single.note() == "too small"
+    outside = Measured.by({"the toys": False, "sums": True}, {})
+    assert single.verdict(outside) == "contradicted" and single.note() == "too small"
     both, _ = claim_on("lm", "smollm2", contradicted={"lm": "too small"})
-    assert [both.verdict(Measured(False), m) for m in both.models] == ["contradicted", "fails"]
+    assert [both.verdict(outside, m) for m in both.models] == ["contradicted", "fails"]
+
+
+TRUTHS = (True, False)
+
+
+@pytest.mark.parametrize("held", list(product(TRUTHS, repeat=3)), ids=str)
+def test_a_claim_is_contradicted_only_while_all_parts_hold_that_it_does_not_name(held):
+    plain, _ = claim_on()
+    noted, _ = claim_on(contradicted="too small", fails=("the toys", "order"))
+    found = Measured.by(dict(zip(("the toys", "order", "sums"), held, strict=True)), {})
+    assert found.holds == all(held)
+    assert plain.verdict(found) == ("holds" if all(held) else "fails")
+    wanted = "holds" if all(held) else "contradicted" if held[2] else "fails"
+    assert noted.verdict(found) == wanted
+
+
+def test_a_contradicted_claim_whose_measurement_breaks_reads_fails_in_its_row(room, monkeypatch):
+    parts = {"the toys": False, "sums": True}
+    broken = Claim(
+        "one", "s", "b", lambda: Measured.by(parts, {"x": 1}), contradicted="small", fails=("the toys",)
+    )
+    monkeypatch.setattr(ledger, "claim", lambda name: broken)
+    assert (ledger.measure("one")["verdict"], ledger.measure("one")["parts"]) == ("contradicted", parts)
+    parts["sums"] = False
+    assert (ledger.measure("one")["verdict"], ledger.measure("one")["parts"]) == ("fails", parts)
+
+
+def test_parts_are_named_where_a_claim_is_contradicted_and_are_measured():
+    noted, _ = claim_on(contradicted="too small")
+    for of in (Measured(False), Measured(True), Measured.by({"sums": False}, {})):
+        with pytest.raises(ValueError, match=r"among those that were measured .*the toys"):
+            noted.verdict(of)
+    for of in ({"contradicted": "too small", "fails": ()}, {"fails": ("the toys",)}):
+        with pytest.raises(ValueError, match="says which parts of its bound fail"):
+            claim_on(**of)
+    for fails in ({}, {"lm": ()}, {"smollm2": ("the toys",)}, {"lm": ("sums",), "smollm2": ("sums",)}):
+        with pytest.raises(ValueError, match="says which parts of its bound fail"):
+            claim_on("lm", "smollm2", contradicted={"lm": "too small"}, fails=fails)
+    with pytest.raises(ValueError, match="holds where all of its parts do"):
+        Measured(True, {}, {"sums": False})
+    with pytest.raises(ValueError, match="holds where all of its parts do"):
+        Measured(False, {}, {"sums": True})
+
+
+def test_recorded_parts_say_the_verdict_that_is_recorded():
+    with_parts = [row for rows in ledger.recorded().values() for row in rows if "parts" in row]
+    assert {row["verdict"] for row in with_parts} >= {"holds", "contradicted"}
+    for row in with_parts:
+        said = ledger.claim(row["name"]).verdict(Measured.by(row["parts"], {}), row.get("model"))
+        assert said == row["verdict"], row["name"]
 
 
 def test_pages_are_listed_and_shown_with_the_model_that_decides(monkeypatch):

@@ -87,6 +87,7 @@ def measure(name: str, model: str | None = None) -> dict:
     return {
         **said,
         "measured": dict(result.numbers),
+        **({"parts": dict(result.parts)} if result.parts else {}),
         "verdict": chosen.verdict(result, model),
         "note": chosen.note(model),
         "seconds": round(seconds, 1),

@@ -5,6 +5,7 @@ of a chat: so SmolLM2 finds 24 of 24 needles (8 each of 256, 512 and 1,024 token
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -32,6 +33,13 @@ def shipped(model: str = "lm") -> Bench:
     return loaded(model)
 
 
+@cache
+def in_float64(model: str = "lm") -> Bench:
+    """A copy in which another order of the same sum moves no digit that counts; norms still go down to float32."""
+    bench = shipped(model)
+    return Bench(deepcopy(bench.model).double(), bench.tokenizer)
+
+
 def stream(tokens: int, model: str = "lm") -> Tensor:
     """[tokens] ids of held-out text after the tokenizer's first token."""
     bench = shipped(model)
@@ -44,9 +52,9 @@ def samples(name: str, length: int, count: int, seed: int = 0, model: str = "lm"
     return task(name).samples(shipped(model).tokenizer, length, count, seed)
 
 
-def runs(chosen: list[Sample], method: Any, model: str = "lm") -> list[Pass]:
-    length = len(chosen[0].prompt)
-    return [shipped(model).run(b, method) for b in batches(chosen, Cell("full", "needle", length))]
+def runs(chosen: list[Sample], method: Any, model: str | Bench = "lm") -> list[Pass]:
+    length, bench = len(chosen[0].prompt), shipped(model) if isinstance(model, str) else model
+    return [bench.run(b, method) for b in batches(chosen, Cell("full", "needle", length))]
 
 
 def accuracy(chosen: list[Sample], method: Any, model: str = "lm") -> float:

@@ -89,8 +89,13 @@ def measure(on: str) -> Measured:
         "questions": sum(map(len, groups)),
         "compensation_difference": compensated(),
     }
-    holds = kept >= 0.95 * full > 0 and mean(draws) <= 0.7 * full
-    return Measured(holds and numbers["compensation_difference"] < 1e-5, numbers)
+    parts = {
+        "full attention finds passkeys": full > 0,
+        "induction heads keep them": kept >= 0.95 * full,
+        "random heads do not": mean(draws) <= 0.7 * full,
+        "compensation": numbers["compensation_difference"] < 1e-5,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(
@@ -105,6 +110,7 @@ CLAIM = Claim(
     ),
     measure=measure,
     models=("lm", "smollm2"),
+    fails={"smollm2": ("induction heads keep them",)},
     contradicted={
         "smollm2": (
             "of 26 passkeys that full attention finds, the 14 of 90 KV heads with the highest induction score keep "

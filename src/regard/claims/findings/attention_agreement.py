@@ -303,9 +303,12 @@ def measure() -> Measured:
     numbers = {f"{name} {k}": v for name, side in sides.items() for k, v in side.items()} | checked
     numbers |= {"untrained largest": untrained["largest"], "untrained mean": untrained["mean"]}
     judged = [sides["transformer"], sides["unpadded"]]
-    learned = min(side["accuracy"] for side in judged) >= 0.8 and checked["control_accuracy"] >= 0.95
-    weak = max(side["largest"] for side in judged) < 0.5
-    return Measured(learned and weak and checked["control_agreement"] >= 0.8, numbers)
+    parts = {
+        "trained": min(side["accuracy"] for side in judged) >= 0.8 and checked["control_accuracy"] >= 0.95,
+        "every pair agrees weakly": max(side["largest"] for side in judged) < 0.5,
+        "a planted word comes first": checked["control_agreement"] >= 0.8,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(
@@ -320,6 +323,7 @@ CLAIM = Claim(
         ">= 0.8 and >= 0.95)"
     ),
     measure=measure,
+    fails=("every pair agrees weakly",),
     contradicted=(
         "it depends on what removal means to the model. Attention, raw or by norm, agrees weakly with every "
         "attribution in all models (τ-b of at most 0.31), and the control shows that explanations can agree. "

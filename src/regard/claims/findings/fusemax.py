@@ -240,13 +240,15 @@ def of(name: str) -> dict[str, Any]:
 
 def measure() -> Measured:
     found = {name: of(name) for name in CASCADES}
-    exact = all(f["difference"] < 1e-5 for f in found.values())
-    passes = all(found[name]["traversals"] == [PASSES[name]] for name in CASCADES)
-    seen = all(f["largest"] <= max(TILE, VALUE) and f["left"] == 0 for f in found.values())
-    grows = found["three"]["least_slope"] > 0
-    stays = found["one"]["least_slope"] == found["one"]["most_slope"] == 0
+    parts = {
+        "softmax attention": all(f["difference"] < 1e-5 for f in found.values()),
+        "traversals": all(found[name]["traversals"] == [PASSES[name]] for name in CASCADES),
+        "all is seen": all(f["largest"] <= max(TILE, VALUE) and f["left"] == 0 for f in found.values()),
+        "three passes grow": found["three"]["least_slope"] > 0,
+        "one pass does not": found["one"]["least_slope"] == found["one"]["most_slope"] == 0,
+    }
     numbers = {f"{name}_{key}": value for name, f in found.items() for key, value in f.items()}
-    return Measured(exact and passes and seen and grows and stays, {"lengths": list(LENGTHS)} | numbers)
+    return Measured.by(parts, {"lengths": list(LENGTHS)} | numbers)
 
 
 CLAIM = Claim(

@@ -84,20 +84,25 @@ def stored_along_sequence(window: int, width: int, length: int) -> int:
 
 def measure() -> Measured:
     differences = {f"difference_window_{w}": apart(w) for w in WINDOWS}
-    deep, wide, holds = [], [], max(differences.values()) < 1e-6
+    deep, wide = [], []
+    parts = {
+        "the same": max(differences.values()) < 1e-6,
+        "stored along depth": True,
+        "stored along text": True,
+    }
     for n in LENGTHS:
         for layers, width in ((2, 16), (4, 16), (8, 16), (4, 32)):
             numbers, kept = stored_along_depth(layers, width, n)
             deep.append([layers, width, n, numbers])
             # the embedding, and what attention and channel mixer of each layer give
-            holds &= numbers == (2 * layers + 1) * width and kept == 0
+            parts["stored along depth"] &= numbers == (2 * layers + 1) * width and kept == 0
         for window, width in ((4, 16), (8, 16), (16, 16), (8, 32)):
             numbers = stored_along_sequence(window, width, n)
             wide.append([window, width, n, numbers])
             # keys and values; the window counts the token that asks, which may not be held yet
-            holds &= 2 * (window - 1) * width <= numbers <= 2 * window * width
-    return Measured(
-        holds,
+            parts["stored along text"] &= 2 * (window - 1) * width <= numbers <= 2 * window * width
+    return Measured.by(
+        parts,
         {
             **differences,
             "depth_layers_width_length_numbers": deep,

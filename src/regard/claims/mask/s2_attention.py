@@ -34,9 +34,13 @@ def measure() -> Measured:
         "bound_on_blocks": bound,
         "future_blocks": future,
     }
-    read_less = all(m <= b for m, b in zip(most, bound, strict=True))
-    covered = all(u == 1 for u in union) and all(a < 1 for a in alone)
-    return Measured(covered and read_less and future == 0, numbers)
+    parts = {
+        "heads cover all": all(u == 1 for u in union),
+        "one pattern does not": all(a < 1 for a in alone),
+        "blocks of a row": all(m <= b for m, b in zip(most, bound, strict=True)),
+        "nothing of the future": future == 0,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -60,7 +60,12 @@ def measure() -> Measured:
         "text_rows": int(words.sum()),
         "pairs_ahead": int((seen & ~causal().dense(n)[0, 0]).sum()),
     }
-    return Measured(backward == 0 and min(within) > 1e-4 and same_rows, numbers)
+    parts = {
+        "nothing before the edit": backward == 0,
+        "within the frame": min(within) > 1e-4,
+        "rows of words": same_rows,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

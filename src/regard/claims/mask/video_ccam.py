@@ -58,7 +58,7 @@ def measure() -> Measured:
     with seeded(0):
         projector = Projector().double()
     numbers: dict[str, float] = {}
-    holds = True
+    parts = {"blind without": True, "order with": True, "before the edit": True, "last query": True}
     for count in LENGTHS:
         g = generator(count)
         frames = torch.randn(1, count, PATCHES, WIDTH, generator=g, dtype=torch.float64)
@@ -69,10 +69,11 @@ def measure() -> Measured:
         before, last = horizon_kept(projector, frames)
         numbers |= {f"shuffle_plain_{count}": plain, f"shuffle_masked_{count}": masked}
         numbers |= {f"queries_before_the_edit_{count}": before, f"last_query_{count}": last}
-        holds = holds and plain < 1e-6 and masked > 1e-2 and before == 0 and last > 0
+        now = zip(parts, (plain < 1e-6, masked > 1e-2, before == 0, last > 0), strict=True)
+        parts = {name: parts[name] and holds for name, holds in now}
     image = torch.randn(1, 1, PATCHES, WIDTH, generator=generator(1), dtype=torch.float64)
     numbers["one_frame"] = difference(projector(image, True), projector(image, False))
-    return Measured(holds and numbers["one_frame"] == 0, numbers)
+    return Measured.by(parts | {"one frame": numbers["one_frame"] == 0}, numbers)
 
 
 CLAIM = Claim(

@@ -56,10 +56,17 @@ def measure() -> Measured:
         read = {n: keys_read(n) for n in LENGTHS}
         after, before = gradients()
     longest = LENGTHS[-1]
-    holds = same < 1e-5 and read[longest] <= longest / GROUP + LOCAL + GROUP and after == 0 and before > 0
+    parts = {
+        "full attention": same < 1e-5,
+        "keys read": read[longest] <= longest / GROUP + LOCAL + GROUP,
+        "nothing of the future": after == 0,
+        "all of the past": before > 0,
+    }
     numbers: dict = {f"keys_read_at_{n}": count for n, count in read.items()}
     numbers |= {"bound_on_keys": longest // GROUP + LOCAL + GROUP, "difference_from_full": same}
-    return Measured(holds, numbers | {"gradient_of_the_future": after, "least_gradient_of_the_past": before})
+    return Measured.by(
+        parts, numbers | {"gradient_of_the_future": after, "least_gradient_of_the_past": before}
+    )
 
 
 CLAIM = Claim(

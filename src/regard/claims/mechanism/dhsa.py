@@ -39,9 +39,14 @@ def full_budget() -> float:
 def measure() -> Measured:
     found = {pool: correlation(pool) for pool in page.POOLS}
     dense = full_budget()
-    holds = abs(found["sqrt"]) < 0.05 and found["mean"] < -0.1 and found["sum"] > 0.1 and dense < 1e-5
+    parts = {
+        "roots are blind to length": abs(found["sqrt"]) < 0.05,
+        "means favour short": found["mean"] < -0.1,
+        "sums favour long": found["sum"] > 0.1,
+        "full budget": dense < 1e-5,
+    }
     numbers = {f"correlation_{pool}": r for pool, r in found.items()}
-    return Measured(holds, {**numbers, "full_budget_difference": dense, "draws": DRAWS, "chunks": CHUNKS})
+    return Measured.by(parts, {**numbers, "full_budget_difference": dense, "draws": DRAWS, "chunks": CHUNKS})
 
 
 CLAIM = Claim(

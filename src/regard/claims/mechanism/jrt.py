@@ -130,8 +130,12 @@ def measure() -> Measured:
     apart = parallel_against_recurrent()
     numbers = {f"{kind}_{name}": value for kind, results in (("recurrent", recurrent), ("softmax", softmax))
                for name, value in results.items()}  # fmt: skip
-    holds = recurrent["gain_points"] >= 10 and softmax["gain_points"] <= 3 and apart < 1e-5
-    return Measured(holds, {**numbers, "parallel_against_recurrent": apart})
+    parts = {
+        "the recurrent model gains": recurrent["gain_points"] >= 10,
+        "softmax little": softmax["gain_points"] <= 3,
+        "prefill is decode": apart < 1e-5,
+    }
+    return Measured.by(parts, {**numbers, "parallel_against_recurrent": apart})
 
 
 CLAIM = Claim(
@@ -142,6 +146,7 @@ CLAIM = Claim(
     ),
     bound="gain of the recurrent model >= 10 points, of softmax <= 3; prefill against decode max |Δ| < 1e-5 in float32",
     measure=measure,
+    fails=("the recurrent model gains", "softmax little"),
     contradicted=(
         "with fresh seeds the recurrent model gains 8.6 points (84 to 92 % over both orders: 17 where the short set "
         "comes first, 0.5 where the long one does), under the bound of 10. Softmax attention of equal values is at 43 "

@@ -66,7 +66,12 @@ def measure() -> Measured:
         "fixed_spread_worst": max(fixed),
         "fixed_share_above_one_tile": sum(s > 1 for s in fixed) / SCHEDULES,
     }
-    return Measured(max(plain, sharp) < 1e-5 and max(lean) <= 1 and middle > 1, numbers)
+    parts = {
+        "any split and order": max(plain, sharp) < 1e-5,
+        "even loads": max(lean) <= 1,
+        "uneven fixed splits": middle > 1,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -128,7 +128,7 @@ def measure() -> Measured:
     numbers: dict[str, Any] = {"difference": apart, "ratio": ratio}
     numbers |= {f"all_{name}": value for name, value in every.items() if name != "balance"}
     numbers |= {f"moh_{name}": value for name, value in some.items()}
-    return Measured(apart < 1e-5 and ratio <= 1.01, numbers)
+    return Measured.by({"neutral is multi-head": apart < 1e-5, "as good a loss": ratio <= 1.01}, numbers)
 
 
 CLAIM = Claim(
@@ -139,6 +139,7 @@ CLAIM = Claim(
     ),
     bound="difference < 1e-5; validation loss on Python's help topics <= 1.01 x that of all heads, mean of 3 seeds",
     measure=measure,
+    fails=("as good a loss",),
     contradicted=(
         "with routers of zero it is multi-head attention (difference 0), but trained for these 400 steps its loss "
         "is 1.045 times that of all heads (1.029 to 1.062 by seed). Both sides have the same best rate; at 1.6e-2 "

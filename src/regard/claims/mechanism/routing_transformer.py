@@ -99,7 +99,13 @@ def measure() -> Measured:
         "operations": counts,
         "exponent_of_operations": grown,
     }
-    return Measured(same < 1e-5 and routed >= 0.9 and local <= 0.4 and grown <= 1.6, numbers)
+    parts = {
+        "one cluster": same < 1e-5,
+        "mass": routed >= 0.9,
+        "mass of the window": local <= 0.4,
+        "operations": grown <= 1.6,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -118,8 +118,12 @@ def measure() -> Measured:
         "points_over_sink_window": 100 * (mass["gate"] - mass["sink_window"]),
         "threshold_0": exact, "kl_first": losses[0], "kl_last": mean(losses[-5:]),
     }  # fmt: skip
-    holds = numbers["points_over_pooled"] >= 5 and numbers["points_over_sink_window"] >= 0 and exact < 1e-5
-    return Measured(holds, numbers)
+    parts = {
+        "over pooled": numbers["points_over_pooled"] >= 5,
+        "over sink and window": numbers["points_over_sink_window"] >= 0,
+        "dense at threshold 0": exact < 1e-5,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(
@@ -133,6 +137,7 @@ CLAIM = Claim(
         "threshold 0 < 1e-5"
     ),
     measure=measure,
+    fails=("over pooled",),
     contradicted=(
         "the gate captures 72.0 % of the mass, a sink and a window 70.0 %, pooled q·k 74.6 %, 2.5 points more. The "
         "shipped model leaves no room: the most that a quarter of the blocks holds is 75.5 %, and the blocks of the "

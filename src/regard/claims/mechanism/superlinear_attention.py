@@ -63,7 +63,8 @@ def measure() -> Measured:
     whole = all(value == 0 for name, value in numbers.items() if name.endswith("_at_2"))
     broken = all(value > 0 for name, value in numbers.items() if name.endswith("_at_1"))
     root = all(abs(value - 0.5) <= 0.05 for name, value in numbers.items() if name.endswith("_slope"))
-    return Measured(whole and broken and root, numbers)
+    parts = {"no holes at factor 2": whole, "holes at factor 1": broken, "root of t": root}
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -2,7 +2,8 @@
 
 The parallel form is written here as it stands in the paper, with its N x N mask, and knows neither the page's state nor
 its frames. The naive inference that the paper replaces keeps sums without decay and puts λ^t and λ^(-t) into queries
-and keys; it is measured on the same numbers, at the first layer of the model, where decays are strongest.
+and keys: here into the page's own features, by its own decays, at the first layer, where decays are strongest. It gives
+what the page gives for a text of a few tokens.
 """
 
 from collections.abc import Iterator
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.claims.lab import generator, median_times, random_qkv, seeded, threads
+from regard.claims.lab import generator, median_times, random_qkv, relative_difference, seeded, threads
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
+from regard.core.errors import present
 from regard.methods.mechanisms.linear import transnormerllm as page
+from regard.ops import Form
 
 HEADS, WIDTH, LAYERS = 4, 32, 4
 INPUT = HEADS * WIDTH
-CHECKED, SHORT, LONG = 1024, 1024, 16384
+CHECKED, SHORT, LONG, FEW = 1024, 1024, 16384, 8
 STEPS, WARM = 1050, 50
 
 
@@ -88,13 +91,26 @@ def milliseconds(states: dict[int, Tensor], cfg: page.Config, params: dict) -> t
     return tuple(1000 * seconds for seconds in median_times(sides, STEPS - WARM, WARM).values())
 
 
-def naive_share(n: int) -> float:
-    """Share of numbers that are finite after n tokens of the sums Σ λ^(-s) φ(k_s)ᵀ v_s of layer 0, in float32."""
-    _, k, v, _ = drawn(n, seed=0)
-    t = torch.arange(n, dtype=torch.float32)
-    growth = torch.exp(8 * torch.arange(HEADS)[:, None] / HEADS * t)  # λ^(-t) [H, N]
-    sums = (F.silu(k) * growth[None, :, :, None]).mT @ v
-    return sums.isfinite().float().mean().item()
+def undecayed(n: int, cfg: page.Config, params: dict) -> tuple[Tensor, Tensor, Form, Tensor]:
+    """(λ^t φ(q), λ^(-t) φ(k), the page's form, its output) of a text of n tokens, in float32."""
+    q, k, v, x = drawn(n, seed=0)
+    call = Call(params=params, x=x)
+    parts = page.form(q, k, v, cfg, call)
+    decay = present(parts.log_decay, "the page's decay").view(-1, 1, 1)
+    logs = decay * torch.arange(n)[:, None]  # log λ^t [H, N, 1]
+    return parts.q * logs.exp(), parts.k * (-logs).exp(), parts, page.METHOD.fast(q, k, v, cfg, call)[0]
+
+
+def naive_share(n: int, cfg: page.Config, params: dict) -> float:
+    """Share of numbers that are finite after n tokens of the sums Σ λ^(-s) φ(k_s)ᵀ v_s."""
+    _, k, parts, _ = undecayed(n, cfg, params)
+    return (k.mT @ parts.v).isfinite().float().mean().item()
+
+
+def naive_difference(n: int, cfg: page.Config, params: dict) -> float:
+    """Of the naive form's outputs from the page's, relative to the largest."""
+    q, k, parts, wanted = undecayed(n, cfg, params)
+    return relative_difference(parts.finish((q @ k.mT).tril() @ parts.v, None)[0], wanted)
 
 
 @torch.inference_mode()
@@ -113,12 +129,19 @@ def measure() -> Measured:
         "ms_per_token_at_16k": round(long, 4),
         "ratio": round(long / short, 3),
         "state_numbers": [ends[n].numel() for n in (SHORT, LONG)],
-        "naive_finite_share_16k": naive_share(LONG),
+        "naive_finite_share_16k": naive_share(LONG, cfg, params),
+        "naive_relative_difference_at_8": naive_difference(FEW, cfg, params),
         "recurrent_finite_16k": int(ends[LONG].isfinite().all()),
     }
-    same_cost = abs(long / short - 1) <= 0.20 and ends[SHORT].numel() == ends[LONG].numel()
-    stable = numbers["recurrent_finite_16k"] == 1 and numbers["naive_finite_share_16k"] < 1
-    return Measured(max(differences) < 1e-4 and same_cost and stable, numbers)
+    naive = numbers["naive_finite_share_16k"] < 1 and numbers["naive_relative_difference_at_8"] < 1e-4
+    parts = {
+        "the parallel form": max(differences) < 1e-4,
+        "the same memory": ends[SHORT].numel() == ends[LONG].numel(),
+        "finite": numbers["recurrent_finite_16k"] == 1,
+        "the naive form is not": naive,
+        "time of a token": abs(long / short - 1) <= 0.20,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -118,7 +118,12 @@ def measure() -> Measured:
         "smallest_change_by_the_leak": min(leaks),
         "largest_output": trained.abs().max().item(),
     }
-    return Measured(max(passes) < 1e-5 and exact == 0 and min(leaks) > 1e-3, numbers)
+    parts = {
+        "block by block": max(passes) < 1e-5,
+        "one block is plain": exact == 0,
+        "a leak shows": min(leaks) > 1e-3,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

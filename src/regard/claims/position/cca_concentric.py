@@ -72,8 +72,12 @@ def measure() -> Measured:
         "concentric_distance": distance["concentric"],
         "raster_distance": distance["raster"],
     }
-    blind = max(deltas["concentric"]) < 1e-5 and min(deltas["raster"]) > 1e-3
-    return Measured(blind and distance["concentric"] == SIDE // 2, numbers)
+    parts = {
+        "blind within a ring": max(deltas["concentric"]) < 1e-5,
+        "raster is not": min(deltas["raster"]) > 1e-3,
+        "distance": distance["concentric"] == SIDE // 2,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

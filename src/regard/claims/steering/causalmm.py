@@ -102,12 +102,12 @@ def measure() -> Measured:
         some = questions(True)[:32]
         apart = next_logits(method(strength=0.0, cut=0.0), some) - next_logits(None, some)
         numbers["largest_difference_at_strength_0"] = apart.abs().max().item()
-        holds = (
-            numbers["conflict_gain_causalmm"] >= 0.05
-            and numbers["usual_gain_causalmm"] >= -0.02
-            and numbers["largest_difference_at_strength_0"] == 0
-        )
-        return Measured(holds, numbers)
+    parts = {
+        "conflicting images gain": numbers["conflict_gain_causalmm"] >= 0.05,
+        "usual ones keep": numbers["usual_gain_causalmm"] >= -0.02,
+        "plain at strength 0": numbers["largest_difference_at_strength_0"] == 0,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(
@@ -121,6 +121,7 @@ CLAIM = Claim(
         "and ε = 0 logits differ by 0"
     ),
     measure=measure,
+    fails=("conflicting images gain",),
     contradicted=(
         "the prior is there, and a pass that does not see the image takes it away, at the same strength: accuracy on "
         "conflicting scenes 0.50 to 0.66 (gain 0.12 to 0.20), on usual ones 0.93 to 0.90. Counterfactual maps do not: "

@@ -122,9 +122,13 @@ def measure() -> Measured:
             "seeds": list(SEEDS), "captions_of_a_seed": COUNT, "unit": SETTINGS.unit, "patience": SETTINGS.patience,
             "differ_at_alpha_0": differ, "phi_ratios": phi,
         }  # fmt: skip
-    lower = all(each["opera"] < each["beam"] for each in found)
-    beyond = numbers["over_cut_interval"][1] < 0
-    return Measured(differ == 0 and min(phi) > 10 and lower and beyond, numbers)
+    parts = {
+        "beam search at α = 0": differ == 0,
+        "columns score higher": min(phi) > 10,
+        "fewer false mentions than beam search": all(each["opera"] < each["beam"] for each in found),
+        "fewer than beam search cut": numbers["over_cut_interval"][1] < 0,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(
@@ -134,6 +138,7 @@ CLAIM = Claim(
     bound="identical captions at α = 0; every ratio of φ > 10 on constructed maps; CHAIR_I below beam search's in 3 "
     "of 3 seeds, and below that of beam search cut to as many mentions (95 % over images)",
     measure=measure,
+    fails=("fewer than beam search cut",),
     contradicted=(
         "it is beam search at α = 0, a summary column scores 56 to 3e16 times a diffuse one, and in 3 of 3 seeds "
         "CHAIR_I is below beam search's: 29.4, 38.2 and 28.2 % against 42.6, 39.4 and 45.3. But its captions are "

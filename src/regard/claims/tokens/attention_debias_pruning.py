@@ -131,13 +131,13 @@ def measure() -> Measured:
         numbers["recall_gains"] = [
             b - a for a, b in zip(numbers["recall_raw"], numbers["recall_debiased"], strict=True)
         ]
-        holds = (
-            min(numbers["recall_gains"]) >= 0.1
-            and abs(mean(numbers["correlation_debiased"])) < 0.1
-            and min(numbers["correlation_raw"]) > 0.3
-            and sum(numbers["padding_kept_debiased"]) == 0
-        )
-        return Measured(holds, numbers | controls())
+        parts = {
+            "recall": min(numbers["recall_gains"]) >= 0.1,
+            "even places": abs(mean(numbers["correlation_debiased"])) < 0.1,
+            "uneven places before": min(numbers["correlation_raw"]) > 0.3,
+            "no padding": sum(numbers["padding_kept_debiased"]) == 0,
+        }
+        return Measured.by(parts, numbers | controls())
 
 
 def controls() -> dict[str, float]:

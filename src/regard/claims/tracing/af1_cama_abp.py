@@ -118,15 +118,16 @@ def measure() -> Measured:
     with threads(1):
         found = [of_seed(seed) for seed in SEEDS]
     numbers = {key: [one[key] for one in found] for key in found[0]}
-    return Measured(
+    return Measured.by(
         bounds(found), {**{f"mean_{key}": mean(numbers[key]) for key in ("kept", "lost")}, **numbers}
     )
 
 
-def bounds(found: list[dict[str, float]]) -> bool:
+def bounds(found: list[dict[str, float]]) -> dict[str, bool]:
     """What is kept and lost on average; each model has learned its task, else nothing is tested."""
     kept, lost = (mean(one[key] for one in found) for key in ("kept", "lost"))
-    return all(one["test"] >= LEARNED for one in found) and kept >= 0.9 and lost >= 0.3
+    learned = all(one["test"] >= LEARNED for one in found)
+    return {"learned": learned, "the best window keeps": kept >= 0.9, "the worst loses": lost >= 0.3}
 
 
 CLAIM = Claim(
@@ -140,6 +141,7 @@ CLAIM = Claim(
         "loses >= 30 points; means of three models, each right on >= 95 % of held-out prompts"
     ),
     measure=measure,
+    fails=("the best window keeps",),
     contradicted=(
         "three models that are right on 97, 99 and 99 % of held-out prompts keep 31, 85 and 12 %: 43 on average "
         "(chance is 14). Losing is easy (83 points). It varies from model to model: three more (seeds 40 to 42) keep "

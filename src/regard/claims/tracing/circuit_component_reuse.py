@@ -315,7 +315,7 @@ def measured(on: str) -> Measured:
     overlap = numbers["overlap"] >= 2 * numbers["chance"] and numbers["p"] < 0.05
     hurt = min(numbers["drop_shared"]) >= 20
     spared = max(*numbers["drop_same_layers"], *numbers["drop_any_layer"]) <= 5
-    return Measured(overlap and hurt and spared, numbers)
+    return Measured.by({"overlap": overlap, "both tasks lose": hurt, "others are free": spared}, numbers)
 
 
 CLAIM = Claim(
@@ -330,6 +330,7 @@ CLAIM = Claim(
     ),
     measure=measured,
     models=(TOY, "smollm2"),
+    fails={TOY: ("others are free",)},
     contradicted={
         TOY: (
             "two of the top three heads are the same (chance 0.09, p = 0.018), and without them the tasks lose 31 and "

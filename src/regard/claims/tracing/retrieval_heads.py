@@ -79,7 +79,8 @@ def measure(on: str) -> Measured:
     if on == "lm":
         numbers |= all_pairs(others, drops(on, questions, full, combinations(others, count)))
     few = max(numbers["drop_random_5_draws"], numbers.get("drop_random_all_pairs", 0.0))
-    return Measured(numbers["drop_top"] >= 50 and few <= 10, numbers)
+    parts = {"top heads destroy recall": numbers["drop_top"] >= 50, "random heads do not": few <= 10}
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(
@@ -94,6 +95,7 @@ CLAIM = Claim(
     ),
     measure=measure,
     models=("lm", "smollm2"),
+    fails={"lm": ("random heads do not",)},
     contradicted={
         "lm": (
             "the top 2 heads carry all recall, but a model of 24 heads has no spare ones: heads that retrieve nothing "
