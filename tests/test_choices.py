@@ -67,6 +67,12 @@ def test_choice_without_padding_is_the_definition(name):
             check_choice(catalog.method(name, **settings), definition, script(STEPS, pads=(0, 0)))
 
 
+def test_sinks_that_stand_behind_padding_move_too():
+    """One slot of each row goes after the prompt, of the second row its padding: the newest token takes its place."""
+    feeds = script((18, 1, 1, 1), pads=(0, 1))
+    check_choice(catalog.method("streaming_llm", budget=17, sinks=2), written("streaming_llm"), feeds)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_choice_under_the_defaults_is_the_definition(name):
     check_default_choice(catalog.method(name), written(name))

@@ -16,6 +16,7 @@ class Written(Definition):
         "positions": ({"budget": 8, "sinks": 3}, {"budget": 8, "sinks": 3, "positions": "text"}),
     }
     more = ({"budget": 8, "sinks": 0}, {"budget": 3, "sinks": 4}, {"budget": 1, "sinks": 1})
+    slides: ClassVar = {"budget": 4, "sinks": 2}
     long = 520
 
     def own_budget(self) -> int:

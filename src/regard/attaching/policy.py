@@ -265,6 +265,8 @@ def rotate_first(view: View, by: Tensor | None, call: AttentionCall) -> None:
         group.restore()
         return
     s = by.shape[-1]
+    if group.origin is not None and group.origin.shape[2] != s:
+        group.restore()
     origin = group.keys[:, :, :s].clone() if group.origin is None else group.origin
     turned = rotate(view, origin, by)
     if view.k.data_ptr() != group.keys.data_ptr():

@@ -46,28 +46,42 @@ def keep(view: View, cfg: Config) -> Kept | None:
     if not view.over():
         return None
     budget = view.budget[:, None, None] if view.real is not None else view.budget[:1, None, None]
-    sinks = (budget - 1).clamp(max=cfg.sinks)
+    hold, rank = view.hold(), view.rank()
     # a sink that is gone, from a layer's own window or a budget that was smaller, leaves its room to the recent tokens
-    sinks = sinks.minimum((view.hold() & (view.rank() < cfg.sinks)).sum(-1, keepdim=True))
-    return Kept(slots_of(stays(view.rank(), view.age(), sinks, budget - sinks) & view.hold()))
+    there = (hold & (rank < cfg.sinks)).sum(-1, keepdim=True)
+    sinks = there.minimum((budget - 1).clamp(max=cfg.sinks))
+    first = torch.where(hold, rank, view.seen).amin(-1, keepdim=True)
+    return Kept(slots_of(stays(rank - first, view.age(), sinks, budget - sinks) & hold))
 
 
 def shift(view: View, slots: Tensor | None, cfg: Config) -> Tensor | None:
-    """How far the sink keys move: from the first place after them to that of the next token that is still there."""
-    if cfg.positions == "text" or cfg.sinks == 0 or view.stored < cfg.sinks:
+    """How far the sink keys move: from the first place after them to that of the next token that is still there.
+
+    Sinks are known by their place in the text: the slots before them may hold padding, or a token that came later.
+    """
+    if cfg.positions == "text" or cfg.sinks == 0:
         return None
-    hold, rank = view.hold(), view.rank()
-    first, there = rank[..., : cfg.sinks], torch.arange(cfg.sinks, device=rank.device)
-    start = torch.where(hold, rank, view.seen).amin(
-        -1
-    )  # [1|B, 1|g]: 0 but where a sliding layer dropped sinks
-    # how many tokens follow each other from there on
-    sinks = ((first == start[..., None] + there) & hold[..., : cfg.sinks]).cumprod(-1).sum(-1)
-    after, position = hold & (rank >= (start + sinks)[..., None]), view.position()
+    hold, rank = torch.broadcast_tensors(view.hold(), view.rank())  # [1|B, 1|g, n]
+    sink = hold & (rank < cfg.sinks)
+    where = sink.flatten(0, 1).any(0).nonzero()
+    if len(where) == 0:
+        return None
+    end = first_gap(rank, hold, sink, cfg.sinks)
+    after, position = hold & (rank >= end[..., None]), view.position()
     next_held = torch.where(after, position, position.amax() + 1).amin(-1)
-    gone = torch.where(after.any(-1), next_held - view.position_at(start + sinks), 0)
-    moved = torch.where(there < sinks[..., None], gone[..., None], 0)
+    gone = torch.where(after.any(-1), next_held - view.position_at(end), 0)
+    moved = torch.where(sink & (rank < end[..., None]), gone[..., None], 0)[..., : int(where[-1]) + 1]
     return moved if bool((moved > 0).any()) else None
+
+
+def first_gap(rank: Tensor, hold: Tensor, sink: Tensor, sinks: int) -> Tensor:
+    """[1|B, 1|g] the place behind the sinks that follow each other, from the first token that is still there."""
+    # 0 but where a sliding layer dropped sinks
+    start = torch.where(hold, rank, rank.amax() + 1).amin(-1)
+    there = torch.zeros(*rank.shape[:2], sinks + 1, dtype=torch.bool, device=rank.device)
+    there = there.scatter(-1, torch.where(sink, rank, sinks), True)[..., :-1]
+    before = torch.arange(sinks, device=rank.device) < start[..., None]
+    return torch.maximum(start, (there | before).cumprod(-1).sum(-1))
 
 
 METHOD = CachePage(
