@@ -50,7 +50,7 @@ class Ledger(RuleBasedStateMachine):
         self.draft, self.seen, self.number, self.further = draft, 0, 0, 0
         self.rows = [Row() for _ in range(batch)]
         self.use(LedgerLayer(self.window))
-        self.append(9 if self.past else 3)
+        self.append(9 if self.window else 3, False)
 
     def use(self, layer):
         self.layer = layer
@@ -64,8 +64,10 @@ class Ledger(RuleBasedStateMachine):
 
     # -- what comes in
 
-    @rule(new=st.integers(1, 4))
-    def append(self, new):
+    @rule(new=st.integers(1, 4), moved=st.booleans())
+    def append(self, new, moved):
+        if moved:
+            self.turn()
         self.write(self.numbers(len(self.rows), HEADS, new), None, new)
 
     @rule(data=st.data(), fed=st.integers(2, 4))
@@ -156,8 +158,10 @@ class Ledger(RuleBasedStateMachine):
             return group.k()
         return torch.cat([group.origin, group.k()[:, :, group.origin.shape[2] :]], 2)
 
-    @rule(data=st.data(), alike=st.booleans())
-    def keep_all_but_one(self, data, alike):
+    @rule(data=st.data(), alike=st.booleans(), moved=st.booleans())
+    def keep_all_but_one(self, data, alike, moved):
+        if moved:
+            self.turn()
         for group in list(self.layer.groups):
             table = group.table().expand(len(self.rows), len(group.heads), -1)
             free = table != table.amax(-1, keepdim=True)
@@ -193,6 +197,8 @@ class Ledger(RuleBasedStateMachine):
     def turn_back(self):
         for group in self.layer.groups:
             self.carry_out(group, None)
+            held = group.table().expand(group.k().shape[:3]) >= 0
+            assert group.origin is None and not group.k()[..., 1][held].any()
 
     def carry_out(self, group, by):
         further = lambda x, by: torch.stack([x[..., 0], x[..., 1] + by], -1)  # noqa: E731
@@ -277,7 +283,7 @@ class Ledger(RuleBasedStateMachine):
         assert self.layer.plain
         self.rows, self.seen = [Row() for _ in self.rows], 0
         self.use(self.layer)
-        self.append(2)
+        self.append(2, False)
 
     # -- they agree
 
@@ -340,11 +346,3 @@ def test_tokens_are_not_taken_back_from_what_a_page_remembers():
     layer.draft = True
     layer.crop(-1)
     assert layer.seen == 3 and not layer.memory
-
-
-def test_reset_forgets_that_something_was_evicted():
-    layer, k = LedgerLayer(), torch.zeros(1, HEADS, 4, 2)
-    layer.update(k, k)
-    layer.keep(layer.groups[0], Kept(torch.tensor([[[0, 3]]])))
-    layer.reset()
-    assert layer.plain and layer.get_seq_length() == 0

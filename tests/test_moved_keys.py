@@ -78,6 +78,8 @@ def turned(model, ids, at, by):
     with attach(model, "h2o", budget=1.0) as attached, torch.no_grad():
         model(input_ids=ids, position_ids=at, past_key_values=full_cache(model))
         layers, rotary = attached.context.caches.layers, attached.context.rotary
+        for x in layers:  # tables that are known of another move are not those of this one
+            rotary.rotate(rotary.owners[x], x.groups[0].k(), by + 1)
         return [rotary.rotate(rotary.owners[x], x.groups[0].k(), by) for x in layers]
 
 

@@ -84,8 +84,8 @@ def test_gemma(way):
 @pytest.mark.parametrize("hides", [False, True], ids=["all is seen", "a window"])
 def test_a_mask_over_blocks(hides, monkeypatch):
     """A prompt over blocks, and single tokens over the keys that are read, as a dense mask has them."""
-    mask = window(6) if hides else ALL
-    model, feeds = granite(), script((24, 1, 1), (0, 0))
+    mask = window(40) if hides else ALL
+    model, feeds = granite(), script((200, 1, 1), (0, 0))
     dense = run(model, feeds, [mask])
     monkeypatch.setattr(masking, "SHORT", 4)
     blocks = run(model, feeds, [mask])
