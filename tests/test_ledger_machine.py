@@ -25,7 +25,6 @@ from regard.core import Unsupported
 from regard.ops import Kept, slots_of
 
 HEADS, TURNED = 3, 2
-EMPTY = -1
 
 
 @dataclass
@@ -50,22 +49,23 @@ class Ledger(RuleBasedStateMachine):
         self.draft, self.seen, self.number, self.further = draft, 0, 0, 0
         self.rows = [Row() for _ in range(batch)]
         self.use(LedgerLayer(self.window))
-        self.append(9 if self.past else 3)
+        self.append(9 if self.window else 3, False)
 
     def use(self, layer):
         self.layer = layer
         layer.pending, layer.draft, layer.record_past = Pending(), self.draft, self.past
 
     def numbers(self, *shape):
-        """New numbers, each once."""
         count = int(torch.tensor(shape).prod())
         self.number += count
         return torch.arange(self.number - count + 1, self.number + 1).view(shape)
 
     # -- what comes in
 
-    @rule(new=st.integers(1, 4))
-    def append(self, new):
+    @rule(new=st.integers(1, 4), moved=st.booleans())
+    def append(self, new, moved):
+        if moved:
+            self.turn()
         self.write(self.numbers(len(self.rows), HEADS, new), None, new)
 
     @rule(data=st.data(), fed=st.integers(2, 4))
@@ -144,20 +144,20 @@ class Ledger(RuleBasedStateMachine):
         return slots
 
     def held(self, group, table, b, i, s):
-        """The slot as the lists have it: by its true index and its number."""
         number = self.home(group)[b, i, s, 0]
         same = [x for x in self.rows[b].heads[group.heads[i]] if x[:2] == (int(table[b, i, s]), int(number))]
         assert len(same) == 1, "each token is in one slot"
         return same[0]
 
     def home(self, group):
-        """Keys as they were before any was moved."""
         if group.origin is None:
             return group.k()
         return torch.cat([group.origin, group.k()[:, :, group.origin.shape[2] :]], 2)
 
-    @rule(data=st.data(), alike=st.booleans())
-    def keep_all_but_one(self, data, alike):
+    @rule(data=st.data(), alike=st.booleans(), moved=st.booleans())
+    def keep_all_but_one(self, data, alike, moved):
+        if moved:
+            self.turn()
         for group in list(self.layer.groups):
             table = group.table().expand(len(self.rows), len(group.heads), -1)
             free = table != table.amax(-1, keepdim=True)
@@ -193,6 +193,8 @@ class Ledger(RuleBasedStateMachine):
     def turn_back(self):
         for group in self.layer.groups:
             self.carry_out(group, None)
+            held = group.table().expand(group.k().shape[:3]) >= 0
+            assert group.origin is None and not group.k()[..., 1][held].any()
 
     def carry_out(self, group, by):
         further = lambda x, by: torch.stack([x[..., 0], x[..., 1] + by], -1)  # noqa: E731
@@ -253,7 +255,6 @@ class Ledger(RuleBasedStateMachine):
         return self.rows[0].memory is not None
 
     def lacks(self, seen):
-        """Whether the window has dropped tokens that it would reach again."""
         first = 0 if self.window is None else max(0, seen - self.window + 1)
         return first not in [index for index, *_ in self.rows[0].heads[0]]
 
@@ -261,14 +262,16 @@ class Ledger(RuleBasedStateMachine):
     def save_and_load(self):
         with TemporaryDirectory() as folder:
             save_cache(Cache(layers=[self.layer]), Path(folder, "cache"))
+            plain = self.layer.plain
             self.use(load_cache(Path(folder, "cache")).layers[0])
+            assert self.layer.plain == plain
 
     @rule()
     def deep_copy(self):
         old, new = self.layer, copy.deepcopy(self.layer)
         self.use(new)
         for group in old.groups:  # what becomes of the one is nothing to the other
-            group.change(lambda t: t.fill_(EMPTY))
+            group.change(lambda t: t.fill_(-1))
 
     @precondition(lambda self: self.seen > 12)
     @rule()
@@ -277,7 +280,7 @@ class Ledger(RuleBasedStateMachine):
         assert self.layer.plain
         self.rows, self.seen = [Row() for _ in self.rows], 0
         self.use(self.layer)
-        self.append(2)
+        self.append(2, False)
 
     # -- they agree
 
@@ -304,10 +307,15 @@ class Ledger(RuleBasedStateMachine):
     @invariant()
     def what_is_of_the_text_is_that_of_the_lists(self):
         batch, layer = len(self.rows), self.layer
-        assert layer.get_seq_length() == self.seen
+        assert (
+            layer.get_seq_length() == self.seen
+            and [*layer.labels] == ["mark"]
+            and layer.positions is not None
+        )
         assert layer.labels["mark"].expand(batch, -1).tolist() == [row.labels for row in self.rows]
         assert layer.positions.expand(batch, -1).tolist() == [row.positions for row in self.rows]
         if self.remembers():
+            assert {*layer.memory} == {"row", (0, 1), "n"} and {*layer.memory[0, 1]} == {"row"}
             for memory in (layer.memory, layer.memory[0, 1]):
                 assert memory["row"].expand(batch).tolist() == [row.memory for row in self.rows]
             assert layer.memory["n"] == 3
@@ -340,11 +348,3 @@ def test_tokens_are_not_taken_back_from_what_a_page_remembers():
     layer.draft = True
     layer.crop(-1)
     assert layer.seen == 3 and not layer.memory
-
-
-def test_reset_forgets_that_something_was_evicted():
-    layer, k = LedgerLayer(), torch.zeros(1, HEADS, 4, 2)
-    layer.update(k, k)
-    layer.keep(layer.groups[0], Kept(torch.tensor([[[0, 3]]])))
-    layer.reset()
-    assert layer.plain and layer.get_seq_length() == 0

@@ -4,12 +4,15 @@ The oracle is the model at those positions. Moved all alike, tokens see each oth
 known. Moved each by itself they are known in the first layer, which sees the tokens alone.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as tf
 
 from regard.attaching.attachment import attach
-from regard.attaching.policy import CachePolicy
+from regard.attaching.ledger import LedgerLayer
+from regard.attaching.policy import CachePolicy, rotate_first
 from regard.core import Unsupported
 from regard.testing.cache.script import full_cache
 from regard.testing.zoo import TEXT, build
@@ -78,6 +81,8 @@ def turned(model, ids, at, by):
     with attach(model, "h2o", budget=1.0) as attached, torch.no_grad():
         model(input_ids=ids, position_ids=at, past_key_values=full_cache(model))
         layers, rotary = attached.context.caches.layers, attached.context.rotary
+        for x in layers:  # tables that are known of another move are not those of this one
+            rotary.rotate(rotary.owners[x], x.groups[0].k(), by + 1)
         return [rotary.rotate(rotary.owners[x], x.groups[0].k(), by) for x in layers]
 
 
@@ -137,3 +142,14 @@ def test_frequencies_that_change_with_the_length_are_refused(name):
     model = llama(CHANGING[name])
     with pytest.raises(Unsupported, match=f"rope type '{name}' changes its frequencies"):
         turned(model, *inputs(model), torch.ones(1, 1, LENGTH, dtype=torch.long))
+
+
+def test_moved_keys_are_as_they_were_when_tokens_are_taken_back():
+    layer, k = LedgerLayer(), torch.arange(8.0).view(1, 1, 4, 2)
+    layer.update(k, k)
+    group, layer.draft = layer.groups[0], True
+    view = SimpleNamespace(k=group.k(), rotate=lambda x, by: x + by[..., None])
+    rotate_first(view, torch.full((1, 1, 2), 5), SimpleNamespace(slots=group, ledger=layer))
+    assert group.k()[0, 0, 1].tolist() == [7.0, 8.0] and not layer.plain
+    layer.crop(-3)
+    assert group.origin is None and torch.equal(group.k(), k[:, :, :1])
