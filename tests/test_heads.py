@@ -8,7 +8,7 @@ import torch
 from regard import catalog
 from regard.attaching.calibrate import by_kv_head
 from regard.kinds.mechanism import Mechanism
-from regard.ops import View
+from regard.ops import View, gather_rows
 from regard.testing.case import Case
 from regard.testing.laws import check_heads_alone
 from regard.testing.mechanism import verdict
@@ -58,3 +58,15 @@ def test_scores_and_weights_of_chosen_heads_are_those_of_all(groups):
     torch.testing.assert_close(at.scores(), 0.5 * at.q @ own.mT)
     for function in (at.scores, at.weights):
         torch.testing.assert_close(function(slice(1, 3), chosen), function()[:, chosen, 1:3])
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_rows_are_gathered_from_the_kv_head_that_a_query_head_reads(groups, dense):
+    """Slots of four query heads, of keys that lie beside each other or in a longer buffer."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, groups, 9, 3, generator=g)
+    x = x if dense else torch.cat([x, x], dim=2)[:, :, :9]
+    slots = torch.randint(9, (2, 4, 5), generator=g)
+    wanted = x.repeat_interleave(4 // groups, 1).gather(2, slots[..., None].expand(-1, -1, -1, 3))
+    assert torch.equal(gather_rows(x, slots), wanted)

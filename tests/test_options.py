@@ -1,12 +1,14 @@
 """Every option of every page moves its result; where one alone does not, the table says why, and is held to it."""
 
 from dataclasses import fields
+from itertools import pairwise
 
 import pytest
 import torch
 
 from regard import catalog
 from regard.core import Method, Unsupported
+from regard.testing.mask import example_roles
 from regard.testing.options import changes, moving
 from regard.testing.pictures import batch
 from regard.testing.steering import steered
@@ -90,3 +92,30 @@ def test_every_option_moves_the_result(name):
         idle = {field for field in idle if not moved_on_a_model(name, page, field)}
     known = {field for of, field in ALONE if of in ("*", name) and hasattr(page.config(), field)}
     assert idle == known - everywhere, "of these no other value moves the result, or one does that should not"
+
+
+# (mask page, settings, field, more): whether a larger value shows more keys, or fewer
+SHOWN = (
+    ("window", {"window": 9}, "window", True),
+    ("sinks", {"sinks": 2, "window": 5}, "window", True),
+    ("sinks", {"sinks": 2, "window": 5}, "sinks", True),
+    ("prefix", {}, "prefix", True),
+    ("power_attention", {"local": 2, "sinks": 1, "block": 2}, "local", True),
+    ("power_attention", {"local": 2, "sinks": 1, "block": 2}, "sinks", True),
+    ("moa_spans", {"alpha": (3.0, 9.0), "beta": (0.0, 0.0), "block": 2}, "sinks", True),
+    ("s2_attention", {"heads": 4, "kv_heads": 4, "stride": 4, "local": 1, "block": 2}, "local", True),
+    ("s2_attention", {"heads": 8, "kv_heads": 8, "stride": 4, "local": 1, "block": 2}, "stride", False),
+    ("sinklora", {"heads": 4, "group": 8}, "sinks", True),
+)
+
+
+@pytest.mark.parametrize(("name", "settings", "field", "more"), SHOWN)
+def test_a_larger_mask_setting_shows_more(name, settings, field, more):
+    """Or fewer, where it says so: what a smaller one shows is all there, and in the end something else beside it."""
+    page, seen = catalog.get(name), []
+    for value in (1, 2, 4, 8):
+        mask = page.build(page.configure(**{**settings, field: value}))
+        seen.append(mask.dense(40, roles=example_roles(mask.needs, 40)))
+    for few, many in pairwise(seen if more else seen[::-1]):
+        assert not (few & ~many).any()
+    assert seen[-1].sum() != seen[0].sum()
