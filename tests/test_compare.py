@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests.kills import goes_on
 
 import regard
 from regard import catalog
@@ -258,14 +259,14 @@ def test_what_a_model_says_ends_no_line_of_the_folder(tmp_path):
     ]
     for row in rows:
         folder.add(row)
-    assert list(folder.open(header(a=1)).values()) == rows
+    assert list(goes_on(lambda: folder.open(header(a=1)), "a later start").values()) == rows
     assert Result.load(folder.path).rows == rows and not Result.load(folder.path).unreadable
     pictured = [row | {"kind": "pictures"} for row in rows]
     folder.results.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pictured), "utf-8"
     )
     (folder.path / "run.json").write_text(json.dumps({"cells": ["0", "1"]}))
-    assert PictureResult.load(folder.path).rows == pictured
+    assert goes_on(lambda: PictureResult.load(folder.path), "its report").rows == pictured
 
 
 def test_the_folder_of_another_run_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.kills import Kill, goes_on, killed, writes
+from transformers import modeling_utils
 
 from regard.train import Plan, run, train
 from regard.train.run import LAST
@@ -24,7 +25,11 @@ def half_saved(whole, tensors, path, **rest):
     os.truncate(path, os.path.getsize(path) // 2)
 
 
-OWN = ((run, "save_file", half_saved), (run.RegardForCausalLM, "save_pretrained", None))
+OWN = (
+    (run, "save_file", half_saved),
+    (run.RegardForCausalLM, "save_pretrained", None),
+    (modeling_utils, "safe_save_file", half_saved),  # of the model that is kept
+)
 
 
 def left(folder: Path) -> dict:
@@ -43,7 +48,7 @@ def left(folder: Path) -> dict:
 def whole(tmp_path_factory):
     """(folder of a run that was not killed, the writes it took)"""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, writes(lambda: train(PLAN, folder), *OWN)
+    return folder, writes(lambda: goes_on(lambda: train(PLAN, folder), "a run that nobody kills"), *OWN)
 
 
 def test_the_writes_of_a_run_are_these(whole):
@@ -58,7 +63,8 @@ def test_a_run_killed_at_any_write_ends_as_if_it_had_not_been(whole, tmp_path):
     for at, what in enumerate(seen):
         again = tmp_path / f"{at}"
         assert killed(Kill(at), lambda out=again: train(PLAN, out), *OWN) == 9
-        where = f"killed at write {at}, {what}"
+        where, kept = f"killed at write {at}, {what}", again / "best" / "model.safetensors"
+        assert not kept.exists() or goes_on(lambda file=kept: load_file(file), f"{where}, what was kept")
         goes_on(lambda out=again: train(PLAN, out), where)
         goes_on(lambda out=again: train(PLAN, out), where)  # once more it has nothing to do
         assert left(again) == left(folder), where
