@@ -5,7 +5,7 @@ OUT ?= runs/compare
 READY := .venv/.ready
 REAL := .venv/.real
 
-.PHONY: help compare real extras oracles test check claims families bench format clean
+.PHONY: help compare real extras oracles test mutants check claims families bench format clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -54,6 +54,17 @@ real: $(REAL)
 ## make test      the tests (needs Chromium for one of them: REGARD_NO_BROWSER=1 leaves it out)
 test: $(READY)
 	$(BIN)/pytest -n 2 -m "not claims"
+
+MUTANTS := .venv/.mutants
+$(MUTANTS): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mutants]"
+	touch $(MUTANTS)
+
+## make mutants   plant faults one at a time: the kept list, and a seeded sample; which are seen (an hour or more)
+mutants: $(MUTANTS)
+	$(BIN)/python scripts/mutants planted
+	$(BIN)/python scripts/mutants reach
+	$(BIN)/python scripts/mutants sample --count 150 --seed 0
 
 ## make check     format, lint, types
 check: $(READY)

@@ -1,0 +1,101 @@
+"""Faults planted one at a time, and whether a test sees each: the kept list, and a seeded sample of mutations.
+
+    python scripts/mutants planted [FILE.toml ...]      # tests/mutants: every fault under the law that must see it
+    python scripts/mutants reach                        # which tests run which lines, once (coverage, whole suite)
+    python scripts/mutants sample --count 150 --seed 0  # mutations by cosmic-ray, under the tests that reach them
+    python scripts/mutants table                        # what was found, by room
+
+Each fault lies in a copy of the tree of its own; tests run there on one thread, `--workers` copies beside each other.
+Outcomes are written as they come (`runs/mutants`), and the same command goes on where it was stopped. The exit status
+is 1 where a fault of the kept list was not seen.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import kept
+import reach
+import sampled
+from trees import Mutant, outcomes
+
+OUT = Path("runs/mutants")
+# tests that run so many times longer than measured, and what pytest needs to start, never end
+SLOWER, START = 4, 120
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("planted", "reach", "sample", "table"))
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="of the kept list; all of tests/mutants if none is named"
+    )
+    parser.add_argument("--count", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--limit", type=float, default=180, help="seconds that the tests of one mutant may take"
+    )
+    parser.add_argument("--again", action="store_true", help="forget what was found before")
+    args = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    if args.what == "reach":
+        reach.measure(OUT / "reach.json", args.workers)
+        return 0
+    if args.what == "planted":
+        return planted(args)
+    if args.what == "sample":
+        found = reach.load(OUT / "reach.json")
+        mutants = sampled.mutants(args.count, args.seed, found, args.limit)
+        run(mutants, OUT / f"sample-{args.seed}.jsonl", args)
+    return table(args)
+
+
+def planted(args: argparse.Namespace) -> int:
+    faults = kept.load(args.files)
+    mutants = [fault.mutant() for fault in faults if not fault.equivalent]
+    kept.check_laws_pass(mutants, args.limit)
+    rows = run(mutants, OUT / "planted.jsonl", args)
+    unseen = [row for row in rows if row["outcome"] != "seen"]
+    same = sum(bool(fault.equivalent) for fault in faults)
+    print(
+        f"planted faults: {len(rows) - len(unseen)} of {len(rows)} seen; {same} that change nothing, with a reason"
+    )
+    for row in unseen:
+        print(f"  {row['outcome']:8} {row['file']}: {row['name']}")
+    return int(bool(unseen))
+
+
+def run(mutants: list[Mutant], out: Path, args: argparse.Namespace) -> list[dict]:
+    """A row for each mutant, in their order; rows of the same mutant and tests from before stand."""
+    known = {} if args.again or not out.exists() else {row["key"]: row for row in read(out)}
+    todo = [m for m in mutants if m.key not in known]
+    with open(out, "w" if args.again else "a") as file:
+        for n, (mutant, row) in enumerate(outcomes(todo, args.workers, SLOWER * args.limit + START), 1):
+            known[mutant.key] = row
+            print(json.dumps(row), file=file, flush=True)
+            where = f"{n} of {len(todo)}"
+            print(
+                f"{where:12} {row['outcome']:8} {row['seconds']:6.1f} s  {mutant.file}: {mutant.name}",
+                file=sys.stderr,
+            )
+    return [known[m.key] for m in mutants]
+
+
+def read(path: Path) -> Iterable[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def table(args: argparse.Namespace) -> int:
+    path = OUT / f"sample-{args.seed}.jsonl"
+    rows = read(path) if path.exists() else []
+    print(sampled.by_room(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,132 @@
+"""A mutant, and what tests say of it: copies of the tree in which one file is changed, and tests run under a limit."""
+
+import hashlib
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SEEN, UNSEEN, LATE, UNREACHED = "seen", "unseen", "late", "unreached"
+# of pytest's exit statuses; 0: all passed, 1: some failed, 2: stopped, as by an error at import
+NOTHING_RAN = 5
+# processes begin with these imported, as importing them takes longer than most laws; regard is not among them
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch", "transformers.models.llama.modeling_llama", "transformers.generation", "pytest", "hypothesis", "beartype",
+     "jaxtyping", "plotly.graph_objects", "rich.console", "typer.testing", "sklearn.datasets"]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A file with its changed text, and pytest's arguments that are to see it."""
+
+    name: str
+    file: str
+    text: str
+    tests: tuple[str, ...]
+    room: str = ""
+
+    @property
+    def key(self) -> str:
+        """Of the change and its tests; the rest of the file may move."""
+        before = (ROOT / self.file).read_text().splitlines()
+        changed = [line for line in self.text.splitlines() if line not in set(before)]
+        return hashlib.sha256(repr((self.file, self.name, changed, self.tests)).encode()).hexdigest()[:16]
+
+
+def outcomes(mutants: Sequence[Mutant], workers: int, limit: float) -> Iterator[tuple[Mutant, dict]]:
+    """Each mutant with its row, as they end."""
+    if not mutants:
+        return
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        free: queue.Queue[Path] = queue.Queue()
+        for n in range(workers):
+            free.put(copied(Path(folder) / str(n)))
+        running = {pool.submit(judged, mutant, free, limit): mutant for mutant in mutants}
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+def copied(to: Path) -> Path:
+    """What git knows of the tree, and what it does not ignore."""
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    return to
+
+
+def judged(mutant: Mutant, free: "queue.Queue[Path]", limit: float) -> dict:
+    tree = free.get()
+    path = tree / mutant.file
+    before = path.read_text()
+    start = time.monotonic()
+    try:
+        path.write_text(mutant.text)
+        outcome, said = tested(tree, mutant.tests, limit) if mutant.tests else (UNREACHED, "")
+    finally:
+        path.write_text(before)
+        free.put(tree)
+    row = {
+        "key": mutant.key,
+        "outcome": outcome,
+        "seconds": round(time.monotonic() - start, 1),
+        "room": mutant.room,
+    }
+    return row | {"file": mutant.file, "name": mutant.name, "tests": len(mutant.tests), "by": said}
+
+
+def tested(tree: Path, tests: Sequence[str], limit: float) -> tuple[str, str]:
+    """What the tests say of a tree, and the line of the first that fails."""
+    said = tree / "mutant-said.txt"
+    process = FORKS.Process(target=run_tests, args=(tree, tuple(tests), said))
+    process.start()
+    process.join(limit)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return LATE, ""
+    text = said.read_text(errors="replace")
+    if process.exitcode == NOTHING_RAN:
+        return UNREACHED, ""
+    # a fault may end the process itself
+    if process.exitcode not in (0, 1, 2) and process.exitcode >= 0:
+        raise RuntimeError(f"pytest could not run ({process.exitcode}):\n{text[-4000:]}")
+    failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return (SEEN if process.exitcode else UNSEEN), (failed or [""])[0][:200]
+
+
+def run_tests(tree: Path, tests: Sequence[str], said: Path) -> None:
+    """Run pytest here, in a process of its own group that was forked with torch in it, and end with its status."""
+    os.setsid()
+    os.chdir(tree)
+    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ |= {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # no bytecode: a file that changes twice in a second, and keeps its length, would be taken from before
+    sys.dont_write_bytecode = True
+    sys.path[:0] = [str(tree / "src"), str(tree)]
+    import pytest
+
+    status = pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    os._exit(int(status))
