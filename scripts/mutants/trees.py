@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ ROOT = Path(__file__).parents[2]
 SEEN, UNSEEN, LATE, UNREACHED = "seen", "unseen", "late", "unreached"
 # of pytest's exit statuses; 0: all passed, 1: some failed, 2: stopped, as by an error at import
 NOTHING_RAN = 5
+BROKE = 70  # not a test, but what runs them
 # processes begin with these imported, as importing them takes longer than most laws; regard is not among them
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["torch", "transformers.models.llama.modeling_llama", "transformers.generation", "pytest", "hypothesis", "beartype",
-     "jaxtyping", "plotly.graph_objects", "rich.console", "typer.testing", "sklearn.datasets"]
+    ["torch", "transformers.models.llama.modeling_llama", "transformers.generation", "plotly.graph_objects",
+     "rich.console", "sklearn.datasets"]
 )  # fmt: skip
 
 
@@ -125,8 +127,16 @@ def run_tests(tree: Path, tests: Sequence[str], said: Path) -> None:
     # no bytecode: a file that changes twice in a second, and keeps its length, would be taken from before
     sys.dont_write_bytecode = True
     sys.path[:0] = [str(tree / "src"), str(tree)]
-    import pytest
+    status = BROKE
+    try:
+        import pytest
 
-    status = pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests])
-    sys.stdout.flush()
-    os._exit(int(status))
+        # what was imported before the fork are no tests
+        warned = "ignore::pytest.PytestAssertRewriteWarning"
+        status = int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", warned, *tests]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
