@@ -106,6 +106,19 @@ def test_small_trainings_learn_and_a_sweep_keeps_the_order_of_its_rates():
     assert lab.count_parameters(nn.Linear(16, 8)) == 16 * 8 + 8
 
 
+def test_a_training_takes_its_batches_in_turn_and_leaves_labels_out_that_do_not_count():
+    x = torch.arange(8).view(2, 4)
+    y = (x + 1) % 8
+    y[0, 0] = -100
+    model, seen = nn.Embedding(8, 8), []
+    kept = y >= 0
+    wanted = nn.functional.cross_entropy(model(x)[kept], y[kept])
+    assert lab.token_loss(model, x, y).item() == pytest.approx(wanted.item(), abs=1e-6)
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    lab.trained(model, [(x, y), (x.flip(1), y)], 1e-3)
+    assert len(seen) == 2 and torch.equal(seen[0], x) and torch.equal(seen[1], x.flip(1))
+
+
 def test_every_claim_lies_with_its_kind_and_its_last_results_speak_of_it():
     recorded = ledger.recorded()
     assert sorted(recorded) == ledger.names()

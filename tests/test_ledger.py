@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -69,6 +70,8 @@ def test_a_row_for_each_model_and_the_last_one_decides(room):
     assert ledger.deciding(rows[:2]) is rows[1] and ledger.deciding(rows[:1]) is rows[0]
     assert ledger.in_words(rows[:2]) == "holds (smollm2), contradicted (lm)"
     assert ledger.in_words(rows[2:]) == "holds" and ledger.in_words([]) == ""
+    three = [dict(model=m, verdict=v) for m, v in zip("abc", ("fails", "contradicted", "holds"), strict=True)]
+    assert ledger.in_words(three) == "holds (c), contradicted (b), fails (a)"
     assert ledger.all_hold(rows) and not ledger.all_hold(rows[:1])
 
 
@@ -191,9 +194,28 @@ def test_a_contradicted_claim_whose_measurement_breaks_reads_fails_in_its_row(ro
         "one", "s", "b", lambda: Measured.by(parts, {"x": 1}), contradicted="small", fails=("the toys",)
     )
     monkeypatch.setattr(ledger, "claim", lambda name: broken)
-    assert (ledger.measure("one")["verdict"], ledger.measure("one")["parts"]) == ("contradicted", parts)
+
+    def measured():
+        row = ledger.measure("one")
+        return row["verdict"], row.get("parts")
+
+    assert measured() == ("contradicted", {"the toys": False, "sums": True})
     parts["sums"] = False
-    assert (ledger.measure("one")["verdict"], ledger.measure("one")["parts"]) == ("fails", parts)
+    assert measured() == ("fails", {"the toys": False, "sums": False})
+
+
+def test_a_row_says_how_long_the_measuring_took_and_what_ran(room, monkeypatch):
+    now = [10.0]
+
+    def measure():
+        now[0] += 2.34
+        return Measured(True)
+
+    monkeypatch.setattr(ledger, "claim", lambda name: Claim("one", "s", "b", measure))
+    monkeypatch.setattr(ledger, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    row = ledger.measure("one")
+    assert row["seconds"] == 2.3 and "parts" not in row
+    assert row["versions"].keys() == {"python", "regard", "torch", "transformers"}
 
 
 def test_parts_are_named_where_a_claim_is_contradicted_and_are_measured():

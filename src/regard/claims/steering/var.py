@@ -8,6 +8,7 @@ visual tokens of most attention does, and does not count as holding.
 """
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -131,11 +132,20 @@ def batch_of(layer: int, D: tuple[int, ...], given: list[Asked], g: torch.Genera
             "sinks": counts[0], "visual": counts[1]}  # fmt: skip
 
 
-def row_error(given: list[Asked], D: tuple[int, ...]) -> float:
-    """How far rows are from 1 under the method, at thresholds under which it acts on every head."""
-    cfg = page.Config(dims=D, tau=20.0 if D else 5.0, mass=0.0, rho=1.0, first=0, spared=0)
-    _, weights, _ = looked(given, Method(NAME, page.METHOD, cfg))
-    return max((w.double().sum(-1) - 1).abs().max().item() for w in weights.values())
+def row_error(given: list[Asked], D: tuple[int, ...]) -> tuple[float, int]:
+    """How far rows are from 1 under the method, at thresholds under which it acts, and how many it changed."""
+    cfg = page.Config(dims=D, tau=20.0 if D else 10.0, mass=0.0, rho=1.0, first=0, spared=0)
+    changed, redistributed = 0, page.redistributed
+
+    def counted(w: Tensor, *how: Any) -> Tensor:
+        nonlocal changed
+        out = redistributed(w, *how)
+        changed += int((out != w).any(-1).sum())
+        return out
+
+    with mock.patch.object(page, "redistributed", counted):
+        _, weights, _ = looked(given, Method(NAME, page.METHOD, cfg))
+    return max((w.double().sum(-1) - 1).abs().max().item() for w in weights.values()), changed
 
 
 def measure() -> Measured:
@@ -143,13 +153,15 @@ def measure() -> Measured:
         (found, sizes), test = dimensions(), questions(COUNT, SEED + 1)
         batches = [test[i : i + BATCH] for i in range(0, len(test), BATCH)]
         numbers: dict[str, Any] = {"dimensions": [len(D) for D in found.values()]} | sizes
-        numbers["row_sum_error"] = row_error(batches[0], max(found.values(), key=len))
+        error, changed = row_error(batches[0], max(found.values(), key=len))
+        numbers |= {"row_sum_error": error, "rows_changed": changed}
+        rows_sum = error < 1e-6 and changed > 0
         most = {layer: sinks_at(layer, D, batches[0])[0].sum().item() for layer, D in found.items() if D}
         if not any(most.values()):
             g = generator(SEED)
             parts = [most_attended(given, g) for given in batches]
             controls = {key: sum(part[key] for part in parts) for key in parts[0]}
-            parts = {"there are sinks": False, "row sums": numbers["row_sum_error"] < 1e-6}
+            parts = {"there are sinks": False, "row sums": rows_sum}
             return Measured.by(parts, numbers | {"sinks": "no sinks", "texts": len(test)} | controls)
         layer, g = max(most, key=most.__getitem__), generator(SEED)
         parts = [batch_of(layer, found[layer], given, g) for given in batches]
@@ -160,7 +172,7 @@ def measure() -> Measured:
         "there are sinks": True,
         "fewer flips": total["random"] > 0 and total["flips"] <= 0.5 * total["random"],
         "more attention": ratio >= 2,
-        "row sums": numbers["row_sum_error"] < 1e-6,
+        "row sums": rows_sum,
     }
     return Measured.by(parts, numbers)
 
