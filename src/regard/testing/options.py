@@ -38,6 +38,7 @@ def other_values(annotation: Any, value: Any) -> Iterator[Any]:
         for i, part in enumerate(value):
             for other in other_values(type(part), part):
                 yield (*value[:i], other, *value[i + 1 :])
+        yield from (value[::-1], value[1:] + value[:1])  # of shares that add up to 1
         yield from ((1, 0), (0,), (1,), (2,), (0.5,), (0, 1), (1.0, 2.0), (2, 2))
     if type(value) is int or (value is None and int in kinds):
         near = () if value is None else (value + 1, value - 1, 2 * value, value // 2)

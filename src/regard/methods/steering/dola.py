@@ -135,6 +135,7 @@ METHOD = SteeringPage(
     measure=measure,
     reference=reference,
     cases=cases,
+    test_settings=({"start": 0.0, "every": 1},),
     card=Card(
         title="DoLa",
         paper="DoLa: Decoding by Contrasting Layers Improves Factuality in Large Language Models",

@@ -151,6 +151,7 @@ METHOD = SteeringPage(
     measure=measure,
     reference=reference,
     cases=cases,
+    test_settings=({"last": 1},),
     card=Card(
         title="VHD and VHR",
         paper="Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence",
