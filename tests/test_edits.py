@@ -312,6 +312,30 @@ def test_image_tokens_of_a_vision_language_model():
     torch.testing.assert_close(masses[1][0], masses[0][0] + 0.7 * (1 - masses[0][0]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3mm", "qwen25vl", "smolvlm"])
+def test_a_role_is_of_tokens_so_that_patches_of_a_tower_are_left_as_they_are(family):
+    model, inputs = build(family)
+    anywhere, text = (Edit(Site("scores", keys="image", tower=tower), "block") for tower in (None, "text"))
+    moved, there = (Edit(Site(tower=tower), "move", 0.5, to="image") for tower in (None, "text"))
+    found = []
+    for edit in (anywhere, text, moved, there):
+        with torch.no_grad(), attach(model, edit) as attached:
+            found.append(model(**inputs).logits)
+        assert min(attached.receipts().values()) > 0
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
+    with torch.no_grad():
+        assert all(float((x - model(**inputs).logits).abs().max()) > 1e-4 for x in found)
+
+
+def test_a_role_in_a_vision_tower_is_refused():
+    for wrong in (
+        lambda: Site("scores", keys="image", tower="vision"),
+        lambda: Edit(Site(tower="vision"), "move", 0.5, to="image"),
+    ):
+        with pytest.raises(ValueError, match="patches in a vision tower have no roles"):
+            wrong()
+
+
 def test_receipts_and_phases():
     model, inputs = build("llama")
     edits = [

@@ -72,7 +72,7 @@ class Edits(Actor):
     def _of(self, call: AttentionCall) -> list[Receipt]:
         at = call.site.layer, call.site.tower, call.phase
         mine = (r for r in self.receipts if r.edit.site.quantity not in STREAMS)
-        return [r for r in mine if r.edit.site.covers(*at)]
+        return [r for r in mine if r.edit.site.covers(*at, roles=isinstance(r.edit.to, str))]
 
     def acts_on(self, call: AttentionCall) -> bool:
         return bool(self._of(call))

@@ -54,7 +54,8 @@ class Site:
     layers    layer numbers, None: all          heads   query heads, of k and v the cache's heads; None: all
     rows      queries by number within the forward (negative from its end; -1 the last), None: all. Of k and v: tokens
     keys      tokens by number within the text (negative from its end), or a role name such as "image"; None: all
-    phase     "prefill", "decode" or "both"     tower   "text", "vision", "encoder", "decoder", "cross" or None: any
+    phase     "prefill", "decode" or "both"     tower   "text", "vision", "encoder", "decoder", "cross" or None: any;
+              keys of a role are in no vision tower, whose patches have none
     texts     texts by number within the batch, None: all
     """
 
@@ -78,16 +79,21 @@ class Site:
             require(self.keys is None, "a head's output has no keys", keys=self.keys)
         rule = f"{self.quantity} has no keys: only scores and weights have"
         require(self.keys is None or self.quantity in BY_KEY, rule, keys=self.keys)
+        if isinstance(self.keys, str):
+            require(self.tower != "vision", "patches in a vision tower have no roles", keys=self.keys)
         rule = f"{self.quantity} is of a whole layer: only {', '.join(HEADED)} have heads"
         require(self.heads is None or self.quantity in HEADED, rule, heads=self.heads)
         require(self.quantity != "logits" or self.layers is None, "logits have no layer", layers=self.layers)
 
-    def covers(self, layer: int, tower: str, phase: str) -> bool:
+    def covers(self, layer: int, tower: str, phase: str, roles: bool = False) -> bool:
+        """roles: whether what is done there names roles, as `keys` may."""
         layers = int_tuple(self.layers)
+        without_roles = tower == "vision" and (roles or isinstance(self.keys, str))
         return (
             (layers is None or layer in layers)
             and self.tower in (None, tower)
             and self.phase in ("both", phase)
+            and not without_roles
         )
 
 
@@ -122,6 +128,8 @@ class Edit:
 
     def __post_init__(self) -> None:
         require(self.verb in VERBS, f"verb is one of {VERBS}", verb=self.verb)
+        if isinstance(self.to, str):
+            require(self.site.tower != "vision", "patches in a vision tower have no roles", to=self.to)
         allowed, verb = ONLY.get(self.verb, QUANTITIES), self.verb
         rule = f"{verb} acts on {', '.join(allowed)}"
         require(self.site.quantity in allowed, rule, quantity=self.site.quantity)
