@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from regard import catalog
 from regard.bench.compare import compare
 from regard.bench.pictures import Reader
 from regard.cli import app
@@ -45,6 +46,26 @@ def test_every_row_is_beside_its_controls(run):
     assert 1.9 < vcd["passes"] < 2.1 and "shuffled" in vcd
     rules = next(row for row in result.rows if row["metric"] == "yes_no")["rules"]
     assert set(rules) == {"first token", "opera", "vcd", "lmms_eval", "vlmevalkit"}
+
+
+# what these need before they act on this model; a row says it
+LACKS = {"icd": "a disturbance: prefix=ids", "dyvte": "trained routers", "pine": "document"}
+
+
+def test_every_method_on_images_has_a_row_or_the_row_says_what_it_lacks(tmp_path):
+    pages = [
+        (name, catalog.get(name))
+        for kind in ("steering", "tokens")
+        for name in catalog.list_methods(kind=kind)
+    ]
+    names = [name for name, page in pages if getattr(page, "acts_on_models", True)]
+    result = compare("shipped:vlm", names, ["ocr"], out=tmp_path, samples=1, workers=1)
+    failed = {row["label"]: row["error"] for row in result.failed()}
+    assert {*failed} == {*LACKS}
+    assert all(LACKS[label] in error for label, error in failed.items()), failed
+    rows = {row["label"]: row for row in result.of("ocr")}
+    assert "shuffled" not in rows["carve"]  # it reads places of the picture
+    assert "shuffled" in rows["pai"]
 
 
 def test_the_report_says_what_was_found(run, capsys):

@@ -4,7 +4,8 @@
     control   what bias alone would do. For yes and no: a constant added to the base's margin until it says yes as
               often as the method; for captions: the base's, cut to as many mentions as the method makes
     neutral   the method at its neutral setting: the largest difference of a logit to the base's
-    shuffled  a steering method whose image role lies on the prompt's other tokens
+    shuffled  a steering method whose image role lies on the prompt's other tokens; a page that makes another picture reads
+          places of the picture, which other tokens have none of: it is not asked
 
 "works" asks that the paired 95 % interval over images excludes the control.
 """
@@ -184,7 +185,7 @@ def controls(
     if method.page.card.neutral:
         neutral = reader.answer(questions[:BATCH], method.with_settings(**method.page.card.neutral), tokens=1)
         facts["neutral"] = (neutral.first[0] - base.first[0]).abs().max().item()
-    if method.page.kind == "steering" and method.page.needs_image:
+    if method.page.kind == "steering" and method.page.needs_image and method.page.images is None:
         image = image_token(reader.model)
         roles = {"image": lambda ids: role_astray(ids, image, reader.pad())}
         astray = reader.answer(questions, method, roles=roles)
