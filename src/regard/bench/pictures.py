@@ -4,8 +4,8 @@
     control   what bias alone would do. For yes and no: a constant added to the base's margin until it says yes as
               often as the method; for captions: the base's, cut to as many mentions as the method makes
     neutral   the method at its neutral setting: the largest difference of a logit to the base's
-    shuffled  a steering method whose image role lies on the prompt's other tokens; a page that makes another picture reads
-          places of the picture, which other tokens have none of: it is not asked
+    shuffled  a steering method whose image role lies on the prompt's other tokens; not of a page that makes another
+              picture: it reads places of the picture, and other tokens have none
 
 "works" asks that the paired 95 % interval over images excludes the control.
 """
