@@ -109,6 +109,8 @@ def test_what_is_put_in_is_of_the_last_waiting_layer(untrained):
 
 def test_the_bound_asks_for_every_part():
     row = {"test": 0.96, "kept": 0.92, "lost": 0.4}
-    assert claim.bounds([row, row | {"kept": 0.9}])
+    parts = {"test": "learned", "kept": "the best window keeps", "lost": "the worst loses"}
+    assert all(claim.bounds([row, row | {"kept": 0.9}]).values())
     for name, value in (("test", 0.94), ("kept", 0.8), ("lost", 0.1)):
-        assert not claim.bounds([row, row | {name: value}])
+        found = claim.bounds([row, row | {name: value}])
+        assert [part for part, holds in found.items() if not holds] == [parts[name]]
