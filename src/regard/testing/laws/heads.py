@@ -85,7 +85,8 @@ def check_drawn(case: Case) -> None:
     wide, first, again = (drawn(case, heads, seed) for heads, seed in ((2 * H, 0), (H, 0), (H, 1)))
     for name, t in first.items():
         axes = [axis for axis, size in enumerate(t.shape) if size != wide[name].shape[axis]]
-        if axes and not torch.equal(t, again[name]):
+        # what fewer heads have, such as those that are routed, is no part of each
+        if axes and t.shape[axes[0]] % H == 0 and not torch.equal(t, again[name]):
             alike = torch.equal(*t.chunk(H, axes[0]))
             hold(not alike, f"init draws params[{name!r}] once, and gives all heads the same", of=name)
 
