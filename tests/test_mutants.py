@@ -1,5 +1,6 @@
 """The kept list of planted faults (tests/mutants) fits the files that it changes, and its runner tells what it sees."""
 
+import queue
 import re
 import subprocess
 import sys
@@ -65,6 +66,18 @@ def test_what_a_run_says(tree):
         trees.tested(tree, ["tests/test_none.py"], 60)
 
 
+def test_a_mutant_whose_tests_cannot_run_is_a_row(tree, monkeypatch):
+    monkeypatch.setattr(trees, "ROOT", tree)
+    free, file = queue.Queue(), "tests/test_one.py"
+    free.put(tree)
+    before = (tree / file).read_text()
+    row = trees.judged(
+        Mutant("x", file, before.replace("wrong", "other"), (f"{file}::test_wrong",)), free, 60
+    )
+    assert row["outcome"] == "broken"
+    assert (tree / file).read_text() == before and free.get() == tree
+
+
 def test_which_tests_reach_a_line():
     file = "scripts/mutants/trees.py"
     lines = {file: {"3": [0, 1], "4": [1]}}
@@ -79,7 +92,7 @@ def test_which_tests_reach_a_line():
 
 def test_types_and_decorators_are_not_mutated():
     source = "Number = int | float\n\n\n@f(1)\ndef g(x: int | None = 2) -> str | None:\n    return x | 3\n"
-    skipped = sampled.types_and_text(source)
+    skipped = sampled.types_and_decorators(source)
     inside = lambda line, column: any(low <= (line, column) < high for low, high in skipped)  # noqa: E731
     assert inside(1, 13) and inside(4, 3) and inside(5, 13) and inside(5, 34)
     assert not inside(5, 22) and not inside(6, 13)

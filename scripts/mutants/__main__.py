@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
-        "--limit", type=float, default=180, help="seconds that the tests of one mutant may take"
+        "--limit", type=float, default=180, help="seconds of tests that a mutant of the sample is given"
     )
     parser.add_argument("--again", action="store_true", help="forget what was found before")
     args = parser.parse_args()

@@ -59,7 +59,7 @@ def mutations(file: Path) -> Iterator[tuple[Place, str, int]]:
     from cosmic_ray.plugins import get_operator, operator_names
 
     source = file.read_text()
-    tree, skipped = get_ast(source), types_and_text(source)
+    tree, skipped = get_ast(source), types_and_decorators(source)
     name = str(file.relative_to(ROOT))
     for operator in filter(lambda o: o.startswith(OPERATORS), operator_names()):
         made, occurrence = get_operator(operator)(), 0
@@ -70,8 +70,8 @@ def mutations(file: Path) -> Iterator[tuple[Place, str, int]]:
                 occurrence += 1
 
 
-def types_and_text(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Spans of annotations, of types with a name, of decorators and of `__all__`."""
+def types_and_decorators(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Spans of annotations, of types with a name and of decorators."""
     spans = []
     for node in ast.walk(ast.parse(source)):
         parts: list[ast.AST | None] = [getattr(node, "annotation", None), getattr(node, "returns", None)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SEEN, UNSEEN, LATE, UNREACHED = "seen", "unseen", "late", "unreached"
+SEEN, UNSEEN, LATE, UNREACHED, BROKEN = "seen", "unseen", "late", "unreached", "broken"
 # of pytest's exit statuses; 0: all passed, 1: some failed, 2: stopped, as by an error at import
 NOTHING_RAN = 5
 BROKE = 70  # not a test, but what runs them
@@ -84,6 +84,10 @@ def judged(mutant: Mutant, free: "queue.Queue[Path]", limit: float) -> dict:
     try:
         path.write_text(mutant.text)
         outcome, said = tested(tree, mutant.tests, limit) if mutant.tests else (UNREACHED, "")
+    except (
+        RuntimeError
+    ) as error:  # such as a test whose name the fault has changed: a row, not the end of the run
+        outcome, said = BROKEN, str(error)[-200:]
     finally:
         path.write_text(before)
         free.put(tree)

@@ -31,6 +31,7 @@ __all__ = [
     "median_time",
     "median_times",
     "paired_ratios",
+    "points_apart",
     "random_qkv",
     "relative_difference",
     "right_answers",
@@ -72,6 +73,17 @@ def random_qkv(
 
 
 # numbers
+
+
+def points_apart(a: Tensor, b: Tensor) -> list[float]:
+    """Ends of the 95 % interval of the mean of a - b over pairs, in points (hundredths).
+
+    >>> points_apart(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0]))
+    [100.0, 100.0]
+    """
+    apart = 100 * (a.double() - b.double())
+    half = 1.96 * apart.std().item() / len(apart) ** 0.5
+    return [apart.mean().item() - half, apart.mean().item() + half]
 
 
 def difference(a: Tensor, b: Tensor) -> float:

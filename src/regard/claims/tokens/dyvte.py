@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from regard.attaching.attachment import attach
 from regard.attaching.reduction import Reduction
-from regard.claims.lab import threads
+from regard.claims.lab import points_apart, threads
 from regard.claims.shipped_vlm import Asked, asked, correct, inputs_of, next_logits, shipped
 from regard.core import Card, Claim, Measured, Method
 from regard.kinds.tokens import TokensPage
@@ -131,13 +131,6 @@ def chosen(routers: tuple[page.Router, ...]) -> tuple[str, Method]:
     return "routers", learned
 
 
-def interval(plain: Judged, found: Judged) -> list[float]:
-    """95 % of the drop in points."""
-    apart = 100 * (plain.right.double() - found.right.double())
-    half = 1.96 * apart.std().item() / len(apart) ** 0.5
-    return [apart.mean().item() - half, apart.mean().item() + half]
-
-
 def kinds(values: Tensor) -> list[float]:
     """The mean of each kind, of questions of all seeds."""
     return values.double().view(len(SEEDS), len(KINDS), TESTED).mean((0, 2)).tolist()
@@ -155,10 +148,10 @@ def measure() -> Measured:
     saved, drop = found.saved.mean().item(), plain.accuracy - found.accuracy
     seeds = [100 * x.mean().item() for x in (plain.right.double() - found.right.double()).chunk(len(SEEDS))]
     numbers: dict[str, Any] = {
-        "decided_by": name, "saved": saved, "drop": drop, "drop_interval": interval(plain, found),
+        "decided_by": name, "saved": saved, "drop": drop, "drop_interval": points_apart(plain.right, found.right),
         "drop_by_seed": seeds, "drop_forced": forced, "disabled_difference": gap, "accuracy": plain.accuracy,
         "routers_saved": learned.saved.mean().item(), "routers_drop": plain.accuracy - learned.accuracy,
-        "routers_drop_interval": interval(plain, learned), "labels_of_1": labels, "kinds": [*KINDS],
+        "routers_drop_interval": points_apart(plain.right, learned.right), "labels_of_1": labels, "kinds": [*KINDS],
         "right_plain": kinds(100 * plain.right), "right": kinds(100 * found.right), "saved_by_kind": kinds(found.saved),
         "routers_saved_by_kind": kinds(learned.saved),
     }  # fmt: skip

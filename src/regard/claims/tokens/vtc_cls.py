@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.claims.digits import digits
-from regard.claims.lab import difference, generator, seeded, threads
+from regard.claims.lab import difference, generator, points_apart, seeded, threads
 from regard.core.claim import Claim, Measured
 from regard.methods.tokens import vtc_cls as page
 from regard.ops.images import ImageView
@@ -227,13 +227,6 @@ def table(seed: int, part: str, start: int = page.Config.start) -> tuple[dict[st
     return right, held
 
 
-def interval(a: Tensor, b: Tensor) -> list[float]:
-    """95 % of the mean of a - b over pictures, in points."""
-    apart = 100 * (a - b)
-    half = 1.96 * apart.std().item() / len(apart) ** 0.5
-    return [apart.mean().item() - half, apart.mean().item() + half]
-
-
 def measure() -> Measured:
     with threads(1):
         right, held = table(0, "test")
@@ -241,8 +234,8 @@ def measure() -> Measured:
     over, under = points["cls"] - points["random"], points["all"] - points["cls"]
     numbers: dict[str, Any] = {f"accuracy_{name}": x for name, x in points.items()} | held
     numbers |= {"over_random": over, "below_all": under}
-    numbers["over_random_interval"] = interval(right["cls"], right["random"])
-    numbers["below_all_interval"] = interval(right["all"], right["cls"])
+    numbers["over_random_interval"] = points_apart(right["cls"], right["random"])
+    numbers["below_all_interval"] = points_apart(right["all"], right["cls"])
     holds = over >= 10 and under <= 5 and held["moved_by_keeping_all"] == 0
     return Measured(holds, numbers)
 
