@@ -36,6 +36,7 @@ class Call:
     roles          Roles of the keys, or (of the queries, of the keys), for pages that read them
     unrotated      (q [B, H, N, D], k [B, G, M, D]) before rotary positions turned them, for pages that read them; q and
                    k themselves where nothing did
+    grid           the sides of the grid that the tokens fill, row by row, for pages of grids
     backend        what the kernels that are shared run on: "auto", "torch" or "triton"
     """
 
@@ -49,6 +50,7 @@ class Call:
     roles: Roles | tuple[Roles, Roles] | None = None
     unrotated: tuple[Tensor, Tensor] | None = None
     backend: str = "auto"
+    grid: tuple[int, ...] | None = None
 
     @property
     def cross(self) -> bool:
@@ -66,6 +68,11 @@ class Call:
         """[B, N, C]; the layer's input where a text asks itself."""
         x = self.x[0] if isinstance(self.x, tuple) else self.x
         return present(x, "x is the layer's input", x=self.x)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides of the grid, of a call whose page is one of grids."""
+        return present(self.grid, "the page is one of grids")
 
     @property
     def before_rotation(self) -> tuple[Tensor, Tensor]:

@@ -27,13 +27,17 @@ from torch import Tensor
 from regard.core.errors import near, require
 
 Labels = Tensor | Sequence[Any] | int
+AXES = ("frame", "y", "x")  # of a grid, the last one counted first
+FILLED = "tokens of a grid stand in the order of their places, each place once"
+ONE_GRID = "the images of a batch fill one grid"
 
 
 class Roles:
     """Labels of N tokens, [N] (one for all rows) or [B, N] each. Immutable: every change is a new object."""
 
-    __slots__ = ("_labels",)
+    __slots__ = ("_labels", "_sides")
     _labels: Mapping[str, Tensor]
+    _sides: tuple[int, ...] | None
 
     def __init__(self, **labels: Labels) -> None:
         tensors = {name: torch.as_tensor(label).long() for name, label in labels.items()}
@@ -45,6 +49,21 @@ class Roles:
         rows = {x.shape[0] for x in tensors.values() if x.dim() == 2}
         require(len(rows - {1}) <= 1, "all roles have the same rows", **tensors)
         object.__setattr__(self, "_labels", MappingProxyType(tensors))
+        object.__setattr__(self, "_sides", None)
+
+    @classmethod
+    def grid(cls, *sides: int, **labels: Labels) -> "Roles":
+        """Tokens that fill a grid of these sides, row by row: x; or y and x; or frame, y and x. Other labels beside.
+
+        >>> Roles.grid(2, 3)["y"].tolist(), Roles.grid(2, 3)["x"].tolist()
+        ([0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
+        """
+        require(1 <= len(sides) <= 3 and all(side >= 0 for side in sides), "one to three sides", sides=sides)
+        places = torch.meshgrid(*(torch.arange(side) for side in sides), indexing="ij")
+        named = {name: at.flatten() for name, at in zip(AXES[-len(sides) :], places, strict=True)}
+        roles = cls(**named, **labels)
+        object.__setattr__(roles, "_sides", tuple(sides))
+        return roles
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("Roles are immutable; use with_, grow, gather or reorder")
@@ -64,6 +83,30 @@ class Roles:
     @property
     def length(self) -> int:
         return next((x.shape[-1] for x in self._labels.values()), 0)
+
+    @property
+    def sides(self) -> tuple[int, ...] | None:
+        """The sides of the grid that the tokens fill, by their labels x, y and frame; None where they have none.
+
+        ValueError where they have some and fill no grid, or the rows of a batch fill different ones.
+        """
+        if self._sides is None and "x" in self:
+            object.__setattr__(self, "_sides", self._filled())
+        return self._sides
+
+    def _filled(self) -> tuple[int, ...]:
+        names = [name for name in AXES if name in self]
+        names = names if names == list(AXES[-len(names) :]) else ["x"]
+        rows = {name: self[name] if self[name].dim() == 2 else self[name][None] for name in names}
+        for name, at in rows.items():
+            require(bool((at == at[:1]).all()), ONE_GRID, role=name)
+        sides = tuple(int(at.max()) + 1 if at.numel() else 0 for at in rows.values())
+        wanted = Roles.grid(*sides)
+        filled = wanted.length == self.length and all(
+            torch.equal(at[0], wanted[name].to(at.device)) for name, at in rows.items()
+        )
+        require(filled, FILLED, grid=sides, tokens=self.length)
+        return sides
 
     @property
     def batch(self) -> int:
@@ -135,7 +178,9 @@ class Roles:
         )
 
     def to(self, device: Any) -> "Roles":
-        return Roles(**{name: x.to(device) for name, x in self._labels.items()})
+        roles = Roles(**{name: x.to(device) for name, x in self._labels.items()})
+        object.__setattr__(roles, "_sides", self._sides)
+        return roles
 
     def __repr__(self) -> str:
         return f"Roles({', '.join(f'{name}{list(x.shape)}' for name, x in self._labels.items())})"

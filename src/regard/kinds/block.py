@@ -2,8 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from regard.core import Kind, Page
+from torch import Tensor
+
+from regard.core import Kind, Page, Unsupported
+from regard.core.call import Call
+from regard.core.grid import OnGrid, grid_of
 from regard.ops.precision import as_written
 
 
@@ -17,6 +22,8 @@ class BlockPage(Page):
     state_size  state_size(cfg, dims, n) -> numbers held for one row of the batch after n tokens
 
     A page that differs by depth has the settings `layer` and `layers`. State comes and goes as for a Mechanism.
+    grid        what a block for images needs of the grid of its tokens; call.grid has its sides. Such a block is for
+                the pattern self, takes no masks and has no state
     speed_settings change the speed, never the result; exempt are laws that do not hold for it, with the reason.
     """
 
@@ -25,6 +32,7 @@ class BlockPage(Page):
     init: Callable | None = None
     speed_settings: tuple[str, ...] = ()
     state_size: Callable | None = None
+    grid: OnGrid | None = None
     exempt: Mapping[str, str] = field(default_factory=dict)
     kind = "block"
 
@@ -34,11 +42,24 @@ class BlockPage(Page):
                 object.__setattr__(self, path, as_written(function))
 
 
+def make_call(
+    page: BlockPage, cfg: Any, x: Tensor, params: Mapping[str, Tensor], *, key_mask: Tensor | None = None,
+    initial_state: Any = None, roles: Any = None,
+) -> Call:  # fmt: skip
+    """The Call of a block for x [B, N, C]; a block for images is told the grid of its tokens by `roles`."""
+    grid = grid_of(page.grid, cfg, roles, x.shape[1], key_mask is not None)
+    if grid is not None and initial_state is not None:
+        raise Unsupported("a block for images carries no state")
+    pattern = "causal_self" if grid is None else "self"
+    return Call(pattern, key_mask, initial_state=initial_state, params=params, roles=roles, grid=grid)
+
+
 KIND = Kind(
     name="block",
     page=BlockPage,
     says="a whole layer with its own projections, norms and gates",
-    verb="regard.nn.RegardForCausalLM(regard.nn.RegardConfig(mechanisms=NAME))",
+    verb="regard.nn.RegardForCausalLM(regard.nn.RegardConfig(mechanisms=NAME)); for images "
+    "regard.nn.VisionBackbone(mechanism=NAME)",
     room="methods/blocks",
     costs=True,
     checks="regard.testing.block:check_block_page",

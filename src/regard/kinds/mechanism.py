@@ -10,7 +10,9 @@ from torch import Tensor
 
 from regard.core import Kind, Method, Page, Unsupported, near, require
 from regard.core.call import Call, check_finite, check_mask, check_pattern, check_shapes, split_mask
+from regard.core.grid import OnGrid, grid_of
 from regard.core.mask import Mask, causal
+from regard.core.roles import AXES
 from regard.core.trees import tree_leaves
 from regard.ops.blocks import SHORT, Blocks, blocks_of, run_blocks
 from regard.ops.linear import run_form
@@ -55,6 +57,7 @@ class Mechanism(Page):
     needs_norm      whether its outputs have no scale of their own (no denominator), so layers norm them per head
     order_aware     whether it knows the order of tokens by itself (a decay, a filter), so layers add no positions
     roles           roles that it reads
+    grid            what a page of grids needs of one; call.grid has its sides. Such a page takes no masks
     speed_settings  settings that change the speed, never the result
     prefills        whether it is made for prompts: attached to a model it leaves single tokens to the model. Pages that
                     choose blocks are
@@ -87,6 +90,7 @@ class Mechanism(Page):
     needs_norm: bool = False
     order_aware: bool = False
     roles: tuple[str, ...] = ()
+    grid: OnGrid | None = None
     speed_settings: tuple[str, ...] = ()
     prefills: bool = False
     block_masks: bool | Callable[[Any], bool] = False
@@ -103,6 +107,8 @@ class Mechanism(Page):
         for transfer, name in (("blocks", "gate"), ("routes", "router")):
             fits = (self.transfer == transfer) == (getattr(self, name) is not None)
             require(fits, f'a page with a {name} has transfer="{transfer}"', transfer=self.transfer)
+        if self.grid is not None and not self.roles:
+            object.__setattr__(self, "roles", AXES[-min(self.grid.axes) :])
         if self.form is not None and self.fast is None:
             object.__setattr__(self, "fast", partial(run_form, self.form))
         if self.choose is not None:
@@ -174,6 +180,7 @@ def make_call(
     )
     keys = k.shape[2] + stored_tokens(page, cfg, initial_state)
     check_mask(mask, q, keys)
+    grid = grid_of(page.grid, cfg, roles, keys, mask is not None)
     blocks = blocks_for(mask, pattern, q, keys, roles) if lists and isinstance(mask, Mask) else None
     key_mask, pair_mask = (None, None) if blocks is not None else split_mask(mask, q, keys, roles)
     if pair_mask is not None and not page.pair_masks:
@@ -185,7 +192,9 @@ def make_call(
     params = dict(params or {})
     if not torch.compiler.is_compiling():
         check_params(page, cfg, params, q, k, v, x)
-    return Call(pattern, key_mask, pair_mask, blocks, initial_state, params, x, roles, unrotated, backend)
+    return Call(
+        pattern, key_mask, pair_mask, blocks, initial_state, params, x, roles, unrotated, backend, grid
+    )
 
 
 def both_unrotated(

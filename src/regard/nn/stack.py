@@ -7,9 +7,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from regard import catalog
 from regard.core import Method, Unsupported
-from regard.core.call import Call
 from regard.core.trees import tree_leaves
-from regard.kinds.block import BlockPage
+from regard.kinds.block import BlockPage, make_call
 from regard.kinds.mechanism import Mechanism
 from regard.nn.attention import Attention
 from regard.nn.config import RegardConfig
@@ -40,8 +39,9 @@ class BlockLayer(GradientCheckpointingLayer):
             return x, state
         run = self.method.page.fast or self.method.page.reference
         key_mask = None if mask is None else mask[:, None]
-        call = Call(key_mask=key_mask, initial_state=state, params=self.params.tensors())
-        return run(x, self.method.config, call)[:2]
+        page, cfg = self.method.page, self.method.config
+        call = make_call(page, cfg, x, self.params.tensors(), key_mask=key_mask, initial_state=state)
+        return run(x, cfg, call)[:2]
 
 
 class Layer(GradientCheckpointingLayer):

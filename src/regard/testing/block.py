@@ -1,11 +1,12 @@
 """Checks that every block page must pass; yours too: `check_block(METHOD)`.
 
-A block is a whole layer, x -> (out, state), causal. It is asked the laws of mechanisms (testing/laws) as one whose
-queries, keys and values are all the layer's input, and two laws of its own. A law that a block cannot be asked (no fast
-path, no state) is "not applicable", with the reason; one that it breaks raises AssertionError with the block, the
-settings, the law and a small counterexample.
+A block is a whole layer, x -> (out, state), causal, or on a grid, where all tokens may see all. It is asked the laws of
+mechanisms (testing/laws) as one whose queries, keys and values are all the layer's input, and two laws of its own. A law
+that a block cannot be asked (no fast path, no state) is "not applicable", with the reason; one that it breaks raises
+AssertionError with the block, the settings, the law and a small counterexample.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from regard import catalog
 from regard.core import Unsupported
-from regard.core.call import Call
-from regard.kinds.block import BlockPage
+from regard.core.roles import Roles
+from regard.kinds.block import BlockPage, make_call
 from regard.testing import laws
-from regard.testing.case import GARBAGE, B, Case, H, Inputs, same
+from regard.testing.case import GARBAGE, B, Case, H, Inputs, NotApplicable, same
 from regard.testing.mechanism import law_of, verdict
 
 WIDTH = 8
@@ -32,15 +33,17 @@ class BlockCase(Case):
     pattern: str = "causal_self"
 
     def inputs(self, n: int, m: int | None = None, *, seed: int = 0, batch: int = B, **_: int) -> Inputs:
+        n = n if self.page.grid is None else math.prod(self.sides(n))
         g = torch.Generator().manual_seed(1000 * seed + n)
         x = torch.randn(batch, 1, n, WIDTH, generator=g, dtype=torch.float64)
-        return Inputs(x, x, x, self.params(H, H, WIDTH))
+        return Inputs(x, x, x, self.params(H, H, WIDTH), roles=self.labels(n))
 
     def dims(self, inputs: Inputs) -> dict[str, int]:
         return {"width": WIDTH, "heads": H}
 
-    def labels(self, m: int) -> None:
-        """A block reads no roles."""
+    def labels(self, m: int) -> Roles | None:
+        """The grid of a block for images; others read no roles."""
+        return None if self.page.grid is None else Roles.grid(*self.sides(m))
 
     def params(self, heads: int, groups: int, width: int, key: int = 0) -> dict[str, Tensor]:
         return self.off_special_values({"width": width, "heads": heads})
@@ -53,8 +56,11 @@ class BlockCase(Case):
         if mask is not None and max(mask.shape[1:3]) > 1:
             raise Unsupported("a block is told which tokens are padding, no more")
         key_mask = None if mask is None else mask[:, :, 0]
-        call = Call(key_mask=key_mask, initial_state=state, params=inputs.params)
-        out, end, *_ = path(inputs.q[:, 0], cfg, call)
+        x, page = inputs.q[:, 0], self.page
+        call = make_call(
+            page, cfg, x, inputs.params, key_mask=key_mask, initial_state=state, roles=inputs.roles
+        )
+        out, end, *_ = path(x, cfg, call)
         out = out[:, None]
         return (out if key_mask is None else out.masked_fill(~key_mask[..., None], 0)), end
 
@@ -72,6 +78,8 @@ def check_holes(case: BlockCase) -> None:
     inputs, token_mask = case.inputs(9), torch.ones(B, 1, 1, 9, dtype=torch.bool)
     token_mask[..., 3:5] = False
     kept = [0, 1, 2, 5, 6, 7, 8]
+    if case.page.grid is not None:
+        raise NotApplicable("a grid has no holes")
     filled = replace(inputs, q=inputs.q.masked_fill(~token_mask.mT, GARBAGE))
     for label, path in case.paths.items():
         out = case.run(path, filled, token_mask)[0][:, :, kept]
@@ -116,12 +124,13 @@ def examine_block(page: BlockPage, *, settings: Iterable[Mapping[str, Any]] = ()
         {**depth, **chosen} for chosen in ({}, *page.test_settings, *settings) for depth in depths(page)
     ]
     for cfg in dict.fromkeys(page.configure(**chosen) for chosen in options):
-        for check in CHECKS:
+        for check in (*CHECKS, *(laws.GRID_CHECKS if page.grid else ())):
             law = law_of(check)
             once = check is laws.check_compiles and cfg != page.config()
             if once or report.get(law, "").startswith("broken"):
                 continue
-            result = verdict(check, BlockCase(page, cfg))
+            pattern = "causal_self" if page.grid is None else "self"
+            result = verdict(check, BlockCase(page, cfg, pattern))
             if report.get(law) != "held" or result.startswith("broken"):
                 report[law] = result
     return report

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.core import Method, Unsupported
+from regard.core.grid import OnGrid
 from regard.core.roles import Roles
 from regard.core.trees import tree_leaves, tree_map
 from regard.kinds.mechanism import Mechanism, make_call, stores_keys
@@ -17,6 +18,7 @@ from regard.ops.blocks import WHOLE
 
 B, H, D, E, C = 2, 2, 4, 6, 5  # E becomes D, where a page takes values of the keys' width only
 GARBAGE = 1e3
+SQUARE = 20  # places from which on a grid is no line
 EXACT = 1e-9
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -115,7 +117,11 @@ class Case:
         width: int = 0,
         key: int = D,
     ) -> Inputs:
-        """Random float64 inputs of n queries and m keys; m is n where a text asks itself."""
+        """Random float64 inputs of n queries and m keys; m is n where a text asks itself.
+
+        A page of grids is asked the smallest grid of n places or more that its settings go with.
+        """
+        n = n if self.page.grid is None else math.prod(self.sides(n))
         m = n if m is None or "cross" not in self.pattern else m
         g = torch.Generator().manual_seed(1000 * seed + n)
         heads, width = max(H, groups), width or value_width(self)
@@ -153,10 +159,16 @@ class Case:
 
     def labels(self, m: int) -> Roles | None:
         """A grid as square as m allows, and documents of five tokens, for the pages that read them."""
+        if self.page.grid is not None:
+            return Roles.grid(*self.sides(m))
         side = max(1, math.isqrt(m))
         i = torch.arange(m)
         known = {"y": i // side, "x": i % side, "document": i // 5, "padding": i * 0}
         return Roles(**{n: known.get(n, i % 3) for n in self.page.roles}) if self.page.roles else None
+
+    def sides(self, n: int) -> tuple[int, ...]:
+        """Of the smallest grid of n places or more, the squarest of two axes, with which the settings go."""
+        return grid_for(self.page.grid, self.cfg, n)
 
     def run(
         self, path: Callable, inputs: Inputs, mask: Any = None, state: Any = None, **settings: Any
@@ -188,6 +200,36 @@ class Case:
         except NotApplicable:
             return False
         return True
+
+
+def grid_for(on: OnGrid, cfg: Any, n: int) -> tuple[int, ...]:
+    """Sides of the smallest grid of n places or more that these settings go with; of equal ones the squarest.
+
+    A line of few places is a grid too; of many, no side is more than eight times another.
+    """
+    axes = 2 if 2 in on.axes else on.axes[0]
+    if n == 0:
+        return (0,) * axes
+    for places in range(n, 40 * n + 400):
+        for sides in shapes_of(places, axes):
+            if places >= SQUARE and max(sides) > 8 * min(sides) and axes > 1:
+                continue
+            try:
+                on.fits(cfg, sides)
+            except ValueError:
+                continue
+            return sides
+    raise NotApplicable(f"no grid of about {n} places goes with these settings")
+
+
+def shapes_of(places: int, axes: int) -> list[tuple[int, ...]]:
+    """Ways to fill a grid of so many places, the squarest first."""
+    if axes == 1:
+        return [(places,)]
+    found = []
+    for a in (a for a in range(1, places + 1) if places % a == 0):
+        found += [(a, *rest) for rest in shapes_of(places // a, axes - 1)]
+    return sorted(found, key=lambda sides: (max(sides) - min(sides), sides))
 
 
 @contextmanager

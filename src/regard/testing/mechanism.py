@@ -16,7 +16,7 @@ from regard.core.shapes import PATTERNS
 from regard.kinds.mechanism import Mechanism
 from regard.testing import case, laws
 from regard.testing.case import EXACT, Case, Inputs, NotApplicable
-from regard.testing.laws import CHECKS, check_compiles, check_neutral, check_widths
+from regard.testing.laws import CHECKS, GRID_CHECKS, check_compiles, check_neutral, check_widths
 
 DESIGNED = "leaks by design"
 ONCE = (check_compiles, check_neutral, check_widths)  # on the default configuration only
@@ -63,7 +63,7 @@ def examine(
         for cfg in dict.fromkeys(
             page.configure(**options) for options in ({}, *page.test_settings, *settings)
         ):
-            for check in CHECKS:
+            for check in (*CHECKS, *(GRID_CHECKS if page.grid else ())):
                 key = f"{law_of(check)}, {pattern}"
                 known = report.get(key, "")
                 if known.startswith("broken") or (check in ONCE and cfg != page.config()):
@@ -97,7 +97,7 @@ def check_card(page: Mechanism) -> None:
     assert page.card.neutral or "neutral" in page.exempt, (
         f"{title}: the card states neutral settings, or why none"
     )
-    unknown = set(page.exempt) - {law_of(check) for check in CHECKS}
+    unknown = set(page.exempt) - {law_of(check) for check in (*CHECKS, *GRID_CHECKS)}
     assert not unknown, f"{title}: exempt from laws that do not exist: {sorted(unknown)}"
     answers = supported(page)
     for pattern in PATTERNS:

@@ -18,7 +18,8 @@ from regard.kinds.mask import MaskPage
 from regard.kinds.mechanism import Mechanism
 from regard.kinds.position import PositionPage
 from regard.testing.block import DEPTHS, BlockCase
-from regard.testing.case import Case, Inputs, same
+from regard.testing.case import Case, Inputs, NotApplicable, same
+from regard.testing.laws.grids import on_grid, sides_in
 from regard.testing.mask import example_roles, odd_settings
 from regard.testing.position import where
 from regard.testing.twice import leaves
@@ -97,7 +98,14 @@ def moved_by(page: Page, name: str) -> Iterator[str]:
             for other in islice(changes(cfg, name), 14):
                 try:
                     result = ask(other, other if begin else cfg)
-                except (Unsupported, NotImplementedError, ValueError, RuntimeError, IndexError):
+                except (
+                    Unsupported,
+                    NotApplicable,
+                    NotImplementedError,
+                    ValueError,
+                    RuntimeError,
+                    IndexError,
+                ):
                     continue  # a value that these inputs do not fit
                 if differ(result, base):
                     yield f"{name}={getattr(cfg, name)!r} -> {getattr(other, name)!r}"
@@ -129,15 +137,18 @@ def mechanism(page: Mechanism, pattern: str) -> Callable[[Any, Any], Result]:
 
 
 def block(page: BlockPage) -> Callable[[Any, Any], Result]:
+    pattern = "causal_self" if page.grid is None else "self"
+
     def ask(cfg: Any, before: Any) -> Result:
-        return both_paths(BlockCase(page, cfg), BlockCase(page, before).inputs(N))
+        return both_paths(BlockCase(page, cfg, pattern), BlockCase(page, before, pattern).inputs(N))
 
     return ask
 
 
 def both_paths(case: Case, inputs: Inputs) -> Result:
     """What the reference gives, which is what fast gives; parameters stay where the settings keep their shapes."""
-    own = case.inputs(N, N + 2)
+    # a grid stays, whatever the settings
+    own = case.inputs(N, N + 2) if case.page.grid is None else on_grid(case, sides_in(inputs))
     alike = {n: p.shape for n, p in own.params.items()} == {n: p.shape for n, p in inputs.params.items()}
     inputs = own if not alike else replace(inputs, x=own.x, y=own.y, roles=own.roles)
     outs = [case.run(path, inputs)[0] for path in case.paths.values()]

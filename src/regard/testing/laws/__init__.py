@@ -27,6 +27,7 @@ from regard.testing.laws.equality import (
     check_speed_settings,
     check_widths,
 )
+from regard.testing.laws.grids import check_crop, check_permutation
 from regard.testing.laws.heads import check_drawn, check_groups, check_heads_alone
 from regard.testing.laws.influence import (
     check_accumulates,
@@ -105,10 +106,12 @@ CHECKS = (
     check_blocks_heads,
     check_blocks_knob,
 )
+GRID_CHECKS = (check_crop, check_permutation)
 
 __all__ = [
     "check_last_queries",
     "CHECKS",
+    "GRID_CHECKS",
     "finite",
     "plain",
     "softmax",
@@ -155,4 +158,6 @@ __all__ = [
     "check_blocks_knob",
     "check_blocks_last",
     "check_blocks_said",
+    "check_crop",
+    "check_permutation",
 ]

@@ -127,7 +127,7 @@ def check_no_tokens(case: Case) -> None:
         hold(out.shape[2] == 0 and end is None, f"{label}: no tokens give {list(out.shape)} and {end}")
         out, end = ask(3, 4, batch=0)
         hold(
-            len(out) == 0 and out.shape[2] == 3 and end is None,
+            len(out) == 0 and out.shape[2] == case.inputs(3).q.shape[2] and end is None,
             f"{label}: no rows give {list(out.shape)} and {end}",
         )
         if "cross" in case.pattern:
@@ -145,7 +145,7 @@ def check_no_tokens(case: Case) -> None:
 def check_blind_rows(case: Case, n: int = 5) -> None:
     """Queries that see no key give zeros, and gradients stay finite."""
     inputs = case.inputs(n, n + 2)
-    mask = torch.ones(B, 1, n, inputs.k.shape[2], dtype=torch.bool)
+    mask = torch.ones(B, 1, inputs.q.shape[2], inputs.k.shape[2], dtype=torch.bool)
     mask[:, :, min(3, n - 1)] = False
     mask[1] = False
     try:

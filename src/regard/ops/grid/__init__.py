@@ -1,0 +1,6 @@
+"""Attention on grids: neighbourhoods, windows, regions. Tokens are [B, H, N, D], N places of a grid row by row."""
+
+from regard.ops.grid.image import as_image, as_tokens
+from regard.ops.grid.near import Axis, boxes, check_axes, nearest_attention
+
+__all__ = ["Axis", "as_image", "as_tokens", "boxes", "check_axes", "nearest_attention"]
