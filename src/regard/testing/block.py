@@ -1,9 +1,9 @@
 """Checks that every block page must pass; yours too: `check_block(METHOD)`.
 
 A block is a whole layer, x -> (out, state), causal, or on a grid, where all tokens may see all. It is asked the laws of
-mechanisms (testing/laws) as one whose queries, keys and values are all the layer's input, and two laws of its own. A law
-that a block cannot be asked (no fast path, no state) is "not applicable", with the reason; one that it breaks raises
-AssertionError with the block, the settings, the law and a small counterexample.
+mechanisms (testing/laws) as one whose queries, keys and values are all the layer's input, and two laws of its own. A
+law that a block cannot be asked (no fast path, no state) is "not applicable", with the reason; one that it breaks
+raises AssertionError with the block, the settings, the law and a small counterexample.
 """
 
 import math

@@ -116,8 +116,8 @@ METHOD = Mechanism(
         caveat=(
             "borders as in NATTEN: windows move inwards, within the residue of a dilation too, and even windows have "
             "one more key on the left; a causal axis does shrink where it begins. A window longer than its axis is the "
-            "axis, where NATTEN refuses it. Strides are those of its later versions (the paper has none). The paper's GPU "
-            "kernels are not here, nor their percentages"
+            "axis, where NATTEN refuses it. Strides are those of its later versions (the paper has none). The paper's "
+            "GPU kernels are not here, nor their percentages"
         ),
     ),
 )
