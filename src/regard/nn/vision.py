@@ -145,10 +145,10 @@ class VisionBackbone(PreTrainedModel):
         hidden = self.options(kwargs)
         x, grids = self.embedded(pixel_values, interpolate_pos_encoding)
         between: list[Tensor] = []
-        for i, (layers, sides) in enumerate(zip(self.stages, grids, strict=True)):
+        for i, sides in enumerate(grids):
             roles = self.roles(sides, x.device)
             x = x if i == 0 else self.merges[i - 1](x, grids[i - 1])
-            for layer in layers:
+            for layer in self.stages[i]:  # type: ignore[attr-defined]
                 between += [x] if hidden else []
                 x = layer(x, roles)
         x = self.norm(x)
