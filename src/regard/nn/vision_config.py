@@ -13,6 +13,7 @@ from regard.kinds.mechanism import Mechanism
 
 POOLING = ("mean", "class", "places")
 POSITIONS = ("learned", "none")
+STEMS = ("patch", "overlap")
 
 
 class VisionConfig(PretrainedConfig):
@@ -25,6 +26,7 @@ class VisionConfig(PretrainedConfig):
     mlp_ratio       inner width of the channel mixer over the width; 0: none
     pooling         "mean" of the tokens, or "class", a token of its own: logits [B, labels]; "places": a score for each
                     place of the last stage, logits [B, N], to find something
+    stem            "patch": every patch by itself; "overlap": a convolution that reads half of its neighbours too
     positions       "learned", added to the patches, or "none"
     dropout         share of what attention and channel mixer add, dropped in training
     """
@@ -35,7 +37,7 @@ class VisionConfig(PretrainedConfig):
         self, mechanism: str | list[str] = "softmax", image_size: int | list[int] = 32,
         patch_size: int | list[int] = 4, num_channels: int = 3, hidden_sizes: int | list[int] = 64,
         depths: int | list[int] = 4, num_attention_heads: int | list[int] = 2, mlp_ratio: float = 4.0,
-        settings: dict[str, dict] | None = None, pooling: str = "mean", positions: str = "learned",
+        settings: dict[str, dict] | None = None, pooling: str = "mean", stem: str = "patch", positions: str = "learned",
         dropout: float = 0.0, initializer_range: float = 0.02, layer_norm_eps: float = 1e-6, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.image_size, self.patch_size = pair("image_size", image_size), pair("patch_size", patch_size)
@@ -49,7 +51,7 @@ class VisionConfig(PretrainedConfig):
         for name, given in lists.items():
             setattr(self, name, by_stage(name, given, count))
         self.num_channels, self.mlp_ratio, self.settings = num_channels, mlp_ratio, settings or {}
-        self.pooling, self.positions, self.dropout = pooling, positions, dropout
+        self.pooling, self.stem, self.positions, self.dropout = pooling, stem, positions, dropout
         self.initializer_range, self.layer_norm_eps = initializer_range, layer_norm_eps
         super().__init__(**kwargs)
         self.check()
@@ -57,6 +59,7 @@ class VisionConfig(PretrainedConfig):
     def check(self) -> None:
         """ValueError with the rule and the values for what goes not together."""
         require(self.pooling in POOLING, f"pooling is one of {POOLING}", pooling=self.pooling)
+        require(self.stem in STEMS, f"stem is one of {STEMS}", stem=self.stem)
         require(self.positions in POSITIONS, f"positions is one of {POSITIONS}", positions=self.positions)
         require(0 <= self.dropout < 1, "0 <= dropout < 1", dropout=self.dropout)
         for name in ("hidden_sizes", "depths", "num_attention_heads"):

@@ -37,7 +37,7 @@ class Images:
             mechanism=list(plan.mechanisms), settings=plan.settings,
             hidden_sizes=[plan.width << i for i in range(stages)], initializer_range=plan.width**-0.5 / 2,
             depths=[plan.layers // stages] * stages, num_attention_heads=plan.heads, mlp_ratio=plan.mlp / plan.width,
-            num_channels=1, **cls.backbone,
+            num_channels=1, stem="overlap", **cls.backbone,
         )  # fmt: skip
 
     @staticmethod
