@@ -102,8 +102,8 @@ class VisionBackbone(PreTrainedModel):
         config = VisionConfig(**settings) if config is None else config
         super().__init__(config)
         widths, patch = config.hidden_sizes, tuple(config.patch_size)
-        kernel = patch if config.stem == "patch" else tuple(max(3, 2 * side - 1) for side in patch)
-        around = tuple(k // 2 if config.stem == "overlap" else 0 for k in kernel)
+        kernel = patch if config.stem == "patch" else tuple(2 * side + side % 2 for side in patch)
+        around = tuple((k - side) // 2 for k, side in zip(kernel, patch, strict=True))
         self.patches = nn.Conv2d(config.num_channels, widths[0], kernel, patch, around)
         self.grids = config.grids(*config.image_size)
         rows, columns = self.grids[0]
