@@ -103,9 +103,7 @@ def test_is_nattens_rule(axes, count):
         with small_constants():
             small = page.METHOD.fast(*tokens, cfg, call)[0]
         for out in (page.reference(*tokens, cfg, call)[0], page.METHOD.fast(*tokens, cfg, call)[0], small):
-            torch.testing.assert_close(
-                out, wanted, rtol=1e-10, atol=1e-10, msg=lambda m: f"{sides} {cfg} {m}"
-            )
+            torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
         met |= {(name, value > 1) for name in AXES[:3] for value in settings[name]}
         met |= {("causal", flag) for flag in settings["causal"]}
     assert len(met) == 8, "each setting is met at 1 and above"
