@@ -2,5 +2,15 @@
 
 from regard.ops.grid.image import as_image, as_tokens
 from regard.ops.grid.near import Axis, boxes, check_axes, nearest_attention
+from regard.ops.grid.regions import from_regions, to_regions
 
-__all__ = ["Axis", "as_image", "as_tokens", "boxes", "check_axes", "nearest_attention"]
+__all__ = [
+    "Axis",
+    "as_image",
+    "as_tokens",
+    "boxes",
+    "check_axes",
+    "from_regions",
+    "nearest_attention",
+    "to_regions",
+]
