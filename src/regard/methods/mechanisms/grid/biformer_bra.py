@@ -1,7 +1,7 @@
 """Bi-level routing attention: each region of an image reads the few regions that it is nearest to, token by token.
 
     q̄_r, k̄_r = means of q and k over region r, all heads together       S x S regions
-    I_r = the k regions s with the largest q̄_r·k̄_s                      ties go to the first
+    I_r = the k regions s with the largest q̄_r·k̄_s                      ties, in float32, go to the first
     o_i = Σ_j softmax_j(q_i·k_j / √(H·D)) v_j + LCE(v)_i                 over j in the regions I_r, i in r
 
 The choice is made between S² regions, so it is cheap; what follows is dense attention of p = N/S² queries to k·p keys,
@@ -80,7 +80,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     out = torch.zeros_like(q_h[..., :1] * v_h)
     for b in range(len(q)):
         means = (t[b].detach()[:, own].mean(2) for t in (q_h, k_h))  # [H, S², D]
-        scores = torch.einsum("hrd,hsd->rs", *means).tolist()
+        scores = torch.einsum("hrd,hsd->rs", *means).float().tolist()
         chosen = [sorted(range(len(own)), key=lambda s: -row[s])[: cfg.read] for row in scores]
         near = [[j for s in regions for j in own[s]] for regions in chosen]  # [S²][k·p]
         a = torch.einsum("hrid,hrjd->hrij", q_h[b][:, own], k_h[b][:, near]) * scale_of(q, cfg)
@@ -138,7 +138,8 @@ def routes(q: Tensor, k: Tensor, read: int) -> Tensor:
     """[B, S², read]: the regions that each region reads, of q and k in regions."""
     q, k = (t.mean(3, dtype=at_least_float32(t[:0]).dtype).double() for t in (q, k))
     scores = q.transpose(1, 2).flatten(2) @ k.transpose(1, 2).flatten(2).mT
-    return scores.argsort(dim=-1, descending=True, stable=True)[..., :read]
+    # a product adds up the same numbers in several orders: in float32 what ties does tie
+    return scores.float().argsort(dim=-1, descending=True, stable=True)[..., :read]
 
 
 def gathered(x: Tensor, chosen: Tensor) -> Tensor:

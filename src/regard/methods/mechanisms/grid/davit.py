@@ -128,8 +128,9 @@ def in_windows(q: Q, k: K, v: V, sides: tuple[int, ...], w: int) -> Out:
 
 
 def local(cfg: Config) -> tuple[int, int] | None:
-    reads_all = cfg.turn == "channel" or cfg.window is None
-    return None if reads_all else (cfg.window - 1, cfg.window)
+    if cfg.turn == "channel" or cfg.window is None:
+        return None
+    return cfg.window - 1, cfg.window
 
 
 REFUSED = "a window, and a channel, is read by all that stand in it"
