@@ -30,12 +30,13 @@ from torch.nn import functional as F
 
 from regard.core import Card, K, Out, Q, Unsupported, V, require
 from regard.core.call import Call
-from regard.core.grid import OnGrid
+from regard.core.grid import OnGrid, Sides
 from regard.kinds.mechanism import Mechanism
 from regard.ops import at_least_float32, exact, for_products, heads_of, per_query_head
 from regard.ops.grid import from_regions, to_regions
 
 TURNS = ("window", "channel")
+PIECE = 1 << 20  # numbers of q, k and v in windows at once: changes the speed and the memory only
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     return out.to(v.dtype), None
 
 
-def windows(sides: tuple[int, ...], w: int | None) -> list[list[int]]:
+def windows(sides: Sides, w: int | None) -> list[list[int]]:
     """The places of each window."""
     found: dict[tuple[int, int], list[int]] = {}
     for i in range(sides[0] * sides[1]):
@@ -113,18 +114,17 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     return in_windows(q, k, v, call.sides, cfg.window).to(dtype), None
 
 
-def in_windows(q: Q, k: K, v: V, sides: tuple[int, ...], w: int) -> Out:
-    """Attention in each window by itself; the image is filled up with zeros at the right and below."""
+def in_windows(q: Q, k: K, v: V, sides: Sides, w: int) -> Out:
+    """Attention in each window by itself, some heads at a time; zeros fill up the image at the right and below."""
     (high, wide), (below, right) = sides, (-side % w for side in sides)
-    filled = high + below, wide + right
-    parts = []
-    for t in (q, k, v):
-        if below or right:
-            t = F.pad(t.unflatten(2, sides), (0, 0, 0, right, 0, below)).flatten(2, 3)
-        parts.append(to_regions(t, filled, (w, w)).flatten(0, 1))  # [B·H, R, w², D]
-    out = F.scaled_dot_product_attention(*parts)
-    out = from_regions(out, filled, (w, w)).unflatten(0, q.shape[:2])
-    return out.unflatten(2, filled)[:, :, :high, :wide].flatten(2, 3)
+    filled, outs = (high + below, wide + right), []
+    rows = max(1, PIECE // max(1, filled[0] * filled[1] * (q.shape[3] + k.shape[3] + v.shape[3])))
+    for some in zip(*(t.flatten(0, 1).split(rows) for t in (q, k, v)), strict=True):
+        images = (F.pad(t.unflatten(1, sides), (0, 0, 0, right, 0, below)) for t in some)
+        parts = (to_regions(t.flatten(1, 2), filled, (w, w)) for t in images)  # [r, R, w², D]
+        out = from_regions(F.scaled_dot_product_attention(*parts), filled, (w, w))
+        outs.append(out.unflatten(1, filled)[:, :high, :wide].flatten(1, 2))
+    return torch.cat(outs).unflatten(0, q.shape[:2])
 
 
 def local(cfg: Config) -> tuple[int, int] | None:
