@@ -35,6 +35,7 @@ ALONE = {
         "agent_attention",
         "grid",
     ): "a grid is of as many tokens as the text, and goes with others of its settings",
+    ("davit", "layers"): "how many there are; whose turn a layer is follows from its own number",
     ("flux_attention", "pool"): "which tokens the router reads; the decision on these texts stays",
     ("dola", "stop"): "where the candidates end: of three layers the same one is chosen",
     ("edit_a_video", "frames"): "in the attention of a diffusion transformer, which its cases do not run",

@@ -2,6 +2,7 @@
 
 from regard.ops.grid.image import as_image, as_tokens
 from regard.ops.grid.near import Axis, boxes, check_axes, nearest_attention
+from regard.ops.grid.regions import from_regions, to_regions
 from regard.ops.grid.windows import from_windows, window_places, windows
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "as_tokens",
     "boxes",
     "check_axes",
+    "from_regions",
     "from_windows",
     "nearest_attention",
+    "to_regions",
     "window_places",
     "windows",
 ]
