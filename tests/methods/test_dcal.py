@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import regard
 from regard.core.call import Call
 from regard.methods.mechanisms.dense import dcal as page
+from regard.nn import Attention, RegardConfig, RegardForMaskedLM
 from regard.ops import softmax_attention
 
 N = 5
@@ -71,6 +73,24 @@ def test_without_a_second_image_rows_do_not_touch(path):
         assert_close(path(q, k, v, cfg, Call("self"))[0], softmax_attention(q, k, v, scale=3**-0.5))
     one = path(*(t[:1] for t in (q, k, v)), PAIRS, Call("self"))[0]
     assert_close(one, path(q, k, v, ALONE, Call("self"))[0][:1])
+
+
+def test_texts_of_one_length_that_are_packed_are_no_pairs():
+    """Asked as tensors, in a layer and in a model; in a batch they are."""
+    cuts = torch.tensor([0, 3, 5, 8])
+    q, k, v = drawn(images=1, n=8, m=8)
+    out = regard.attend(q, k, v, "dcal", "self", cu_seqlens=cuts).out
+    assert_close(out, regard.attend(q, k, v, "softmax", "self", cu_seqlens=cuts).out)
+    torch.manual_seed(0)
+    layer = Attention(8, 2, "dcal", "self")
+    x = torch.randn(1, 8, 8)
+    parts = x[:, :3], x[:, 5:]
+    assert_close(layer(x, cu_seqlens=cuts)[0][:, 5:], layer(parts[1])[0])
+    assert (layer(torch.cat(parts))[0][1:] - layer(parts[1])[0]).abs().max() > 1e-3
+    config = RegardConfig(vocab_size=32, hidden_size=16, mechanisms="dcal", initializer_range=0.3)
+    model, ids = RegardForMaskedLM(config).eval(), torch.arange(8)[None]
+    at = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
+    assert_close(model(ids, position_ids=at).logits[:, 5:], model(ids[:, 5:]).logits)
 
 
 def test_places_that_ask_again_are_rows_of_self_attention():

@@ -120,10 +120,8 @@ METHOD = Mechanism(
     patterns=("self", "cross"),
     unsupported=dict.fromkeys(("causal_self", "causal_cross"), ORDER),
     test_settings=({"partner": 0, "scale": 0.4}, {"partner": -2}),
-    exempt={
-        "batch": "the second image of a row is another row of its batch",
-        "packed": "texts of one length are asked as the rows of a batch",
-    },
+    mixes_rows=True,
+    exempt={"batch": "the second image of a row is another row of its batch"},
     card=Card(
         title="Dual cross-attention (DCAL)",
         paper=(
@@ -139,12 +137,12 @@ METHOD = Mechanism(
         neutral={"partner": 0},
         caveat=(
             "a page has one batch: the second image of row b is row b + partner, around the end, where the paper draws "
-            "pairs; shuffle the batch. With one row it is self-attention, so do evaluate with partner=0, where rows do "
-            "not touch. Hidden keys are hidden in both roles; an image of which nothing is there gives zeros. No code "
-            "was released. GLCA is this page with partner=0 in cross, its queries those of `local_places` (share 0.1 "
-            "for fine-grained recognition, 0.3 for re-identification), with projections of its own in the paper; that "
-            "the class token asks too is read from its classifying both branches. `joined` is the paper's loss of the "
-            "three branches"
+            "pairs; shuffle the batch. With one row, as each of packed texts, it is self-attention; evaluate with "
+            "partner=0, where rows do not touch. Hidden keys are hidden in both roles; an image of which nothing is "
+            "there gives zeros. No code was released. GLCA is this page with partner=0 in cross, its queries those of "
+            "`local_places` (share 0.1 for fine-grained recognition, 0.3 for re-identification), with projections of "
+            "its own in the paper; that the class token asks too is read from its classifying both branches. `joined` "
+            "is the paper's loss of the three branches"
         ),
     ),
 )

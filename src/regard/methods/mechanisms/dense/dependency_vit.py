@@ -83,8 +83,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None, dic
     e = (s - top.masked_fill(top == -torch.inf, 0)).exp()
     a = quotient(e, e.sum(-1, keepdim=True))  # [B, H, child, parent]
     m, p = there.any(1).double(), there.double()
-    if reads_x(cfg):
-        x = torch.where(there.any(1)[..., None], call.x_of_keys.double(), 0.0)
+    x = None if call.x is None else torch.where(there.any(1)[..., None], call.x_of_keys.double(), 0.0)
     if cfg.controller:
         z = torch.einsum("bnc,ic->bni", x, call.params["message_in"].double())
         z = 0.5 * z * (1 + torch.erf(z / 2**0.5))
