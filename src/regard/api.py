@@ -107,7 +107,8 @@ def packed(
         return run(method, q, k, v, **{**options, **changes})[:2]
 
     state, x = options["initial_state"], options["x"]
-    return Attended(*run_packed(one, q, k, v, lengths, memories, initial_state=state, x=x), {})
+    apart = method.page.mixes_rows
+    return Attended(*run_packed(one, q, k, v, lengths, memories, initial_state=state, x=x, apart=apart), {})
 
 
 def configured(mechanism: str | Method, config: dict[str, Any]) -> Method:

@@ -55,6 +55,7 @@ class Mechanism(Page):
     later           with it, later(decided, place [1|B, n], newest [1|B, 1], cfg) -> [B, n] bool, which stored keys at
                     these places a single token reads after the prompt
     needs_norm      whether its outputs have no scale of their own (no denominator), so layers norm them per head
+    mixes_rows      whether a row reads other rows of its batch. Texts that are packed are then asked one by one
     order_aware     whether it knows the order of tokens by itself (a decay, a filter), so layers add no positions
     roles           roles that it reads
     grid            what a page of grids needs of one; call.grid has its sides. Such a page takes no masks
@@ -88,6 +89,7 @@ class Mechanism(Page):
     decide: Callable | None = None
     later: Callable | None = None
     needs_norm: bool = False
+    mixes_rows: bool = False
     order_aware: bool = False
     roles: tuple[str, ...] = ()
     grid: OnGrid | None = None

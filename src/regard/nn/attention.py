@@ -191,7 +191,10 @@ class Attention(nn.Module):
         cuts = both_borders(self.pattern, cu_seqlens, cu_seqlens_k, x.shape[1], source.shape[1])
         memories = [None] * len(cuts[0]) if memory is None else memory.split(cuts[1], 1)
         texts = list(zip(x.split(cuts[0], 1), memories, strict=True))
-        return run_texts(lambda text, state: self(*text, initial_state=state), texts, state, axis=1)
+        apart = self.page.mixes_rows
+        return run_texts(
+            lambda text, state: self(*text, initial_state=state), texts, state, axis=1, apart=apart
+        )
 
     def project(self, x: Tensor, source: Tensor, token_mask: Tensor | None, state: LayerState | None):
         """q, k, v [B, heads, tokens, width], and the inputs of the convolution that the next call needs."""

@@ -166,5 +166,6 @@ class Stack(nn.Module):
             return (out.hidden, *(out.between or ())), None
 
         rows = x.flatten(0, 1)[None].split(texts, 1)
-        hidden, *kept = (t.view_as(x) for t in run_texts(run, rows, axis=1)[0])
+        apart = any(isinstance(part, Attention) and part.page.mixes_rows for part in self.modules())
+        hidden, *kept = (t.view_as(x) for t in run_texts(run, rows, axis=1, apart=apart)[0])
         return Stacked(hidden, [None] * len(self.layers), tuple(kept) if between else None)

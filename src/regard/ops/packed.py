@@ -1,7 +1,8 @@
 """Texts of unequal length packed into one row: cu_seqlens [S + 1] are the places where they begin, and the end.
 
-Texts of one length run together as a batch, so nothing is padded, no text sees another, and every mechanism can. A text
-may be empty: it gives no output, and its state is the one that it came with, None where it came with none.
+Texts of one length run together as a batch, so nothing is padded, no text sees another, and every mechanism can; those
+of a mechanism that mixes the rows of a batch run apart. A text may be empty: it gives no output, and its state is the
+one that it came with, None where it came with none.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def both_borders(
 
 def run_packed(
     run: Callable, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], memories: list[int], *,
-    initial_state: Any = None, x: Any = None,
+    initial_state: Any = None, x: Any = None, apart: bool = False,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """(out [1, H, T, E], states) of run(q, k, v, initial_state=..., x=...) -> (out, state) on every text by itself.
 
@@ -60,19 +61,22 @@ def run_packed(
     def one(text: tuple, state: Any) -> tuple[Tensor, Any]:
         return run(*text[:3], initial_state=state, x=text[3])
 
-    return run_texts(one, texts, initial_state, axis=2)
+    return run_texts(one, texts, initial_state, axis=2, apart=apart)
 
 
-def run_texts(run: Callable, texts: list[Any], initial_state: Any = None, *, axis: int) -> tuple[Any, Any]:
+def run_texts(
+    run: Callable, texts: list[Any], initial_state: Any = None, *, axis: int, apart: bool = False
+) -> tuple[Any, Any]:
     """(out, states) of run(text, state) -> (out, state): a text is a tree of tensors with a batch of one, out a tree
-    of tensors whose tokens lie along `axis`. Texts of one size run together."""
+    of tensors whose tokens lie along `axis`. Texts of one size run together, unless they are to run `apart`."""
     before = states_of(initial_state, len(texts))
     outs: list[Any] = [None] * len(texts)
     ends: list[Any] = [None] * len(texts)
-    by_size: dict[Any, list[int]] = {}
+    together: dict[Any, list[int]] = {}
     for i, text in enumerate(texts):
-        by_size.setdefault((sizes_of(text), sizes_of(before[i])), []).append(i)
-    for members in by_size.values():
+        size = i if apart else (sizes_of(text), sizes_of(before[i]))
+        together.setdefault(size, []).append(i)
+    for members in together.values():
         out, end = run(joined([texts[i] for i in members]), joined([before[i] for i in members]))
         for row, i in enumerate(members):
             outs[i], ends[i] = picked(out, row), picked(end, row)

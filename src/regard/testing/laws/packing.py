@@ -30,7 +30,8 @@ def check_packed(case: Case) -> None:
             return case.run(path, replace(live, q=q, k=k, v=v, **sides), state=initial_state)  # noqa: B023
 
         x = live.x if live.y is None else (live.x, live.y)
-        out, states = run_packed(run, live.q, live.k, live.v, list(SIZES), list(memories), x=x)
+        apart = case.page.mixes_rows
+        out, states = run_packed(run, live.q, live.k, live.v, list(SIZES), list(memories), x=x, apart=apart)
         wanted, rows = [], [pairwise(torch.tensor([0, *s]).cumsum(0).tolist()) for s in (SIZES, memories)]
         for i, (a, b) in enumerate(zip(*rows, strict=True)):
             if a[0] == a[1]:
