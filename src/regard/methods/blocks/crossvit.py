@@ -64,7 +64,7 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     require(c % heads == 0, "the width is a multiple of the heads", width=c, heads=heads)
     d = c // heads
     shapes = {"into": (2, c, c), "qkv": (2, 3, heads, c, d), "out": (2, heads, d, c), "back": (2, c, c)}
-    params = {name: 0.02 * torch.randn(shape) for name, shape in shapes.items()}
+    params = {name: torch.randn(shape) * c**-0.5 for name, shape in shapes.items()}
     biases = {"into": (2, c), "qkv": (2, 3, heads, d), "out": (2, c), "back": (2, c), "norm": (2, 3, c)}
     params |= {f"{name}_bias": torch.zeros(shape) for name, shape in biases.items()}
     return params | {"norm": torch.ones(2, 3, c)}
@@ -166,7 +166,7 @@ METHOD = BlockPage(
         caveat=(
             "both branches have one width here, as they share x; the paper's differ, and W_in and W_back change it. "
             "One cross-attention an exchange, without MLP, as in the released models. The exchanges are parallel; "
-            "one after the other they would give the same, as a class token reads no other class token. Resizing, patches, "
+            "in turn they would give the same, as a class token reads no other class token. Resizing, patches, "
             "the layers of the branches and the two heads whose logits are averaged are those of the model around it"
         ),
     ),
