@@ -1,6 +1,7 @@
 """Sparsifiner's own laws: which keys are read, what is cut off on the way, what learns, and for how many tokens."""
 
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from regard import attend, catalog
 from regard.core import Unsupported
 from regard.core.call import Call
 from regard.methods.mechanisms.sparse.sparsifiner import guess
+from regard.nn import Attention
 from regard.testing.case import Case
 
 PAGE = catalog.get("sparsifiner")
@@ -137,6 +139,20 @@ def test_another_number_of_tokens_is_refused_with_the_rule_and_the_number_and_so
         attend(q[:, :, 1:], k[:, :, 1:], q[:, :, 1:], method, **given)
     with pytest.raises(Unsupported, match="a mask beside a fixed number of tokens"):
         attend(q, k, q, method, mask=torch.ones(N, dtype=torch.bool), **given)
+
+
+def test_a_layer_of_its_number_of_tokens_learns_is_copied_and_compiles_to_one_graph():
+    layer = Attention(8, HEADS, "sparsifiner", "self", tokens=N, keep=0.5)
+    x = torch.randn(2, N, 8, generator=torch.Generator().manual_seed(0))
+    out = layer(x)[0]
+    out.square().sum().backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is None} == {
+        f"params.{name}" for name in ("w_q", "w_k", "b_q", "b_k", "down", "back")
+    }
+    torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x)[0], out)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x)[0], out)
+    with pytest.raises(ValueError, match="as many tokens as the settings say"):
+        layer(x[:, 1:])
 
 
 def test_laws_are_asked_at_every_length():

@@ -71,12 +71,10 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
 
 
 def reference(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None, dict]:
-    p, (cls_a, patches_a, cls_b, patches_b) = (
-        {n: t.double() for n, t in call.params.items()},
-        parts(x.double(), cfg),
-    )
-    new_a, w_a = asked(cls_a[:, 0], patches_b, {name: t[0] for name, t in p.items()}, cfg)
-    new_b, w_b = asked(cls_b[:, 0], patches_a, {name: t[1] for name, t in p.items()}, cfg)
+    p, y, second = {n: t.double() for n, t in call.params.items()}, x.double(), 1 + cfg.patches[0]
+    patches_a, patches_b = y[:, 1:second], y[:, second + 1 :]
+    new_a, w_a = asked(y[:, 0], patches_b, {name: t[0] for name, t in p.items()}, cfg)
+    new_b, w_b = asked(y[:, second], patches_a, {name: t[1] for name, t in p.items()}, cfg)
     out = torch.cat([new_a[:, None], patches_a, new_b[:, None], patches_b], dim=1)
     return out.to(x.dtype), None, {"weights": (w_a, w_b)}
 
