@@ -157,7 +157,10 @@ def test_packed_texts_do_not_mix():
 @pytest.mark.parametrize("name", [*CAUSAL, *BLOCKS])
 def test_every_mechanism_takes_it_and_no_block_does(name):
     if name in BLOCKS:
-        with pytest.raises(Unsupported, match=f"residual='attention': {name} is a whole layer"):
+        rule = f"residual='attention': {name} is a whole layer"
+        if catalog.get(name).pattern != "causal_self":
+            rule = f"{name} is a block for self, not for causal_self"
+        with pytest.raises(Unsupported, match=rule):
             deep(mechanisms=["softmax", name, "softmax"])
         return
     model = deep(mechanisms=["softmax", name, name]).train()

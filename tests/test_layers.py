@@ -15,7 +15,12 @@ from regard.core.trees import tree_leaves, tree_map
 from regard.kinds.mechanism import Mechanism
 from regard.nn import Attention
 
-EVERY = {name: page for name, page in catalog.every() if isinstance(page, Mechanism) and not page.roles}
+# without those that read roles or are for one number of tokens, whose own tests have layers
+EVERY = {
+    name: page
+    for name, page in catalog.every()
+    if isinstance(page, Mechanism) and not page.roles and page.for_tokens is None
+}
 # gradients at a second length, whose graph is of symbols and takes seconds: those that pad, and one of each family
 TWICE = ("arflow", "delta_rule", "gla", "softmax")
 PATTERNS = [(name, pattern) for name, page in EVERY.items() for pattern in page.patterns]

@@ -18,9 +18,16 @@ from regard.nn import (
 )
 from regard.ops.rotary import rotate
 
-EVERY = {name: page for name, page in catalog.every() if isinstance(page, Mechanism) and not page.roles}
+# without those that read roles or are for one number of tokens, whose own tests have layers
+EVERY = {
+    name: page
+    for name, page in catalog.every()
+    if isinstance(page, Mechanism) and not page.roles and page.for_tokens is None
+}
 CAUSAL = [name for name, page in EVERY.items() if "causal_self" in page.patterns]
-BLOCKS = [name for name, page in catalog.every() if isinstance(page, BlockPage)]
+BLOCKS = [
+    name for name, page in catalog.every() if isinstance(page, BlockPage) and page.pattern == "causal_self"
+]
 # by their mathematics a step is not the row of the whole: the first tokens see each other
 WHOLE_ONLY = {name for name, page in EVERY.items() if "decode" in page.exempt}
 STEPPED = [name for name in CAUSAL if name not in WHOLE_ONLY]

@@ -45,6 +45,11 @@ def test_each_text_is_by_itself(name, pattern):
         return
     if page.roles:
         pytest.skip("the mechanism reads roles")
+    if page.for_tokens is not None:
+        inputs, options = texts(name, pattern, sum(SIZES), sum(SIZES))
+        with pytest.raises(ValueError, match=r"as many tokens as the settings say \(tokens=3, "):
+            regard.attend(inputs.q, inputs.k, inputs.v, name, pattern, cu_seqlens=spans(SIZES)[1], **options)
+        return
     cross = "cross" in pattern
     (texts_q, cuts), (keys, cuts_k) = spans(SIZES), spans(MEMORIES if cross else SIZES)
     inputs, options = texts(name, pattern, sum(SIZES), sum(MEMORIES))

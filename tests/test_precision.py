@@ -5,7 +5,7 @@ import torch
 
 import regard
 from regard import catalog
-from regard.core import Unsupported
+from regard.core import Method, Unsupported
 from regard.core.roles import Roles
 from regard.kinds.mechanism import Mechanism
 from regard.nn import Attention
@@ -67,10 +67,13 @@ def test_a_half_layer_of_20000_tokens_is_finite():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layer_learns_under_autocast(name, dtype):
     torch.manual_seed(0)
+    page = catalog.get(name)
+    cfg = page.config() if page.for_tokens is None else page.for_tokens(page.config(), 9)
+    method = Method(name, page, cfg)
     try:
-        layer = Attention(16, 2, name)
+        layer = Attention(16, 2, method)
     except Unsupported:
-        layer = Attention(16, 2, name, pattern="self")
+        layer = Attention(16, 2, method, pattern="self")
     x, roles = torch.randn(2, 9, 16), None
     if layer.page.roles:
         roles = Roles(**{role: torch.arange(9) % 3 for role in layer.page.roles})
