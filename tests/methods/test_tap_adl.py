@@ -104,6 +104,16 @@ def test_weights_are_those_of_the_layer_and_teach_it():
     assert params["up"].grad is None
 
 
+def test_autocast_changes_no_weights():
+    cfg = PAGE.config()
+    x, call = inputs(cfg)
+    x, call = x.float(), call.with_(params={name: p.float() for name, p in call.params.items()})
+    wanted = with_weights(x, cfg, call)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_weights(x, cfg, call)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def slow_adl(layers, above):
     """Plain lists: cosines of each row with the mean row, both without their small weights."""
     total = []

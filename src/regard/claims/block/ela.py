@@ -11,7 +11,8 @@
 Coordinate Attention is that of its paper: both strips together through a map to max(8, C / 32) channels, a batch norm
 and h-swish, then a map back for each, and a sigmoid. The rate, of 0.01 and 0.03, was chosen on other digits and another
 seed, by Coordinate Attention's accuracy. The batch norms are needed: weights of about 1/4 make a signal small that
-passes through three of them.
+passes through three of them. What the claim says is of the two beside each other: on this task the CNN without
+attention is right as often or more (98.1 %, beside 97.5 and 97.7).
 """
 
 from collections.abc import Callable

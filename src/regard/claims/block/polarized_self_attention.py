@@ -22,7 +22,7 @@ from regard.train.loop import fit, one_cycle
 
 SCENE, NOISE, SHAPES = 16, 0.3, 3
 WIDTH, LAYERS = 16, 3
-STEPS, BATCH, RATE, SEEDS = 800, 32, 1e-2, range(5)
+STEPS, BATCH, RATE, SEEDS = 600, 32, 1e-2, range(5)
 SIDES = ("none", "parallel", "sequential")
 
 

@@ -36,6 +36,7 @@ from regard.core.grid import OnGrid, Sides
 from regard.kinds.block import BlockPage
 from regard.ops import at_least_float32, for_products, softmax_attention
 from regard.ops.grid import as_image, as_tokens
+from regard.ops.precision import as_written
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,10 @@ def fast(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
     return run(x, cfg, call, attend), None
 
 
+@as_written
 def with_weights(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, Tensor]:
     """(out, attention weights [B, H, N, N]) of the layer, gradients through both: what `adl` is asked of."""
-    kept = []
+    kept: list[Tensor] = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kept.append((at_least_float32(q) @ at_least_float32(k).mT * q.shape[-1] ** -0.5).softmax(-1))
