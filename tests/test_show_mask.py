@@ -13,7 +13,8 @@ from regard.cli import app
 from regard.cli.drawing import example, has_mask, picture_of
 from regard.core.mask import window
 from regard.core.spec import parse_spec
-from regard.report.mask_picture import EMPTY, SEEN, Box, MaskPicture, Words, layout, png, svg, terminal_lines
+from regard.report.drawn import Box, Words, png, svg
+from regard.report.mask_picture import EMPTY, SEEN, MaskPicture, layout, terminal_lines
 from regard.report.pixels import GLYPHS, Canvas, text_width
 
 MASKS = [name for name, page in catalog.every() if has_mask(page)]

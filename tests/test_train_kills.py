@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tests.kills import Kill, goes_on, killed, writes
 from transformers import modeling_utils
 
+from regard.nn import RegardForCausalLM
 from regard.train import Plan, run, train
 from regard.train.run import LAST
 
@@ -27,7 +28,7 @@ def half_saved(whole, tensors, path, **rest):
 
 OWN = (
     (run, "save_file", half_saved),
-    (run.RegardForCausalLM, "save_pretrained", None),
+    (RegardForCausalLM, "save_pretrained", None),
     (modeling_utils, "safe_save_file", half_saved),  # of the model that is kept
 )
 

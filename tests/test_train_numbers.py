@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from regard.nn import RegardForCausalLM
 from regard.train import Plan, run, train
 from regard.train.plan import HELD_OUT, TASKS, Text
 from regard.train.run import evaluate
@@ -16,8 +17,10 @@ SMALL = dict(length=16, pairs=2, vocab=16, tested=10, batch=4, width=8, layers=1
 @pytest.mark.parametrize("task", TASKS)
 def test_what_is_scored_is_never_trained_on(task):
     plan = Plan(task=task, **{**SMALL, "vocab": 64, "tested": 512})
-    held = {tuple(row) for row in TASKS[task].test(plan)[0].tolist()}
-    trained = [tuple(row) for step in range(300) for row in TASKS[task].batch(plan, step)[0].tolist()]
+    held = {tuple(row) for row in TASKS[task].test(plan)[0].flatten(1).tolist()}
+    trained = [
+        tuple(row) for step in range(300) for row in TASKS[task].batch(plan, step)[0].flatten(1).tolist()
+    ]
     assert len(held) > 100 and len({*trained}) > 1000 and not held & {*trained}
     again = TASKS[task].batch(plan, 7)
     assert all(torch.equal(a, b) for a, b in zip(again, TASKS[task].batch(plan, 7), strict=True))
@@ -123,13 +126,13 @@ def test_the_best_rate_is_the_one_that_scores_best(tmp_path, monkeypatch):
     """Of three rates the second; `best` holds its weights, and what is said is its score."""
     scores = iter([0.3, 0.7, 0.5])
     monkeypatch.setattr(run, "evaluate", lambda model, plan: next(scores))
-    kept, saved = [], run.RegardForCausalLM.save_pretrained
+    kept, saved = [], RegardForCausalLM.save_pretrained
 
     def noted(self, path):
         kept.append(self.state_dict()["lm_head.weight"].clone())
         saved(self, path)
 
-    monkeypatch.setattr(run.RegardForCausalLM, "save_pretrained", noted)
+    monkeypatch.setattr(RegardForCausalLM, "save_pretrained", noted)
     result = train(Plan(steps=1, every=1, rates=(1e-3, 1e-2, 3e-2), **SMALL), tmp_path)
     assert (result["rate"], result["score"]) == (1e-2, 0.7) and len(kept) == 2
     assert result["scores"] == {
@@ -138,5 +141,5 @@ def test_the_best_rate_is_the_one_that_scores_best(tmp_path, monkeypatch):
         "accuracy at rate 0.03": 0.5,
     }
     assert "accuracy 70.0% after 1 steps, at the best of 3 learning rates (0.01)" in result["sentence"]
-    best = run.RegardForCausalLM.from_pretrained(tmp_path / "best").state_dict()["lm_head.weight"]
+    best = RegardForCausalLM.from_pretrained(tmp_path / "best").state_dict()["lm_head.weight"]
     assert torch.equal(best, kept[1]) and not torch.equal(kept[0], kept[1])

@@ -11,38 +11,18 @@ ReLU, for claims that hang on it.
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.claims.lab import generator, seeded, threads
+from regard.train.digits import SIZES, Split, digits
 from regard.train.loop import fit, one_cycle
 
-SIZES = {"train": 1000, "choice": 300, "test": 497}
+__all__ = ["SIZES", "Split", "accuracy", "digits", "network", "untrained"]
+
 STEPS, BATCH, RATE = 1200, 64, 5e-3
-
-
-class Split(NamedTuple):
-    """Images [n, 1, 8, 8] in [0, 1] and labels [n]."""
-
-    images: Tensor
-    labels: Tensor
-
-
-@cache
-def digits() -> dict[str, Split]:
-    """The three parts, by name: the same in every process."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=generator())
-    images = torch.from_numpy(data.images).float()[order, None] / 16
-    parts = zip(
-        images.split([*SIZES.values()]), torch.from_numpy(data.target)[order].split([*SIZES.values()])
-    )
-    return {name: Split(*part) for name, part in zip(SIZES, parts, strict=True)}
 
 
 class MeanOverPlaces(nn.Module):

@@ -1,11 +1,13 @@
-"""The picture of a mask: which settings, tokens and heads are drawn."""
+"""The picture of a mask, or of who reads whom on an image: which settings, tokens and heads are drawn."""
 
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regard.report.mask_picture import MaskPicture, png, svg
+from regard.report.drawn import Picture, png, svg
+from regard.report.grid_picture import GridPicture, PlaceMap
+from regard.report.mask_picture import MaskPicture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 # tokens, where all heads are alike and where they are not
 ALONE, BESIDE, MOST_HEADS = 24, 16, 4
 READ = 48  # tokens of the text of which a page that chooses blocks is shown
+IMAGE = 14  # rows and columns of the image on which places are drawn
 # what stands for a number that is large beside so few tokens
 SMALL = (4, 3, 2, 6)
 
@@ -29,6 +32,53 @@ def chooses_blocks(page: Any) -> bool:
     from regard.ops.blocks import BlockSettings
 
     return page.kind == "mechanism" and isinstance(page.config(), BlockSettings) and page.init is None
+
+
+def drawable(page: Any) -> bool:
+    """Pages that have a mask, choose blocks and learn nothing, or mix the places of an image."""
+    return has_mask(page) or chooses_blocks(page) or on_grid(page)
+
+
+def on_grid(page: Any) -> bool:
+    from regard.explaining.places import is_on_grid
+
+    return page.kind == "mechanism" and is_on_grid(page)
+
+
+def places_of(name: str, page: Any, settings: dict[str, Any]) -> GridPicture:
+    """Whom a middle and a corner place of a small image read, under these settings or small ones."""
+    from dataclasses import fields
+
+    from regard.core import Method
+    from regard.explaining.places import page_maps
+
+    cfg, side = fitting(page, settings)
+    at = {"a place in the middle": (side // 2, side // 2), "a place at the border": (side // 2 + 1, 0)}
+    maps = page_maps(Method(name, page, cfg), (side, side), [y * side + x for y, x in at.values()])
+    default = page.config()
+    changed = (
+        f"{f.name}={getattr(cfg, f.name)}"
+        for f in fields(cfg)
+        if getattr(cfg, f.name) != getattr(default, f.name)
+    )
+    shown = tuple(
+        PlaceMap(label, place, found.abs().mean(0).tolist())
+        for (label, place), found in zip(at.items(), maps, strict=True)
+    )
+    return GridPicture(":".join(filter(None, (name, ",".join(changed)))), shown)
+
+
+def fitting(page: Any, settings: dict[str, Any]) -> tuple[Any, int]:
+    """(settings, side of a square image that they go with): those that are given, or the first that do."""
+    tried = [settings] if settings else [{}, *page.test_settings]
+    for options in tried:
+        cfg = page.configure(**options)
+        for side in (IMAGE, IMAGE - 2, IMAGE + 2, *range(IMAGE - 6, 2 * IMAGE)):
+            with suppress(ValueError):
+                page.grid.fits(cfg, (side, side))
+                return cfg, side
+    page.grid.fits(page.configure(**tried[0]), (IMAGE, IMAGE))
+    raise ValueError(f"no image of {IMAGE - 6} to {2 * IMAGE} places a side goes with {settings}")
 
 
 def chosen_of(name: str, page: Any, settings: dict[str, Any]) -> MaskPicture:
@@ -71,10 +121,12 @@ def read_keys(name: str, page: Any, cfg: Any) -> "Tensor":
     return read.tril() if page.patterns[-1] == "causal_self" else read
 
 
-def picture_of(name: str, page: Any, settings: dict[str, Any]) -> MaskPicture:
-    """The mask under these settings; where none are given, under the first ones that show what it is."""
+def picture_of(name: str, page: Any, settings: dict[str, Any]) -> Picture:
+    """The places that are read on an image, or the mask; without settings under the first ones that show what it is."""
     from dataclasses import fields
 
+    if on_grid(page):
+        return places_of(name, page, settings)
     if not has_mask(page):
         return chosen_of(name, page, settings)
     cfg = page.configure(**settings) if settings else telling(page)
@@ -129,7 +181,7 @@ def first_row(labels: "Tensor") -> "Tensor":
     return labels[0] if labels.dim() == 2 else labels
 
 
-def write(picture: MaskPicture, path: Path) -> None:
+def write(picture: Picture, path: Path) -> None:
     """SVG or PNG, by the name's end."""
     from regard.core import require
 

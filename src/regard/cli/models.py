@@ -1,12 +1,14 @@
 """regard doctor, regard train, regard convert."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from regard.cli.console import Json, app, converting, counting, if_stopped, out, say_json, training
+from regard.core.errors import require
 from regard.core.spec import parse_spec, split_list, split_specs
+from regard.train.suits import suits
 
 
 @app.command()
@@ -151,28 +153,41 @@ def calibrate(
 @app.command()
 def train(
     task: Annotated[
-        str, typer.Option(help="mqar (associative recall) or text (bytes of documentation)")
+        str,
+        typer.Option(
+            help="mqar (associative recall), text (bytes of documentation), digits (8 x 8 images) or find (a "
+            "digit among decoys)"
+        ),
     ] = "mqar",
     mechanism: Annotated[
-        str, typer.Option(help="A name with settings as NAME:key=value, or one for every layer: a,b")
+        str,
+        typer.Option(
+            help="A name with settings as NAME:key=value; or one for every layer, of images every stage: a,b"
+        ),
     ] = "softmax",
     rates: Annotated[
-        str, typer.Option(help="Learning rates; the best on held-out data is kept.")
-    ] = "3e-3,1e-2",
-    steps: int = 400,
-    batch: int = 32,
-    layers: int = 2,
-    width: int = 64,
-    heads: int = 1,
-    mlp: Annotated[int, typer.Option(help="Inner width of the channel mixer; 0: none.")] = 0,
-    conv: Annotated[int, typer.Option(help="Tokens of the short convolution on q, k, v; 0: none.")] = 3,
+        str | None, typer.Option(help=f"Learning rates; the best on held-out data is kept. {suits('rates')}")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help=suits("steps"))] = None,
+    batch: Annotated[int | None, typer.Option(help=suits("batch"))] = None,
+    layers: Annotated[int | None, typer.Option(help=suits("layers"))] = None,
+    width: Annotated[int | None, typer.Option(help=suits("width"))] = None,
+    heads: Annotated[int | None, typer.Option(help=suits("heads"))] = None,
+    mlp: Annotated[
+        int | None, typer.Option(help=f"Inner width of the channel mixer; 0: none. {suits('mlp')}")
+    ] = None,
+    conv: Annotated[
+        int | None, typer.Option(help="Tokens of the short convolution on q, k, v; 0: none. Of texts: 3.")
+    ] = None,
     rope_theta: Annotated[
         float | None,
-        typer.Option("--rope-theta", "--rope", help="Base of rotary positions, 0: none; as needed."),
+        typer.Option(
+            "--rope-theta", "--rope", help="Base of rotary positions, 0: none; as needed. Of texts."
+        ),
     ] = None,
-    length: int = 128,
-    pairs: Annotated[int, typer.Option(help="Key-value pairs of mqar.")] = 16,
-    vocab: Annotated[int, typer.Option(help="Words of mqar.")] = 64,
+    length: Annotated[int | None, typer.Option(help="Tokens of a text: 128.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Key-value pairs of mqar: 16.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Words of mqar: 64.")] = None,
     seed: int = 0,
     every: Annotated[int, typer.Option(help="Steps between two points of the curve, and checkpoints.")] = 50,
     folder: Annotated[
@@ -186,13 +201,20 @@ def train(
     from regard.train import train as run
 
     mechanisms = [parse_spec(part) for part in split_specs(mechanism) or []]
-    plan = Plan(
-        task=task, mechanisms=tuple(n for n, _ in mechanisms),
-        settings={n: options for n, options in mechanisms if options},
-        rates=tuple(float(r) for r in split_list(rates) or []), steps=steps, batch=batch, layers=layers, width=width,
-        heads=heads, mlp=mlp, conv=conv, rope_theta=rope_theta, length=length, pairs=pairs, vocab=vocab,
-        seed=seed, every=every,
+    of_texts = dict(conv=conv, rope_theta=rope_theta, length=length, pairs=pairs, vocab=vocab)
+    given: dict[str, Any] = dict(
+        steps=steps, batch=batch, layers=layers, width=width, heads=heads, mlp=mlp, **of_texts
+    )
+    if rates is not None:
+        given["rates"] = tuple(float(r) for r in split_list(rates) or [])
+    plan = Plan.of(
+        task, mechanisms=tuple(n for n, _ in mechanisms), settings={n: options for n, options in mechanisms if options},
+        seed=seed, every=every, **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
+    for name, value in of_texts.items():
+        rule = f"{name} is a setting of texts"
+        require(not plan.of_images or value is None, rule, task=task, **{name: value})
+    steps = plan.steps
     folder = folder or Path("runs/train") / f"{task}-{'-'.join(dict.fromkeys(plan.mechanisms))}"
     kept = f"The run is kept in {folder} up to its last checkpoint, one in {every} steps; the same command goes on."
     with if_stopped(kept), training(as_json, len(plan.rates) * steps) as step:

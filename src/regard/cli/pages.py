@@ -102,23 +102,22 @@ def show(
         str, typer.Argument(metavar="NAME", help="A page; of a mask with settings too: window:window=5")
     ],
     picture: Annotated[
-        Path | None, typer.Option(help="Draw the mask into this file, .svg or .png.", metavar="FILE")
+        Path | None, typer.Option(help="Draw what is read into this file, .svg or .png.", metavar="FILE")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """The card of a page, what is done with it, where it lies, its last measured claim; a mask is drawn too."""
     from regard import catalog
     from regard.claims import ledger
-    from regard.cli.drawing import chooses_blocks, has_mask, picture_of, write
+    from regard.cli.drawing import drawable, picture_of, write
     from regard.core import require
     from regard.core.spec import parse_spec
     from regard.kinds import kind
-    from regard.report.mask_picture import terminal_lines
 
     name, given = parse_spec(page_name)
     page = catalog.get(name)
-    masked = has_mask(page) or chooses_blocks(page)
-    rule = "of a page that has a mask, or chooses blocks of keys and learns nothing"
+    masked = drawable(page)
+    rule = "of a page that has a mask, chooses blocks of keys and learns nothing, or mixes the places of an image"
     require(masked or picture is None, f"a picture is drawn {rule}", page=name)
     require(masked or not given, f"settings are for what is drawn, {rule}", page=name)
     drawn = picture_of(name, page, given) if masked else None
@@ -135,7 +134,7 @@ def show(
         "path": str(catalog.path_of(name)),
     }
     if as_json:
-        mask = {} if drawn is None else {"mask": drawn.facts()}
+        mask = {} if drawn is None else {"places" if "maps" in drawn.facts() else "mask": drawn.facts()}
         say_json(
             {**facts, "verb": verb, "card": card, "settings": settings, "claim": claim_of(known), **mask}
         )
@@ -148,7 +147,7 @@ def show(
     say_claim(known)
     if drawn is not None:
         out.print()
-        for line in terminal_lines(drawn):
+        for line in drawn.lines():
             out.print(line, markup=False, highlight=False, soft_wrap=len(line) < out.width)
     if picture is not None:
         say("picture", picture)

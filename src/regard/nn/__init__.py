@@ -19,12 +19,18 @@ __all__ = [
     "RegardForCausalLM",
     "RegardForMaskedLM",
     "RegardForSeq2SeqLM",
+    "VisionBackbone",
+    "VisionConfig",
     "register",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """The backbones are Hugging Face models: transformers is imported when one of them is asked for."""
+    if name in ("VisionBackbone", "VisionConfig"):
+        from regard.nn import vision
+
+        return getattr(vision, name)
     if name in __all__:
         from regard.nn import backbones
 

@@ -64,7 +64,7 @@ class Attention(nn.Module):
     pattern     self, causal_self, cross, causal_cross; in cross patterns forward takes `memory` [B, M, C]
     kv_heads    G, for grouped heads; None: as many as heads
     rope_theta  base of the rotary positions of q and k, 0 for none; None: 10,000 in self patterns for mechanisms
-                that do not know order by themselves, 0 for those that do and in cross patterns
+                that do not know order by themselves, 0 for those that do, on grids, and in cross patterns
     conv        tokens of a short depthwise convolution on q, k and v (self patterns), 0 for none
     mask        who may see whom, beside the pattern, in every call: a mask page by name or with its settings, or a
                 core Mask; it counts tokens as they stand in the text, padding included
@@ -120,7 +120,8 @@ class Attention(nn.Module):
         return self.method.page
 
     def default_theta(self) -> float:
-        return 0.0 if "cross" in self.pattern or self.page.order_aware else 1e4
+        silent = "cross" in self.pattern or self.page.order_aware or self.page.grid is not None
+        return 0.0 if silent else 1e4
 
     def state_numbers(self, n: int) -> int:
         """Numbers that the mechanism's state holds for one row after n tokens; 0 where it declares none."""

@@ -43,6 +43,7 @@ from regard.nn.depth import draw_queries
 from regard.nn.initial import draw_parts, draw_projections
 from regard.nn.options import IGNORED, next_labels, packed_texts, read_options, token_loss
 from regard.nn.stack import Stack
+from regard.nn.vision import register as register_vision
 
 __all__ = [
     "RegardConfig",
@@ -290,5 +291,6 @@ def register() -> None:
     for auto, model in ((AutoModelForCausalLM, RegardForCausalLM), (AutoModelForMaskedLM, RegardForMaskedLM),
                         (AutoModelForSeq2SeqLM, RegardForSeq2SeqLM)):  # fmt: skip
         auto.register(RegardConfig, model, exist_ok=True)
+    register_vision()
     # by these names Trainer's label smoothing knows that a decoder's labels are shifted
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RegardConfig.model_type] = RegardForCausalLM.__name__

@@ -1,23 +1,19 @@
 """A mask as a picture: small squares of queries by keys, in the terminal, as SVG and as PNG.
 
-One layout of rectangles and words serves both kinds of file. PNG has letters of its own (`pixels.py`), so that no
-library of pictures or fonts is needed.
+One layout of rectangles and words serves both kinds of file (`drawn.py`).
 """
 
-import html
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regard.report.pixels import ADVANCE, Canvas, text_width
+from regard.report.drawn import LINE, SOFT, WIDE, Box, Words
+from regard.report.pixels import ADVANCE
 
-INK, SEEN, EMPTY, SOFT = "#333333", "#1f5f99", "#f0f0ec", "#777777"
-FONT = 'ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace'
+SEEN, EMPTY = "#1f5f99", "#f0f0ec"
 HALVES = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
-# of a letter, as parts of its height: what a line of text takes
-WIDE, LINE = 0.6, 1.4
 
 Grid = Sequence[Sequence[bool]]
 
@@ -58,6 +54,13 @@ class MaskPicture:
             "sees": lines,
             "keys_seen": keys,
         }
+
+    def layout(self) -> tuple[int, int, list[Box | Words]]:
+        return layout(self)
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        return terminal_lines(self)
 
     def head_name(self, head: int) -> str:
         return f"head {head}" if self.heads > 1 else "every head"
@@ -105,27 +108,6 @@ def halves(rows: Grid) -> str:
 
 
 # as a file
-
-
-@dataclass(frozen=True)
-class Box:
-    x: float
-    y: float
-    width: float
-    height: float
-    colour: str
-
-
-@dataclass(frozen=True)
-class Words:
-    """Text from x to the right, or to the left where `end`, on the line y."""
-
-    x: float
-    y: float
-    text: str
-    size: int
-    colour: str = INK
-    end: bool = False
 
 
 def layout(picture: MaskPicture) -> tuple[int, int, list[Box | Words]]:
@@ -179,34 +161,3 @@ def panel_parts(
             yield Box(x + j * cell, y + i * cell, cell - gap, cell - gap, SEEN if sees else EMPTY)
         if i % step == 0:
             yield Words(x + n * cell + 6, y + i * cell + middle, str(count), size)
-
-
-def svg(picture: MaskPicture) -> str:
-    """A document by itself; it fills the width that it is given."""
-    width, height, parts = layout(picture)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    lines = [
-        f'{head} style="max-width: 100%; height: auto" font-family="{html.escape(FONT)}" role="img">',
-        f"<title>{html.escape(picture.title)}</title>",
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-    ]
-    for part in parts:
-        if isinstance(part, Box):
-            where = f'x="{part.x:g}" y="{part.y:g}" width="{part.width:g}" height="{part.height:g}"'
-            lines.append(f'<rect {where} fill="{part.colour}"/>')
-        else:
-            how = f'font-size="{part.size}" fill="{part.colour}"' + ' text-anchor="end"' * part.end
-            lines.append(f'<text x="{part.x:g}" y="{part.y:g}" {how}>{html.escape(part.text)}</text>')
-    return "\n".join([*lines, "</svg>", ""])
-
-
-def png(picture: MaskPicture) -> bytes:
-    width, height, parts = layout(picture)
-    canvas = Canvas(width, height)
-    for part in parts:
-        if isinstance(part, Box):
-            canvas.box(round(part.x), round(part.y), round(part.width), round(part.height), part.colour)
-        else:
-            x = part.x - text_width(part.text) if part.end else part.x
-            canvas.text(round(x), round(part.y), part.text, part.colour)
-    return canvas.png()

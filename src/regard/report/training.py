@@ -18,12 +18,19 @@ def training_page(run: dict[str, Any], rows: list[dict[str, Any]], result: dict[
     drawn = {"loss": curve(rows, "loss", "Training loss", "nats per scored token", marked, log=True)}
     if any(row.get("score") is not None for row in rows):
         drawn["score"] = curve(rows, "score", f"Held-out {score}", score, marked)
+    confused = result.get("confusion")
+    if confused is not None:
+        drawn["confusion"] = confusion(confused)
     body = [
         f"<h1>{escape(clean(run['title']))}</h1>",
         f'<p class="answer">{escape(clean(result["sentence"]))}</p>',
         legend(marked),
         section("Curves", "One line for each learning rate.",
-                "".join(plot(name, figure, figure["layout"]["title"]["text"]) for name, figure in drawn.items())),
+                "".join(plot(name, figure, figure["layout"]["title"]["text"]) for name, figure in drawn.items()
+                        if name != "confusion")),
+        section("Answers", f"Of the best model on {result['judged on']} images that nothing was chosen on: "
+                f"{result['judged']:.1%} are right. The squares count images.",
+                plot("confusion", drawn["confusion"], "Answers")) if confused is not None else "",
         section("Result", "", listed({"best rate": result["rate"], **result["scores"], **result["facts"]})),
         section("Settings", "The same command with the same settings goes on where a run was stopped.",
                 listed(run["settings"])),
@@ -45,6 +52,24 @@ def curve(rows: list[dict], key: str, title: str, unit: str, marked: Marks, log:
         )  # fmt: skip
     yaxis = axis(unit, **({"type": "log"} if log else {}))
     return {"data": traces, "layout": layout(title, axis("steps"), yaxis)}
+
+
+def confusion(found: dict[str, Any]) -> Figure:
+    """Counts of images by what they show and what was answered; squares without any are empty."""
+    counts = [[count or None for count in row] for row in found["counts"]]
+    said = (
+        f"{plotted(found['row'])} %{{y}}<br>{plotted(found['column'])} %{{x}}<br>%{{z}} images<extra></extra>"
+    )
+    trace = {
+        "type": "heatmap", "z": counts, "x": found["columns"], "y": found["rows"], "showscale": False,
+        "colorscale": [[0, "#dde7f0"], [1, "#1f5f99"]], "xgap": 1, "ygap": 1, "hoverongaps": False,
+        "text": [[str(count or "") for count in row] for row in found["counts"]], "texttemplate": "%{text}",
+        "hovertemplate": said,
+    }  # fmt: skip
+    whole = {"type": "category", "showgrid": False}
+    side = {"height": 120 + 26 * len(found["rows"])}
+    yaxis = axis(found["row"], autorange="reversed", **whole)
+    return {"data": [trace], "layout": {**layout("Answers", axis(found["column"], **whole), yaxis), **side}}
 
 
 def legend(marked: Marks) -> str:

@@ -8,19 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from regard import catalog
 from regard.core import require, unknown
 from regard.core.deprecation import warn
 from regard.nn.backbones import RegardConfig, RegardForCausalLM
 from regard.tasks.zoology_mqar import mqar
+from regard.train.pictures import Digits, Find, Images
+from regard.train.suits import TEXTS
 
 HELD_OUT = 0.1  # the last part of the text, which is not trained on
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of a run. `mechanisms` is one name for all layers, or one for each.
+    """The settings of a run. `mechanisms` is one name for all layers, or one for each; of images, for each stage.
+
+    `Plan.of(task, ...)` has the settings that suit the task where none are given.
 
     Batches are drawn from the seed and the number of the step, so a run that was stopped goes on as if it had not.
     `rates` are tried one after the other, each from the same start; the best on held-out data is kept.
@@ -29,13 +34,13 @@ class Plan:
     task: str = "mqar"
     mechanisms: tuple[str, ...] = ("softmax",)
     settings: dict[str, dict] = field(default_factory=dict)
-    rates: tuple[float, ...] = (3e-3, 1e-2)
-    steps: int = 400
-    batch: int = 32
-    layers: int = 2
-    width: int = 64
-    heads: int = 1
-    mlp: int = 0
+    rates: tuple[float, ...] = TEXTS["rates"]
+    steps: int = TEXTS["steps"]
+    batch: int = TEXTS["batch"]
+    layers: int = TEXTS["layers"]
+    width: int = TEXTS["width"]
+    heads: int = TEXTS["heads"]
+    mlp: int = TEXTS["mlp"]
     conv: int = 3
     rope_theta: float | None = None
     length: int = 128
@@ -50,7 +55,8 @@ class Plan:
             raise unknown("training task", self.task, TASKS)
         for name in self.mechanisms:
             catalog.get(name)
-        require(len(self.mechanisms) in (1, self.layers), "one mechanism, or one for every layer",
+        every = (1, self.layers) if not self.of_images else range(1, self.layers + 1)
+        require(len(self.mechanisms) in every, "one mechanism, or one for every layer, of images for every stage",
                 mechanisms=self.mechanisms, layers=self.layers)  # fmt: skip
         for name in ("steps", "batch", "layers", "width", "heads", "length", "every", "tested"):
             require(getattr(self, name) >= 1, f"{name} >= 1", **{name: getattr(self, name)})
@@ -63,18 +69,22 @@ class Plan:
     def label(self) -> str:
         return " + ".join(dict.fromkeys(self.mechanisms))
 
-    def model(self) -> RegardForCausalLM:
+    @classmethod
+    def of(cls, task: str, **given: Any) -> "Plan":
+        """The settings that suit a task, but for those that are given."""
+        if task not in TASKS:
+            raise unknown("training task", task, TASKS)
+        return cls(task=task, **{**TASKS[task].defaults, **given})
+
+    @property
+    def of_images(self) -> bool:
+        return issubclass(TASKS[self.task], Images)
+
+    def model(self) -> PreTrainedModel:
         """The model at its start: the same for every rate."""
-        names = self.mechanisms * (self.layers if len(self.mechanisms) == 1 else 1)
-        config = RegardConfig(
-            vocab_size=TASKS[self.task].vocab(self), hidden_size=self.width, num_hidden_layers=self.layers,
-            num_attention_heads=self.heads, intermediate_size=self.mlp, mechanisms=list(names), settings=self.settings,
-            conv=self.conv, rope_theta=self.rope_theta, tie_word_embeddings=False,
-            initializer_range=self.width**-0.5 / 2,
-        )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return RegardForCausalLM(config)
+            return TASKS[self.task].model(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as they stand in the run's header; what the task's data and pages of one's own hold as well."""
@@ -87,7 +97,45 @@ class Plan:
         return self.to_dict()
 
 
-class Mqar:
+class Tokens:
+    """What tasks of token ids have in common: a decoder, and labels under its tokens."""
+
+    defaults = TEXTS
+
+    @classmethod
+    def model(cls, plan: Plan) -> RegardForCausalLM:
+        names = plan.mechanisms * (plan.layers if len(plan.mechanisms) == 1 else 1)
+        config = RegardConfig(
+            vocab_size=cls.vocab(plan), hidden_size=plan.width, num_hidden_layers=plan.layers,
+            num_attention_heads=plan.heads, intermediate_size=plan.mlp, mechanisms=list(names), settings=plan.settings,
+            conv=plan.conv, rope_theta=plan.rope_theta, tie_word_embeddings=False,
+            initializer_range=plan.width**-0.5 / 2,
+        )  # fmt: skip
+        return RegardForCausalLM(config)
+
+    @staticmethod
+    def vocab(plan: Plan) -> int:
+        raise NotImplementedError
+
+    @staticmethod
+    def logits(model: RegardForCausalLM, ids: Tensor) -> Tensor:
+        return model(ids, use_cache=False).logits
+
+    @staticmethod
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    @staticmethod
+    def amount(plan: Plan) -> dict[str, int]:
+        return {"tokens": plan.steps * plan.batch * plan.length}
+
+    @staticmethod
+    def facts(plan: Plan, folder: Any) -> dict[str, Any]:
+        """All that is known of the best model beside its score: nothing."""
+        return {}
+
+
+class Mqar(Tokens):
     """Multi-query associative recall: the score is the share of queries answered right."""
 
     score = "accuracy"
@@ -116,7 +164,7 @@ class Mqar:
         return (logits.argmax(-1) == labels)[scored].sum().item(), int(scored.sum())
 
 
-class Text:
+class Text(Tokens):
     """Python's documentation as bytes: the score is bits per byte of its last tenth, lower is better."""
 
     score = "bits per byte"
@@ -161,4 +209,4 @@ class Text:
         return bits.item() / 0.6931471805599453, labels.numel()
 
 
-TASKS: dict[str, Any] = {"mqar": Mqar, "text": Text}
+TASKS: dict[str, Any] = {"mqar": Mqar, "text": Text, "digits": Digits, "find": Find}

@@ -19,11 +19,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from regard.core import require
-from regard.nn.backbones import RegardForCausalLM
 from regard.ops.threads import threads as using_threads
 from regard.report.folder import Folder, fill
 from regard.report.training import training_page
@@ -90,7 +89,8 @@ def train_rate(plan: Plan, rate: float, folder: Folder, rows: list[dict], progre
             progress({"rate": rate, "step": step + 1, "done": done, "loss": loss, "score": score})
 
     def loss_at(step: int) -> Tensor:
-        return loss_of(model, *task.batch(plan, step))
+        inputs, labels = task.batch(plan, step)
+        return task.loss(task.logits(model, inputs), labels)
 
     fit(optimizer, loss_at, plan.steps, schedule=cosine(), start=start, after_step=after_step)
     return model
@@ -105,17 +105,14 @@ def recovered(folder: Folder) -> list[dict]:
     return list(rows.values())
 
 
-def loss_of(model: RegardForCausalLM, inputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs, use_cache=False).logits.flatten(0, 1).float(), labels.flatten())
-
-
 @torch.no_grad()
-def evaluate(model: RegardForCausalLM, plan: Plan) -> float:
+def evaluate(model: PreTrainedModel, plan: Plan) -> float:
     """The task's score on data that is not trained on."""
     model.eval()
     inputs, labels = TASKS[plan.task].test(plan)
+    task = TASKS[plan.task]
     parts = [
-        TASKS[plan.task].measure(model(x, use_cache=False).logits, y)
+        task.measure(task.logits(model, x), y)
         for x, y in zip(inputs.split(plan.batch), labels.split(plan.batch), strict=True)
     ]
     model.train()
@@ -125,7 +122,7 @@ def evaluate(model: RegardForCausalLM, plan: Plan) -> float:
 # checkpoints
 
 
-def checkpoint(path: Path, model: RegardForCausalLM, optimizer: Any, row: dict) -> None:
+def checkpoint(path: Path, model: PreTrainedModel, optimizer: Any, row: dict) -> None:
     """Weights, optimizer and the point of the curve in one file, moved into place whole."""
     tensors = {f"model.{name}": t.detach().clone() for name, t in model.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
@@ -143,7 +140,7 @@ def checkpoint_facts(path: Path) -> dict | None:
         return json.loads(file.metadata()["row"])
 
 
-def resume(path: Path, model: RegardForCausalLM, optimizer: Any, rate: float) -> int:
+def resume(path: Path, model: PreTrainedModel, optimizer: Any, rate: float) -> int:
     """Put the checkpoint of this rate back; the step that comes next, 0 where there is none."""
     row = checkpoint_facts(path)
     if row is None or row["rate"] != rate:
@@ -163,7 +160,7 @@ def resume(path: Path, model: RegardForCausalLM, optimizer: Any, rate: float) ->
     return row["step"]
 
 
-def keep_best(plan: Plan, rows: list[dict], rate: float, model: RegardForCausalLM, path: Path) -> None:
+def keep_best(plan: Plan, rows: list[dict], rate: float, model: PreTrainedModel, path: Path) -> None:
     """`best` becomes the model of this rate if no earlier rate scores better; each file is moved into place whole."""
     scores = {r: final(rows, r, plan) for r in plan.rates if final(rows, r, plan) is not None}
     if TASKS[plan.task].better(scores.values()) != scores[rate]:
@@ -194,16 +191,18 @@ def summary(plan: Plan, rows: list[dict], folder: Folder) -> dict:
     task = TASKS[plan.task]
     scores = {rate: final(rows, rate, plan) for rate in plan.rates}
     best = task.better(scores, key=scores.get)
-    tokens = plan.steps * plan.batch * plan.length
+    ((what, amount),) = task.amount(plan).items()
     facts = {
-        "parameters": plan.model().num_parameters(), "tokens": tokens,
-        "tokens per second": tokens * len(plan.rates) / max(1e-9, sum(r["seconds"] for r in rows)),
+        "parameters": plan.model().num_parameters(), what: amount,
+        f"{what} per second": amount * len(plan.rates) / max(1e-9, sum(r["seconds"] for r in rows)),
     }  # fmt: skip
+    known = task.facts(plan, folder.path / "best")
+    judged = f" On {known['judged on']} others: {known['judged']:.1%}." if known else ""
     score = f"{scores[best]:.1%}" if task.score == "accuracy" else f"{scores[best]:.3f} {task.score}"
     return {
         "task": plan.task, "mechanism": plan.label, "rate": best, "score": scores[best], "score_name": task.score,
         "scores": {f"{task.score} at rate {r:g}": s for r, s in scores.items()}, "facts": facts,
         "sentence": f"{plan.label} on {plan.task}: {task.score} {score.removesuffix(' ' + task.score)} after "
-                    f"{plan.steps} steps, at the best of {len(plan.rates)} learning rates ({best:g}).",
-        "model": str(folder.path / "best"),
+                    f"{plan.steps} steps, at the best of {len(plan.rates)} learning rates ({best:g}).{judged}",
+        "model": str(folder.path / "best"), **known,
     }  # fmt: skip

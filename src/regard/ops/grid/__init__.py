@@ -2,5 +2,16 @@
 
 from regard.ops.grid.image import as_image, as_tokens
 from regard.ops.grid.near import Axis, boxes, check_axes, nearest_attention
+from regard.ops.grid.windows import from_windows, window_places, windows
 
-__all__ = ["Axis", "as_image", "as_tokens", "boxes", "check_axes", "nearest_attention"]
+__all__ = [
+    "Axis",
+    "as_image",
+    "as_tokens",
+    "boxes",
+    "check_axes",
+    "from_windows",
+    "nearest_attention",
+    "window_places",
+    "windows",
+]

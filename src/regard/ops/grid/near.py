@@ -86,39 +86,43 @@ def nearest_attention(
         bias = (bias + learned).repeat(batch, 1, 1, 1)
     asked, keys, values = gathered(q, at_q), gathered(k, at_k), gathered(v, at_k)
     out = F.scaled_dot_product_attention(asked, keys, values, bias, scale=scale)  # [B·H, T, t, E]
-    rows = out.permute(1, 2, 0, 3).flatten(0, 1)[real.flatten()]  # [N, B·H, E], in the order of the tiles
-    back = torch.empty_like(at_q.flatten()[: len(rows)])
-    back[at_q[real]] = torch.arange(len(rows), device=q.device)
-    return taken(rows.flatten(1), back).view(-1, batch, heads, v.shape[-1]).permute(1, 2, 0, 3).to(dtype)
+    rows = out.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # [T·t, B·H·E]
+    # where in the tiles each place is asked; what fills a tile up comes before all
+    slot = torch.arange(len(rows), device=q.device).masked_fill(~real.flatten(), -1)
+    back = slot.new_full((math.prod(sides),), -1).scatter_reduce(0, at_q.flatten(), slot, "amax")
+    return taken(rows, back).view(-1, batch, heads, v.shape[-1]).permute(1, 2, 0, 3).to(dtype)
 
 
 def spans_of(side: int, axis: Axis, size: int, device: Any = None) -> Spans:
-    """The tiles of an axis: of each residue, `size` queries after the other."""
-    d, starts = axis.dilation, []
-    for residue in range(min(d, side)):
-        count = -(-(side - residue) // d)
-        starts += [(residue, count, first) for first in range(0, count, size)]
-    residue, count, first = torch.tensor(starts, device=device).mT[:, :, None]
+    """The tiles of an axis: of each residue, `size` queries after the other.
+
+    What decides about shapes is counted in whole numbers, so that torch.compile knows it.
+    """
+    d = axis.dilation
     size = min(size, -(-side // d))
+    counts = [-(-(side - residue) // d) for residue in range(min(d, side))]
+    starts = [(residue, n, first) for residue, n in enumerate(counts) for first in range(0, n, size)]
+    windows = [[window_of(min(f + i, n - 1), n, axis) for i in range(size)] for _, n, f in starts]
+    span = max(reads[-1][1] - reads[0][0] for reads in windows)
+    low, high = torch.tensor(windows, device=device).unbind(-1)  # [T, t]
+    residue, count, first = torch.tensor(starts, device=device).mT[:, :, None]
     own = first + torch.arange(size, device=device)
     i = own.minimum(count - 1)
-    low, high = window_of(i, count, axis)
-    span = int((high[:, -1] - low[:, 0]).max())
     j = low[:, :1] + torch.arange(span, device=device)
     steps = (j[:, None] - i[..., None]).clamp(1 - axis.window, axis.window - 1)
     seen = (j[:, None] >= low[..., None]) & (j[:, None] < high[..., None])
     return Spans(i * d + residue, own < count, j.minimum(count - 1) * d + residue, seen, steps)
 
 
-def window_of(i: Tensor, count: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+def window_of(i: int, count: int, axis: Axis) -> tuple[int, int]:
     """The first place that place i of `count` reads, and that after the last."""
     w, s = axis.window, axis.stride
     if axis.causal:
-        leader = (i // s * s + s - 1).minimum(count - 1)
-        return (leader - w + 1).clamp(min=0), i + 1
-    leader = (i // s * s + s // 2).minimum(count - 1)
-    low = (leader - w // 2).minimum(count - w).clamp(min=0)
-    return low, (low + w).minimum(count)
+        leader = min(i // s * s + s - 1, count - 1)
+        return max(leader - w + 1, 0), i + 1
+    leader = min(i // s * s + s // 2, count - 1)
+    low = max(min(leader - w // 2, count - w), 0)
+    return low, min(low + w, count)
 
 
 def places(parts: Sequence[Tensor], sides: tuple[int, ...]) -> Tensor:

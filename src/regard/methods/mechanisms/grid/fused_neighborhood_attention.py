@@ -46,8 +46,8 @@ class Config:
     scale: float | None = None  # None: D ** -0.5
 
     def __post_init__(self) -> None:
-        for n in (len(x) for x in vars(self).values() if isinstance(x, tuple)):
-            axes_of(self, n)
+        for count in {len(x) for x in vars(self).values() if isinstance(x, tuple)} or {1}:
+            axes_of(self, count)
 
 
 def axes_of(cfg: Config, count: int) -> list[Axis]:
@@ -74,7 +74,9 @@ def local(cfg: Config) -> tuple[int, int] | None:
 def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     q_h, k_h, v_h = exact(q, heads_of(k, q.shape[1]), heads_of(v, q.shape[1]))
     scale, out = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale, []
-    for i, near in enumerate(boxes(call.sides, axes_of(cfg, len(call.sides)))):
+    given = (cfg.window, cfg.dilation, cfg.stride, cfg.causal)
+    axes = [Axis(*(x[i] if isinstance(x, tuple) else x for x in given)) for i in range(len(call.sides))]
+    for i, near in enumerate(boxes(call.sides, axes)):
         s = (k_h[:, :, near] @ q_h[:, :, i, :, None])[..., 0] * scale  # [B, H, |N(i)|]
         out.append((s.softmax(-1)[..., None] * v_h[:, :, near]).sum(2))
     return torch.stack(out, dim=2).to(v.dtype), None
