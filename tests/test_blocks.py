@@ -5,9 +5,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from regard import catalog
 from regard.core import Card
 from regard.kinds.block import BlockPage
-from regard.testing.block import check_block, examine_block
+from regard.testing.block import CHECKS, BlockCase, check_block, examine_block
+from regard.testing.laws import GRID_CHECKS
+from regard.testing.mechanism import law_of, verdict
+
+EXEMPT = [name for name, page in catalog.every() if isinstance(page, BlockPage) and page.exempt]
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,11 @@ def without_residual(x, cfg, call):
     return out - x, state
 
 
+def without_the_last_token(x, cfg, call):
+    out, state = running(x, cfg, call)
+    return out[:, :-1] if x.shape[1] > 5 else out, state
+
+
 def counts_hidden(x, cfg, call):
     out, end = running(x, cfg, call)
     end = end.clone()
@@ -104,7 +114,8 @@ def slow_is_another(x, cfg, call):
         (times_zero, "padding_nan"),
         (across_the_batch, "batch"),
         (cut_gradient, "gradients"),
-        (without_residual, "shape"),
+        (without_residual, "residual"),
+        (without_the_last_token, "shape"),
         (counts_hidden, "padded_state"),
         (imprecise, "precision"),
         (slow_is_another, "speed_settings"),
@@ -119,6 +130,23 @@ def test_a_fault_in_one_path_is_found():
     for fault in (ahead, forgetful, cut_gradient):
         assert examine_block(replace(GOOD, fast=fault))["fast_equals_reference"].startswith("broken")
     assert examine_block(replace(GOOD, state_size=lambda cfg, dims, n: n))["state_size"].startswith("broken")
+
+
+def test_an_exemption_is_from_a_law():
+    report = examine_block(replace(GOOD, exempt={"residua": "misspelled"}))
+    assert report["exempt"] == "broken: exempt from laws that do not exist: ['residua']"
+
+
+@pytest.mark.parametrize("name", EXEMPT)
+def test_a_block_needs_its_exemptions(name):
+    """Under some of its settings the law does not hold."""
+    page = catalog.get(name)
+    configs = [page.configure(**settings) for settings in ({}, *page.test_settings)]
+    bare, pattern = replace(page, exempt={}), "causal_self" if page.grid is None else "self"
+    for law in page.exempt:
+        check = next(check for check in (*CHECKS, *GRID_CHECKS) if law_of(check) == law)
+        found = [verdict(check, BlockCase(bare, cfg, pattern)) for cfg in configs]
+        assert any(said.startswith("broken") for said in found), f"{name} keeps the law of {law}"
 
 
 def test_a_sound_block_passes():

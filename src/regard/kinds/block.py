@@ -16,7 +16,8 @@ from regard.ops.precision import as_written
 class BlockPage(Page):
     """A whole layer as pure functions: reference(x, cfg, call) -> (out [B, N, C], state)
 
-    x           [B, N, C]; out has its shape and dtype, the residual included
+    x           [B, N, C]; out has its shape and dtype, the residual included. A page that weighs x and adds nothing
+                to it is exempt from the law of the residual
     call        a core Call: params, initial_state, key_mask [B|1, 1, N] (True = a token, False = padding)
     init        init(cfg, dims) -> params, dims = {"width": C, "heads": H}
     state_size  state_size(cfg, dims, n) -> numbers held for one row of the batch after n tokens
