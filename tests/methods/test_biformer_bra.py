@@ -5,8 +5,10 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from regard import catalog
+from regard import attend, catalog
 from regard.core.call import Call
+from regard.core.roles import Roles
+from regard.ops import products_in
 
 PAGE = catalog.get("biformer_bra")
 PATHS = (PAGE.reference, PAGE.fast)
@@ -121,15 +123,14 @@ def test_means_are_taken_in_float32_at_least():
     cfg = PAGE.configure(regions=2, top_k=1, lce=0)
     top = Call("self", grid=sides)
     for path in PATHS:
-        out = path(torch.ones_like(k), k, v, cfg, top)[0]
-        assert bool((out == 1).all())
+        for products in ("native", "float32"):
+            with products_in(products):
+                out = path(torch.ones_like(k), k, v, cfg, top)[0]
+            assert bool((out == 1).all())
 
 
 def test_what_does_not_fit_is_refused():
     tokens = torch.zeros(1, 1, 60, 4)
-    from regard import attend
-    from regard.core.roles import Roles
-
     params = {"lce": torch.zeros(1, 4, 5, 5), "lce_bias": torch.zeros(1, 4)}
     with pytest.raises(ValueError, match=r"regions divide the sides of the grid.*regions=7.*sides=\(6, 10\)"):
         attend(*3 * [tokens], "biformer_bra", "self", params=params, roles=Roles.grid(6, 10))
