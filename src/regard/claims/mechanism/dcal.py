@@ -7,6 +7,9 @@ next one as its second image in all layers, and the two losses are joined under 
 sides have the same first weights, batches, steps and learning rate: of 1e-3 to 1.2e-2 the one that is best for
 self-attention on 300 images to choose on. Self-attention alone answers for both, on 497 others. The gap is what is
 right of the images that were learned from minus what is right of the others; that of losses stands beside it.
+
+A second branch without a second image gains nothing (two other seeds, of the 300: 75.0 and 76.7 % right, against 75.0
+and 77.0 without the branch).
 """
 
 from typing import Any, NamedTuple
