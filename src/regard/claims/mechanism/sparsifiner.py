@@ -18,6 +18,9 @@ error     of a layer's attention output at the patches, relative, in the dense m
 accuracy  of the distilled model against the dense one. The distilled one has learned for longer; so the dense model is
           distilled too, by the same steps with all keys (`dense_on`), and the better of the two counts. `undistilled`
           is the dense model with the page put in, `window_on` the window distilled the same
+
+What tells the two choices apart is the output, and the accuracy before any further learning (96.2 against 87.6 of
+96.6): distilled for 100 steps, the model gets along with the window too (96.1).
 """
 
 import copy
