@@ -3,10 +3,10 @@
     permutation  pixels of random features change places, outputs change theirs back: the largest difference over the
                  largest output, in float32; ELA's beside it, which does know places
     error        scenes of 16 x 16 with a plus, a cross and a ring, each somewhere, under noise, in an exposure
-                 (contrast and brightness) that differs from scene to scene; wanted are three heatmaps, a Gaussian at the
-                 middle of each. Three convolutions with batch norms, and a linear map of each pixel; with attention after
-                 each convolution, or without. The mean square over pixels of 1,000 scenes, new scenes in every step, the
-                 same for all sides, as are the numbers that convolutions begin with
+                 (contrast and brightness) that differs from scene to scene; wanted are three heatmaps, a Gaussian at
+                 the middle of each. Three convolutions with batch norms, and a linear map of each pixel; with attention
+                 after each convolution, or without. The mean square over pixels of 1,000 scenes, new scenes in every
+                 step, the same for all sides, as are the numbers that convolutions begin with
 
 The rate, of 0.005 and 0.01, was chosen on another seed.
 """

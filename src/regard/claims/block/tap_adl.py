@@ -53,7 +53,7 @@ class Vit(nn.Module):
         """(logits [B, 10], attention weights [B, H, N, N] of each layer)."""
         x, weights = as_tokens(self.embed(images)) + self.position, []
         for layer in self.layers:
-            call = Call("self", params=dict(layer.items()), grid=SIDES)
+            call = Call("self", params=dict(layer.named_parameters()), grid=SIDES)
             x, attention = with_weights(x, self.cfg, call)
             weights.append(attention)
         return self.head(self.norm(x).mean(1)), weights

@@ -26,10 +26,10 @@ from torch.nn import functional as F
 
 from regard.core import Card, require
 from regard.core.call import Call
-from regard.core.grid import OnGrid, Sides
+from regard.core.grid import OnGrid
 from regard.kinds.block import BlockPage
 from regard.ops import at_least_float32
-from regard.ops.grid import as_image, as_tokens
+from regard.ops.grid import any_grid, as_image, as_tokens
 
 # kernel, channels that are convolved together, groups of the norm
 VARIANTS = {"T": (5, 1, 32), "B": (7, 1, 16), "S": (5, 8, 16), "L": (7, 8, 16)}
@@ -112,17 +112,13 @@ def profile(z: Tensor, call: Call, which: int, cfg: Config) -> Tensor:
     return torch.group_norm(z, norms, norm, bias, cfg.eps).sigmoid()
 
 
-def fits(cfg: Config, sides: Sides) -> None:
-    """Any image does."""
-
-
 METHOD = BlockPage(
     config=Config,
     reference=reference,
     fast=fast,
     init=init,
     patterns=("self",),
-    grid=OnGrid(fits),
+    grid=OnGrid(any_grid),
     exempt={"residual": "y = x · a, x / 4 with weights of zero"},
     test_settings=(
         {"variant": "T", "norm_groups": 4},

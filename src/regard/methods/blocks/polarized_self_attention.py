@@ -34,9 +34,10 @@ from torch.nn import functional as F
 
 from regard.core import Card, require
 from regard.core.call import Call
-from regard.core.grid import OnGrid, Sides
+from regard.core.grid import OnGrid
 from regard.kinds.block import BlockPage
 from regard.ops import at_least_float32
+from regard.ops.grid import any_grid
 
 Layout = Literal["parallel", "sequential"]
 
@@ -111,10 +112,6 @@ def pixels(x: Tensor, call: Call) -> Tensor:
     return (x @ folded.mT).sigmoid()  # [B, N, 1]
 
 
-def fits(cfg: Config, sides: Sides) -> None:
-    """Any image or clip does."""
-
-
 def permutes(cfg: Config) -> bool:
     return True
 
@@ -125,7 +122,7 @@ METHOD = BlockPage(
     fast=fast,
     init=init,
     patterns=("self",),
-    grid=OnGrid(fits, axes=(1, 2, 3), permutes=permutes),
+    grid=OnGrid(any_grid, axes=(1, 2, 3), permutes=permutes),
     exempt={"residual": "y = x · a, x / 4 with weights of zero; in parallel it is x / 2 + x / 2"},
     test_settings=({"layout": "sequential"},),
     card=Card(

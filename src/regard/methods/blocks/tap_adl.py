@@ -35,7 +35,7 @@ from regard.core.call import Call
 from regard.core.grid import OnGrid, Sides
 from regard.kinds.block import BlockPage
 from regard.ops import at_least_float32, for_products, softmax_attention
-from regard.ops.grid import as_image, as_tokens
+from regard.ops.grid import any_grid, as_image, as_tokens
 from regard.ops.precision import as_written
 
 
@@ -46,8 +46,7 @@ class Config:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("branches", "expand"):
-            require(getattr(self, name) >= 1, f"{name} >= 1", **{name: getattr(self, name)})
+        require(min(self.branches, self.expand) >= 1, "branches and expand are at least 1", cfg=self)
 
 
 def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
@@ -67,14 +66,10 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
         "up": uniform(inner, c, fan=c),
         "down": uniform(c, inner, fan=inner),
     }
-    biases = {"qkv_bias": (3, heads, c // heads), "out_bias": (c,), "up_bias": (inner,), "down_bias": (c,)}
-    norms = {
-        "ln_1": torch.ones(c),
-        "ln_1_bias": torch.zeros(c),
-        "ln_2": torch.ones(c),
-        "ln_2_bias": torch.zeros(c),
-    }
-    return params | {name: torch.zeros(shape) for name, shape in biases.items()} | norms
+    params |= {"ln_1": torch.ones(c), "ln_2": torch.ones(c)}
+    biases = {"qkv_bias": (3, heads, c // heads), "up_bias": (inner,)}
+    biases |= {f"{name}_bias": (c,) for name in ("out", "down", "ln_1", "ln_2")}
+    return params | {name: torch.zeros(shape) for name, shape in biases.items()}
 
 
 def reference(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
@@ -171,9 +166,8 @@ def tap(x: Tensor, p: dict[str, Tensor], sides: Sides) -> Tensor:
     return as_tokens(mixed)
 
 
-def pool(image: Tensor, distance: int) -> Tensor:
-    """Mean of the nine places at this distance, the rows' sums first; places off the image are zero."""
-    d = distance
+def pool(image: Tensor, d: int) -> Tensor:
+    """Mean of the nine places at distance d, the rows' sums first; places off the image are zero."""
     wide = F.pad(image, (d, d, d, d))
     wide = wide[:, :, : -2 * d] + wide[:, :, d:-d] + wide[:, :, 2 * d :]
     return (wide[..., : -2 * d] + wide[..., d:-d] + wide[..., 2 * d :]) / 9
@@ -203,18 +197,14 @@ def likeness(rows: Tensor, above: float) -> Tensor:
     return ((rows * mean).sum(-1) / (norms[0] * norms[1])).mean()
 
 
-def fits(cfg: Config, sides: Sides) -> None:
-    """Any image does."""
-
-
 METHOD = BlockPage(
     config=Config,
     reference=reference,
     fast=fast,
     init=init,
     patterns=("self",),
-    grid=OnGrid(fits),
-    test_settings=({"branches": 1}, {"branches": 2, "expand": 1}),
+    grid=OnGrid(any_grid),
+    test_settings=({"branches": 2, "expand": 1},),
     card=Card(
         title="TAP and ADL: token-aware average pooling, attention diversification loss",
         paper="Robustifying Token Attention for Vision Transformers (2023)",

@@ -1,5 +1,7 @@
 """Tokens as the channels of an image, and back, for convolutions and pooling."""
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -11,3 +13,7 @@ def as_image(x: Tensor, sides: tuple[int, ...]) -> Tensor:
 def as_tokens(image: Tensor) -> Tensor:
     """[B, N, C] of an image [B, C, *sides]."""
     return image.flatten(2).mT
+
+
+def any_grid(cfg: Any, sides: tuple[int, ...]) -> None:
+    """`OnGrid.fits` of a page whose settings go with all grids."""
