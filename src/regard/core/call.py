@@ -5,7 +5,7 @@ checks again: the pattern is one that the page can do, shapes agree, masks are s
 pairs, and params are those that the page's `init` names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,6 +107,16 @@ def check_pattern(
     if pattern not in patterns:
         reason = unsupported.get(pattern, f"it can do {', '.join(patterns)}")
         raise Unsupported(f"{title} does not do {pattern}: {reason}")
+
+
+def check_tokens(for_tokens: Callable | None, cfg: Any, tokens: int, masked: bool) -> None:
+    """A page whose settings fix the number of tokens is asked that number of them, and without a mask."""
+    if for_tokens is None:
+        return
+    if masked:
+        raise Unsupported("a mask beside a fixed number of tokens: all of them are there")
+    fits = tokens == 0 or for_tokens(cfg, tokens) == cfg
+    require(fits, "as many tokens as the settings say", tokens=tokens, settings=cfg)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, pattern: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from regard.core import Kind, Page, Unsupported
-from regard.core.call import Call
+from regard.core.call import Call, check_tokens
 from regard.core.grid import OnGrid, grid_of
 from regard.ops.precision import as_written
 
@@ -22,8 +22,11 @@ class BlockPage(Page):
     state_size  state_size(cfg, dims, n) -> numbers held for one row of the batch after n tokens
 
     A page that differs by depth has the settings `layer` and `layers`. State comes and goes as for a Mechanism.
+    patterns    ("self",) for a block in which all tokens may see all; it has no state. Others are causal_self
     grid        what a block for images needs of the grid of its tokens; call.grid has its sides. Such a block is for
-                the pattern self, takes no masks and has no state
+                the pattern self and takes no masks
+    for_tokens  for_tokens(cfg, n) -> the settings for n tokens, of a block whose settings fix their number. Another
+                number is refused, and so are masks
     speed_settings change the speed, never the result; exempt are laws that do not hold for it, with the reason.
     """
 
@@ -33,6 +36,7 @@ class BlockPage(Page):
     speed_settings: tuple[str, ...] = ()
     state_size: Callable | None = None
     grid: OnGrid | None = None
+    for_tokens: Callable[[Any, int], Any] | None = None
     exempt: Mapping[str, str] = field(default_factory=dict)
     kind = "block"
 
@@ -41,6 +45,11 @@ class BlockPage(Page):
             if (function := getattr(self, path)) is not None:
                 object.__setattr__(self, path, as_written(function))
 
+    @property
+    def pattern(self) -> str:
+        """The one pattern that it is asked."""
+        return "self" if self.grid is not None or self.patterns == ("self",) else "causal_self"
+
 
 def make_call(
     page: BlockPage, cfg: Any, x: Tensor, params: Mapping[str, Tensor], *, key_mask: Tensor | None = None,
@@ -48,10 +57,10 @@ def make_call(
 ) -> Call:  # fmt: skip
     """The Call of a block for x [B, N, C]; a block for images is told the grid of its tokens by `roles`."""
     grid = grid_of(page.grid, cfg, roles, x.shape[1], key_mask is not None)
-    if grid is not None and initial_state is not None:
-        raise Unsupported("a block for images carries no state")
-    pattern = "causal_self" if grid is None else "self"
-    return Call(pattern, key_mask, initial_state=initial_state, params=params, roles=roles, grid=grid)
+    check_tokens(page.for_tokens, cfg, x.shape[1], key_mask is not None)
+    if page.pattern == "self" and initial_state is not None:
+        raise Unsupported("only causal_self carries a state")
+    return Call(page.pattern, key_mask, initial_state=initial_state, params=params, roles=roles, grid=grid)
 
 
 KIND = Kind(

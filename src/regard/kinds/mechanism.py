@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from regard.core import Kind, Method, Page, Unsupported, near, require
-from regard.core.call import Call, check_finite, check_mask, check_pattern, check_shapes, split_mask
+from regard.core.call import (
+    Call,
+    check_finite,
+    check_mask,
+    check_pattern,
+    check_shapes,
+    check_tokens,
+    split_mask,
+)
 from regard.core.grid import OnGrid, grid_of
 from regard.core.mask import Mask, causal
 from regard.core.roles import AXES
@@ -58,6 +66,8 @@ class Mechanism(Page):
     order_aware     whether it knows the order of tokens by itself (a decay, a filter), so layers add no positions
     roles           roles that it reads
     grid            what a page of grids needs of one; call.grid has its sides. Such a page takes no masks
+    for_tokens      for_tokens(cfg, n) -> the settings for n tokens, of a page whose settings fix their number, as
+                    parameters for each place do. Another number is refused, and so are masks
     speed_settings  settings that change the speed, never the result
     prefills        whether it is made for prompts: attached to a model it leaves single tokens to the model. Pages that
                     choose blocks are
@@ -91,6 +101,7 @@ class Mechanism(Page):
     order_aware: bool = False
     roles: tuple[str, ...] = ()
     grid: OnGrid | None = None
+    for_tokens: Callable[[Any, int], Any] | None = None
     speed_settings: tuple[str, ...] = ()
     prefills: bool = False
     block_masks: bool | Callable[[Any], bool] = False
@@ -180,6 +191,7 @@ def make_call(
     )
     keys = k.shape[2] + stored_tokens(page, cfg, initial_state)
     check_mask(mask, q, keys)
+    check_tokens(page.for_tokens, cfg, keys, mask is not None)
     grid = grid_of(page.grid, cfg, roles, keys, mask is not None)
     blocks = blocks_for(mask, pattern, q, keys, roles) if lists and isinstance(mask, Mask) else None
     key_mask, pair_mask = (None, None) if blocks is not None else split_mask(mask, q, keys, roles)

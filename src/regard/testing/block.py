@@ -1,12 +1,11 @@
 """Checks that every block page must pass; yours too: `check_block(METHOD)`.
 
-A block is a whole layer, x -> (out, state), causal, or on a grid, where all tokens may see all. It is asked the laws of
-mechanisms (testing/laws) as one whose queries, keys and values are all the layer's input, and two laws of its own. A
-law that a block cannot be asked (no fast path, no state) is "not applicable", with the reason; one that it breaks
-raises AssertionError with the block, the settings, the law and a small counterexample.
+A block is a whole layer, x -> (out, state), causal, or for the pattern self, where all tokens may see all. It is asked
+the laws of mechanisms (testing/laws) as one whose queries, keys and values are all the layer's input, and two laws of
+its own. A law that a block cannot be asked (no fast path, no state) is "not applicable", with the reason; one that it
+breaks raises AssertionError with the block, the settings, the law and a small counterexample.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -33,10 +32,10 @@ class BlockCase(Case):
     pattern: str = "causal_self"
 
     def inputs(self, n: int, m: int | None = None, *, seed: int = 0, batch: int = B, **_: int) -> Inputs:
-        n = n if self.page.grid is None else math.prod(self.sides(n))
+        n = self.count(n)
         g = torch.Generator().manual_seed(1000 * seed + n)
         x = torch.randn(batch, 1, n, WIDTH, generator=g, dtype=torch.float64)
-        return Inputs(x, x, x, self.params(H, H, WIDTH), roles=self.labels(n))
+        return Inputs(x, x, x, self.at(n).params(H, H, WIDTH), roles=self.labels(n))
 
     def dims(self, inputs: Inputs) -> dict[str, int]:
         return {"width": WIDTH, "heads": H}
@@ -52,7 +51,7 @@ class BlockCase(Case):
         self, path: Callable, inputs: Inputs, mask: Any = None, state: Any = None, **settings: Any
     ) -> tuple:
         """(out [B, 1, N, C], zero where a token is padding, state)."""
-        cfg = replace(self.cfg, **settings) if settings else self.cfg
+        cfg = self.at(inputs.q.shape[2], **settings).cfg
         if mask is not None and max(mask.shape[1:3]) > 1:
             raise Unsupported("a block is told which tokens are padding, no more")
         key_mask = None if mask is None else mask[:, :, 0]
@@ -80,6 +79,7 @@ def check_holes(case: BlockCase) -> None:
     kept = [0, 1, 2, 5, 6, 7, 8]
     if case.page.grid is not None:
         raise NotApplicable("a grid has no holes")
+    case.able(inputs, token_mask)
     filled = replace(inputs, q=inputs.q.masked_fill(~token_mask.mT, GARBAGE))
     for label, path in case.paths.items():
         out = case.run(path, filled, token_mask)[0][:, :, kept]
@@ -129,8 +129,7 @@ def examine_block(page: BlockPage, *, settings: Iterable[Mapping[str, Any]] = ()
             once = check is laws.check_compiles and cfg != page.config()
             if once or report.get(law, "").startswith("broken"):
                 continue
-            pattern = "causal_self" if page.grid is None else "self"
-            result = verdict(check, BlockCase(page, cfg, pattern))
+            result = verdict(check, BlockCase(page, cfg, page.pattern))
             if report.get(law) != "held" or result.startswith("broken"):
                 report[law] = result
     return report

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from regard.core.roles import Roles
 from regard.core.trees import tree_leaves, tree_map
 from regard.kinds.mechanism import Mechanism, make_call, stores_keys
 from regard.ops.blocks import WHOLE
+from regard.testing.counted import for_tokens, next_number
 
 B, H, D, E, C = 2, 2, 4, 6, 5  # E becomes D, where a page takes values of the keys' width only
 GARBAGE = 1e3
@@ -121,7 +122,7 @@ class Case:
 
         A page of grids is asked the smallest grid of n places or more that its settings go with.
         """
-        n = n if self.page.grid is None else math.prod(self.sides(n))
+        n = self.count(n)
         m = n if m is None or "cross" not in self.pattern else m
         g = torch.Generator().manual_seed(1000 * seed + n)
         heads, width = max(H, groups), width or value_width(self)
@@ -135,7 +136,15 @@ class Case:
         q, k, v, x, y = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in draw)
         x = x if self.page.reads_x(self.cfg) else None
         y = y if x is not None and "cross" in self.pattern else None
-        return Inputs(q, k, v, self.params(heads, groups, width, key), x, self.labels(m), y)
+        return Inputs(q, k, v, self.at(n).params(heads, groups, width, key), x, self.labels(m), y)
+
+    def count(self, n: int) -> int:
+        """How many tokens are asked where a law wants n: n, or the next number that the page can be asked."""
+        return next_number(self, n) if self.page.grid is None else math.prod(self.sides(n))
+
+    def at(self, n: int, **settings: Any) -> Self:
+        """The case with these settings, and with those for n tokens, where settings fix their number."""
+        return for_tokens(self, n, settings)
 
     def params(self, heads: int, groups: int, width: int, key: int = D) -> dict[str, Tensor]:
         """What init gives for these sizes."""
@@ -174,7 +183,7 @@ class Case:
         self, path: Callable, inputs: Inputs, mask: Any = None, state: Any = None, **settings: Any
     ) -> tuple:
         """(out, state)."""
-        cfg = replace(self.cfg, **settings) if settings else self.cfg
+        cfg = self.at(inputs.q.shape[2], **settings).cfg
         x = inputs.x if inputs.y is None else (inputs.x, inputs.y)
         call = make_call(
             Method(self.page.card.title, self.page, cfg), inputs.q, inputs.k, inputs.v, pattern=self.pattern, mask=mask,

@@ -84,10 +84,19 @@ def differ(a: Result, b: Result) -> bool:
 def moving(page: Page, skipped: Collection[str] = ()) -> dict[str, str | None]:
     """For each field that is no setting of speed the change that moves the result: "window=3 -> 4", or None."""
     found: dict[str, str | None] = {}
-    idle = {*getattr(page, "speed_settings", ()), *skipped}
+    idle = {*getattr(page, "speed_settings", ()), *counts(page), *skipped}
     for name in (f.name for f in fields(page.config) if f.name not in idle):
         found[name] = next(moved_by(page, name), None)
     return found
+
+
+def counts(page: Page) -> set[str]:
+    """Settings that say how many tokens there are: they go with the inputs."""
+    change = getattr(page, "for_tokens", None)
+    if change is None:
+        return set()
+    one, other = (vars(change(page.config(), n)) for n in (N, N + 2))
+    return {name for name in one if one[name] != other[name]}
 
 
 def moved_by(page: Page, name: str) -> Iterator[str]:
@@ -137,10 +146,8 @@ def mechanism(page: Mechanism, pattern: str) -> Callable[[Any, Any], Result]:
 
 
 def block(page: BlockPage) -> Callable[[Any, Any], Result]:
-    pattern = "causal_self" if page.grid is None else "self"
-
     def ask(cfg: Any, before: Any) -> Result:
-        return both_paths(BlockCase(page, cfg, pattern), BlockCase(page, before, pattern).inputs(N))
+        return both_paths(BlockCase(page, cfg, page.pattern), BlockCase(page, before, page.pattern).inputs(N))
 
     return ask
 

@@ -49,12 +49,12 @@ def grouped(case: Case, groups: int, n: int = 7, m: int = 9) -> Inputs:
     """Inputs of twice as many query heads as usual, on so many KV heads."""
     few = case.inputs(n, m, groups=groups)
     q = torch.cat([few.q, few.q.flip(1) + 1], dim=1)
-    return replace(few, q=q, params=case.params(2 * H, groups, few.v.shape[-1]))
+    return replace(few, q=q, params=case.at(few.q.shape[2]).params(2 * H, groups, few.v.shape[-1]))
 
 
 def alone(case: Case, whole: Inputs, h: int) -> Inputs:
     """Head h of queries, keys and values, and its part of the parameters."""
-    one, params = case.params(1, 1, whole.v.shape[-1]), {}
+    one, params = case.at(whole.q.shape[2]).params(1, 1, whole.v.shape[-1]), {}
     for name, t in whole.params.items():
         for axis, (many, single) in enumerate(zip(t.shape, one[name].shape, strict=True)):
             if many != single:
@@ -66,7 +66,7 @@ def alone(case: Case, whole: Inputs, h: int) -> Inputs:
 
 def copies(case: Case, few: Inputs, groups: int) -> dict[str, Tensor]:
     """The parameters for as many KV heads as query heads: those of a KV head for each query head that shares it."""
-    wide = case.params(2 * H, 2 * H, few.v.shape[-1])
+    wide = case.at(few.q.shape[2]).params(2 * H, 2 * H, few.v.shape[-1])
     result = {}
     for name, t in few.params.items():
         for axis, (a, b) in enumerate(zip(t.shape, wide[name].shape, strict=True)):

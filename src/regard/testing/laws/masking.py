@@ -112,11 +112,11 @@ def check_mask_object(case: Case) -> None:
 
 def check_no_tokens(case: Case) -> None:
     """No tokens and no rows give no output and leave the state as it was; a query gives zeros where no keys are."""
-    method = Method(case.page.card.title, case.page, case.cfg)
     for label in case.paths:
 
         def ask(n: int, m: int, state: Any = None, batch: int = B, impl: str = label) -> tuple[Tensor, Any]:
             inputs = case.inputs(n, m, batch=batch)
+            method = Method(case.page.card.title, case.page, case.at(inputs.q.shape[2]).cfg)
             x = inputs.x if inputs.y is None else (inputs.x, inputs.y)
             options = dict(
                 pattern=case.pattern, initial_state=state, params=inputs.params, x=x, roles=inputs.roles

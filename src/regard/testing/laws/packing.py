@@ -17,6 +17,8 @@ def check_packed(case: Case) -> None:
     """Texts end to end in one row, an empty one among them, are each text by itself: outputs, states, gradients."""
     if case.page.roles:
         raise NotApplicable("it reads roles, which are not packed")
+    if case.page.for_tokens is not None:
+        raise NotApplicable("its settings fix the number of tokens, and texts differ in length")
     memories = MEMORIES if "cross" in case.pattern else SIZES
     inputs = case.inputs(sum(SIZES), sum(memories), batch=1)
     case.able(cut(inputs, slice(0, SIZES[0]), slice(0, memories[0])))
