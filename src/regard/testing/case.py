@@ -120,10 +120,10 @@ class Case:
     ) -> Inputs:
         """Random float64 inputs of n queries and m keys; m is n where a text asks itself.
 
-        A page of grids is asked the smallest grid of n places or more that its settings go with.
+        A page of grids is asked the smallest grid of n places or more that its settings go with; in cross the keys
+        fill it, m or more.
         """
-        n = self.count(n)
-        m = n if m is None or "cross" not in self.pattern else m
+        n, m = self.counts(n, m)
         g = torch.Generator().manual_seed(1000 * seed + n)
         heads, width = max(H, groups), width or value_width(self)
         draw = [
@@ -141,6 +141,15 @@ class Case:
     def count(self, n: int) -> int:
         """How many tokens are asked where a law wants n: n, or the next number that the page can be asked."""
         return next_number(self, n) if self.page.grid is None else math.prod(self.sides(n))
+
+    def counts(self, n: int, m: int | None) -> tuple[int, int]:
+        """How many queries and keys are asked: see `inputs`."""
+        if "cross" not in self.pattern:
+            return self.count(n), self.count(n)
+        on_grid = self.page.grid is not None
+        n = n if on_grid else self.count(n)
+        m = n if m is None else m
+        return n, self.count(m) if on_grid else m
 
     def at(self, n: int, **settings: Any) -> Self:
         """The case with these settings, and with those for n tokens, where settings fix their number."""

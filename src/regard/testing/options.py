@@ -155,7 +155,7 @@ def block(page: BlockPage) -> Callable[[Any, Any], Result]:
 def both_paths(case: Case, inputs: Inputs) -> Result:
     """What the reference gives, which is what fast gives; parameters stay where the settings keep their shapes."""
     # a grid stays, whatever the settings
-    own = case.inputs(N, N + 2) if case.page.grid is None else on_grid(case, sides_in(inputs))
+    own = case.inputs(N, N + 2) if case.page.grid is None else on_grid(case, sides_in(inputs), N)
     alike = {n: p.shape for n, p in own.params.items()} == {n: p.shape for n, p in inputs.params.items()}
     inputs = own if not alike else replace(inputs, x=own.x, y=own.y, roles=own.roles)
     outs = [case.run(path, inputs)[0] for path in case.paths.values()]

@@ -32,22 +32,27 @@ def check_crop(case: Case) -> None:
 
 
 def check_permutation(case: Case, n: int = 12) -> None:
-    """Tokens that change places change the places of the outputs, and nothing else."""
+    """Tokens that change places change the places of the outputs, and nothing else; in cross, keys change nothing."""
     if not present(case.page.grid, "a page of grids").permutes(case.cfg):
         raise NotApplicable("it knows the places of tokens")
     inputs = case.inputs(n)
-    order = torch.randperm(inputs.q.shape[2], generator=torch.Generator().manual_seed(0))
-    x = None if inputs.x is None else inputs.x[:, order]
-    other = replace(inputs, q=inputs.q[:, :, order], k=inputs.k[:, :, order], v=inputs.v[:, :, order], x=x)
+    draw = torch.Generator().manual_seed(0)
+    order = at_keys = torch.randperm(inputs.q.shape[2], generator=draw)
+    if "cross" in case.pattern:
+        at_keys = torch.randperm(inputs.k.shape[2], generator=draw)
+    x, y = (None if t is None else t[:, at] for t, at in ((inputs.x, order), (inputs.y, at_keys)))
+    k, v = inputs.k[:, :, at_keys], inputs.v[:, :, at_keys]
+    other = replace(inputs, q=inputs.q[:, :, order], k=k, v=v, x=x, y=y)
     for label, path in case.paths.items():
         out = case.run(path, inputs)[0]
         case.same(f"{label}: tokens in another order", case.run(path, other)[0], out[:, :, order])
 
 
-def on_grid(case: Case, sides: tuple[int, ...]) -> Inputs:
-    """Inputs on this very grid."""
-    exact = replace(case, page=replace_grid(case.page, sides))
-    return replace(exact.inputs(math.prod(sides)), roles=Roles.grid(*sides))
+def on_grid(case: Case, sides: tuple[int, ...], n: int | None = None) -> Inputs:
+    """Inputs on this very grid; in cross n queries, or as many as it has places."""
+    exact, places = replace(case, page=replace_grid(case.page, sides)), math.prod(sides)
+    n = places if n is None or "cross" not in case.pattern else n
+    return replace(exact.inputs(n, places), roles=Roles.grid(*sides))
 
 
 def replace_grid(page: Any, sides: tuple[int, ...]) -> Any:
