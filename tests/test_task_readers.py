@@ -109,8 +109,8 @@ def test_who_reads_the_text_answers_everything_and_who_reads_its_end_does_not(na
 
 
 def test_every_page_of_the_group_has_a_reader():
-    # strings of a grammar and labels with exceptions are read anew in tests/methods/test_cot_overthinking_tasks.py
-    elsewhere = {"perplexity", "zoology_mqar", "artificial_grammar", "labels_with_exceptions"}
+    # strings of a grammar, labels with exceptions and grids are read anew in tests/methods
+    elsewhere = {"perplexity", "zoology_mqar", "artificial_grammar", "labels_with_exceptions", "gcog"}
     pages = {name for name in list_methods(kind="task") if get(name).samples} - elsewhere
     assert {name.partition(":")[0] for name in READERS} == pages
     assert len(grouped_tasks(["ruler"])) == 7
