@@ -5,8 +5,8 @@
     o_i = Σ_j softmax_j(q_i·k_j / √(H·D)) v_j + LCE(v)_i                 over j in the regions I_r, i in r
 
 The choice is made between S² regions, so it is cheap; what follows is dense attention of p = N/S² queries to k·p keys,
-one fused call for all regions. All heads read the same regions. The choice carries no gradient. LCE convolves each
-channel of v with its own kernel, on the image.
+one fused call for all regions of some heads. All heads read the same regions. The choice carries no gradient. LCE
+convolves each channel of v with its own kernel, on the image.
 
 Worked by hand, four regions of one place: q = 1, -1, 1, 1 and k = 1, 3, 3, 0. With k = 1 the second place reads the
 last key, the others the second, which ties with the third: values 10, 20, 30, 40 give 20, 40, 20, 20. A kernel of
@@ -46,9 +46,8 @@ class Config:
         require(self.regions >= 1, "regions >= 1", regions=self.regions)
         rule = "1 <= top_k <= regions², or None for all"
         require(self.top_k is None or 1 <= self.top_k <= self.regions**2, rule, cfg=self)
-        require(
-            self.lce == 0 or (self.lce > 0 and self.lce % 2 == 1), "an odd number of taps, or 0", lce=self.lce
-        )
+        odd = self.lce == 0 or (self.lce > 0 and self.lce % 2 == 1)
+        require(odd, "an odd number of taps, or 0", lce=self.lce)
 
     @property
     def read(self) -> int:
@@ -120,13 +119,9 @@ def routed(q: Q, k: K, v: V, s: int, read: int, sides: Sides, scale: float) -> O
     """Each of s x s regions attends to those that it chooses; some heads at a time."""
     size = sides[0] // s, sides[1] // s
     parts = tuple(to_regions(t, sides, size) for t in (q, k, v))  # [B, H, S², p, D]
-    chosen = routes(parts[0].detach(), parts[1].detach(), read).repeat_interleave(
-        q.shape[1], 0
-    )  # [B·H, S², read]
+    chosen = routes(parts[0], parts[1], read).repeat_interleave(q.shape[1], 0)  # [B·H, S², read]
     q, k, v = (t.flatten(0, 1) for t in parts)
-    numbers = chosen[:1].numel() * (
-        k.shape[2] * k.shape[3] + v.shape[2] * v.shape[3]
-    )  # gathered for one head
+    numbers = chosen[:1].numel() * k.shape[2] * (k.shape[3] + v.shape[3])  # gathered for one head
     rows = max(1, GATHERED // max(1, numbers))
     outs = []
     for q_r, k_r, v_r, at in zip(*(t.split(rows) for t in (q, k, v, chosen)), strict=True):
@@ -136,7 +131,7 @@ def routed(q: Q, k: K, v: V, s: int, read: int, sides: Sides, scale: float) -> O
 
 def routes(q: Tensor, k: Tensor, read: int) -> Tensor:
     """[B, S², read]: the regions that each region reads, of q and k in regions."""
-    q, k = (t.mean(3, dtype=at_least_float32(t[:0]).dtype).double() for t in (q, k))
+    q, k = (t.detach().mean(3, dtype=at_least_float32(t[:0]).dtype).double() for t in (q, k))
     scores = q.transpose(1, 2).flatten(2) @ k.transpose(1, 2).flatten(2).mT
     # a product adds up the same numbers in several orders: in float32 what ties does tie
     return scores.float().argsort(dim=-1, descending=True, stable=True)[..., :read]
@@ -188,7 +183,7 @@ METHOD = Mechanism(
         paper="BiFormer: Vision Transformer with Bi-Level Routing Attention (2023)",
         year=2023,
         idea="regions choose regions by their mean queries and keys; tokens attend inside what was chosen",
-        cost="O(N·k·N/S²·(D + E)) time, and as many scores at once as one region has with those that it reads",
+        cost="O(N·k·N/S²·(D + E)) time; in memory k copies of keys and values, of some heads at a time",
         state="none",
         needs=("qkv", "vit"),
         lineage=("softmax",),
