@@ -11,8 +11,12 @@
 Coordinate Attention is that of its paper: both strips together through a map to max(8, C / 32) channels, a batch norm
 and h-swish, then a map back for each, and a sigmoid. The rate, of 0.01 and 0.03, was chosen on other digits and another
 seed, by Coordinate Attention's accuracy. The batch norms are needed: weights of about 1/4 make a signal small that
-passes through three of them. What the claim says is of the two beside each other: on this task the CNN without
-attention is right as often or more (98.1 %, beside 97.5 and 97.7).
+passes through three of them.
+
+What the claim says is of the two beside each other: on this task the CNN without attention is right as often or more
+(98.1 %, beside 97.5 and 97.7). In a narrower one, of 16, 32 and 32 channels and pooled twice, ELA was 1.5 points below
+Coordinate Attention at a rate of 0.03 and 0.6 above it at 0.01, on other digits, one seed: half a point is about what
+settings decide.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,8 @@
                  after each convolution, or without. The mean square over pixels of 1,000 scenes, new scenes in every
                  step, the same for all sides, as are the numbers that convolutions begin with
 
-The rate, of 0.005 and 0.01, was chosen on another seed.
+The rate, of 0.005 and 0.01, was chosen on another seed. In shorter trainings the layouts are further apart: by 0.46 of
+the gain after 400 steps on scenes of 20 x 20, one seed.
 """
 
 import torch

@@ -9,8 +9,10 @@
     corrupted  the 497 images that judge, under Gaussian noise (of 0.25 and 0.4 where pixels are in [0, 1], four draws
                of each) and Gaussian blur (of 0.8 and 1 pixel): the mean of the four accuracies. Trained on clean images
 
-Same batches, and the same numbers to begin with wherever both have them. The strengths were chosen so that the plain
-side is right between half and nine tenths of the time, on other images and another seed.
+Same batches, and the same numbers to begin with wherever both have them. Strengths, so that the plain side is right
+about half of the time or more, and the training were chosen on other images and another seed. There the gain hung on
+the training: 2.9 points after 400 steps of 64 images, as it is here, and 0.5 after 700 steps of 32. Both times blur was
+stood better and noise worse; on the images that judge, both are stood better.
 """
 
 import torch
