@@ -455,3 +455,17 @@ def test_old_names_work_with_a_warning():
 
 def test_neutral_families_are_all_decoders():
     assert set(FAMILIES) <= set(DECODERS)
+
+
+def test_slots_of_a_sliding_layer_are_found_again_by_the_index_of_their_tokens():
+    """Of 6 tokens the last 4 are stored, in slots of no order; what is gone, or was none, is nowhere."""
+    index = torch.tensor([[[4, 2, 5, 3]]])
+    k = torch.zeros(1, 1, 4, 2)
+    view = View(k[:, :, :1], k, k, index, None, 1.0, 6, torch.tensor([6]), 1, window=4)
+    tokens = torch.tensor([[[5, 0, 2, 1, -1, 4]]])
+    assert view.slots(tokens).tolist() == [[[2, -1, 1, -1, -1, 0]]]
+    assert view.tokens(torch.tensor([[[1, 3, -1]]])).tolist() == [[[2, 3, -1]]]
+    # a slot that holds nothing yet is no place of a token that was never there
+    gone = index.masked_fill(index == 3, -1)
+    holes = View(k[:, :, :1], k, k, gone, None, 1.0, 6, torch.tensor([6]), 1, window=4)
+    assert holes.slots(torch.tensor([[[3, 7, -1, 5]]])).tolist() == [[[-1, -1, -1, 2]]]

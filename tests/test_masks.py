@@ -256,3 +256,18 @@ def test_a_mask_with_roles_and_heads_compiles_without_a_break():
     index = torch.arange(9)
     compiled = torch.compile(lambda q, k: mask.at(q, k, roles=ROLES), backend="eager", fullgraph=True)
     assert torch.equal(compiled(index, index), mask.at(index, index, roles=ROLES))
+
+
+def test_a_head_of_s2_attention_reads_the_blocks_before_its_own_shard():
+    """Blocks J with (J + h + offset) divisible by the stride, and its own: a stride of three tells + from -."""
+    mask = s2.build(s2.Config(heads=3, kv_heads=3, stride=3, local=1, block=1))
+    seen = mask.dense(7)[0, :, 6]
+    assert [row.nonzero()[:, 0].tolist() for row in seen] == [[0, 3, 6], [2, 5, 6], [1, 4, 6]]
+    moved = s2.build(s2.Config(heads=3, kv_heads=3, stride=3, local=1, block=1, offset=1)).dense(7)[0, 0, 6]
+    assert moved.nonzero()[:, 0].tolist() == [2, 5, 6]
+
+
+def test_a_list_of_tiles_is_made_whatever_is_read_unless_a_share_is_named():
+    whole = causal() | ~causal()
+    assert whole.tiled(8, 8, 4, 4) is not None
+    assert whole.tiled(8, 8, 4, 4, most=0.5) is None

@@ -40,6 +40,9 @@ class CachePolicy(Actor):
 
     def check(self, model: PreTrainedModel) -> None:
         self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+        given = getattr(self.method.config, "budget", None)
+        if given is not None:
+            parse_budget(given)  # what is no budget is refused before the model runs
 
     def calibrate(self, model: PreTrainedModel) -> None:
         """Measure on the model what the page needs and its settings leave open."""

@@ -41,18 +41,25 @@ class Config:
     power: float = 0.01
     filler: bool = True
 
+    def __post_init__(self) -> None:
+        check_sizes(self.vocab, self.length, self.pairs, self.power)
+
 
 ROWS = 512  # examples made at once; the examples depend on it, the memory too
+
+
+def check_sizes(vocab: int, length: int, pairs: int, power: float) -> None:
+    require(1 <= pairs < vocab // 2, "1 <= pairs < vocab // 2", pairs=pairs, vocab=vocab)
+    require(length % 2 == 0, "length is even", length=length)
+    require(4 * pairs <= length, "4 * pairs <= length", pairs=pairs, length=length)
+    require(power > 0, "power > 0", power=power)
 
 
 def mqar(
     vocab: int, length: int, pairs: int, count: int, seed: int, power: float = 0.01, *, filler: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Inputs and labels, both [count, length] int64; exactly `pairs` labels of a row are not -100."""
-    require(1 <= pairs < vocab // 2, "1 <= pairs < vocab // 2", pairs=pairs, vocab=vocab)
-    require(length % 2 == 0, "length is even", length=length)
-    require(4 * pairs <= length, "4 * pairs <= length", pairs=pairs, length=length)
-    require(power > 0, "power > 0", power=power)
+    check_sizes(vocab, length, pairs, power)
     require(count >= 1, "count >= 1", count=count)
     g = torch.Generator().manual_seed(seed)
     batches = [

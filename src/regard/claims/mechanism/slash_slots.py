@@ -63,12 +63,18 @@ class Model(nn.Module):
             )
             self.place = nn.Parameter(0.3 * torch.randn(PLACES, WIDTH))
             self.mix = nn.Sequential(
-                nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+                nn.LayerNorm(WIDTH),
+                nn.Linear(WIDTH, WIDTH),
+                nn.ReLU(),
+                nn.Linear(WIDTH, WIDTH),
+                nn.LayerNorm(WIDTH),
             )
             self.key, self.value = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
             self.mean, self.spread = (nn.Parameter(torch.randn(WIDTH)) for _ in range(2))
             self.decode_place = nn.Parameter(0.3 * torch.randn(PLACES, WIDTH))
-            self.decode = nn.Sequential(nn.Linear(WIDTH, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+            self.decode = nn.Sequential(
+                nn.Linear(WIDTH, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)
+            )
             learned = page.init(SIDES["kernel"], {"heads": 1, "key": WIDTH})
             self.slots = nn.ParameterDict(learned)
 

@@ -36,6 +36,7 @@ class Config:
     def __post_init__(self) -> None:
         # three chunks are always read: the first and the last two
         require(self.chunk >= 1 and self.chunks >= 3, "chunk >= 1 and chunks >= 3", cfg=self)
+        require(self.trained is None or self.trained >= 0, "trained >= 0, or None", trained=self.trained)
 
 
 def split(budget: int | None, cfg: Config) -> tuple[int, int]:

@@ -25,7 +25,7 @@ class Config:
     select: tuple[int, ...] = (2, 13)  # selecting layers; those beyond the model's depth do nothing
 
     def __post_init__(self) -> None:
-        require(self.k >= 1, "k >= 1", k=self.k)
+        require(self.k >= 1 and self.full >= 0, "k >= 1 and full >= 0", k=self.k, full=self.full)
         require(self.select, "at least one selecting layer", select=self.select)
         require(
             min(self.select) >= self.full, "selecting layers come after the full ones", select=self.select

@@ -40,7 +40,9 @@ class Config:
     scale: float | None = None  # None: D ** -0.5
 
     def __post_init__(self) -> None:
-        require(self.window % 2 == 1, "an odd window: it has a middle", window=self.window)
+        require(
+            self.window > 0 and self.window % 2 == 1, "an odd window: it has a middle", window=self.window
+        )
         require(self.dilation >= 1, "dilation >= 1", dilation=self.dilation)
 
 

@@ -50,8 +50,14 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.agents >= 1 and self.table >= 0, "agents >= 1 and table >= 0", cfg=self)
-        require(self.conv == 0 or self.conv % 2 == 1, "an odd number of taps, or 0", conv=self.conv)
+        require(
+            self.conv == 0 or (self.conv > 0 and self.conv % 2 == 1),
+            "an odd number of taps, or 0",
+            conv=self.conv,
+        )
         square = math.isqrt(self.agents) ** 2 == self.agents
+        sides = self.grid is None or (len(self.grid) == 2 and min(self.grid) >= 1)
+        require(sides, "grid is (height, width), both >= 1, or None", grid=self.grid)
         require(self.grid is None or square, "on a grid, a square number of agents", cfg=self)
 
 

@@ -38,6 +38,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.eps > 0 and self.chunk >= 1, "eps > 0 and chunk >= 1", eps=self.eps, chunk=self.chunk)
+        require(self.hidden is None or self.hidden >= 1, "hidden >= 1, or None", hidden=self.hidden)
 
 
 def init(cfg: Config, dims: dict) -> dict[str, Tensor]:

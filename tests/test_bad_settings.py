@@ -1,0 +1,44 @@
+"""What is no number of anything is refused when settings are made, and a budget before a model runs."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+import regard
+from regard import catalog
+from regard.testing.zoo import build
+
+# -1 is one of these: a seed, a layer from the end, another row of the batch, a shift of shards
+MAY_BE_NEGATIVE = {
+    ("causalmm", "seed"), ("damro", "layer"), ("dcal", "partner"), ("fastervlm", "layer"), ("random_tokens", "seed"),
+    ("s2_attention", "offset"), ("vcd", "seed"), ("vmtc_cmai", "layer"), ("vtc_cls", "start"),
+}  # fmt: skip
+
+
+def counts():
+    """(page, setting) of every setting that is a whole number, or may be one."""
+    for name, page in catalog.every():
+        for field in fields(page.config):
+            value = getattr(page.config(), field.name)
+            may = value is None and str(field.type) in ("int | None", "None | int")
+            if (type(value) is int or may) and (name, field.name) not in MAY_BE_NEGATIVE:
+                yield name, field.name
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in counts()}))
+def test_a_count_of_less_than_none_is_refused(name):
+    page = catalog.get(name)
+    for setting in (s for n, s in counts() if n == name):
+        with pytest.raises(ValueError, match="must hold"):
+            replace(page.config(), **{setting: -1})
+
+
+def test_what_may_be_negative_is_there_and_is_taken():
+    for name, setting in MAY_BE_NEGATIVE:
+        assert replace(catalog.get(name).config(), **{setting: -1})
+
+
+@pytest.mark.parametrize("budget", [-1, 0, "-5", 0.0, 1.5, "64 MX"])
+def test_a_budget_that_is_none_is_refused_before_anything_runs(budget):
+    with pytest.raises(ValueError, match="budget"):
+        regard.attach(build("llama")[0], "h2o", budget=budget)
