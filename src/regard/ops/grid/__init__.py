@@ -2,5 +2,17 @@
 
 from regard.ops.grid.image import as_image, as_tokens
 from regard.ops.grid.near import Axis, boxes, check_axes, nearest_attention
+from regard.ops.grid.padded import inside, window_attention, window_scores, window_sums
 
-__all__ = ["Axis", "as_image", "as_tokens", "boxes", "check_axes", "nearest_attention"]
+__all__ = [
+    "Axis",
+    "as_image",
+    "as_tokens",
+    "boxes",
+    "check_axes",
+    "inside",
+    "nearest_attention",
+    "window_attention",
+    "window_scores",
+    "window_sums",
+]
