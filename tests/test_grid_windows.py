@@ -51,7 +51,9 @@ def test_a_softmax_over_windows_counts_the_padding(sides, window, dilation, wide
     wanted = (weights[..., None] * values).sum(2)
     found = window_attention(q, k, v, sides, window, dilation, 0.7)
     torch.testing.assert_close(found, wanted)
-    for one, other in zip(*(torch.autograd.grad(t.cos().sum(), inputs) for t in (found, wanted)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad(t.cos().sum(), inputs) for t in (found, wanted)), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 

@@ -23,7 +23,7 @@ Sides = tuple[int, ...]
 
 
 def shifted(x: Tensor, sides: Sides, window: int, dilation: int = 1) -> list[Tensor]:
-    """w² views [..., y, x] of planes [..., y, x]: what stands at each place of all windows, the first one up and left."""
+    """w² views [..., y, x] of planes [..., y, x]: what stands at each place of all windows, up and left first."""
     padded = F.pad(x, 4 * (dilation * (window // 2),))
     steps = range(0, window * dilation, dilation)
     return [padded[..., y : y + sides[0], x : x + sides[1]] for y in steps for x in steps]
@@ -81,7 +81,9 @@ def in_tiles(
     out = F.scaled_dot_product_attention(asked, keys, values, bias, scale=scale)  # [B·H, T, t², E]
     counts = [-(-side // (dilation * size)) for side in sides]
     shape = (batch, heads, dilation, dilation, *counts, size, size, v.shape[-1])
-    image = out.reshape(shape).permute(0, 1, 4, 6, 2, 5, 7, 3, 8)  # [B, H, y tile, y in it, y residue, the same of x, E]
+    image = out.reshape(shape).permute(
+        0, 1, 4, 6, 2, 5, 7, 3, 8
+    )  # [B, H, y tile, y in it, y residue, the same of x, E]
     image = image.flatten(5, 7).flatten(2, 4)
     return image[:, :, : sides[0], : sides[1]].flatten(2, 3)
 
@@ -92,6 +94,17 @@ def tiles(x: Tensor, sides: Sides, window: int, dilation: int, size: int) -> Ten
     whole = [dilation * (size * -(-side // (dilation * size)) + window - 1) for side in sides]
     pads = [(before, length - before - side) for length, side in zip(whole, sides, strict=True)]
     image = F.pad(x.unflatten(2, sides), (0, 0, *pads[1], *pads[0]))
-    image = image.unflatten(3, (-1, dilation)).unflatten(2, (-1, dilation))  # [B, H, y, residue, x, residue, C]
+    image = image.unflatten(3, (-1, dilation)).unflatten(
+        2, (-1, dilation)
+    )  # [B, H, y, residue, x, residue, C]
     boxes = image.unfold(2, span, size).unfold(4, span, size)  # [B, H, y, residue, x, residue, C, span, span]
     return boxes.permute(0, 1, 3, 5, 2, 4, 7, 8, 6).flatten(6, 7).flatten(2, 5).flatten(0, 1)
+
+
+def window_of(place: int, sides: Sides, window: int, dilation: int = 1) -> tuple[list[int], list[bool]]:
+    """The w² places that a place reads, and which of them the image has (0 stands for the others): the definition."""
+    y, x = divmod(place, sides[1])
+    steps = [dilation * (i - window // 2) for i in range(window)]
+    near = [(y + a, x + b) for a in steps for b in steps]
+    there = [0 <= a < sides[0] and 0 <= b < sides[1] for a, b in near]
+    return [a * sides[1] + b if on else 0 for (a, b), on in zip(near, there, strict=True)], there

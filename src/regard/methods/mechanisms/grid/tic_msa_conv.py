@@ -30,7 +30,7 @@ from regard.core.call import Call
 from regard.core.grid import OnGrid, Sides
 from regard.kinds.mechanism import Mechanism
 from regard.ops import exact, heads_of
-from regard.ops.grid import window_attention
+from regard.ops.grid import window_attention, window_of
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,14 @@ def local(cfg: Config) -> tuple[int, int]:
 def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     q_h, k_h, v_h = exact(q, heads_of(k, q.shape[1]), heads_of(v, q.shape[1]))
     scale = q.shape[-1] ** -0.5 if cfg.scale is None else cfg.scale
-    height, width = call.sides
     out = []
-    for y in range(height):
-        for x in range(width):
-            near, there = window_of(y, x, cfg, call.sides)
-            beyond = ~torch.tensor(there, device=q.device)[:, None]
-            keys, values = (t[:, :, near].masked_fill(beyond, 0) for t in (k_h, v_h))  # [B, H, w², D]
-            s = (keys @ q_h[:, :, y * width + x, :, None])[..., 0] * scale  # [B, H, w²]
-            out.append((s.softmax(-1)[..., None] * values).sum(2))
+    for i in range(q.shape[2]):
+        near, there = window_of(i, call.sides, cfg.window, cfg.dilation)
+        beyond = ~torch.tensor(there, device=q.device)[:, None]
+        keys, values = (t[:, :, near].masked_fill(beyond, 0) for t in (k_h, v_h))  # [B, H, w², D]
+        s = (keys @ q_h[:, :, i, :, None])[..., 0] * scale  # [B, H, w²]
+        out.append((s.softmax(-1)[..., None] * values).sum(2))
     return torch.stack(out, dim=2).to(v.dtype), None
-
-
-def window_of(y: int, x: int, cfg: Config, sides: Sides) -> tuple[list[int], list[bool]]:
-    """The w² tokens that (y, x) reads, and which of them are there: for those beyond the image any other stands."""
-    steps = [cfg.dilation * (i - cfg.window // 2) for i in range(cfg.window)]
-    places = [(y + a, x + b) for a in steps for b in steps]
-    there = [0 <= a < sides[0] and 0 <= b < sides[1] for a, b in places]
-    return [a * sides[1] + b if on else 0 for (a, b), on in zip(places, there, strict=True)], there
 
 
 def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
@@ -109,11 +99,11 @@ METHOD = Mechanism(
         lineage=("softmax", "fused_neighborhood_attention"),
         neutral={"window": 1},
         caveat=(
-            "as in the released operator padded places stay in the softmax; it has one head and the scale C ** -0.5 of "
-            "its channels, which is D ** -0.5 here, head by head. What follows there belongs to a layer: the residual "
-            "and the k x k convolution with its stride, and a ReLU whose result it drops unless in place. Cyclic shifts "
-            "of groups of features and inter-pooling are not here: no released code has them, and what could be read of "
-            "the paper does not settle them. Windows are square and odd"
+            "as in the released operator padded places stay in the softmax; it has one head and the scale C ** -0.5, "
+            "here D ** -0.5 by head. What follows there belongs to a layer: dropout, the residual, a k x k convolution "
+            "with its stride, a ReLU. Cyclic shifts of groups of features and inter-pooling are not here: no released "
+            "code has them, and what could be read of the paper, its abstract, does not settle them. Windows are square "
+            "and odd"
         ),
     ),
 )
