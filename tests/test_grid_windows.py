@@ -1,10 +1,15 @@
 """Windows of an image with zeros around it are those of torch's unfold, at every border and dilation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from regard import catalog
 from regard.ops.grid import inside, padded, window_attention, window_scores, window_sums
+from regard.testing.case import Case
+from regard.testing.laws import check_crop
 
 IMAGES = ((5, 7), (1, 4), (6, 3), (8, 9))
 WINDOWS = ((1, 1), (3, 1), (3, 2), (5, 1), (5, 3), (7, 2))
@@ -64,3 +69,14 @@ def test_low_precision_sums_in_float32():
     out = window_sums(weights, v, (3, 3), 3)
     assert out.dtype == torch.float32
     assert out[0, 0, 4].item() == pytest.approx(9 * v[0, 0, 0].item())
+
+
+@pytest.mark.parametrize("options", [{}, {"dilation": 2}, {"window": 5}])
+def test_msa_conv_reads_as_far_as_it_says_and_no_less_far(options):
+    page = catalog.get("tic_msa_conv")
+    cfg = page.configure(**options)
+    check_crop(Case(page, cfg, "self"))
+    reach = page.grid.local(cfg)[0]
+    nearer = replace(page, grid=replace(page.grid, local=lambda cfg: (reach - 1, 1)))
+    with pytest.raises(AssertionError, match="inside a crop"):
+        check_crop(Case(nearer, cfg, "self"))

@@ -29,6 +29,13 @@ def both(sides, cfg, q, k, v, x, params):
     return [path(q, k, v, cfg, call)[0] for path in (page.METHOD.reference, page.METHOD.fast)]
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 5, "pool": 2}, {"ratio": 3, "length": 7.0}])
+@pytest.mark.parametrize("sides", IMAGES)
+def test_both_paths_on_images_that_their_averages_do_not_divide(sides, options):
+    cfg = page.Config(hidden=8, **options)
+    torch.testing.assert_close(*both(sides, cfg, *drawn(sides, cfg)))
+
+
 @pytest.mark.parametrize("sides", IMAGES)
 def test_weights_of_near_places_and_averages_sum_to_one_together(sides):
     cfg = page.Config(hidden=8)
