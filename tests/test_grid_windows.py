@@ -62,13 +62,15 @@ def test_a_softmax_over_windows_counts_the_padding(sides, window, dilation, wide
         torch.testing.assert_close(one, other)
 
 
-def test_low_precision_sums_in_float32():
-    """Nine values of 300 pass 2,048, from where on float16 counts in steps of two."""
-    v = torch.full((1, 1, 9, 1), 300.1).half()
-    weights = torch.ones(1, 1, 9, 9)
-    out = window_sums(weights, v, (3, 3), 3)
-    assert out.dtype == torch.float32
-    assert out[0, 0, 4].item() == pytest.approx(9 * v[0, 0, 0].item())
+def test_low_precision_is_multiplied_and_summed_in_float32():
+    """300² leaves float16, and nine values of 300 pass 2,048, from where on it counts in steps of two."""
+    x = torch.full((1, 1, 9, 1), 300.1).half()
+    exact = x[0, 0, 0].double().item()
+    scores = window_scores(x, x, (3, 3), 3)
+    out = window_sums(torch.ones(1, 1, 9, 9), x, (3, 3), 3)
+    assert scores.dtype == out.dtype == torch.float32
+    assert scores[0, 0, 4, 4].item() == pytest.approx(exact**2)
+    assert out[0, 0, 4].item() == pytest.approx(9 * exact)
 
 
 @pytest.mark.parametrize("options", [{}, {"dilation": 2}, {"window": 5}])
