@@ -178,7 +178,7 @@ METHOD = Mechanism(
     grid=OnGrid(fits),
     order_aware=True,
     test_settings=(
-        {"window": 1, "ratio": 1, "hidden": 4, "trained": 3},
+        {"ratio": 1, "hidden": 4, "trained": 3},
         {"pool": 2, "window": 5, "hidden": 3, "length": 30.0, "trained": 5},
     ),
     exempt={"neutral": "cosines times log N, beside weights that no softmax saw: never plain softmax"},
