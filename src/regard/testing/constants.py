@@ -42,6 +42,7 @@ SMALL: dict[str, Any] = {
     "regard.ops.chunk.tiles.WIDENED": 60,
     "regard.ops.closed.KEPT": 0,
     "regard.ops.closed.ROWS": 5,
+    "regard.ops.grid.near.TILE": {1: 3, 2: 2, 3: 2},
     "regard.ops.grid.padded.TILE": 2,
     "regard.ops.grid.padded.WIDE": 3,
     "regard.ops.linear.CHUNK": 5,
