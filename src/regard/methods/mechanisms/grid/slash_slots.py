@@ -73,7 +73,7 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
         widths = (d, half, quarter, 2, quarter, half, d)
         layers |= {f"point_{i}": (widths[i + 1], widths[i]) for i in range(6)}
     shapes: dict[str, tuple[int, ...]] = {"query": (heads, d, d)}
-    shapes |= {name: (heads, 3, d, d) for name in ("gru_in", "gru_state")}
+    shapes |= dict.fromkeys(("gru_in", "gru_state"), (heads, 3, d, d))
     shapes |= {name: (heads, *shape) for name, shape in layers.items()}
     params = {name: uniform(shape, shape[-1]) for name, shape in shapes.items()}
     params |= {f"{name}_bias": uniform(params[name].shape[:-1], params[name].shape[-1]) for name in params}

@@ -104,8 +104,7 @@ METHOD = Mechanism(
             "as in the released operator padded places stay in the softmax; it has one head and the scale C ** -0.5, "
             "here D ** -0.5 by head. What follows there belongs to a layer: dropout, the residual, a k x k convolution "
             "with its stride, a ReLU. Cyclic shifts of groups of features and inter-pooling are not here: no released "
-            "code has them, and the abstract of the paper does not settle them. Windows are square "
-            "and odd"
+            "code has them, and the abstract of the paper does not settle them. Windows are square and odd"
         ),
     ),
 )
