@@ -43,7 +43,7 @@ class Vit(nn.Module):
             self.embed, self.head = nn.Conv2d(1, WIDTH, 3, padding=1), nn.Linear(WIDTH, 10)
             self.position = nn.Parameter(0.5 * torch.randn(SIDES[0] * SIDES[1], WIDTH))
             drawn = [page.init(page.config(), dims) for _ in range(LAYERS)]
-        mixing = [{n: p for n, p in page.init(self.cfg, dims).items() if n.startswith("mix")}] * LAYERS
+            mixing = [{n: p for n, p in page.init(self.cfg, dims).items() if n.startswith("mix")}] * LAYERS
         mixing = drawn if branches == page.config().branches else mixing
         self.layers = nn.ModuleList(
             nn.ParameterDict({n: mixed.get(n, p).clone() for n, p in layer.items()})
