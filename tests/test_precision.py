@@ -11,7 +11,7 @@ from regard.kinds.mechanism import Mechanism
 from regard.nn import Attention
 from regard.ops.machine import products_in
 from regard.ops.softmax import masked_softmax, scores
-from regard.testing.case import grid_for
+from regard.testing.grids import grid_for
 
 NAMES = [name for name, page in catalog.every() if isinstance(page, Mechanism)]
 

@@ -129,7 +129,9 @@ def dice(model: Network, seed: int = 1000) -> float:
         said = sum(model(part)[0][1::2]).argmax(1)
         for kind in (1, 2):
             both = ((said == kind) & (wanted == kind)).sum((1, 2))
-            found.append(200 * both / ((said == kind).sum((1, 2)) + (wanted == kind).sum((1, 2))).clamp(min=1))
+            found.append(
+                200 * both / ((said == kind).sum((1, 2)) + (wanted == kind).sum((1, 2))).clamp(min=1)
+            )
     return torch.cat(found).mean().item()
 
 
@@ -149,7 +151,10 @@ def measure() -> Measured:
     changes = {attention: change_at_first(attention) for attention in ATTENTIONS}
     points = {side: mean(values) for side, values in found.items()}
     gammas = [
-        abs(p.item()) for model in models["guided"] for n, p in model.named_parameters() if n.endswith("gamma")
+        abs(p.item())
+        for model in models["guided"]
+        for n, p in model.named_parameters()
+        if n.endswith("gamma")
     ]
     numbers = {
         **{f"change_at_gamma_0_{attention}": change for attention, change in changes.items()},

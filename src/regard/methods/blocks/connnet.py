@@ -96,7 +96,9 @@ def loss(found: Tensor, mask: Tensor) -> Tensor:
 def decoded(connected: Tensor, above: float = 0.5) -> Tensor:
     """The mask [B, rows, columns] bool that connectivities [B, 8, rows, columns] agree on, both ways, >= `above`."""
     yes = (connected >= above).to(connected.dtype)
-    back = torch.stack([neighbours(yes[:, 7 - d])[:, d] for d in range(8)], dim=1)  # at i: c_{7-d} of its neighbour d
+    back = torch.stack(
+        [neighbours(yes[:, 7 - d])[:, d] for d in range(8)], dim=1
+    )  # at i: c_{7-d} of its neighbour d
     return (yes * back).amax(1) > 0
 
 

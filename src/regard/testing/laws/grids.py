@@ -9,7 +9,8 @@ from torch import Tensor
 
 from regard.core.errors import present
 from regard.core.roles import Roles
-from regard.testing.case import Case, Inputs, NotApplicable, grid_for
+from regard.testing.case import Case, Inputs
+from regard.testing.grids import NotApplicable, grid_for
 
 
 def check_crop(case: Case) -> None:

@@ -75,6 +75,7 @@ def scale_of(q: Q, cfg: Config) -> float:
 def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     """Image by image, the places of each region by their numbers."""
     heads, own = q.shape[1], region_places(call.sides, cfg.regions)  # own [S²][p]
+    scale = (heads * q.shape[3]) ** -0.5 if cfg.scale is None else cfg.scale
     q_h, k_h, v_h = exact(q, heads_of(k, heads), heads_of(v, heads))
     out = torch.zeros_like(q_h[..., :1] * v_h)
     for b in range(len(q)):
@@ -82,7 +83,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
         scores = torch.einsum("hrd,hsd->rs", *means).float().tolist()
         chosen = [sorted(range(len(own)), key=lambda s: -row[s])[: cfg.read] for row in scores]
         near = [[j for s in regions for j in own[s]] for regions in chosen]  # [S²][k·p]
-        a = torch.einsum("hrid,hrjd->hrij", q_h[b][:, own], k_h[b][:, near]) * scale_of(q, cfg)
+        a = torch.einsum("hrid,hrjd->hrij", q_h[b][:, own], k_h[b][:, near]) * scale
         out[b, :, own] = a.softmax(-1) @ v_h[b][:, near]
     return (out + taps(v_h, cfg, call)).to(v.dtype), None
 

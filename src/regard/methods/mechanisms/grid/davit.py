@@ -63,20 +63,20 @@ class Config:
         return TURNS[self.layer % 2] if self.attention == "alternate" else self.attention
 
 
-def channel_scale(q: Q, v: V, cfg: Config) -> float:
-    """Of a channel layer. Unsupported where its output, as wide as the keys, is not as wide as the values."""
+def check_widths(q: Q, v: V) -> None:
+    """Unsupported where the output of a channel layer, as wide as the keys, is not as wide as the values."""
     if q.shape[3] != v.shape[3]:
         raise Unsupported(
             f"channels of keys weigh those of values: as many of both, not {q.shape[3]} and {v.shape[3]}"
         )
-    return (q.shape[3] if cfg.scale == "width" else q.shape[2]) ** -0.5
 
 
 def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     q_h, k_h, v_h = exact(q, heads_of(k, q.shape[1]), heads_of(v, q.shape[1]))
     if cfg.turn == "channel":
+        check_widths(q, v)
         asked, keys, values = (q_h, k_h, v_h) if cfg.roles == "paper" else (k_h, v_h, q_h)
-        scale, rows = channel_scale(q, v, cfg), []
+        scale, rows = {"width": q.shape[3], "places": q.shape[2]}[cfg.scale] ** -0.5, []
         for c in range(q.shape[3]):
             a = torch.einsum("bhn,bhnd->bhd", asked[..., c], keys) * scale  # of channel c to all
             rows.append(torch.einsum("bhd,bhnd->bhn", a.softmax(-1), values))
@@ -103,7 +103,8 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     heads, dtype = q.shape[1], v.dtype
     k, v = (per_query_head(t, heads).expand(-1, heads, -1, -1) for t in (k, v))
     if cfg.turn == "channel":
-        scale = channel_scale(q, v, cfg)
+        check_widths(q, v)
+        scale = (q.shape[3] if cfg.scale == "width" else q.shape[2]) ** -0.5
         q, k, v = (at_least_float32(t) for t in (q, k, v))
         asked, keys, values = (q, k, v) if cfg.roles == "paper" else (k, v, q)
         a = (asked.mT @ keys * scale).softmax(-1)  # [B, H, D, D]
