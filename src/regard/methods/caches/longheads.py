@@ -35,8 +35,8 @@ class Config:
 
     def __post_init__(self) -> None:
         # three chunks are always read: the first and the last two
-        require(self.chunk >= 1 and self.chunks >= 3, "chunk >= 1 and chunks >= 3", cfg=self)
-        require(self.trained is None or self.trained >= 0, "trained >= 0, or None", trained=self.trained)
+        enough = min(self.chunk - 1, self.chunks - 3, self.trained or 0)
+        require(enough >= 0, "chunk >= 1, chunks >= 3, trained >= 0", cfg=self)
 
 
 def split(budget: int | None, cfg: Config) -> tuple[int, int]:
@@ -142,9 +142,8 @@ def read(view: View, part: Part) -> Tensor:
     outs = []
     if full:
         q, k, v = part.q[:, :, :full], part.k[:, :, : past + full], part.v[:, :, : past + full]
-        mask = lower_right(full, past + full, q.device)
-        o = softmax_attention(q, k, v, scale=view.scale, mask=mask, softcap=view.softcap, sinks=view.sinks)
-        outs.append(o)
+        how = dict(scale=view.scale, softcap=view.softcap, sinks=view.sinks)
+        outs.append(softmax_attention(q, k, v, mask=lower_right(full, past + full, q.device), **how))
     k, v = (F.pad(x, (0, 0, 0, -x.shape[2] % w)) if full < new else x for x in (part.k, part.v))
     while full < new:
         seen = ((past + full) // w + 1) * w  # the queries of one chunk, in blocks

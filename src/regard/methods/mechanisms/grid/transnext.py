@@ -50,12 +50,10 @@ class Config:
     hidden: int = 512  # of the MLP
 
     def __post_init__(self) -> None:
-        require(
-            self.window > 0 and self.window % 2 == 1, "an odd window: it has a middle", window=self.window
-        )
-        require(self.ratio >= 1 and (self.pool is None or self.pool >= 1), "averages of places", cfg=self)
-        require(self.hidden >= 1, "hidden >= 1", hidden=self.hidden)
-        require(self.trained is None or self.trained >= 1, "trained >= 1, or None", trained=self.trained)
+        odd = self.window > 0 and self.window % 2 == 1
+        require(odd, "an odd window: it has a middle", window=self.window)
+        sizes = (self.ratio, self.hidden, self.pool or 1, self.trained or 1)
+        require(min(sizes) >= 1, "ratio, hidden, pool and trained >= 1", cfg=self)
         require(self.length is None or self.length > 1, "log N > 0", length=self.length)
 
     def averages(self, sides: Sides) -> Sides:
