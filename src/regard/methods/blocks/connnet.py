@@ -78,7 +78,7 @@ def logits(y: Tensor, weight: Tensor, bias: Tensor, sides: Sides) -> Tensor:
 
 
 def neighbours(maps: Tensor) -> Tensor:
-    """[..., 8, rows, columns]: at each place what stands at its neighbours in [..., rows, columns]; zero off the image."""
+    """[..., 8, rows, columns]: the neighbours of each place of [..., rows, columns], zero off the image."""
     views = shifted(maps, tuple(maps.shape[-2:]), 3)
     return torch.stack(views[:4] + views[5:], dim=-3)
 
@@ -116,7 +116,10 @@ METHOD = BlockPage(
     test_settings=({"squeeze": 1},),
     card=Card(
         title="ConnNet: pixel connectivity over non-local features",
-        paper="ConnNet: A Long-Range Relation-Aware Pixel-Connectivity Network for Salient Segmentation, arXiv:1804.07836",
+        paper=(
+            "ConnNet: A Long-Range Relation-Aware Pixel-Connectivity Network for Salient Segmentation, "
+            "arXiv:1804.07836"
+        ),
         year=2018,
         idea="a mask is predicted as eight maps of which neighbours belong together, and read where both ends agree",
         cost="O(N²·C) time; the head O(N·C)",

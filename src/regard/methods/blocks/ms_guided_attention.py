@@ -6,9 +6,9 @@
     loss      Σ CE + 0.25 Σ |z_1 - z_2|² + 0.1 Σ |x - D(E(x))|²        z = E(x), codes of what the passes read
 
 A network for segmentation asks this block twice at each of its scales. An encoder E and a decoder D read what each pass
-reads, and what is decoded is multiplied into what the pass gives. |·|² are mean squares. `guided` is the loss of both passes, `guide`
-and `reconstruction` are two of its terms: codes of the first pass are held to those of the second, and codes must hold
-what was read. What the maximum of a row is subtracted from is its negative, so a channel mixes in those unlike it.
+reads, and what is decoded is multiplied into what the pass gives. `guided` is the loss of both passes, `guide` and
+`reconstruction` are its last two sums, |·|² a mean square: codes of the first pass are held to those of the second, and
+must hold what was read. Products less than a row's maximum weigh more, so a channel mixes in those unlike it.
 
 Worked by hand: two places, channels (1, 2) and (0, 1), so e = [[5, 2], [2, 1]]. The first channel takes σ(-3) of itself
 and σ(3) of the other, the second σ(1) of itself and σ(-1) of the first.
