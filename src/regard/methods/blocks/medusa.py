@@ -12,7 +12,7 @@ image by one body, which may be as large as all of theirs, and each still answer
 The page is one stage that draws its map from its own x. A network of several stages calls `body` once, on the image or
 on early features, and `rescaled` with its map at each stage; `init_body` and `init_head` give the numbers of either.
 
-Worked by hand, one channel of two places 1 and 3, all convolutions passing on what stands in their middle: e_0 = (1, 3),
+Worked by hand, one channel of two places 1 and 3, convolutions passing on what stands in their middle: e_0 = (1, 3),
 e_1 = 1, d_0 = G = (1 + 1, 1 + 3); the head reads G alone: 1 · σ(2) and 3 · σ(4).
 
 >>> cfg = Config(channels=1, levels=1, hidden=1)
