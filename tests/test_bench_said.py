@@ -87,8 +87,8 @@ def test_a_title_says_the_examples_that_are_known():
 def test_a_conversion_learns_from_half_running_text_and_half_questions():
     rows = 8 * POSITIONS
     tokenizer = load_shipped("lm")[1]
-    ids, weights, routes = sequences(tokenizer, 128, rows, 0, held_out())
-    assert ids.shape == weights.shape == (rows, 128)
+    ids, weights, routes = sequences(tokenizer, 256, rows, 0, held_out())
+    assert ids.shape == weights.shape == (rows, 256)
     text = routes.sparse == 1
     assert text.sum() == rows // 2 and (routes.sparse[~text] == SPARSE).all()
     assert (weights[text] == 1).all() and (weights[~text].amax(1) > weights[~text].amin(1)).all()
