@@ -65,7 +65,9 @@ def places_of(name: str, page: Any, settings: dict[str, Any]) -> GridPicture:
         PlaceMap(label, place, found.abs().mean(0).tolist())
         for (label, place), found in zip(at.items(), maps, strict=True)
     )
-    return GridPicture(":".join(filter(None, (name, ",".join(changed)))), shown)
+    title = ":".join(filter(None, (name, ",".join(changed))))
+    also = "; what it reads of the layer's input is not drawn" if page.reads_x(cfg) else ""
+    return GridPicture(title, shown, GridPicture.note + also)
 
 
 def fitting(page: Any, settings: dict[str, Any]) -> tuple[Any, int]:
