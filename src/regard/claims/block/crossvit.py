@@ -19,6 +19,7 @@ those that came in, and how many scores a head computes.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class CrossViT(nn.Module):
     def __init__(self, exchange: bool) -> None:
         super().__init__()
         self.a, self.b, dims = Branch("a"), Branch("b"), {"width": WIDTH, "heads": HEADS}
-        self.fusions = nn.ModuleList(
+        self.fusions: Any = nn.ModuleList(
             nn.ParameterDict(page.init(CFG, dims)) for _ in range(STAGES if exchange else 0)
         )
 

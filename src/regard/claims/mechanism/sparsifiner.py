@@ -26,7 +26,7 @@ What tells the two choices apart is the output, and the accuracy before any furt
 import copy
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ GUESS_STEPS, GUESS_RATE = 200, 1e-2
 DISTIL_STEPS, DISTIL_RATE = 100, 1e-3
 SEEDS, JUDGED = (0, 2, 3), 100  # settings were chosen on seed 1
 CFG = page.Config(tokens=TOKENS, keep=KEEP)
-Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Attend = Callable[..., Tensor]  # of q, k, v and the number of the layer
 
 
 class Seen(NamedTuple):
@@ -75,7 +75,7 @@ class ViT(nn.Module):
         self.embed = nn.Conv2d(1, WIDTH, 3, padding=1)
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH))
         self.place = nn.Parameter(0.02 * torch.randn(1, TOKENS, WIDTH))
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.layers: Any = nn.ModuleList(Layer() for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
 
     def forward(self, images: Tensor, attend: Attend) -> Seen:
@@ -127,7 +127,7 @@ class Guesses(nn.Module):
             "value": WIDTH // HEADS,
             "width": WIDTH,
         }
-        self.layers = nn.ModuleList(nn.ParameterDict(page.init(CFG, dims)) for _ in range(LAYERS))
+        self.layers: Any = nn.ModuleList(nn.ParameterDict(page.init(CFG, dims)) for _ in range(LAYERS))
 
     def params(self, layer: int) -> dict[str, Tensor]:
         return dict(self.layers[layer].items())
@@ -145,7 +145,7 @@ class Guesses(nn.Module):
             q, k = q.detach(), k.detach()
             far = page.guess(q, k, self.params(i)) - weights(q, k)
             apart.append(far[:, :, 1:].square().sum(-1).mean())
-        return sum(apart)
+        return torch.stack(apart).sum()
 
 
 # training
@@ -233,9 +233,10 @@ def random_keys(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
 @torch.no_grad()
 def error(model: ViT, attend: Attend, part: str) -> float:
     """Relative, of attention outputs at the patches on the dense model's own q, k and v: the mean over layers."""
-    apart = []
+    apart: list[float] = []
+    sides: tuple[Attend, Attend] = (dense, attend)
     for i, qkv in enumerate(model(digits()[part].images[:JUDGED], dense).layers):
-        wanted, found = (f(*qkv, i)[:, :, 1:] for f in (dense, attend))
+        wanted, found = (side(*qkv, i)[:, :, 1:] for side in sides)
         apart.append(((found - wanted).norm() / wanted.norm()).item())
     return mean(apart)
 
