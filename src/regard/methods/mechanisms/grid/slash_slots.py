@@ -39,24 +39,19 @@ from regard.kinds.mechanism import Mechanism
 from regard.ops import at_least_float32, exact, heads_of, mix, scores
 from regard.ops.grid import as_image
 
-LN_EPS = 1e-5
-
 
 @dataclass(frozen=True)
 class Config:
     iterations: int = 3
     kernel: int = 5  # places on a side of ψ; 0: none, which is Slot Attention
     points: bool = False
-    hidden: int | None = None  # width of the MLP; None: 2D
     eps: float = 1e-8  # of the weights, before they are divided by their sum over places
     scale: float | None = None  # None: D ** -0.5
 
     def __post_init__(self) -> None:
-        require(self.iterations >= 0, "iterations >= 0", iterations=self.iterations)
+        require(self.iterations >= 0 and self.eps >= 0, "iterations >= 0 and eps >= 0", cfg=self)
         odd = self.kernel == 0 or (self.kernel > 0 and self.kernel % 2 == 1)
         require(odd, "a kernel has an odd number of places on a side, or 0", kernel=self.kernel)
-        require(self.hidden is None or self.hidden >= 1, "hidden >= 1", hidden=self.hidden)
-        require(self.eps >= 0, "eps >= 0", eps=self.eps)
 
 
 def fits(cfg: Config, sides: Sides) -> None:
@@ -66,8 +61,8 @@ def fits(cfg: Config, sides: Sides) -> None:
 def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     """As torch's own layers begin: uniform within ±1/√(numbers that are summed)."""
     heads, d = dims["heads"], dims["key"]
-    hidden, half, quarter = cfg.hidden or 2 * d, max(d // 2, 1), max(d // 4, 1)
-    layers = {"up": (hidden, d), "down": (d, hidden)}
+    half, quarter = max(d // 2, 1), max(d // 4, 1)
+    layers = {"up": (2 * d, d), "down": (d, 2 * d)}
     if cfg.points:
         # three layers from a slot to its place, three back
         widths = (d, half, quarter, 2, quarter, half, d)
@@ -76,8 +71,7 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
     shapes |= dict.fromkeys(("gru_in", "gru_state"), (heads, 3, d, d))
     shapes |= {name: (heads, *shape) for name, shape in layers.items()}
     params = {name: uniform(shape, shape[-1]) for name, shape in shapes.items()}
-    params |= {f"{name}_bias": uniform(params[name].shape[:-1], params[name].shape[-1]) for name in params}
-    del params["query_bias"]
+    params |= {f"{n}_bias": uniform(p.shape[:-1], p.shape[-1]) for n, p in params.items() if n != "query"}
     norms = 3 if cfg.points else 2
     params |= {"norm": torch.ones(heads, norms, d), "norm_bias": torch.zeros(heads, norms, d)}
     return params | ({"kernel": torch.randn(cfg.kernel, cfg.kernel)} if cfg.kernel else {})
@@ -100,19 +94,18 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None, dic
     """Head by head."""
     check_widths(q, v)
     q_h, k_h, v_h = exact(q, heads_of(k, q.shape[1]), heads_of(v, q.shape[1]))
-    p, outs, weights = {name: t.double() for name, t in call.params.items()}, [], []
+    scale, outs, weights = q.shape[3] ** -0.5 if cfg.scale is None else cfg.scale, [], []
     for h in range(q.shape[1]):
-        own, s, a = {n: t if n == "kernel" else t[h] for n, t in p.items()}, q_h[:, h], None
+        p = {n: t.double() if n == "kernel" else t[h].double() for n, t in call.params.items()}
+        s, a = q_h[:, h], q_h.new_zeros(*q_h[:, h, :, 0].shape, k.shape[2])
         for _ in range(cfg.iterations):
-            asked = norm(s, own, 0) @ own["query"]
-            logits = asked @ k_h[:, h].mT * (q.shape[3] ** -0.5 if cfg.scale is None else cfg.scale)
-            logits = smoothed(logits, own["kernel"], call.sides) if cfg.kernel else logits
+            logits = norm(s, p, 0) @ p["query"] @ k_h[:, h].mT * scale
+            logits = smoothed(logits, p["kernel"], call.sides) if cfg.kernel else logits
             e = (logits - logits.amax(1, keepdim=True).detach()).exp()
             a = e / e.sum(1, keepdim=True) + cfg.eps
-            u = torch.einsum("bim,bmd->bid", a / a.sum(2, keepdim=True), v_h[:, h])
-            s = updated(s, u, own, cfg)
+            s = updated(s, a / a.sum(2, keepdim=True) @ v_h[:, h], p, cfg)
         outs.append(s)
-        weights.append(k_h.new_zeros(*s.shape[:2], k.shape[2]) if a is None else a)
+        weights.append(a)
     return torch.stack(outs, 1).to(v.dtype), None, {"weights": torch.stack(weights, 1).to(v.dtype)}
 
 
@@ -125,27 +118,26 @@ def check_widths(q: Tensor, v: Tensor) -> None:
 
 def norm(s: Tensor, p: dict[str, Tensor], i: int) -> Tensor:
     centred = s - s.mean(-1, keepdim=True)
-    spread = (centred.square().mean(-1, keepdim=True) + LN_EPS).sqrt()
+    spread = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     return centred / spread * p["norm"][i] + p["norm_bias"][i]
 
 
 def smoothed(logits: Tensor, kernel: Tensor, sides: Sides) -> Tensor:
     """Tap by tap over a border of zeros; [B, K, M]."""
-    psi, r = taps(kernel), len(kernel) // 2
+    psi, r, size = taps(kernel), len(kernel) // 2, range(len(kernel))
     wide = F.pad(logits.unflatten(2, sides), (r, r, r, r))
-    (rows, columns), size = sides, range(len(kernel))
-    parts = [psi[i, j] * wide[:, :, i : i + rows, j : j + columns] for i in size for j in size]
-    return sum(parts[1:], parts[0]).flatten(2)
+    (rows, columns), total = sides, torch.zeros_like(logits)
+    for i, j in ((i, j) for i in size for j in size):
+        total = total + psi[i, j] * wide[:, :, i : i + rows, j : j + columns].flatten(2)
+    return total
 
 
 def updated(s: Tensor, u: Tensor, p: dict[str, Tensor], cfg: Config) -> Tensor:
     """[B, K, D] slots after what they took from the places."""
-    from_u, from_s = (
-        [t @ p[name][i].mT + p[f"{name}_bias"][i] for i in range(3)]
-        for t, name in ((u, "gru_in"), (s, "gru_state"))
-    )
-    r, z = ((from_u[i] + from_s[i]).sigmoid() for i in (0, 1))
-    s = (1 - z) * torch.tanh(from_u[2] + r * from_s[2]) + z * s
+    r_u, z_u, n_u = (u @ p["gru_in"][i].mT + p["gru_in_bias"][i] for i in range(3))
+    r_s, z_s, n_s = (s @ p["gru_state"][i].mT + p["gru_state_bias"][i] for i in range(3))
+    z = (z_u + z_s).sigmoid()
+    s = (1 - z) * torch.tanh(n_u + (r_u + r_s).sigmoid() * n_s) + z * s
     if cfg.points:
         t = norm(s, p, 2)
         for i in range(6):
@@ -160,51 +152,43 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None, dict[str
     check_widths(q, v)
     s, weights = at_least_float32(q), q.new_zeros(*q.shape[:3], k.shape[2])
     p = {name: t.to(s.dtype) for name, t in call.params.items()}
-    scale = q.shape[3] ** -0.5 if cfg.scale is None else cfg.scale
     psi = taps(p["kernel"])[None, None] if cfg.kernel else None
     for _ in range(cfg.iterations):
-        logits = scores((layer_norm(s, p, 0) @ p["query"]).to(k.dtype), k, scale)  # [B, H, K, M]
+        asked = (layer_norm(s, p, 0) @ p["query"]).to(k.dtype)
+        logits = scores(asked, k, q.shape[3] ** -0.5 if cfg.scale is None else cfg.scale)  # [B, H, K, M]
         if psi is not None:
             maps = as_image(logits.flatten(0, 2)[:, :, None], call.sides)
             logits = F.conv2d(maps, psi, padding=cfg.kernel // 2).view_as(logits)
         weights = logits.softmax(2) + cfg.eps
         u = at_least_float32(mix(weights / weights.sum(3, keepdim=True), v))
         s = gated(s, u, p)
-        s = s + encoded(points_of(s, p), p) if cfg.points else s
-        s = s + linear(linear(layer_norm(s, p, 1), p, "up").relu(), p, "down")
+        s = s + mlp(points_of(s, p), p, "point_3", "point_4", "point_5") if cfg.points else s
+        s = s + mlp(layer_norm(s, p, 1), p, "up", "down")
     return s.to(v.dtype), None, {"weights": weights.to(v.dtype)}
 
 
-def linear(t: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
-    return t @ p[name].mT + p[f"{name}_bias"][:, None]
+def mlp(t: Tensor, p: dict[str, Tensor], *names: str) -> Tensor:
+    for name in names:
+        t = (t if name == names[0] else t.relu()) @ p[name].mT + p[f"{name}_bias"][:, None]
+    return t
 
 
 def layer_norm(s: Tensor, p: dict[str, Tensor], i: int) -> Tensor:
-    return F.layer_norm(s, s.shape[-1:], eps=LN_EPS) * p["norm"][:, i, None] + p["norm_bias"][:, i, None]
+    return F.layer_norm(s, s.shape[-1:]) * p["norm"][:, i, None] + p["norm_bias"][:, i, None]
 
 
 def gated(s: Tensor, u: Tensor, p: dict[str, Tensor]) -> Tensor:
-    from_u, from_s = (
-        t @ p[name].flatten(1, 2).mT + p[f"{name}_bias"].flatten(1)[:, None]
+    (r_u, z_u, n_u), (r_s, z_s, n_s) = (
+        (t @ p[name].flatten(1, 2).mT + p[f"{name}_bias"].flatten(1)[:, None]).chunk(3, -1)
         for t, name in ((u, "gru_in"), (s, "gru_state"))
     )
-    (r_u, z_u, n_u), (r_s, z_s, n_s) = from_u.chunk(3, -1), from_s.chunk(3, -1)
     new = torch.tanh(n_u + torch.sigmoid(r_u + r_s) * n_s)
     return torch.lerp(new, s, torch.sigmoid(z_u + z_s))
 
 
 def points_of(s: Tensor, p: dict[str, Tensor]) -> Tensor:
     """[B, H, K, 2] where slots [B, H, K, D] say that they are, y and x, the image from -1/2 to 1/2."""
-    t = linear(linear(layer_norm(s, p, 2), p, "point_0").relu(), p, "point_1").relu()
-    return linear(t, p, "point_2").sigmoid() - 0.5
-
-
-def encoded(points: Tensor, p: dict[str, Tensor]) -> Tensor:
-    return linear(linear(linear(points, p, "point_3").relu(), p, "point_4").relu(), p, "point_5")
-
-
-def same_slots(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-    return q
+    return mlp(layer_norm(s, p, 2), p, "point_0", "point_1", "point_2").sigmoid() - 0.5
 
 
 METHOD = Mechanism(
@@ -217,12 +201,12 @@ METHOD = Mechanism(
         ("self", "causal_self", "causal_cross"), "slots ask the places of an image, all at once"
     ),
     grid=OnGrid(fits, axes=(1, 2), permutes=lambda cfg: not cfg.kernel),
-    neutral_base=same_slots,
-    test_settings=({"kernel": 0, "points": True, "iterations": 2, "hidden": 3, "eps": 1e-3, "scale": 0.7},),
+    neutral_base=lambda q, k, v, call: q,
+    test_settings=({"kernel": 0, "points": True, "iterations": 2, "eps": 1e-3, "scale": 0.7},),
     exempt={"queries": "slots compete for the places: each of them moves all"},
     card=Card(
         title="Slot attention with a smoothing kernel (SLASH)",
-        paper="Shepherding Slots to Objects: Towards Stable and Robust Object-Centric Learning (2023), arXiv:2303.17842",
+        paper="Shepherding Slots to Objects: Towards Stable and Robust Object-Centric Learning, arXiv:2303.17842",
         year=2023,
         idea="slots compete for places by a softmax over slots, on score maps that a learned low-pass kernel smooths",
         cost="O(T·K·(M·(D + w²) + D²)) time for T iterations, K slots, M places, a kernel of w x w",
@@ -231,13 +215,11 @@ METHOD = Mechanism(
         lineage=("slot attention (Locatello et al., 2020)", "inverted softmax"),
         neutral={"iterations": 0},
         caveat=(
-            "a mechanism for cross: queries are the slots to begin with, drawn by the caller, keys and values the "
-            "projected and normed features of the places, whose grid `roles` say. As in the released code ψ smooths the "
-            "scores, not the softmax, and places are read off slots, not off their maps. There the kernel is overwritten "
-            "by its normalised self in every forward, which makes it a box filter within a few steps and keeps it from "
-            "learning; here gradients go through the normalisation. With several heads slots of each compete and update "
-            "by themselves, where the paper's slots have one GRU over all heads: ask for one head. Matching labelled "
-            "places to slots is the caller's: `points_of` on the outputs reads them"
+            "for cross: queries are the slots to begin with, drawn by the caller, keys and values projected, normed "
+            "features of places, whose grid `roles` say. As in the released code ψ smooths scores, not the softmax, "
+            "and points are read off slots, not maps. There the kernel is overwritten by its normalised self in every "
+            "forward, so it is soon a box filter and cannot learn; here gradients pass the normalisation. Ask for one "
+            "head: several have a GRU each. Matching labelled places to slots is the caller's (`points_of`)"
         ),
     ),
 )
