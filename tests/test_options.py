@@ -52,6 +52,7 @@ ALONE = {
     ("quota", "relevance"): "a score for each image; of one image the whole budget",
     ("fastervlm", "without_class"): "for towers without a class token",
     ("vtc_cls", "without_class"): "for towers without a class token",
+    ("token_correlation_compression", "without_class"): "for towers without a class token",
     **{("opera", name): "of a search, which takes the place of generate" for name in SEARCH},
 }
 

@@ -33,6 +33,7 @@ def images_of(reduction: Any, text: int, x: Tensor) -> list[ImageView]:
                 feature_layer=feature_layer(reduction.model),
                 class_attention=lambda layer, at=at: tower.class_attention(layer, at),
                 received=lambda layer, at=at: tower.received(layer, at),
+                tower_keys=lambda layer, at=at: tower.keys(layer, at),
             )
         )  # fmt: skip
         start += at.tokens

@@ -86,6 +86,11 @@ class Tower:
             parts.append(total / q.shape[2])
         return torch.cat(parts, 1)[:, at.members].mean(-1)
 
+    def keys(self, layer: int, at: Layout) -> Tensor:
+        """[P, H·D] keys of the patches, as attention reads them."""
+        parts = [k[at.row].transpose(0, 1).flatten(1) for _, k, _ in self.at(layer)]
+        return torch.cat(parts)[at.members].mean(1)
+
 
 def image_token(model: PreTrainedModel) -> int:
     """The id that stands for a visual token in a prompt."""

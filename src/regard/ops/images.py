@@ -27,7 +27,7 @@ class ImageView:
     class_attention    (layer) -> [H, P] weights of the tower's class token on the patches at this layer (negative from
                        the end), pooled as the projector pools; Unsupported where the tower has no class token
     received           (layer) -> [H, P] mean weight that the patches receive from all queries
-    tower_states       (layer) -> [P, width] output of a layer of the tower, pooled likewise; -1 the last layer's
+    tower_keys         (layer) -> [P, H·D] keys of the patches in the tower's attention, of all heads, pooled likewise
     tower_layers       how many layers the tower has
     feature_layer      the layer that is projected, negative from the end
     relevance          what the question has to do with the image, for pages that share a budget; None: unknown
@@ -42,7 +42,7 @@ class ImageView:
     padding: Tensor | None = None
     class_attention: Callable[[int], Tensor] = None  # type: ignore[assignment]
     received: Callable[[int], Tensor] = None  # type: ignore[assignment]
-    tower_states: Callable[[int], Tensor] = None  # type: ignore[assignment]
+    tower_keys: Callable[[int], Tensor] = None  # type: ignore[assignment]
     tower_layers: int = 1
     feature_layer: int = -1
     relevance: float | None = None

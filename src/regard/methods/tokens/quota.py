@@ -28,6 +28,7 @@ from torch import Tensor
 from regard.core import Card, require
 from regard.kinds.tokens import TokensPage
 from regard.ops.images import ImageView, Reduced, count_of
+from regard.ops.shares import shares
 
 Grid = tuple[int, int]
 
@@ -58,26 +59,7 @@ def quotas(relevance: Tensor, tokens: Tensor, budget: int, cfg: Config) -> Tenso
     fits = low.sum() <= budget <= high.sum()
     rule = "the budget holds the minimum of each frame, and no more than there is"
     require(bool(fits), rule, budget=budget, minimum=cfg.minimum, frames=len(high))
-    weights = scores**cfg.power
-    # a frame of weight 0 gets more than the minimum only where the others are full
-    weights = weights.clamp(min=1e-9 * weights.max()) if weights.any() else torch.ones_like(weights)
-    exact = (level(weights, low, high, budget) * weights).clamp(low, high)
-    whole = (exact + 1e-9).floor()
-    rest = ((exact - whole) * 1e9).round()
-    more = rest.argsort(descending=True, stable=True)[: budget - int(whole.sum())]
-    whole[more] += 1
-    return whole.long()
-
-
-def level(weights: Tensor, low: Tensor, high: Tensor, budget: int) -> Tensor:
-    """λ with Σ clip(λ w, low, high) = budget: the sum is straight between the λ at which a frame meets a bound."""
-    edges = torch.cat([low / weights, high / weights]).sort().values
-    totals = (edges[:, None] * weights).clamp(low, high).sum(1)
-    above = int((totals < budget).sum())
-    if above in (0, len(edges)):
-        return edges[min(above, len(edges) - 1)]
-    part = (budget - totals[above - 1]) / (totals[above] - totals[above - 1])
-    return torch.lerp(edges[above - 1], edges[above], part)
+    return shares(scores**cfg.power, low, high, budget)
 
 
 def layout(quota: int, grid: Grid) -> tuple[Tensor, Tensor]:
