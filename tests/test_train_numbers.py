@@ -143,3 +143,9 @@ def test_the_best_rate_is_the_one_that_scores_best(tmp_path, monkeypatch):
     assert "accuracy 70.0% after 1 steps, at the best of 3 learning rates (0.01)" in result["sentence"]
     best = RegardForCausalLM.from_pretrained(tmp_path / "best").state_dict()["lm_head.weight"]
     assert torch.equal(best, kept[1]) and not torch.equal(kept[0], kept[1])
+
+
+def test_a_trained_decoder_does_not_share_its_embedding_with_its_head():
+    model = Plan(**SMALL).model()
+    assert model.lm_head.weight is not model.embed.weight
+    assert not torch.equal(model.lm_head.weight, model.embed.weight)
