@@ -62,7 +62,7 @@ def test_the_claim_reads_the_weights_that_the_tower_uses():
     images, arrow, _, _ = claim.scenes(2, torch.Generator().manual_seed(0))
     with torch.no_grad():
         layers, x = claim.weights(model, images)
-    assert len(layers) == claim.LAYERS and x.shape == (2, 25, claim.WIDTH)
+    assert len(layers) == claim.LAYERS and x.shape == (2, 16, claim.WIDTH)
     for i, layer in enumerate(layers):
         wanted = backbone_map(model, images[0], i, divmod(arrow[0].item(), claim.SIDE)).flatten(1)
         torch.testing.assert_close(layer[0, :, arrow[0]], wanted, rtol=1e-4, atol=1e-5)
@@ -71,15 +71,15 @@ def test_the_claim_reads_the_weights_that_the_tower_uses():
 def test_the_scenes_of_the_claim_have_one_thing_ahead_of_the_arrow():
     arrows, things = claim.patterns()
     images, arrow, thing, target = claim.scenes(200, torch.Generator().manual_seed(0))
-    cells = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(1, 3).round().clamp(0, 1)  # [n, 25, 4, 4]
+    cells = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(1, 3).round().clamp(0, 1)  # [n, 16, 4, 4]
     known = torch.cat([arrows, things])
     assert torch.unique(known.flatten(1), dim=0).shape[0] == len(known), "patterns can be told apart"
     for image, at, what, where in zip(cells, arrow.tolist(), thing.tolist(), target.tolist(), strict=True):
         kind = [next((i for i, p in enumerate(known) if torch.equal(p, cell)), None) for cell in image]
         assert sum(k is not None for k in kind) == claim.THINGS + 1 and kind[where] == 4 + what
         y, x = claim.DOWN_RIGHT[kind[at]].tolist()
-        ahead = [(at // 5 + k * y, at % 5 + k * x) for k in range(1, 5)]
-        seen = [5 * r + c for r, c in ahead if 0 <= r < 5 and 0 <= c < 5]
+        ahead = [(at // 4 + k * y, at % 4 + k * x) for k in range(1, 4)]
+        seen = [4 * r + c for r, c in ahead if 0 <= r < 4 and 0 <= c < 4]
         assert [s for s in seen if kind[s] is not None] == [where]
 
 
