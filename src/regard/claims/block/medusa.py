@@ -14,6 +14,7 @@ rate, of 0.005 and 0.01 by the mean of both sides, was chosen on another seed an
 """
 
 from statistics import stdev
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +57,17 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x, drawn = images, None
         if self.side == "shared":
-            drawn = body(F.avg_pool2d(images, 2), dict(self.bodies[0].items()))
+            drawn = body(F.avg_pool2d(images, 2), learned(self.bodies[0]))
         for i, stage in enumerate(self.stages):
             x = stage(x)
             if self.side == "apart":
-                drawn = body(x, dict(self.bodies[i].items()))
-            x = rescaled(x, drawn, dict(self.heads[i].items()))
+                drawn = body(x, learned(self.bodies[i]))
+            x = rescaled(x, drawn, learned(self.heads[i]))
         return self.classes(x.amax((2, 3)))
+
+
+def learned(params: Any) -> dict[str, Tensor]:
+    return dict(params.items())
 
 
 def scenes(part: str, count: int, g: torch.Generator) -> tuple[Tensor, Tensor]:

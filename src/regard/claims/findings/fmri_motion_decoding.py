@@ -98,7 +98,8 @@ def voxels(at: Clips, seed: int) -> tuple[Tensor, Tensor]:
         return zscored(zscored(features) @ torch.randn(features.shape[1], VOXELS, generator=g))
 
     static, both = part(at.static), part(at.static) + part(at.motion)
-    return tuple(x + NOISE * torch.randn(x.shape, generator=g) for x in (static, both))
+    static, both = (x + NOISE * torch.randn(x.shape, generator=g) for x in (static, both))
+    return static, both
 
 
 # the analysis

@@ -99,10 +99,11 @@ def weights(model: VisionBackbone, images: Tensor) -> tuple[list[Tensor], Tensor
     found: list[Tensor] = []
 
     def read(attention: nn.Module, args: tuple) -> None:
-        q, k, _, _ = attention.project(args[0], args[0], None, None)
+        q, k, _, _ = attention.project(args[0], args[0], None, None)  # type: ignore[operator]
         found.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
 
-    hooks = [layer.attention.register_forward_pre_hook(read) for layer in model.stages[0]]
+    layers = list(model.stages[0])  # type: ignore[call-overload]
+    hooks = [layer.attention.register_forward_pre_hook(read) for layer in layers]
     try:
         return found, states(model, images)
     finally:
