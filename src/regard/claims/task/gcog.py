@@ -58,7 +58,7 @@ class Tokens(nn.Module):
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         question, grid = inputs[:, : -(self.cfg.side**2)], inputs[:, -(self.cfg.side**2) :]
         nodes = self.tables["word"](question.unflatten(1, (-1, 3))).sum(2)
-        nodes = nodes + self.tables["node"].weight[: nodes.shape[1]]
+        nodes = nodes + self.tables["node"].weight[: nodes.shape[1]]  # type: ignore[index]
         kind = grid - self.codes.object
         colour = torch.where(grid > 0, 1 + kind.div(self.cfg.shapes, rounding_mode="floor"), 0)
         shape = torch.where(grid > 0, 1 + kind % self.cfg.shapes, 0)
