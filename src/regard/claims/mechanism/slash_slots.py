@@ -1,8 +1,8 @@
 """The claim of SLASH: where images are noisy, a smoothing kernel in slot attention finds objects better.
 
     images    20 x 20 pixels of random colours, each by itself: the noisy background. On it three sprites, discs or
-              squares of nine pixels on a side, of three of the eight strong colours; later ones hide earlier ones. Asked
-              twice: with the noise behind the sprites alone, and over them too
+              squares of nine pixels on a side, of three of the eight strong colours; later ones hide earlier ones.
+              Asked twice: with the noise behind the sprites alone, and over them too
     model     two convolutions and places give features; five slots, drawn from a learned normal distribution, ask them
               three times (width 16); an MLP makes one colour of each slot, and a pixel is the mean of these colours in
               the shares in which slots have it: slots are all that passes, and their maps are the masks
