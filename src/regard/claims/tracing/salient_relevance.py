@@ -10,8 +10,8 @@ class that it is taken for.
                     the page are highest on average, against five drawn by chance (the mean of `DRAWS` draws). The score
                     is the logit; the drop is its mean over images
 
-Much of an image is paper, where erasing does nothing, so that chance is a weak side. Reported beside it are chance among
-the regions with most ink (ten of 25), regions of most relevance without the saliency step, and of most ink.
+Much of an image is paper, where erasing does nothing, so that chance is a weak side. Reported beside it are chance
+among the regions with most ink (ten of 25), regions of most relevance without the saliency step, and of most ink.
 
 The page's settings are its own, but a patch is of 3 x 3 pixels, for images this small. The rate of the CNN, of 0.002,
 0.005 and 0.01, was chosen by accuracy on seed 1 and the digits of choice.
@@ -123,8 +123,8 @@ CLAIM = Claim(
         "Relevance finds takes more of the class score than erasing as much by chance"
     ),
     bound=(
-        "|sum of relevance - logit| / |logit| < 1e-3 on each image; mean drop of the score by erasing 20 % of the image, "
-        "in order of Salient Relevance, >= 1.5 x that of random regions"
+        "|sum of relevance - logit| / |logit| < 1e-3 on each image; mean drop of the score by erasing 20 % of the "
+        "image, in order of Salient Relevance, >= 1.5 x that of random regions"
     ),
     measure=measure,
 )

@@ -348,7 +348,8 @@ METHOD = TracingPage(
         lineage=("layer-wise relevance propagation", "context-aware saliency"),
         caveat="for CNNs of layers one after the other, not for language models: it has no observer and no score. "
         "The rules are those of the released code (positive weights in linear layers, their biases left out; plain "
-        "elsewhere, where biases keep relevance for themselves); there eps is added to z, here away from 0. The "
+        "elsewhere, where biases keep relevance for themselves; a unit that only weights below 0 reach loses "
+        "its own); there eps is added to z, here away from 0. The "
         "saliency step is not in the cells of it that were read: it is that of context-aware saliency, patches of one "
         "scale beside each other only, no prior of the centre. Patch, K, scales and that the map is what speaks for "
         "the class are set here",
