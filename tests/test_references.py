@@ -17,6 +17,8 @@ NAMES = [name for kind in ("mechanism", "block") for name in catalog.list_method
 # what both may use: float64 and back, hidden tokens, errors, settings side by side; none of it is a page's mathematics
 HARMLESS = {
     "Axis",
+    "Params",
+    "layer_of",
     "exact",
     "heads_of",
     "initial",

@@ -18,6 +18,14 @@ Worked by hand: a row of two pixels and, away from them, one alone. The left one
 [[3, 0, 1], [4, 0, 0]]
 >>> decoded(connectivity(mask)).int().tolist()
 [[[1, 1, 0, 0]]]
+
+And of the block: with queries of zero both places read the mean of g = 1 and 3, which W_z adds to the second channel.
+
+>>> zero = {f"{name}_bias": torch.zeros(1) for name in NAMES} | {"out_bias": torch.zeros(2)}
+>>> p = {"theta": torch.zeros(1, 2), "phi": torch.ones(1, 2), "g": torch.tensor([[1.0, 0.0]]), **zero}
+>>> p["out"] = torch.tensor([[0.0], [1.0]])
+>>> reference(torch.tensor([[[1.0, 0.0], [3.0, 0.0]]]), Config(), Call("self", params=p))[0].tolist()
+[[[1.0, 2.0], [3.0, 2.0]]]
 """
 
 from dataclasses import dataclass

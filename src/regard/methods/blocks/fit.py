@@ -18,10 +18,11 @@ read, 4² among the latents, and 2·4·2 to write: 80, where full attention has 
 
 >>> pairs(Config(group=4, latents=2, rounds=1), 8)
 80
->>> code(torch.tensor([0, 1]), 4)[:, [0, 2]].tolist()  # sin and cos of the number itself
-[[0.0, 1.0], [0.8414709568023682, 0.5403022766113281]]
+>>> slow_code(1, 4)[::2]  # sin and cos of the number itself
+[0.8414709848078965, 0.5403023058681398]
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,7 @@ def init(cfg: Config, dims: dict) -> Params:
 def code(number: Tensor, width: int) -> Tensor:
     """[..., width] sines, then cosines, of numbers [...]."""
     half = (width + 1) // 2
-    rates = 10000 ** (-torch.arange(half, device=number.device) / half)
+    rates = 10000.0 ** (-torch.arange(half, device=number.device, dtype=torch.float64) / half)
     turns = number[..., None] * rates
     return torch.cat([turns.sin(), turns.cos()], -1)[..., :width]
 
@@ -94,7 +95,8 @@ def reference(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
 def one_text(x: Tensor, p: Params, cfg: Config) -> Tensor:
     groups = list(x.split(cfg.group))
     number = torch.arange(len(groups), device=x.device)
-    z = [p["latents"] + code(t, x.shape[1]).to(x) for t in number] if cfg.global_layers else []
+    numbers = range(len(groups)) if cfg.global_layers else ()
+    z = [p["latents"] + x.new_tensor(slow_code(t, x.shape[1])) for t in numbers]
     of = number.repeat_interleave(cfg.latents)
     earlier = of[:, None] >= of if cfg.causal else None
     lower = torch.ones(cfg.group, cfg.group, dtype=torch.bool).tril() if cfg.causal else None
@@ -113,6 +115,13 @@ def one_text(x: Tensor, p: Params, cfg: Config) -> Tensor:
         told = [torch.zeros_like(z[0]), *z[:-1]] if cfg.causal else z
         groups = [slow_exchange(g, y, write, cfg.eps) for g, y in zip(groups, told, strict=True)]
     return torch.cat(groups)
+
+
+def slow_code(number: int, width: int) -> list[float]:
+    """Of one number, sine by sine."""
+    half = (width + 1) // 2
+    turns = [number / 10000 ** (i / half) for i in range(half)]
+    return [*map(math.sin, turns), *map(math.cos, turns)][:width]
 
 
 def fast(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:

@@ -96,7 +96,7 @@ def reference(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
         e = levels[cfg.levels - 1 - i]
         d = slow_conv(slow_resize(d, tuple(e.shape[2:])) + e, p["up"][i], p["up_bias"][i]).relu()
     drawn = torch.einsum("bcij,mc->bmij", d, p["draw"]) + p["draw_bias"][:, None, None]
-    return as_tokens(slow_rescaled(image, drawn, p)).to(x.dtype), None
+    return slow_rescaled(image, drawn, p).flatten(2).mT.to(x.dtype), None
 
 
 def slow_rescaled(image: Tensor, drawn: Tensor, p: Params) -> Tensor:

@@ -152,7 +152,11 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None, dict[str
     check_widths(q, v)
     s, weights = at_least_float32(q), q.new_zeros(*q.shape[:3], k.shape[2])
     p = {name: t.to(s.dtype) for name, t in call.params.items()}
-    psi = taps(p["kernel"])[None, None] if cfg.kernel else None
+    psi = (
+        F.normalize(p["kernel"].flatten(), dim=0).softmax(0).view(1, 1, cfg.kernel, -1)
+        if cfg.kernel
+        else None
+    )
     for _ in range(cfg.iterations):
         asked = (layer_norm(s, p, 0) @ p["query"]).to(k.dtype)
         logits = scores(asked, k, q.shape[3] ** -0.5 if cfg.scale is None else cfg.scale)  # [B, H, K, M]
