@@ -30,6 +30,7 @@ Of a row 1, 0, 0 the first pixel is at 1 / (1 + 3/3) and 1 / (1 + 6/3) of the ot
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -165,69 +166,33 @@ def measure(
 def reference(
     net: nn.Sequential, images: Tensor, classes: Tensor, cfg: Config | None = None
 ) -> SalientRelevance:
-    """An image at a time: every layer as a matrix, every patch beside every other."""
-    cfg, found, maps = cfg or Config(), [], []
+    """An image at a time: every layer as the matrix that it is there, every patch beside every other."""
+    cfg, net, found, maps = cfg or Config(), deepcopy(net).double().requires_grad_(False), [], []
+    layers = [layer for layer in net.modules() if not isinstance(layer, nn.Sequential)]
     for image, label in zip(images.double(), classes.tolist(), strict=True):
-        layers, xs = [step for step in net.modules() if not isinstance(step, nn.Sequential)], [image]
+        xs = [image]
         for layer in layers:
-            xs.append(forward(layer, xs[-1]))
+            xs.append(layer(xs[-1][None])[0])
         r = torch.zeros_like(xs[-1])
         r[label] = xs.pop()[label]
         for layer, x in zip(reversed(layers), reversed(xs), strict=True):
-            r = r if isinstance(layer, nn.ReLU) else shared_out(layer, x, r.flatten(), cfg)
+            r = r if isinstance(layer, PASSED) else shared_out(layer, x, r.flatten(), cfg)
         found.append(r.view_as(image).sum(0))
         maps.append(seen_as_an_image(found[-1].tolist(), cfg))
     return SalientRelevance(torch.stack(found), torch.tensor(maps, dtype=torch.float64))
 
 
-def forward(layer: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(layer, nn.ReLU):
-        return x * (x > 0)
-    matrix, bias = dense(layer, x)
-    z = matrix @ x.flatten() + bias
-    if isinstance(layer, nn.Flatten | nn.Linear):
-        return z
-    return z.view(-1, *shape_after(layer, x))
-
-
-def shape_after(layer: nn.Module, x: Tensor) -> tuple[int, int]:
-    if isinstance(layer, nn.Conv2d):
-        k, pad, step = layer.kernel_size[0], layer.padding[0], layer.stride[0]
-    else:
-        k, pad, step = layer.kernel_size, 0, layer.kernel_size
-    return (x.shape[1] + 2 * pad - k) // step + 1, (x.shape[2] + 2 * pad - k) // step + 1
-
-
 def dense(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(matrix [out, in], bias [out]) of what a layer is at x, numbers flat."""
-    if isinstance(layer, nn.Flatten):
-        return torch.eye(x.numel(), dtype=torch.float64), torch.zeros(x.numel(), dtype=torch.float64)
-    if isinstance(layer, nn.Linear):
-        bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
-        return layer.weight.detach().double(), bias.double()
-    rows, columns = shape_after(layer, x)
-    channels, at = x.shape[0], torch.arange(x.numel()).view(x.shape)
-    maps = layer.out_channels if isinstance(layer, nn.Conv2d) else channels
-    matrix, bias = (
-        torch.zeros(maps, rows, columns, x.numel(), dtype=torch.float64),
-        torch.zeros(maps).double(),
-    )
-    for o, i, j in ((o, i, j) for o in range(maps) for i in range(rows) for j in range(columns)):
-        if isinstance(layer, nn.Conv2d):
-            (k, _), pad, step = layer.kernel_size, layer.padding[0], layer.stride[0]
-            for c, a, b in ((c, a, b) for c in range(channels) for a in range(k) for b in range(k)):
-                y, z = i * step + a - pad, j * step + b - pad
-                if 0 <= y < x.shape[1] and 0 <= z < x.shape[2]:
-                    matrix[o, i, j, at[c, y, z]] = layer.weight[o, c, a, b].item()
-            bias[o] = 0.0 if layer.bias is None else layer.bias[o].item()
-        else:
-            k = layer.kernel_size
-            window = [at[o, i * k + a, j * k + b].item() for a in range(k) for b in range(k)]
-            if isinstance(layer, nn.AvgPool2d):
-                matrix[o, i, j, window] = 1 / k**2
-            else:
-                matrix[o, i, j, max(window, key=lambda n: x.flatten()[n].item())] = 1
-    return matrix.flatten(0, 2), bias.repeat_interleave(rows * columns)
+    """(matrix [out, in], bias [out]) of a layer that takes x, numbers flat; of a maximum the one that x has."""
+    if isinstance(layer, nn.MaxPool2d):
+        k, at = layer.kernel_size, torch.arange(x.numel()).view(x.shape)
+        windows = at.unfold(1, k, k).unfold(2, k, k).reshape(-1, k * k).tolist()
+        chosen = [max(window, key=lambda n: x.flatten()[n].item()) for window in windows]
+        matrix = torch.eye(x.numel(), dtype=torch.float64)[chosen]
+        return matrix, torch.zeros(len(chosen), dtype=torch.float64)
+    bias = layer(torch.zeros_like(x)[None]).flatten()
+    ones = torch.eye(x.numel(), dtype=torch.float64).view(-1, *x.shape)
+    return (layer(ones).flatten(1) - bias).mT, bias
 
 
 def shared_out(layer: nn.Module, x: Tensor, r: Tensor, cfg: Config) -> Tensor:
