@@ -113,7 +113,7 @@ class Tower(nn.Module):
         x, seen = self.embed(patches(pixels)) + self.places, Seen([], [], [])
         x = torch.cat([self.token.expand(len(x), 1, -1), x], dim=1)
         for layer in self.layers:
-            seen.keys.append(layer.qkv(layer.norms[0](x)).chunk(3, -1)[1][:, 1:])
+            seen.keys.append(layer.qkv(layer.norms[0](x)).chunk(3, -1)[1][:, 1:])  # type: ignore[operator, index]
             x, weights = layer(x, self.sees)
             seen.states.append(x[:, 1:])
             seen.attention.append(weights[:, :, 0, 1:])

@@ -99,7 +99,8 @@ def measure(
     cfg = cfg or Config()
     found = [density(k, cfg) for k in keys]
     counts = budgets(found, [len(x) for x in features], cfg)
-    return [compressed(*image, n) for *image, n in zip(features, keys, scores, counts, strict=True)]
+    images = zip(features, keys, scores, counts, strict=True)
+    return [compressed(x, k, s, n) for x, k, s, n in images]
 
 
 def before(images: Images, cfg: Config) -> list[Reduced]:

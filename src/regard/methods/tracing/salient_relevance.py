@@ -186,7 +186,7 @@ def dense(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """(matrix [out, in], bias [out]) of a layer that takes x, numbers flat; of a maximum the one that x has."""
     if isinstance(layer, nn.MaxPool2d):
         k, at = layer.kernel_size, torch.arange(x.numel()).view(x.shape)
-        windows = at.unfold(1, k, k).unfold(2, k, k).reshape(-1, k * k).tolist()
+        windows = at.unfold(1, k, k).unfold(2, k, k).reshape(-1, k * k).tolist()  # type: ignore[operator]
         chosen = [max(window, key=lambda n: x.flatten()[n].item()) for window in windows]
         matrix = torch.eye(x.numel(), dtype=torch.float64)[chosen]
         return matrix, torch.zeros(len(chosen), dtype=torch.float64)
@@ -281,8 +281,8 @@ def cases(seed: int) -> Iterable[tuple]:
         net.extend([nn.Linear(27, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False)])
         biased = nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
         biased.append(nn.Linear(2, 2))
-        biased[-1].weight.data.abs_()
-        biased[0].bias.data.abs_()
+        biased[-1].weight.data.abs_()  # type: ignore[operator]
+        biased[0].bias.data.abs_()  # type: ignore[operator]
         images = torch.rand(2, 2, 6, 6, dtype=torch.float64)
         row = torch.rand(1, 1, 7, 8, dtype=torch.float64)
     net, biased, few = net.double(), biased.double(), Config(patch=3, similar=5, scales=(1.0, 0.5))
