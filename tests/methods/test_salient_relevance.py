@@ -23,7 +23,7 @@ IMAGES = torch.rand(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator()
 def test_without_biases_relevance_is_the_logit(linear):
     net = cnn(False)
     classes = net(IMAGES).argmax(1)
-    r = page.relevance(net, IMAGES, classes, page.Config(linear=linear))
+    r = page.relevance(net, IMAGES, classes, linear == "positive")
     logits = net(IMAGES).gather(1, classes[:, None])[:, 0]
     torch.testing.assert_close(r.sum((1, 2, 3)), logits, rtol=1e-5, atol=1e-7)
 
@@ -32,18 +32,16 @@ def test_with_all_weights_it_is_the_gradient_times_the_input():
     net, classes = cnn(False), torch.tensor([2, 1, 0, 0])
     x = IMAGES.clone().requires_grad_()
     (slope,) = torch.autograd.grad(net(x).gather(1, classes[:, None]).sum(), x)
-    r = page.relevance(net, IMAGES, classes, page.Config(linear="all", eps=0.0))
+    r = page.relevance(net, IMAGES, classes, positive=False, eps=0.0)
     torch.testing.assert_close(r, IMAGES * slope.detach(), rtol=1e-9, atol=1e-12)
 
 
 def test_biases_keep_relevance_for_themselves_and_units_are_asked_apart():
     net = cnn(True)
-    r = page.relevance(net, IMAGES[:1], torch.tensor([0]), page.Config())
+    r = page.relevance(net, IMAGES[:1], torch.tensor([0]))
     assert abs(r.sum() - net(IMAGES[:1])[0, 0]) > 1e-3
     with pytest.raises(Unsupported, match="through Sigmoid"):
-        page.relevance(
-            nn.Sequential(nn.Flatten(), nn.Sigmoid()), IMAGES, torch.zeros(4).long(), page.Config()
-        )
+        page.relevance(nn.Sequential(nn.Flatten(), nn.Sigmoid()), IMAGES, torch.zeros(4).long())
 
 
 def test_areas_lie_around_the_relevance_and_take_no_sign_of_it():

@@ -11,6 +11,8 @@ Each is written twice: `slow_*` as the equations say, of one text [N, C], for re
 {'qkv': (3, 2, 4, 2), 'out': (2, 2, 4), 'up': (4, 8), 'down': (8, 4), 'norm': (2, 4)}
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -88,3 +90,18 @@ def exchange(x: Tensor, source: Tensor | None, p: Params, eps: float, mask: Tens
 def layer(x: Tensor, p: Params, eps: float, mask: Tensor | None = None) -> Tensor:
     x = exchange(x, None, p, eps, mask)
     return x + F.gelu(norm(x, p, 1, eps) @ p["up"] + p["up_bias"]) @ p["down"] + p["down_bias"]
+
+
+def code(number: Tensor, width: int) -> Tensor:
+    """[..., width] sines, then cosines, of numbers [...]."""
+    half = (width + 1) // 2
+    rates = 10000.0 ** (-torch.arange(half, device=number.device, dtype=torch.float64) / half)
+    turns = number[..., None] * rates
+    return torch.cat([turns.sin(), turns.cos()], -1)[..., :width]
+
+
+def slow_code(number: int, width: int) -> list[float]:
+    """Of one number, sine by sine."""
+    half = (width + 1) // 2
+    turns = [number / 10000 ** (i / half) for i in range(half)]
+    return [*map(math.sin, turns), *map(math.cos, turns)][:width]

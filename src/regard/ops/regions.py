@@ -50,3 +50,16 @@ def flooded(weight: list, least: float) -> list[set]:
                 edge += [(r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)]
         found.append(region)
     return found[::-1]
+
+
+def shrunk(m: list[list[float]], rows: int, columns: int) -> list[list[float]]:
+    """Means of cells from floor to ceiling."""
+
+    def cell(i: int, count: int, size: int) -> range:
+        return range(i * size // count, -(-(i + 1) * size // count))
+
+    def mean(i: int, j: int) -> float:
+        own = [m[y][x] for y in cell(i, rows, len(m)) for x in cell(j, columns, len(m[0]))]
+        return sum(own) / len(own)
+
+    return [[mean(i, j) for j in range(columns)] for i in range(rows)]

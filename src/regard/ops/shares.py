@@ -3,6 +3,8 @@
 q_i = clip(λ w_i, low_i, high_i) with Σ q_i = budget        rounded down, then one more by the largest remainders
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,21 @@ def level(weights: Tensor, low: Tensor, high: Tensor, budget: int) -> Tensor:
         return edges[min(above, len(edges) - 1)]
     part = (budget - totals[above - 1]) / (totals[above] - totals[above - 1])
     return torch.lerp(edges[above - 1], edges[above], part)
+
+
+def slow_shares(weights: list[int], high: list[int], budget: int) -> list[int]:
+    """The same with lower bounds of 1, by a λ that bisection finds; plainly, for references."""
+    weights = [max(n, 1e-9 * max(weights)) if any(weights) else 1.0 for n in weights]
+    least, most = 0.0, 2 * sum(high) / min(weights)
+
+    def shared(size: float) -> list[float]:
+        return [min(max(size * w, 1), p) for w, p in zip(weights, high, strict=True)]
+
+    for _ in range(300):
+        middle = (least + most) / 2
+        least, most = (middle, most) if sum(shared(middle)) < budget else (least, middle)
+    exact = shared(most)
+    given = [math.floor(n + 1e-7) for n in exact]
+    while sum(given) < budget:
+        given[max(range(len(given)), key=lambda i: round(exact[i] - given[i], 7))] += 1
+    return given

@@ -214,8 +214,9 @@ CLAIM = Claim(
     contradicted=(
         "patches and scores are as said. After 900 steps, mean of three seeds, two scales with the fusion are at "
         "96.5 %, a alone at 97.1, b alone at 97.7, both without the fusion, logits averaged, at 97.9; after as many "
-        "multiply-adds a is at 97.6 and b at 97.7. So the average of two scales brings something here, and the exchange costs it "
-        "again. After 300 steps, at rates chosen for them and other seeds: 95.0, 94.2, 96.0, 96.5, 96.7 and 97.6. "
+        "multiply-adds a is at 97.6 and b at 97.7. So the average of two scales brings something here, and the "
+        "exchange costs it again. After 300 steps, at rates chosen for them and other seeds: 95.0, 94.2, 96.0, 96.5, "
+        "96.7 and 97.6. "
         "Matrices of the fusion begun at 0.58 of their size gave 92.3 after 300 steps, not 96.0"
     ),
     fails=("steps", "work"),

@@ -22,7 +22,6 @@ read, 4² among the latents, and 2·4·2 to write: 80, where full attention has 
 [0.8414709848078965, 0.5403023058681398]
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +32,17 @@ from regard.core import Card, require
 from regard.core.call import Call
 from regard.kinds.block import BlockPage
 from regard.ops import at_least_float32, product_dtype
-from regard.ops.prenorm import Params, drawn_layers, exchange, layer, layer_of, slow_exchange, slow_layer
+from regard.ops.prenorm import (
+    Params,
+    code,
+    drawn_layers,
+    exchange,
+    layer,
+    layer_of,
+    slow_code,
+    slow_exchange,
+    slow_layer,
+)
 
 
 @dataclass(frozen=True)
@@ -60,18 +69,9 @@ def init(cfg: Config, dims: dict) -> Params:
     if not cfg.global_layers:
         return params
     params |= drawn_layers("global", (cfg.rounds, cfg.global_layers), c, heads, cfg.expand * c)
-    params |= drawn_layers("read", (cfg.rounds,), c, heads, None) | drawn_layers(
-        "write", (cfg.rounds,), c, heads, None
-    )
+    for name in ("read", "write"):
+        params |= drawn_layers(name, (cfg.rounds,), c, heads, None)
     return params | {"latents": 0.02 * torch.randn(cfg.latents, c)}
-
-
-def code(number: Tensor, width: int) -> Tensor:
-    """[..., width] sines, then cosines, of numbers [...]."""
-    half = (width + 1) // 2
-    rates = 10000.0 ** (-torch.arange(half, device=number.device, dtype=torch.float64) / half)
-    turns = number[..., None] * rates
-    return torch.cat([turns.sin(), turns.cos()], -1)[..., :width]
 
 
 def pairs(cfg: Config, tokens: int) -> int:
@@ -94,10 +94,9 @@ def reference(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
 
 def one_text(x: Tensor, p: Params, cfg: Config) -> Tensor:
     groups = list(x.split(cfg.group))
-    number = torch.arange(len(groups), device=x.device)
     numbers = range(len(groups)) if cfg.global_layers else ()
     z = [p["latents"] + x.new_tensor(slow_code(t, x.shape[1])) for t in numbers]
-    of = number.repeat_interleave(cfg.latents)
+    of = torch.arange(len(groups), device=x.device).repeat_interleave(cfg.latents)
     earlier = of[:, None] >= of if cfg.causal else None
     lower = torch.ones(cfg.group, cfg.group, dtype=torch.bool).tril() if cfg.causal else None
     for r in range(cfg.rounds):
@@ -117,13 +116,6 @@ def one_text(x: Tensor, p: Params, cfg: Config) -> Tensor:
     return torch.cat(groups)
 
 
-def slow_code(number: int, width: int) -> list[float]:
-    """Of one number, sine by sine."""
-    half = (width + 1) // 2
-    turns = [number / 10000 ** (i / half) for i in range(half)]
-    return [*map(math.sin, turns), *map(math.cos, turns)][:width]
-
-
 def fast(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
     """All groups at once; tokens that are there come first, what fills the last group is hidden."""
     (batch, n, width), low = x.shape, product_dtype(x)
@@ -134,8 +126,7 @@ def fast(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
         order = (~there).int().argsort(dim=1, stable=True)
         tokens = tokens.masked_fill(~there[..., None], 0).take_along_dim(order[..., None], 1)
         there = there.take_along_dim(order, 1)
-    count = -(-n // cfg.group)
-    fill = count * cfg.group - n
+    count, fill = -(-n // cfg.group), -n % cfg.group
     tokens = F.pad(tokens, (0, 0, 0, fill)).unflatten(1, (count, cfg.group)).flatten(0, 1)
     there = F.pad(there, (0, fill)).view(batch, count, cfg.group)
     tokens = rounds(tokens, None if order is None and not fill else there, count, p, cfg)

@@ -35,7 +35,7 @@ from regard.core import Card, require
 from regard.kinds.tokens import TokensPage
 from regard.ops import at_least_float32
 from regard.ops.images import Images, Reduced, count_of, highest
-from regard.ops.shares import shares
+from regard.ops.shares import shares, slow_shares
 
 
 @dataclass(frozen=True)
@@ -141,20 +141,7 @@ def handed_out(dense: list[int], tokens: list[int], cfg: Config) -> list[int]:
         return [max(1, n) for n in dense]
     share = isinstance(cfg.keep, float) and cfg.keep <= 1
     total = math.ceil(cfg.keep * sum(tokens) - 1e-9) if share else int(cfg.keep)
-    weights = [max(n, 1e-9 * max(dense)) if any(dense) else 1.0 for n in dense]
-    low, high = 0.0, 2 * sum(tokens) / min(weights)
-
-    def shared(size: float) -> list[float]:
-        return [min(max(size * w, 1), p) for w, p in zip(weights, tokens, strict=True)]
-
-    for _ in range(300):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(shared(middle)) < total else (low, middle)
-    exact = shared(high)
-    given = [math.floor(n + 1e-7) for n in exact]
-    while sum(given) < total:
-        given[max(range(len(given)), key=lambda i: round(exact[i] - given[i], 7))] += 1
-    return given
+    return slow_shares(dense, tokens, total)
 
 
 def by_hand(x: list[list[float]], rows: list[list[float]], a: list[float], count: int) -> Reduced:

@@ -16,9 +16,9 @@ One linear layer, x = (1, 2, 1), w = (3, 1, -1): the logit 4 goes to the first t
 >>> net = nn.Sequential(nn.Flatten(), nn.Linear(3, 1, bias=False))
 >>> net[1].weight.data = torch.tensor([[3.0, 1.0, -1.0]])
 >>> x = torch.tensor([[[[1.0, 2.0, 1.0]]]])
->>> [round(r, 4) for r in relevance(net, x, torch.tensor([0]), Config()).flatten().tolist()]
+>>> [round(r, 4) for r in relevance(net, x, torch.tensor([0])).flatten().tolist()]
 [2.4, 1.6, 0.0]
->>> [round(r, 4) for r in relevance(net, x, torch.tensor([0]), Config(linear="all")).flatten().tolist()]
+>>> [round(r, 4) for r in relevance(net, x, torch.tensor([0]), positive=False).flatten().tolist()]
 [3.0, 2.0, -1.0]
 
 Of a row 1, 0, 0 the first pixel is at 1 / (1 + 3/3) and 1 / (1 + 6/3) of the others: 1 - exp(-(1/2 + 1/3) / 2).
@@ -28,7 +28,6 @@ Of a row 1, 0, 0 the first pixel is at 1 / (1 + 3/3) and 1 / (1 + 6/3) of the ot
 0.0
 """
 
-import math
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -39,8 +38,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.core import Card, require
-from regard.core.errors import Unsupported
 from regard.kinds.tracing import TracingPage
+from regard.ops.regions import shrunk, stretched
+from regard.ops.relevance import PASSED, relevance, shared_out
+from regard.ops.saliency import compared, focused
 
 
 @dataclass(frozen=True)
@@ -73,43 +74,6 @@ class SalientRelevance:
 
 
 EXACT = "donot_use_mm_for_euclid_dist"
-PASSED = (nn.ReLU, nn.Dropout, nn.Identity)
-SUMS = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten)
-
-
-def relevance(net: nn.Sequential, images: Tensor, classes: Tensor, cfg: Config) -> Tensor:
-    """[B, C, H, W] of each class [B] in an image [B, C, H, W], through layers one after the other."""
-    layers = [layer for layer in net.modules() if not isinstance(layer, nn.Sequential)]
-    inputs = [images.detach()]
-    with torch.no_grad():
-        for layer in layers:
-            inputs.append(layer(inputs[-1]))
-    logits = inputs.pop()
-    r = logits * F.one_hot(classes, logits.shape[1])
-    for layer, x in zip(reversed(layers), reversed(inputs), strict=True):
-        r = r if isinstance(layer, PASSED) else back(layer, x, r, cfg)
-    return r
-
-
-def back(layer: nn.Module, x: Tensor, r: Tensor, cfg: Config) -> Tensor:
-    """The relevance of what a layer took, x times the gradient of z · (R / z)."""
-    if not isinstance(layer, SUMS):
-        known = ", ".join(kind.__name__ for kind in (*SUMS, *PASSED))
-        raise Unsupported(f"relevance through {type(layer).__name__}; known: {known}")
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        if isinstance(layer, nn.Linear) and cfg.linear == "positive":
-            z = F.linear(x, layer.weight.clamp(min=0))
-        else:
-            z = layer(x)
-        (slope,) = torch.autograd.grad(z, x, (r / away(z.detach(), cfg.eps)).detach())
-    return x.detach() * slope
-
-
-def away(z: Tensor, eps: float) -> Tensor:
-    """z with eps added away from 0, and 1 for a z of 0, to which nothing came."""
-    z = z + torch.where(z >= 0, eps, -eps)
-    return z.where(z != 0, 1.0)
 
 
 def apart(m: Tensor) -> Tensor:
@@ -159,7 +123,7 @@ def measure(
 ) -> SalientRelevance:
     """Of images [B, C, H, W], each for its class [B]."""
     cfg = cfg or Config()
-    r = relevance(net, images, classes, cfg).sum(1)
+    r = relevance(net, images, classes, cfg.linear == "positive", cfg.eps).sum(1)
     return SalientRelevance(r, areas(r, cfg))
 
 
@@ -176,34 +140,14 @@ def reference(
         r = torch.zeros_like(xs[-1])
         r[label] = xs.pop()[label]
         for layer, x in zip(reversed(layers), reversed(xs), strict=True):
-            r = r if isinstance(layer, PASSED) else shared_out(layer, x, r.flatten(), cfg)
+            r = (
+                r
+                if isinstance(layer, PASSED)
+                else shared_out(layer, x, r.flatten(), cfg.linear == "positive", cfg.eps)
+            )
         found.append(r.view_as(image).sum(0))
         maps.append(seen_as_an_image(found[-1].tolist(), cfg))
     return SalientRelevance(torch.stack(found), torch.tensor(maps, dtype=torch.float64))
-
-
-def dense(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(matrix [out, in], bias [out]) of a layer that takes x, numbers flat; of a maximum the one that x has."""
-    if isinstance(layer, nn.MaxPool2d):
-        k, at = layer.kernel_size, torch.arange(x.numel()).view(x.shape)
-        windows = at.unfold(1, k, k).unfold(2, k, k).reshape(-1, k * k).tolist()  # type: ignore[operator]
-        chosen = [max(window, key=lambda n: x.flatten()[n].item()) for window in windows]
-        matrix = torch.eye(x.numel(), dtype=torch.float64)[chosen]
-        return matrix, torch.zeros(len(chosen), dtype=torch.float64)
-    bias = layer(torch.zeros_like(x)[None]).flatten()
-    ones = torch.eye(x.numel(), dtype=torch.float64).view(-1, *x.shape)
-    return (layer(ones).flatten(1) - bias).mT, bias
-
-
-def shared_out(layer: nn.Module, x: Tensor, r: Tensor, cfg: Config) -> Tensor:
-    matrix, bias = dense(layer, x)
-    if isinstance(layer, nn.Linear) and cfg.linear == "positive":
-        matrix, bias = matrix * (matrix > 0), 0 * bias
-    parts = matrix * x.flatten()  # [out, in]
-    z = parts.sum(1) + bias
-    z = torch.tensor([n + cfg.eps if n >= 0 else n - cfg.eps for n in z.tolist()], dtype=torch.float64)
-    z[z == 0] = 1
-    return (parts / z[:, None] * r[:, None]).sum(0)
 
 
 def seen_as_an_image(r: list[list[float]], cfg: Config) -> list[list[float]]:
@@ -213,63 +157,11 @@ def seen_as_an_image(r: list[list[float]], cfg: Config) -> list[list[float]]:
     total = [[0.0] * wide for _ in r]
     for scale in cfg.scales:
         size = max(1, round(scale * high)), max(1, round(scale * wide))
-        s = focused(compared(shrunk(m, *size), cfg), cfg)
-        for y in range(high):
-            for x in range(wide):
-                total[y][x] += between(s, (y + 0.5) * size[0] / high - 0.5, (x + 0.5) * size[1] / wide - 0.5)
+        s = stretched(
+            focused(compared(shrunk(m, *size), cfg.patch, cfg.similar, cfg.distance), cfg.focus), high, wide
+        )
+        total = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(total, s, strict=True)]
     return [[n / len(cfg.scales) for n in row] for row in total]
-
-
-def shrunk(m: list[list[float]], rows: int, columns: int) -> list[list[float]]:
-    """Means of cells from floor to ceiling."""
-
-    def cell(i: int, count: int, size: int) -> range:
-        return range(i * size // count, -(-(i + 1) * size // count))
-
-    def mean(i: int, j: int) -> float:
-        own = [m[y][x] for y in cell(i, rows, len(m)) for x in cell(j, columns, len(m[0]))]
-        return sum(own) / len(own)
-
-    return [[mean(i, j) for j in range(columns)] for i in range(rows)]
-
-
-def compared(m: list[list[float]], cfg: Config) -> list[list[float]]:
-    high, wide, half = len(m), len(m[0]), cfg.patch // 2
-    around = [(a, b) for a in range(-half, half + 1) for b in range(-half, half + 1)]
-
-    def patch(y: int, x: int) -> list[float]:
-        return [m[min(max(y + a, 0), high - 1)][min(max(x + b, 0), wide - 1)] for a, b in around]
-
-    cells = [(y, x, patch(y, x)) for y in range(high) for x in range(wide)]
-    result = [[0.0] * wide for _ in m]
-    for y, x, own in cells:
-        d = []
-        for v, u, other in cells:
-            if (v, u) != (y, x):
-                far = math.hypot(y - v, x - u) / max(high, wide)
-                d.append(math.dist(own, other) / cfg.patch / (1 + cfg.distance * far))
-        least = sorted(d)[: cfg.similar]
-        result[y][x] = 1 - math.exp(-sum(least) / len(least)) if least else 0.0
-    return result
-
-
-def focused(s: list[list[float]], cfg: Config) -> list[list[float]]:
-    most = max(map(max, s)) or 1.0
-    s = [[n / most for n in row] for row in s]
-    foci = [(y, x) for y, row in enumerate(s) for x, n in enumerate(row) if n > cfg.focus]
-    size = max(len(s), len(s[0]))
-
-    def far(y: int, x: int) -> float:
-        return min((math.hypot(y - v, x - u) / size for v, u in foci), default=1.0)
-
-    return [[n * (1 - min(far(y, x), 1.0)) for x, n in enumerate(row)] for y, row in enumerate(s)]
-
-
-def between(s: list[list[float]], y: float, x: float) -> float:
-    """Bilinear, the border going on."""
-    y, x = min(max(y, 0.0), len(s) - 1.0), min(max(x, 0.0), len(s[0]) - 1.0)
-    near = [(a, b) for a in range(len(s)) for b in range(len(s[0])) if abs(a - y) < 1 and abs(b - x) < 1]
-    return sum((1 - abs(a - y)) * (1 - abs(b - x)) * s[a][b] for a, b in near)
 
 
 def cases(seed: int) -> Iterable[tuple]:

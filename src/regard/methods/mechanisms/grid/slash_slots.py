@@ -67,13 +67,12 @@ def init(cfg: Config, dims: dict) -> dict[str, Tensor]:
         # three layers from a slot to its place, three back
         widths = (d, half, quarter, 2, quarter, half, d)
         layers |= {f"point_{i}": (widths[i + 1], widths[i]) for i in range(6)}
-    shapes: dict[str, tuple[int, ...]] = {"query": (heads, d, d)}
-    shapes |= dict.fromkeys(("gru_in", "gru_state"), (heads, 3, d, d))
-    shapes |= {name: (heads, *shape) for name, shape in layers.items()}
+    shapes = {"query": (d, d), "gru_in": (3, d, d), "gru_state": (3, d, d), **layers}
+    shapes = {name: (heads, *shape) for name, shape in shapes.items()}
     params = {name: uniform(shape, shape[-1]) for name, shape in shapes.items()}
     params |= {f"{n}_bias": uniform(p.shape[:-1], p.shape[-1]) for n, p in params.items() if n != "query"}
-    norms = 3 if cfg.points else 2
-    params |= {"norm": torch.ones(heads, norms, d), "norm_bias": torch.zeros(heads, norms, d)}
+    norms = heads, 3 if cfg.points else 2, d
+    params |= {"norm": torch.ones(norms), "norm_bias": torch.zeros(norms)}
     return params | ({"kernel": torch.randn(cfg.kernel, cfg.kernel)} if cfg.kernel else {})
 
 
@@ -84,8 +83,8 @@ def uniform(shape: tuple[int, ...], summed: int) -> Tensor:
 def taps(kernel: Tensor) -> Tensor:
     """ψ of its parameters: over their length, then a softmax, so that all are positive and they sum to one.
 
-    >>> taps(torch.tensor([[0.0, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 0.0]]))[1].mul(10).round(decimals=3).tolist()
-    [0.933, 2.536, 0.933]
+    >>> taps(torch.tensor([[0.0, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 0.0]]))[1].mul(1e4).round().tolist()
+    [933.0, 2536.0, 933.0]
     """
     return (kernel / kernel.norm().clamp(min=1e-12)).flatten().softmax(0).view_as(kernel)
 
@@ -111,9 +110,7 @@ def reference(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None, dic
 
 def check_widths(q: Tensor, v: Tensor) -> None:
     if q.shape[3] != v.shape[3]:
-        raise Unsupported(
-            f"values update slots: widths {q.shape[3]} of queries and {v.shape[3]} of values differ"
-        )
+        raise Unsupported(f"values update slots: widths {q.shape[3]} of queries and {v.shape[3]} of values")
 
 
 def norm(s: Tensor, p: dict[str, Tensor], i: int) -> Tensor:
@@ -152,17 +149,13 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None, dict[str
     check_widths(q, v)
     s, weights = at_least_float32(q), q.new_zeros(*q.shape[:3], k.shape[2])
     p = {name: t.to(s.dtype) for name, t in call.params.items()}
-    psi = (
-        F.normalize(p["kernel"].flatten(), dim=0).softmax(0).view(1, 1, cfg.kernel, -1)
-        if cfg.kernel
-        else None
-    )
+    psi = F.normalize(p["kernel"].flatten(), dim=0).softmax(0) if cfg.kernel else None
     for _ in range(cfg.iterations):
         asked = (layer_norm(s, p, 0) @ p["query"]).to(k.dtype)
         logits = scores(asked, k, q.shape[3] ** -0.5 if cfg.scale is None else cfg.scale)  # [B, H, K, M]
         if psi is not None:
             maps = as_image(logits.flatten(0, 2)[:, :, None], call.sides)
-            logits = F.conv2d(maps, psi, padding=cfg.kernel // 2).view_as(logits)
+            logits = F.conv2d(maps, psi.view(1, 1, cfg.kernel, -1), padding=cfg.kernel // 2).view_as(logits)
         weights = logits.softmax(2) + cfg.eps
         u = at_least_float32(mix(weights / weights.sum(3, keepdim=True), v))
         s = gated(s, u, p)
