@@ -112,7 +112,8 @@ def one_model(side: str, seed: int, errors: str) -> tuple[float, float, float]:
     model = trained(side, seed, errors)
     elsewhere = scores(model, 2000, BARS)
     best = BARS[elsewhere.index(max(elsewhere))]
-    return (*scores(model, 1000, [0.5, best]), best)
+    at_half, at_best = scores(model, 1000, [0.5, best])
+    return at_half, at_best, best
 
 
 def masks() -> Iterator[tuple[Tensor, Tensor]]:
