@@ -8,8 +8,11 @@
                `without` both gammas stay 0; all else is the same network, with the same first numbers, images and loss.
                New images in every step. Dice in points, the mean over 500 images and the two kinds of blobs
 
-The rate was chosen on another seed, of 0.003 and 0.01, by the sum of both sides.
+The rate was chosen on another seed, of 0.003 and 0.01, by the sum of both sides. There, at 0.003, attention taught by
+the cross-entropies alone came to 92.4, guided to 92.3, without to 81.8: the gain is attention's, not that of its guide.
 """
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +90,8 @@ class Network(nn.Module):
             x = layer(x)
             scales.append(x if not scales else resized(x, scales[0].shape[2]))
         fused, logits, codes, made = self.fuse(torch.cat(scales, dim=1)), [], [], []
-        for features, (first, second) in zip(scales, self.passes, strict=True):
+        for features, pair in zip(scales, self.passes, strict=True):
+            first, second = cast(Any, pair)
             read = torch.cat([features, fused], dim=1)
             a, code_a, made_a = first(read)
             again = torch.cat([features, fused * a], dim=1)

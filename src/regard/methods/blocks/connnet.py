@@ -136,7 +136,8 @@ METHOD = BlockPage(
         lineage=("softmax",),
         caveat=(
             "no code of the paper was found: the bar of 1/2 on both ends is the rule of later work of the same family, "
-            "and instances are not told apart. Pixels without a salient neighbour are lost. The non-local block is the "
+            "and instances are not told apart. Where labels are wrong at random it is too high: pairs are right less "
+            "often than pixels (see the claim). Pixels without a salient neighbour are lost. The non-local block is an "
             "embedded Gaussian, with W_z zero at first and no batch norm; the CNN before it is a network's own"
         ),
     ),
