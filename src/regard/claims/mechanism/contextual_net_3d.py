@@ -28,10 +28,10 @@ from regard.train.loop import fit, one_cycle
 
 SIDE, QUARTER, NOISE = 12, 6, 0.3
 SHAPES = ((2, 4), (4, 2), (3, 3))  # rows and columns: across, down, square
-COLOURS, OTHERS = 3, 14  # words: colours, then shapes, then others; 0 is padding
+COLOURS, OTHERS = 3, 200  # words: colours, then shapes, then others; 0 is padding
 SHORTEST, LONGEST, EMBEDDED = 6, 10, 24
 WIDE, INNER = 16, 24  # channels at the whole side and at half of it
-STEPS, BATCH, TEST = 600, 32, 256
+STEPS, BATCH, TEST = 1200, 32, 256
 RATES = {"image": 3e-2, "pooled": 3e-3, "tokens": 3e-3}
 SEEDS = (0, 1, 2)
 CFG = page.Config()
@@ -113,11 +113,11 @@ class Network(nn.Module):
                 nn.Conv2d(2 * WIDE, WIDE, 3, padding=1), nn.ReLU(), nn.Conv2d(WIDE, 1, 1)
             )
             self.gates = nn.ModuleList([Gate(INNER), Gate(WIDE)])
-            self.register_buffer("embedding", torch.randn(1 + COLOURS + len(SHAPES) + OTHERS, EMBEDDED))
+            self.embedding = nn.Embedding(1 + COLOURS + len(SHAPES) + OTHERS, EMBEDDED).requires_grad_(False)
 
     def forward(self, side: str, images: Tensor, words: Tensor) -> Tensor:
         """Logits [B, SIDE, SIDE]."""
-        text, there = self.embedding[words], words > 0
+        text, there = self.embedding(words), words > 0
 
         def gated(at: int, x: Tensor) -> Tensor:
             return x if side == "image" else self.gates[at](x, text, there, side == "pooled")

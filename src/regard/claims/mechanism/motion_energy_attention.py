@@ -142,10 +142,11 @@ def errors(seed: int, apart: bool) -> dict[str, float]:
 
 def measure() -> Measured:
     with threads(1):
-        numbers: dict[str, float | list] = {**tuning()}
+        tuned = tuning()
+        numbers: dict[str, float | list] = {**tuned}
         parts = {
-            "phase": numbers["varies_with_phase"] < 0.05,
-            "direction": numbers["direction_index"] >= 0.8,
+            "phase": tuned["varies_with_phase"] < 0.05,
+            "direction": tuned["direction_index"] >= 0.8,
         }
         for name, apart in (("overlaid", False), ("apart", True)):
             found = [errors(seed, apart) for seed in SEEDS]
