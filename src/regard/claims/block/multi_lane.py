@@ -91,7 +91,7 @@ class Vit(nn.Module):
     def run(self, x: Tensor, cfg: page.Config, prompts: list[Tensor]) -> Tensor:
         """The class tokens of all lanes [B, T, C] after the layers; none of `prompts` where a lane has none."""
         for i, layer in enumerate(self.layers):
-            params = dict(layer.items()) | ({"prompts": prompts[i]} if prompts else {})
+            params = dict(layer.items()) | ({"prompts": prompts[i]} if prompts else {})  # type: ignore[operator]
             x = page.METHOD.fast(x, cfg, Call("self", params=params))[0]
         return self.norm(x[:, : cfg.own].unflatten(1, (cfg.lanes, -1))[:, :, 0])
 
