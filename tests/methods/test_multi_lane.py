@@ -120,7 +120,7 @@ def test_numbers_of_tokens_and_settings_that_have_no_meaning_are_refused():
     with pytest.raises(Unsupported, match="a mask beside a fixed number of tokens"):
         make_call(PAGE, CFG, x, params, key_mask=torch.ones(1, 1, x.shape[1], dtype=torch.bool))
     for wrong in ({"lanes": 0}, {"selectors": 0}, {"prompts": -1}, {"summaries": "all"}, {"expand": 0}):
-        with pytest.raises(ValueError, match="must hold|summaries is"):
+        with pytest.raises(ValueError, match=r"must hold|summaries is"):
             PAGE.configure(**wrong)
     case = BlockCase(PAGE, CFG, PAGE.pattern)
     assert [case.inputs(n).q.shape[2] for n in (0, 1, 3, 9, 40)] == [0, 3, 3, 9, 40]
