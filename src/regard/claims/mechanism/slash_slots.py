@@ -11,9 +11,9 @@
               saw: 1 where every sprite has a slot of its own, 0 where slots say no more than chance
 
 `base` is the page with kernel=0, which is Slot Attention; `kernel` has 3 x 3 learned taps beside that and nothing else.
-Sizes, noise, steps and learning rate were chosen on other seeds and images, where both sides were looked at: about nine
-settings. A decoder as the paper's, slots broadcast over places, had not learned after 800 steps, so this one is simpler;
-noise over the sprites was added when the kernel had lost where it is behind them.
+Sizes, noise, steps and learning rate were chosen on other seeds and images, where both sides were looked at: about
+nine settings. A decoder as the paper's, slots broadcast over places, had not learned after 800 steps, so this one is
+simpler; noise over the sprites was added when the kernel had lost where it is behind them.
 """
 
 from statistics import pstdev
