@@ -2,16 +2,20 @@
 
     scenes     12 x 12 places, a blob in each quarter, of one of three colours and of one of three shapes (across, down,
                square), and noise. One of them is meant; another has its colour, another its shape, the last neither
-    sentences  6 to 10 tokens: the colour, the shape, and other words between them; embeddings are fixed, as those of a
-               frozen language model. Nothing in a scene says which blob is meant
+    sentences  6 to 10 tokens: the colour, the shape, and others of 200 words between them; embeddings are fixed, as
+               those of a frozen language model, and narrower than there are words, so that no map silences all others
     network    two convolutions, one of them at half the side, and back: features are gated by the page at half the side
                and once more after they were widened, before the skip is joined to them. Dice and cross-entropy, as
                nnU-Net has it
     Dice       of what is above 1/2 and the blob that is meant, mean over scenes that no training saw
 
 `image` has no gates. `pooled` has the same page, and queries of zero: each place then reads the mean of the values of
-all tokens, which is one vector for the sentence. `tokens` is the page. All have the same first weights and scenes. The
-rate of each side was chosen on a seed and on scenes that do not judge.
+all tokens, which is one vector for the sentence. `tokens` is the page. Nothing in a scene says which blob is meant. All
+have the same first weights and scenes. The rate of each side was chosen of 0.0015, 0.003, 0.01 and 0.03 on a seed and
+on scenes that do not judge, with 600 steps and 14 other words.
+
+That first form (seeds 0 to 2) decided nothing: Dice was 0.68 with tokens and 0.68 pooled, from 0.57 to 0.78 by seed. It
+was stopped before it had learned, and so few words can all be silenced by one map; hence more of both, and other seeds.
 """
 
 from typing import NamedTuple
@@ -33,7 +37,7 @@ SHORTEST, LONGEST, EMBEDDED = 6, 10, 24
 WIDE, INNER = 16, 24  # channels at the whole side and at half of it
 STEPS, BATCH, TEST = 1200, 32, 256
 RATES = {"image": 3e-2, "pooled": 3e-3, "tokens": 3e-3}
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)
 CFG = page.Config()
 
 
