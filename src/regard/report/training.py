@@ -15,7 +15,8 @@ def training_page(run: dict[str, Any], rows: list[dict[str, Any]], result: dict[
     rates = list(dict.fromkeys(str(row["rate"]) for row in rows))
     marked = marks({rate: rate for rate in rates}, None)
     score = result["score_name"]
-    drawn = {"loss": curve(rows, "loss", "Training loss", "nats per scored token", marked, log=True)}
+    unit = "nats per scored token" if result.get("confusion") is None else "nats per image"
+    drawn = {"loss": curve(rows, "loss", "Training loss", unit, marked, log=True)}
     if any(row.get("score") is not None for row in rows):
         drawn["score"] = curve(rows, "score", f"Held-out {score}", score, marked)
     confused = result.get("confusion")

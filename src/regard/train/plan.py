@@ -18,6 +18,7 @@ from regard.tasks.zoology_mqar import mqar
 from regard.train.pictures import Digits, Find, Images
 from regard.train.suits import TEXTS
 
+OF_TEXTS = ("conv", "rope_theta", "length", "pairs", "vocab")  # settings that mean nothing for images
 HELD_OUT = 0.1  # the last part of the text, which is not trained on
 
 
@@ -90,7 +91,10 @@ class Plan:
         """The settings as they stand in the run's header; what the task's data and pages of one's own hold as well."""
         known = {name: catalog.revision_of(name) for name in self.mechanisms}
         pages = {name: held for name, held in known.items() if held is not None}
-        return {**asdict(self), **TASKS[self.task].source(), **({"pages": pages} if pages else {})}
+        own = {
+            name: value for name, value in asdict(self).items() if not (self.of_images and name in OF_TEXTS)
+        }
+        return {**own, **TASKS[self.task].source(), **({"pages": pages} if pages else {})}
 
     def told(self) -> dict[str, Any]:
         warn("Plan.told()", "Plan.to_dict()")
