@@ -11,7 +11,8 @@ from regard.testing.zoo import build
 # -1 is one of these: a seed, a layer from the end, another row of the batch, a shift of shards
 MAY_BE_NEGATIVE = {
     ("causalmm", "seed"), ("damro", "layer"), ("dcal", "partner"), ("fastervlm", "layer"), ("random_tokens", "seed"),
-    ("s2_attention", "offset"), ("vcd", "seed"), ("vmtc_cmai", "layer"), ("vtc_cls", "start"),
+    ("s2_attention", "offset"), ("token_correlation_compression", "layer"),
+    ("token_correlation_compression", "shallow"), ("vcd", "seed"), ("vmtc_cmai", "layer"), ("vtc_cls", "start"),
 }  # fmt: skip
 
 

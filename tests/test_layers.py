@@ -15,11 +15,14 @@ from regard.core.trees import tree_leaves, tree_map
 from regard.kinds.mechanism import Mechanism
 from regard.nn import Attention
 
-# without those that read roles or are for one number of tokens, whose own tests have layers
+# without those that read roles, are for one number of tokens or for cross alone, whose own tests have layers
 EVERY = {
     name: page
     for name, page in catalog.every()
-    if isinstance(page, Mechanism) and not page.roles and page.for_tokens is None
+    if isinstance(page, Mechanism)
+    and not page.roles
+    and page.for_tokens is None
+    and {"self", "causal_self"} & {*page.patterns}
 }
 # gradients at a second length, whose graph is of symbols and takes seconds: those that pad, and one of each family
 TWICE = ("arflow", "delta_rule", "gla", "softmax")

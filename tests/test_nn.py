@@ -22,7 +22,10 @@ from regard.ops.rotary import rotate
 EVERY = {
     name: page
     for name, page in catalog.every()
-    if isinstance(page, Mechanism) and not page.roles and page.for_tokens is None
+    if isinstance(page, Mechanism)
+    and not page.roles
+    and page.for_tokens is None
+    and {"self", "causal_self"} & {*page.patterns}
 }
 CAUSAL = [name for name, page in EVERY.items() if "causal_self" in page.patterns]
 BLOCKS = [

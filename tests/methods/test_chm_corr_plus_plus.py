@@ -76,8 +76,10 @@ def test_a_patch_finds_its_like_wherever_it_stands(monkeypatch):
     ours, theirs = claim.patches(scene.images[:1])[0], claim.patches(gallery.images)
     unit = torch.nn.functional.normalize
     near = (unit(ours.mean(0), dim=0) @ unit(theirs.mean(1), dim=1).T).topk(claim.CANDIDATES).indices
-    assert torch.equal(q.near[0], gallery.labels[near])
-    a, b = ours - theirs.mean((0, 1)), theirs[near[7]] - theirs.mean((0, 1))
-    wanted = torch.cosine_similarity(a[:, None], b[None], dim=-1).amax(1)
-    torch.testing.assert_close(q.best[0, 7], wanted)
+    # those that are equally near to the last digit may stand in another order
+    assert torch.equal(q.near[0].sort().values, gallery.labels[near].sort().values)
+    a, b = ours - theirs.mean((0, 1)), theirs[near] - theirs.mean((0, 1))
+    wanted = torch.cosine_similarity(a[None, :, None], b[:, None], dim=-1).amax(2)  # [candidates, patches]
+    torch.testing.assert_close(q.best[0].sum(1).sort().values, wanted.sum(1).sort().values)
+    torch.testing.assert_close(q.best[0, 0], wanted[0])
     torch.testing.assert_close(q.size[0], a.norm(dim=1))
