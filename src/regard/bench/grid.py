@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from regard import catalog
 from regard.bench.efficiency import bytes_held
 from regard.bench.sparse import at_most
-from regard.bench.timing import fitting, left, paired, row, seconds
+from regard.bench.timing import least, left, paired, row, seconds
 from regard.core import Method, Unsupported
 from regard.core.roles import Roles
-from regard.kinds.mechanism import Mechanism, run
+from regard.explaining.places import is_on_grid
+from regard.kinds.mechanism import run
 from regard.ops.grid import Axis, boxes
 
 LINEAR = ("fused_neighborhood_attention", "halonet", "davit")
@@ -141,12 +142,13 @@ def on_images() -> list[str]:
     """Pages of grids whose outputs depend on near places alone, or that are said to be linear here."""
     found = []
     for name, page in catalog.every():
-        if isinstance(page, Mechanism) and page.grid is not None and 2 in page.grid.axes:
+        on = page.grid if is_on_grid(page) else None
+        if on is not None:
             try:
-                page.grid.fits(page.config(), (56, 56))
+                on.fits(page.config(), (56, 56))
             except (ValueError, Unsupported):
                 continue
-            if name in LINEAR or page.grid.local(page.config()) is not None:
+            if name in LINEAR or on.local(page.config()) is not None:
                 found.append(name)
     return found
 
@@ -157,11 +159,3 @@ def span(sizes: Sizes) -> str:
 
 def exponent(values: list[float], sizes: Sizes) -> float:
     return math.log(values[1] / values[0]) / math.log((sizes.sides[1] / sizes.sides[0]) ** 2)
-
-
-def least(work: Callable[[], Any], repeats: int) -> float:
-    """The least seconds of some runs, after one that does not count; NaN where no time is left."""
-    if left() <= 0:
-        return math.nan
-    took = seconds(work)
-    return min(seconds(work) for _ in range(fitting(max(2, repeats), took)))

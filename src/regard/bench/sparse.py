@@ -9,6 +9,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from regard import catalog
 from regard.api import attend
 from regard.attaching.attachment import attach
 from regard.bench.efficiency import bytes_held
-from regard.bench.timing import OUT, fitting, left, paired, row, seconds, unmeasured
+from regard.bench.timing import OUT, least, left, paired, row, seconds, unmeasured
 from regard.core import Method
 from regard.core.mask import causal, window
 from regard.kinds.mechanism import run
@@ -154,7 +155,7 @@ def growth(sizes: Sizes) -> Iterator[dict]:
     for name, most in GROWTH.items():
         if name in catalog.pages():
             times = [
-                typical(catalog.method(name), sizes.qkv(n), sizes.repeats)
+                least(partial(work, catalog.method(name), sizes.qkv(n)), sizes.repeats)
                 for n in (sizes.short, sizes.longest)
             ]
             power = math.log(times[1] / times[0]) / math.log(sizes.longest / sizes.short)
@@ -189,17 +190,6 @@ def work(method: Method, qkv: list[Tensor]) -> Any:
     dims = {"heads": q.shape[1], "kv_heads": k.shape[1], "key": k.shape[3], "value": v.shape[3], "width": 1}
     params = method.page.init(method.config, dims) if method.page.init is not None else {}
     return run(method, q, k, v, params=params)[0]
-
-
-def typical(method: Method, qkv: list[Tensor], repeats: int) -> float:
-    """The least seconds of some runs, after one that does not count: what else the machine does only adds.
-
-    NaN where no time is left.
-    """
-    if left() <= 0:
-        return math.nan
-    took = seconds(lambda: work(method, qkv))
-    return min(seconds(lambda: work(method, qkv)) for _ in range(fitting(max(2, repeats), took)))
 
 
 def at_most(case: str, value: float, most: float, note: str = "") -> dict:

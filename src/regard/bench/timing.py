@@ -61,6 +61,17 @@ def typical(work: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds(work) for _ in range(fitting(repeats, took)))
 
 
+def least(work: Callable[[], Any], repeats: int) -> float:
+    """The least seconds of some runs, after one that does not count: what else the machine does only adds.
+
+    NaN where no time is left.
+    """
+    if left() <= 0:
+        return math.nan
+    took = seconds(work)
+    return min(seconds(work) for _ in range(fitting(max(2, repeats), took)))
+
+
 def paired(ours: Callable[[], float], theirs: Callable[[], float], repeats: int = REPEATS) -> dict:
     """Alternate the two; median times, ratio of the medians, half the range of the ratio. NaN where no time is left."""
     if left() <= 0:

@@ -5,7 +5,7 @@ mechanism is a sum of weighted values these are its weights, whatever makes them
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -77,6 +77,6 @@ def backbone_map(model: VisionBackbone, image: Tensor, layer: int, place: tuple[
     return weights_at(ask, v, place[0] * sides[1] + place[1]).unflatten(-1, sides).detach()
 
 
-def is_on_grid(page: Any) -> bool:
+def is_on_grid(page: Any) -> TypeGuard[Mechanism]:
     """Mechanisms on images, whose maps can be drawn."""
     return isinstance(page, Mechanism) and page.grid is not None and 2 in page.grid.axes
