@@ -10,7 +10,7 @@ does. The box is a product of spans, one for each axis, so one rule serves lines
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from regard.core.errors import require
 from regard.ops.machine import product_dtype
 from regard.ops.softmax import per_query_head
 
+PIECE = 1 << 21  # numbers that are gathered at once: changes the speed and the memory only
 TILE = {1: 64, 2: 8, 3: 4}  # places of a tile on each axis, by the number of axes: changes the speed only
 
 
@@ -74,23 +75,44 @@ def nearest_attention(
     size = TILE[len(sides)]
     spans = [spans_of(side, axis, size, q.device) for side, axis in zip(sides, axes, strict=True)]
     at_q, at_k = (places([span[i] for span in spans], sides) for i in (0, 2))  # [T, t], [T, W]
-    real = product([span.real for span in spans], 1)
     seen = product([span.seen for span in spans], 2)  # [T, t, W]
-    heads, dtype = q.shape[1], v.dtype
+    back = slots(at_q, product([span.real for span in spans], 1), math.prod(sides))
+    batch, heads, dtype = q.shape[0], q.shape[1], v.dtype
     q, k, v = (per_query_head(t, heads).expand(-1, heads, -1, -1).to(product_dtype(t)) for t in (q, k, v))
-    bias = q.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)[None]
-    batch = q.shape[0]
-    if table is not None:
-        steps = [span.steps + axis.window - 1 for span, axis in zip(spans, axes, strict=True)]
-        learned = bias_of(table.to(q.dtype), steps)  # [H, T, t, W]
-        bias = (bias + learned).repeat(batch, 1, 1, 1)
-    asked, keys, values = gathered(q, at_q), gathered(k, at_k), gathered(v, at_k)
-    out = F.scaled_dot_product_attention(asked, keys, values, bias, scale=scale)  # [B·H, T, t, E]
-    rows = out.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # [T·t, B·H·E]
-    # where in the tiles each place is asked; what fills a tile up comes before all
-    slot = torch.arange(len(rows), device=q.device).masked_fill(~real.flatten(), -1)
-    back = slot.new_full((math.prod(sides),), -1).scatter_reduce(0, at_q.flatten(), slot, "amax")
-    return taken(rows, back).view(-1, batch, heads, v.shape[-1]).permute(1, 2, 0, 3).to(dtype)
+    masked = q.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)[None]
+    steps = [span.steps + axis.window - 1 for span, axis in zip(spans, axes, strict=True)]
+    outs, head = [], 0
+    for some in some_heads(q, k, v, read=(at_q.numel(), at_k.numel())):
+        asked, keys, values = (gathered(t, at) for t, at in zip(some, (at_q, at_k, at_k), strict=True))
+        bias = masked
+        if table is not None:
+            own = [(head + i) % heads for i in range(len(asked))]
+            bias, head = masked + bias_of(table.to(q.dtype)[own], steps), head + len(asked)
+        out = F.scaled_dot_product_attention(asked, keys, values, bias, scale=scale)  # [M, T, t, E]
+        outs.append(given_back(out, back))
+    return torch.cat(outs).unflatten(0, (batch, heads)).to(dtype)
+
+
+def some_heads(q: Tensor, k: Tensor, v: Tensor, read: tuple[int, int]) -> Iterator[tuple[Tensor, ...]]:
+    """q, k, v [M, N, D] of [B, H, N, D], M of the B·H heads after each other.
+
+    read: how many queries, and keys, the tiles of one head hold: as many heads go together as fill a piece, so that
+    what is gathered comes from memory that was just freed, not from fresh pages.
+    """
+    together = max(1, PIECE // max(1, read[0] * q.shape[3] + read[1] * (k.shape[3] + v.shape[3])))
+    yield from zip(*(t.flatten(0, 1).split(together) for t in (q, k, v)), strict=True)
+
+
+def slots(at: Tensor, real: Tensor, tokens: int) -> Tensor:
+    """[N] where in tiles of queries [T, t] each place is asked; what fills a tile up comes before all."""
+    slot = torch.arange(at.numel(), device=at.device).masked_fill(~real.flatten(), -1)
+    return slot.new_full((tokens,), -1).scatter_reduce(0, at.flatten(), slot, "amax")
+
+
+def given_back(x: Tensor, back: Tensor) -> Tensor:
+    """[M, N, E] of tiles [M, T, t, E], each place from its slot."""
+    rows = x.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # [T·t, M·E]
+    return taken(rows, back).unflatten(1, (-1, x.shape[-1])).transpose(0, 1)
 
 
 def spans_of(side: int, axis: Axis, size: int, device: Any = None) -> Spans:
@@ -158,8 +180,8 @@ def bias_of(table: Tensor, steps: Sequence[Tensor]) -> Tensor:
 
 
 def gathered(x: Tensor, at: Tensor) -> Tensor:
-    """[B·H, T, t, D] of x [B, H, N, D] at the places [T, t]."""
-    rows = x.permute(2, 0, 1, 3).flatten(1)  # [N, B·H·D]
+    """[M, T, t, D] of x [M, N, D] at the places [T, t]."""
+    rows = x.transpose(0, 1).flatten(1)  # [N, M·D]
     return taken(rows, at).unflatten(-1, (-1, x.shape[-1])).permute(2, 0, 1, 3)
 
 

@@ -3,7 +3,7 @@
 >>> at = window_places((2, 3), (2, 2), (1, 2), ((1, 0), (0, 1)))  # a row of nothing above, a column of it behind
 >>> at.tolist()
 [[-1, -1, 0, 1], [-1, -1, 2, -1], [0, 1, 3, 4], [2, -1, 5, -1]]
->>> windows(torch.arange(1.0, 7).view(1, 1, 6, 1), at)[0, :, :, 0].tolist()
+>>> windows(torch.arange(1.0, 7).view(1, 6, 1), at)[0, :, :, 0].tolist()
 [[0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 3.0, 0.0], [1.0, 2.0, 4.0, 5.0], [3.0, 0.0, 6.0, 0.0]]
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.ops.grid.near import gathered, places, product, taken
+from regard.ops.grid.near import gathered, given_back, places, product
 
 PerAxis = Sequence[int]
 
@@ -37,13 +37,11 @@ def window_places(
 
 
 def windows(x: Tensor, at: Tensor) -> Tensor:
-    """[B·H, T, W, C] tokens of x [B, H, N, C] at the places [T, W]; zeros where a place is -1."""
+    """[M, T, W, C] tokens of x [M, N, C] at the places [T, W]; zeros where a place is -1."""
     row_of_zeros = F.pad(x, (0, 0, 0, 1))
-    return gathered(row_of_zeros, at.masked_fill(at < 0, x.shape[2]))
+    return gathered(row_of_zeros, at.masked_fill(at < 0, x.shape[1]))
 
 
-def from_windows(x: Tensor, at: Tensor, heads: int, tokens: int) -> Tensor:
-    """[B, H, N, C] of windows [B·H, T, W, C] that hold each of the N places once; -1 is left out."""
-    rows = x.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # [T·W, B·H·C]
-    order = at.flatten().argsort(stable=True)[at.numel() - tokens :]
-    return taken(rows, order).unflatten(1, (-1, heads, x.shape[-1])).permute(1, 2, 0, 3)
+def from_windows(x: Tensor, at: Tensor, tokens: int) -> Tensor:
+    """[M, N, C] of windows [M, T, W, C] that hold each of the N places once; -1 is left out."""
+    return given_back(x, at.flatten().argsort(stable=True)[at.numel() - tokens :])

@@ -33,10 +33,9 @@ from regard.core.call import Call
 from regard.core.grid import OnGrid, Sides
 from regard.kinds.mechanism import Mechanism
 from regard.ops import at_least_float32, exact, for_products, heads_of, per_query_head
-from regard.ops.grid import from_regions, to_regions
+from regard.ops.grid import from_regions, some_heads, to_regions
 
 TURNS = ("window", "channel")
-PIECE = 1 << 20  # numbers of q, k and v in windows at once: changes the speed and the memory only
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ def in_windows(q: Q, k: K, v: V, sides: Sides, w: int) -> Out:
     """Attention in each window by itself, some heads at a time; zeros fill up the image at the right and below."""
     (high, wide), (below, right) = sides, (-side % w for side in sides)
     filled, outs = (high + below, wide + right), []
-    rows = max(1, PIECE // max(1, filled[0] * filled[1] * (q.shape[3] + k.shape[3] + v.shape[3])))
-    for some in zip(*(t.flatten(0, 1).split(rows) for t in (q, k, v)), strict=True):
+    places = filled[0] * filled[1]
+    for some in some_heads(q, k, v, read=(places, places)):
         images = (F.pad(t.unflatten(1, sides), (0, 0, 0, right, 0, below)) for t in some)
         parts = (to_regions(t.flatten(1, 2), filled, (w, w)) for t in images)  # [r, R, w², D]
         out = from_regions(F.scaled_dot_product_attention(*parts), filled, (w, w))

@@ -38,7 +38,7 @@ from regard.core.call import Call
 from regard.core.grid import OnGrid, Sides
 from regard.kinds.mechanism import Mechanism
 from regard.ops import at_least_float32, exact, for_products, heads_of, per_query_head
-from regard.ops.grid import from_windows, window_places, windows
+from regard.ops.grid import from_windows, some_heads, window_places, windows
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,14 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, None]:
     halos = [min(cfg.halo, side) for side in call.sides]
     own, read = places_of(call.sides, blocks, halos, q.device)
     q, k, v = for_products(*(per_query_head(t, heads).expand(-1, heads, -1, -1) for t in (q, k, v)))
-    asked, keys, values = windows(q, own), windows(k, read), windows(v, read)
-    bias = at_least_float32(q.new_zeros(read.shape)).masked_fill(read < 0, -torch.inf)[:, None]  # [T, 1, W]
-    if cfg.relative:
-        bias = bias + scale * of_steps(asked, call, cfg, blocks, halos)
-    out = F.scaled_dot_product_attention(asked, keys, values, bias, scale=scale)  # [B·H, T, b², E]
-    return from_windows(out, own, heads, tokens).to(dtype), None
+    masked = at_least_float32(q.new_zeros(read.shape)).masked_fill(read < 0, -torch.inf)[:, None]  # [T, 1, W]
+    outs = []
+    for some in some_heads(q, k, v, read=(own.numel(), read.numel())):
+        asked, keys, values = (windows(t, at) for t, at in zip(some, (own, read, read), strict=True))
+        bias = masked + scale * of_steps(asked, call, cfg, blocks, halos) if cfg.relative else masked
+        out = F.scaled_dot_product_attention(asked, keys, values, bias, scale=scale)  # [M, T, b², E]
+        outs.append(from_windows(out, own, tokens))
+    return torch.cat(outs).unflatten(0, (-1, heads)).to(dtype), None
 
 
 def places_of(
@@ -106,11 +108,11 @@ def places_of(
 
 
 def of_steps(asked: Tensor, call: Call, cfg: Config, blocks: list[int], halos: list[int]) -> Tensor:
-    """[B·H, T, b², (b + 2h)²] products of queries with the vectors of the steps to the places that they read."""
+    """[M, T, b², (b + 2h)²] products of queries with the vectors of the steps to the places that they read."""
     parts = []
     for axis, (b, h) in enumerate(zip(blocks, halos, strict=True)):
         table = call.params[("rows", "columns")[axis]].to(asked.dtype)
-        products = at_least_float32(asked @ table.mT).unflatten(2, blocks)  # [B·H, T, b, b, steps]
+        products = at_least_float32(asked @ table.mT).unflatten(2, blocks)  # [M, T, b, b, steps]
         place = torch.arange(b, device=asked.device)[:, None]
         step = torch.arange(-h, b + h, device=asked.device) - place + cfg.block + cfg.halo - 1
         index = step[:, None] if axis == 0 else step
