@@ -143,5 +143,5 @@ def test_a_place_that_misses_its_target_among_normal_features_is_strange():
 
 def test_settings_that_have_no_meaning_are_refused():
     for wrong in ({"tokens": 0}, {"expand": 0}, {"branches": "neither"}):
-        with pytest.raises(ValueError, match="at least 1|branches is"):
+        with pytest.raises(ValueError, match=r"at least 1|branches is"):
             PAGE.configure(**wrong)
