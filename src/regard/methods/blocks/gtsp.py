@@ -17,7 +17,7 @@ of width 4 on four tokens multiplies 4·4·4 times for each of q, k, v, the outp
 4·4·8 times for each half of an MLP of twice the width: 640, with as many additions. Two of the tokens take 2·4·4 for
 each of four, 2·2·4 for each of two, 2·4·8 for each half, and 4·4 to choose them: 304.
 
->>> mask(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor(2), torch.tensor(4), 1.0).exp()
+>>> log_mask(torch.tensor([0.0, 1.0, 2.0, 3.0]), 2, 4, 1.0).exp()
 tensor([0.1824, 0.3775, 0.6225, 0.8176])
 >>> whole = Config(tokens=1.0, heads=1.0, weights=1.0)
 >>> flops(whole, 4, width=4, heads=2), flops(Config(tokens=0.5, heads=1.0, weights=1.0), 4, width=4, heads=2)
@@ -35,6 +35,7 @@ from regard.core.call import Call
 from regard.kinds.block import BlockPage
 from regard.ops import at_least_float32, best, product_dtype, slots_of, softmax_attention
 from regard.ops.prenorm import Params, drawn_layers, layer, layer_of, norm, slow_norm
+from regard.ops.soft_topk import kept, kept_of, log_mask, slow_mask
 
 MATRICES = ("qkv", "out", "up", "down")
 
@@ -62,11 +63,6 @@ def init(cfg: Config, dims: dict) -> Params:
     return drawn_layers("layer", (), c, heads, cfg.expand * c) | scores | {"gate": torch.ones(1)}
 
 
-def kept(share: float, n: int) -> int:
-    """How many of n are kept."""
-    return max(int(share * n + 1e-9), 1) if n else 0
-
-
 def flops(cfg: Config, tokens: int, *, width: int, heads: int) -> int:
     """Of the products of a hard layer that is not left out, two for a multiplication and its addition."""
     n, h, d = kept(cfg.tokens, tokens), kept(cfg.heads, heads), width // heads
@@ -78,10 +74,10 @@ def flops(cfg: Config, tokens: int, *, width: int, heads: int) -> int:
 def reference(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
     """Text by text, of the tokens that are there."""
     p = {name: t.double() for name, t in call.params.items()}
-    own, rows = layer_of(p, "layer", ()), []
+    own, rows, temperature = layer_of(p, "layer", ()), [], None if cfg.hard else cfg.temperature
     for name in MATRICES:
-        own[name] = slow_weights(own[name], cfg)
-    m_heads = slow_mask(p["head_score"], cfg.heads, cfg)
+        own[name] = slow_weights(own[name], cfg.weights, temperature)
+    m_heads = slow_mask(p["head_score"], cfg.heads, temperature)
     opened = (p["gate"] > 0).double() if cfg.hard else (p["gate"] / cfg.temperature).sigmoid()
     for b, text in enumerate(x.double()):
         mask = call.key_mask
@@ -89,29 +85,17 @@ def reference(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
         at = at if mask is None else at[mask[b % len(mask), 0]]
         there = text[at]
         if len(at):
-            m = slow_mask((slow_norm(there, own, 0, cfg.eps) @ p["score"])[:, 0], cfg.tokens, cfg)
+            m = slow_mask((slow_norm(there, own, 0, cfg.eps) @ p["score"])[:, 0], cfg.tokens, temperature)
             there = one_text(there, m, m_heads, opened, own, cfg)
         rows.append(torch.zeros_like(text).index_copy(0, at, there))
     return torch.stack(rows).to(x.dtype), None
 
 
-def slow_mask(score: Tensor, share: float, cfg: Config) -> Tensor:
-    """Of scores [n], one after the other."""
-    n, k = len(score), kept(share, len(score))
-    order = sorted(range(n), key=lambda i: (-score[i].item(), i))
-    if k == n:
-        return torch.ones_like(score)
-    if cfg.hard:
-        return torch.tensor([float(i in order[:k]) for i in range(n)], dtype=score.dtype, device=score.device)
-    bar = (score[order[k - 1]] + score[order[k]]) / 2
-    return 1 / (1 + ((bar - score) / cfg.temperature).exp())
-
-
-def slow_weights(w: Tensor, cfg: Config) -> Tensor:
+def slow_weights(w: Tensor, share: float, temperature: float | None) -> Tensor:
     matrices = []
     for matrix in w.reshape(-1, w.shape[-2] * w.shape[-1]):
         size = matrix.abs()
-        matrices.append(matrix * slow_mask(size / (size.mean() + 1e-12), cfg.weights, cfg))
+        matrices.append(matrix * slow_mask(size / (size.mean() + 1e-12), share, temperature))
     return torch.stack(matrices).view_as(w)
 
 
@@ -129,29 +113,18 @@ def one_text(x: Tensor, m: Tensor, m_heads: Tensor, opened: Tensor, p: Params, c
 
 
 def fast(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
-    low, tokens = product_dtype(x), at_least_float32(x)
-    p, there = layer_of(dict(call.params), "layer", ()), call.key_mask
-    if there is not None:
-        there = there[:, 0].expand(x.shape[:2])
-        tokens = tokens.masked_fill(~there[..., None], 0)
+    there = x.new_ones(x.shape[:2], dtype=torch.bool)
+    if call.key_mask is not None:
+        there = there & call.key_mask[:, 0]
+    tokens = at_least_float32(x).masked_fill(~there[..., None], 0)
     if cfg.hard and not bool(call.params["gate"] > 0):
         return tokens.to(x.dtype), None
+    p = layer_of(dict(call.params), "layer", ())
     for name in MATRICES if cfg.weights < 1 else ():
         p[name] = masked(p[name], cfg)
-    p = {name: t.to(low) for name, t in p.items()}
+    p = {name: t.to(product_dtype(x)) for name, t in p.items()}
     out = (skipping if cfg.hard else softly)(tokens, there, p, call.params, cfg)
     return out.to(x.dtype), None
-
-
-def mask(score: Tensor, count: Tensor, there: Tensor, temperature: float) -> Tensor:
-    """log m of scores [..., n] of which `count` of those that are there are kept; those that are not say -inf."""
-    order = F.pad(score.sort(-1, descending=True).values, (0, 1))
-    whole = (count >= there)[..., None]
-    last = (count - 1).clamp(min=0).expand(score.shape[:-1])[..., None]
-    last = torch.where(whole, 0, last)
-    bar = (order.gather(-1, last) + order.gather(-1, last + 1)) / 2
-    gap = (torch.where(whole | (score == -torch.inf), 0, score) - torch.where(whole, 0, bar)) / temperature
-    return torch.where(whole, 0, F.logsigmoid(gap))
 
 
 def masked(w: Tensor, cfg: Config) -> Tensor:
@@ -162,49 +135,40 @@ def masked(w: Tensor, cfg: Config) -> Tensor:
     if cfg.hard:
         return w * best(size, k).view_as(w)
     score = size / (size.mean(-1, keepdim=True) + 1e-12)
-    counts = torch.tensor([k, n], device=w.device)
-    return w * mask(score, counts[0], counts[1], cfg.temperature).exp().view_as(w)
+    return w * log_mask(score, k, n, cfg.temperature).exp().view_as(w)
 
 
-def token_scores(x: Tensor, there: Tensor | None, p: Params, params: Params, cfg: Config) -> Tensor:
+def token_scores(x: Tensor, there: Tensor, p: Params, params: Params, cfg: Config) -> Tensor:
     """[B, N] in the dtype of x, -inf where no token is."""
     weight, bias = (p[name][0].to(x.dtype) for name in ("norm", "norm_bias"))
     score = F.layer_norm(x, x.shape[-1:], weight, bias, cfg.eps) @ params["score"].to(x.dtype)
-    return score[..., 0] if there is None else score[..., 0].masked_fill(~there, -torch.inf)
+    return score[..., 0].masked_fill(~there, -torch.inf)
 
 
-def numbers(x: Tensor, there: Tensor | None, share: float) -> tuple[Tensor, Tensor]:
-    """(how many tokens are kept, how many there are), [B]."""
-    n = x.new_full(x.shape[:1], x.shape[1], dtype=torch.long) if there is None else there.sum(-1)
-    return torch.where(n > 0, (share * n.double() + 1e-9).long().clamp(min=1), 0), n
-
-
-def softly(x: Tensor, there: Tensor | None, p: Params, params: Params, cfg: Config) -> Tensor:
-    count, n = numbers(x, there, cfg.tokens)
-    log_m = mask(token_scores(x, there, p, params, cfg), count, n, cfg.temperature)
-    heads = len(p["out"])
-    sizes = torch.tensor([kept(cfg.heads, heads), heads], device=x.device)
-    m_heads = mask(at_least_float32(params["head_score"]), sizes[0], sizes[1], cfg.temperature).exp()
+def softly(x: Tensor, there: Tensor, p: Params, params: Params, cfg: Config) -> Tensor:
+    n, heads = there.sum(-1), len(p["out"])
+    log_m = log_mask(token_scores(x, there, p, params, cfg), kept_of(cfg.tokens, n), n, cfg.temperature)
+    chances = at_least_float32(params["head_score"])
+    m_heads = log_mask(chances, kept(cfg.heads, heads), heads, cfg.temperature).exp()
     scale = (log_m.exp() * (at_least_float32(params["gate"]) / cfg.temperature).sigmoid())[..., None]
     y = norm(x, p, 0, cfg.eps)
     q, k, v = (y[:, None] @ p["qkv"][i] + p["qkv_bias"][i, :, None] for i in range(3))
-    seen = None if there is None else there[:, None, None]
-    mixed = softmax_attention(q, k, v, scale=q.shape[3] ** -0.5, mask=seen, bias=log_m[:, None, None])
+    mixed = softmax_attention(
+        q, k, v, scale=q.shape[3] ** -0.5, mask=there[:, None, None], bias=log_m[:, None, None]
+    )
     mixed = mixed * m_heads[:, None, None].to(mixed.dtype)
     x = x + scale * ((mixed @ p["out"]).sum(1) + p["out_bias"])
     return x + scale * (F.gelu(norm(x, p, 1, cfg.eps) @ p["up"] + p["up_bias"]) @ p["down"] + p["down_bias"])
 
 
-def skipping(x: Tensor, there: Tensor | None, p: Params, params: Params, cfg: Config) -> Tensor:
+def skipping(x: Tensor, there: Tensor, p: Params, params: Params, cfg: Config) -> Tensor:
     """A plain layer of the heads and tokens that are kept; the others' rows are those of x."""
     heads = len(p["out"])
     at = best(params["head_score"], kept(cfg.heads, heads)).nonzero()[:, 0]
     p = {**p, "qkv": p["qkv"][:, at], "qkv_bias": p["qkv_bias"][:, at], "out": p["out"][at]}
-    if cfg.tokens == 1 and there is None:
-        return layer(x, p, cfg.eps)
     chosen = there
-    if cfg.tokens < 1 or there is None:
-        chosen = best(token_scores(x, there, p, params, cfg), numbers(x, there, cfg.tokens)[0])
+    if cfg.tokens < 1:
+        chosen = best(token_scores(x, there, p, params, cfg), kept_of(cfg.tokens, there.sum(-1)))
     slots = slots_of(chosen[:, None])[:, 0]  # [B, k], -1 where a row keeps fewer
     rows = torch.where(slots < 0, x.shape[1], slots)[..., None].expand(-1, -1, x.shape[2])
     wide = F.pad(x, (0, 0, 0, 1))
