@@ -1,7 +1,7 @@
 """GTSP's claim: learned masks take away 30 % of the operations at next to no cost, random ones at more.
 
-    graphs     20 nodes, edges at random (p = 0.12), of four colours; two nodes that are no neighbours get 5 edges more.
-               Have these two the same colour? 5 % of the answers are turned round. A node is told its colour, its
+    graphs     20 nodes, edges at random (p = 0.12), of three colours; two nodes that are no neighbours get 7 edges
+               more. Have these two the same colour? 5 % of the answers are turned round. A node is told its colour, its
                degree, and how likely a random walk is back after 2, 3 and 4 steps
     network    a linear layer, two of the page's layers (32 wide, four heads), the mean over nodes, a linear layer
     whole      trained without masks, then trained on for as many steps as the two others
@@ -29,14 +29,16 @@ from regard.claims.lab import generator, mean, seeded, sweep, threads
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.kinds.block import BlockPage
+from regard.methods.blocks.gtsp import flops
 from regard.train.loop import fit, one_cycle
 
-NODES, COLOURS, FEATURES = 20, 4, 8
-EDGES, MORE, TURNED = 0.12, 5, 0.05
+NODES, COLOURS, FEATURES = 20, 3, 7
+EDGES, MORE, TURNED = 0.12, 7, 0.05
 WIDTH, HEADS, LAYERS = 32, 4, 2
 TOKENS, KEPT_HEADS = 0.8, 0.75
-STEPS, ON, BATCH = 1000, 500, 64
+STEPS, ON, BATCH, FIRST_RATE = 800, 400, 64, 3e-3
 RATES, SEEDS, SETTLED = (1e-3, 3e-3), range(3), 2 / 3
+SIDES = ("whole", "learned", "random")
 Graphs = tuple[Tensor, Tensor]
 
 
@@ -130,9 +132,9 @@ def trained(
     return model
 
 
-def begun(data: Graphs, rate: float, seed: int) -> Network:
+def begun(data: Graphs, seed: int) -> Network:
     with seeded(seed):
-        return trained(Network(), data, rate, STEPS, seed)
+        return trained(Network(), data, FIRST_RATE, STEPS, seed)
 
 
 def went_on(side: str, before: Network, data: Graphs, rate: float, seed: int) -> Network:
@@ -178,3 +180,61 @@ def counted(tokens: float, heads: float) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         page.fast(torch.randn(1, NODES, WIDTH, generator=generator()), cfg, Call("self", params=params))
     return counter.get_total_flops()
+
+
+def best_rates(data: Graphs, other: Graphs) -> dict[str, float]:
+    """Of each side, at a seed and on graphs that are not judged."""
+    before = begun(data, 100)
+    found = {
+        side: sweep(RATES, lambda rate, side=side: auc(went_on(side, before, data, rate, 100), other))
+        for side in SIDES
+    }
+    return {side: max(by_rate, key=by_rate.__getitem__) for side, by_rate in found.items()}
+
+
+def measure() -> Measured:
+    data, other, judged = graphs(8000, 1), graphs(2000, 2), graphs(4000, 3)
+    found: dict[str, list[float]] = {side: [] for side in SIDES}
+    with threads(1):
+        rates = best_rates(data, other)
+        for seed in SEEDS:
+            before = begun(data, seed)
+            for side in SIDES:
+                found[side].append(auc(went_on(side, before, data, rates[side], seed), judged))
+    sizes = {"width": WIDTH, "heads": HEADS}
+    page = method("gtsp").page
+    whole = page.configure(tokens=1.0, heads=1.0, weights=1.0, hard=True)
+    fewer = page.configure(tokens=TOKENS, heads=KEPT_HEADS, weights=1.0, hard=True)
+    formula = [flops(cfg, NODES, **sizes) for cfg in (whole, fewer)]
+    saved = 1 - formula[1] / formula[0]
+    auc_of = {side: mean(values) for side, values in found.items()}
+    drops = {side: auc_of["whole"] - auc_of[side] for side in ("learned", "random")}
+    parts = {
+        "30 % of the operations": saved >= 0.3,
+        "as torch counts": formula == [counted(1.0, 1.0), counted(TOKENS, KEPT_HEADS)],
+        "learned at most one point": drops["learned"] <= 1,
+        "random one point more": drops["random"] - drops["learned"] >= 1,
+        "not saturated": 85 <= auc_of["whole"] <= 99,
+    }
+    numbers = {
+        "operations_saved": saved,
+        **{f"auc_{side}": value for side, value in auc_of.items()},
+        **{f"drop_{side}": value for side, value in drops.items()},
+        **{f"rate_{side}": rate for side, rate in rates.items()},
+        **{f"auc_{side}_by_seed": values for side, values in found.items()},
+    }
+    return Measured.by(parts, numbers)
+
+
+CLAIM = Claim(
+    name="gtsp",
+    statement=(
+        "on synthetic graph classification learned masks that remove 30 % of the operations cost at most one point of "
+        "AUC, and less than random pruning of as many tokens and heads"
+    ),
+    bound=(
+        "operations at least 30 % fewer, by the formula, which is what torch counts; AUC falls by at most 1 point with "
+        "learned masks, and by at least 1 point more with random ones, means of 3 seeds; whole AUC between 85 and 99"
+    ),
+    measure=measure,
+)

@@ -130,8 +130,7 @@ def fast(x: Tensor, cfg: Config, call: Call) -> tuple[Tensor, None]:
 def masked(w: Tensor, cfg: Config) -> Tensor:
     """The weights [..., rows, columns] times their masks."""
     size = at_least_float32(w).abs().flatten(-2)
-    n = size.shape[-1]
-    k = kept(cfg.weights, n)
+    k, n = kept(cfg.weights, size.shape[-1]), size.shape[-1]
     if cfg.hard:
         return w * best(size, k).view_as(w)
     score = size / (size.mean(-1, keepdim=True) + 1e-12)
@@ -149,22 +148,19 @@ def softly(x: Tensor, there: Tensor, p: Params, params: Params, cfg: Config) -> 
     n, heads = there.sum(-1), len(p["out"])
     log_m = log_mask(token_scores(x, there, p, params, cfg), kept_of(cfg.tokens, n), n, cfg.temperature)
     chances = at_least_float32(params["head_score"])
-    m_heads = log_mask(chances, kept(cfg.heads, heads), heads, cfg.temperature).exp()
+    m_heads = log_mask(chances, kept(cfg.heads, heads), heads, cfg.temperature).exp()[:, None, None]
     scale = (log_m.exp() * (at_least_float32(params["gate"]) / cfg.temperature).sigmoid())[..., None]
     y = norm(x, p, 0, cfg.eps)
     q, k, v = (y[:, None] @ p["qkv"][i] + p["qkv_bias"][i, :, None] for i in range(3))
-    mixed = softmax_attention(
-        q, k, v, scale=q.shape[3] ** -0.5, mask=there[:, None, None], bias=log_m[:, None, None]
-    )
-    mixed = mixed * m_heads[:, None, None].to(mixed.dtype)
+    seen = {"mask": there[:, None, None], "bias": log_m[:, None, None]}
+    mixed = m_heads.to(v.dtype) * softmax_attention(q, k, v, scale=q.shape[3] ** -0.5, **seen)
     x = x + scale * ((mixed @ p["out"]).sum(1) + p["out_bias"])
     return x + scale * (F.gelu(norm(x, p, 1, cfg.eps) @ p["up"] + p["up_bias"]) @ p["down"] + p["down_bias"])
 
 
 def skipping(x: Tensor, there: Tensor, p: Params, params: Params, cfg: Config) -> Tensor:
     """A plain layer of the heads and tokens that are kept; the others' rows are those of x."""
-    heads = len(p["out"])
-    at = best(params["head_score"], kept(cfg.heads, heads)).nonzero()[:, 0]
+    at = best(params["head_score"], kept(cfg.heads, len(p["out"]))).nonzero()[:, 0]
     p = {**p, "qkv": p["qkv"][:, at], "qkv_bias": p["qkv_bias"][:, at], "out": p["out"][at]}
     chosen = there
     if cfg.tokens < 1:
