@@ -195,16 +195,15 @@ METHOD = BlockPage(
         lineage=("softmax",),
         neutral={"tokens": 1.0, "heads": 1.0, "weights": 1.0, "hard": True},
         caveat=(
-            "of the paper only the abstract and the released code were at hand: this form of the masks is the page's. "
-            "Its four masks are in one layer; the released code has a program for each. There tokens are chosen by "
-            "a straight-through top k with Gumbel noise, also when tested, and are set to zero rather than left out, "
-            "so that nothing is saved; the last place is always kept. Heads are chosen anew every few steps by the "
-            "gradient times the activation, which is the gradient of m_h here, and others come back by their "
-            "gradient; weights by their size, ever fewer, and come back too; layers are dropped at random in "
-            "training alone. Here all four are sigmoids around a bar, without noise. The shares of "
-            "tokens and heads are the defaults there, that of weights one of three that are run, each by itself. The message passing beside attention in GraphGPS, its batch norms and its ReLU are not part of "
-            "the page: the graph enters by the features of its nodes. Weights are masked one by one: fewer are "
-            "counted, but products are no faster"
+            "of the paper only abstract and released code were at hand: this form of the masks is the page's, and all "
+            "four in one layer; the code has a program for each. There tokens are chosen by a straight-through top k "
+            "with Gumbel noise, also when tested, and set to zero, not left out; the last place is always kept. Heads "
+            "are chosen anew every few steps by the gradient times the activation, which is the gradient of m_h here; "
+            "weights by their size, ever fewer; heads and weights come back by their gradient; layers are dropped at "
+            "random in training alone. Here all are sigmoids around a bar, without noise. Shares of tokens and heads "
+            "are the code's defaults, that of weights one of three that it runs. GraphGPS's message passing, batch "
+            "norms and ReLU are not here: the graph enters by the features of its nodes. Weights that are left out "
+            "are counted as saved, but products are no faster"
         ),
     ),
 )
