@@ -46,6 +46,10 @@ def of_class(label: int, name: str) -> Tensor:
 class Rebuilt(nn.Module):
     """Layers of the page between two linear maps; `both` or `intra`, which is a plain transformer."""
 
+    centre: Tensor
+    spread: Tensor
+    normal: Tensor
+
     def __init__(self, branches: str, label: int, seed: int) -> None:
         super().__init__()
         page = method("fod_i2correlation").page

@@ -22,6 +22,17 @@ tensor([0.1824, 0.3775, 0.6225, 0.8176])
 >>> whole = Config(tokens=1.0, heads=1.0, weights=1.0)
 >>> flops(whole, 4, width=4, heads=2), flops(Config(tokens=0.5, heads=1.0, weights=1.0), 4, width=4, heads=2)
 (1280, 608)
+
+Two of four tokens, chosen by their first number, take what one bias of 1 adds to attention that gives nothing; the
+others stay as they are.
+
+>>> cfg = Config(tokens=0.5, heads=1.0, weights=1.0, hard=True)
+>>> p = {name: torch.zeros_like(t) for name, t in init(cfg, {"width": 2, "heads": 1}).items()}
+>>> p |= {"layer_norm": torch.ones(2, 2), "layer_out_bias": torch.ones(2), "gate": torch.ones(1)}
+>>> p["score"][0] = 1.0
+>>> x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]])
+>>> reference(x, cfg, Call("self", params=p))[0].tolist()
+[[[2.0, 1.0], [0.0, 1.0], [3.0, 1.0], [0.0, 3.0]]]
 """
 
 from dataclasses import dataclass

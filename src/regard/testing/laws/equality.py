@@ -251,12 +251,9 @@ def wrong_gradients(case: Case, n: int, seed: int) -> dict[str, tuple[list[int],
                 every = torch.arange(t.numel())
                 far = first_apart(g, every, partial(finite_differences, total, inputs, name, step), bar)
         if far is not None:
-            at, slope = far
-            wrong[name] = (
-                [i.item() for i in torch.unravel_index(torch.tensor(at), t.shape)],
-                g[at].item(),
-                slope,
-            )
+            number, slope = far
+            at = [int(i) for i in torch.unravel_index(torch.tensor(number), t.shape)]
+            wrong[name] = (at, g[number].item(), slope)
     return wrong
 
 
@@ -272,8 +269,12 @@ def first_apart(
 
 def finite_differences(total: Callable, inputs: Inputs, name: str, step: float, numbers: Tensor) -> Tensor:
     """The slopes of total(given) along these numbers of one tensor, by central differences."""
-    lines = step * torch.eye(inputs.tensors()[name].numel(), dtype=torch.float64)[numbers]
-    return torch.tensor([along_line(total, inputs, name, line) / (2 * step) for line in lines])
+    slopes, line = [], torch.zeros(inputs.tensors()[name].numel(), dtype=torch.float64)
+    for number in numbers:
+        line[number] = step
+        slopes.append(along_line(total, inputs, name, line) / (2 * step))
+        line[number] = 0.0
+    return torch.tensor(slopes, dtype=torch.float64)
 
 
 def along_line(total: Callable, inputs: Inputs, name: str, line: Tensor) -> float:
