@@ -81,6 +81,8 @@ def init(cfg: Config, dims: dict) -> Params:
     shapes |= {"up": (inner, c), "down": (c, inner)}
     params = {name: torch.empty(shape).uniform_(-1, 1) * shape[-1] ** -0.5 for name, shape in shapes.items()}
     params |= {f"{name}_bias": torch.zeros(shape[:-1]) for name, shape in shapes.items()}
+    # a class is as rare as one in a hundred to begin with
+    params["class_bias"] -= math.log(99)
     return drawn_scores(c, cfg.levels) | params | {"norm": torch.ones(3, c), "norm_bias": torch.zeros(3, c)}
 
 
@@ -180,9 +182,9 @@ METHOD = BlockPage(
     grid=OnGrid(any_grid),
     exempt={"residual": "what is refined is normed last, as in DETR: weights of zero make it zero"},
     test_settings=(
-        {"objects": 3, "levels": 2, "classes": 3},
+        {"objects": 3, "levels": 2, "classes": 3, "expand": 1},
         {"keep": 0.3, "objects": 2, "levels": 1, "classes": 2, "expand": 1},
-        {"keep": 1.0, "cascade": (0.5, 1.0), "objects": 4, "levels": 3, "classes": 5},
+        {"keep": 1.0, "cascade": (0.5, 1.0), "objects": 4, "levels": 3, "classes": 5, "expand": 1},
     ),
     card=Card(
         title="Focus-DETR: foreground tokens are refined, those of objects twice",

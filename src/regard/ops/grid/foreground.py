@@ -39,7 +39,7 @@ def drawn_scores(width: int, levels: int) -> Params:
 
 def slow_scores(image: Tensor, p: Params, levels: int, eps: float) -> Tensor:
     """S_0 [N] of an image [C, rows, columns]."""
-    score = None
+    score = image.new_zeros(1, 1)
     for level in reversed(range(levels)):
         side = 2**level
         means = [[part.mean((1, 2)) for part in row.split(side, 2)] for row in image.split(side, 1)]
@@ -47,7 +47,7 @@ def slow_scores(image: Tensor, p: Params, levels: int, eps: float) -> Tensor:
         t = slow_linear(t + p["level"][level], p, "memory")
         t = t - t.mean(1, keepdim=True)
         t = t / (t.square().mean(1, keepdim=True) + eps).sqrt() * p["memory_norm"] + p["memory_norm_bias"]
-        if score is not None:
+        if level < levels - 1:
             t = t * (1 + p["alpha"][level] * slow_up(score, sides).flatten()[:, None])
         z = slow_gelu(slow_linear(t, p, "score_1"))
         half = z.shape[1] // 2
