@@ -202,8 +202,9 @@ METHOD = BlockPage(
             "before the first layer, so that its choices are nested: here each layer scores what it gets. It keeps one "
             "token more, and its MLP begins with a norm, under which a factor common to a token's channels is lost but "
             "for its sign: here, as in the equation, it is not. A product of a logit and a score, both negative, is "
-            "large, as released; W, its norm and e are the released code's. In a small image all foreground tokens are "
-            "among 300 objects. Losses and their labels are not here"
+            "large, as released; W, its norm and e are the released code's, where C is the detector's map. In small "
+            "images all foreground tokens are among 300 objects. Losses and their labels are not here. Where the loss "
+            "of scores reaches the features, their norms come to say the same: see the claim"
         ),
     ),
 )
