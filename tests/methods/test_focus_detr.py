@@ -48,6 +48,14 @@ def test_what_is_not_kept_stays_bit_for_bit(path, dtype):
         assert (out[row, first] != x[row, first]).any(1).all()
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_of_equal_scores_the_first_is_kept(path):
+    x, call = inputs()
+    p = {**call.params, "score_4": torch.zeros_like(call.params["score_4"])}
+    out = path(x, SMALL, call.with_(params=p))[0]
+    assert (out != x).any(2).tolist() == [[i < 12 for i in range(30)]] * 2
+
+
 def torch_attention(p, which):
     layer = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).double()
     with torch.no_grad():
@@ -152,7 +160,7 @@ def test_autocast_changes_no_scores():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"keep": 0.0}, {"keep": 1.1}, {"cascade": ()}, {"cascade": (1.0, 0.0)}, {"layer": 6}, {"layer": -1}]
+    [{"keep": 0.0}, {"keep": 1.1}, {"cascade": ()}, {"cascade": (1.0, 0.0)}, {"layer": 1}, {"layer": -1}]
     + [{name: 0} for name in ("objects", "levels", "classes", "expand")],
 )  # fmt: skip
 def test_settings_that_have_no_meaning_are_refused(settings):

@@ -14,13 +14,22 @@ GELU; after the first, half of the channels become their mean over the level. Sh
 A choice has no slope: the task teaches S and C nothing. `foreground` gives the scores of all levels and `categories`
 the logits of classes; losses of their own, on boxes in the paper, are asked of these.
 
-Worked by hand: half of 100 tokens, times 1, 0.8, 0.6, 0.6, 0.4 and 0.2 in six layers, is 30 in the mean. The larger
-half of scores 1, 3, 2, 3 is the second and the fourth, of equals the first before the last.
+Worked by hand: half of 100 tokens, times 1, 0.8, 0.6, 0.6, 0.4 and 0.2 in six layers, is 30 in the mean. Of four
+tokens one is kept, its score the first channel of a norm that maps 2, 0, 0, 0 to 1.732, -0.577, -0.577, -0.577 (mean
+1/2, variance 3/4). With attention and MLP of zero the norms are all that is left: this is what the token becomes.
 
->>> [kept(Config(layer=layer), 100) for layer in range(6)]
+>>> [kept(Config(layer=layer, layers=6), 100) for layer in range(6)]
 [50, 40, 30, 30, 20, 10]
->>> best_places(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), 2).tolist(), best_places(torch.tensor([[3.0, 3.0]]), 1).tolist()
-([[1, 3]], [[0]])
+>>> cfg = Config(keep=0.25, levels=1)
+>>> params = {name: 0 * p for name, p in init(cfg, {"width": 4, "heads": 1}).items()}
+>>> params |= {"memory": torch.eye(4), "memory_norm": torch.ones(4), "norm": torch.ones(3, 4)}
+>>> params |= {f"score_{i}": torch.eye(*params[f"score_{i}"].shape) for i in (1, 2, 3, 4)}
+>>> x = 2 * torch.eye(4)[[1, 0, 2, 3]]
+>>> reference(x[None], cfg, Call("self", params=params, grid=(2, 2)))[0][0].round(decimals=3)
+tensor([[ 0.0000,  2.0000,  0.0000,  0.0000],
+        [ 1.7320, -0.5770, -0.5770, -0.5770],
+        [ 0.0000,  0.0000,  2.0000,  0.0000],
+        [ 0.0000,  0.0000,  0.0000,  2.0000]])
 """
 
 import math
@@ -50,7 +59,7 @@ class Config:
     # drawn out over the layers, if they are not as many
     cascade: tuple[float, ...] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)
     layer: int = 0
-    layers: int = 6
+    layers: int = 1
     objects: int = 300  # k
     levels: int = 4
     classes: int = 80
@@ -98,17 +107,18 @@ def slow_layer(x: Tensor, p: Params, cfg: Config, sides: Sides) -> Tensor:
         return sorted(sorted(of, key=lambda i: -value[i].item())[:count])  # sorted is stable
 
     s, tokens = slow_scores(x.mT.unflatten(1, sides), p, cfg.levels, cfg.eps), list(x)
-    foreground = best(range(len(x)), s, kept(cfg, len(x)))
+    bound = len(x) * cfg.keep * cfg.cascade[cfg.layer * len(cfg.cascade) // cfg.layers]
+    front = best(range(len(x)), s, max(1, sum(i <= bound + 1e-6 for i in range(1, len(x) + 1))))
     named = slow_linear(x, p, "class").amax(1) * s
-    objects = best(foreground, named, cfg.objects)
+    objects = best(front, named, cfg.objects)
     y = x[objects]
     for i, token in zip(objects, slow_norm(y + slow_attention(y, y, p, 0), p, 0, cfg.eps), strict=True):
         tokens[i] = token
-    y = torch.stack([tokens[i] for i in foreground])
+    y = torch.stack([tokens[i] for i in front])
     y = slow_norm(y + slow_attention(y, x, p, 1), p, 1, cfg.eps)
     middle = slow_linear(y, p, "up").clamp(min=0)
     y = slow_norm(y + slow_linear(middle, p, "down"), p, 2, cfg.eps)
-    for i, token in zip(foreground, y, strict=True):
+    for i, token in zip(front, y, strict=True):
         tokens[i] = token
     return torch.stack(tokens)
 
