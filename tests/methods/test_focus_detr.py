@@ -149,6 +149,11 @@ def test_losses_teach_scores_and_classes_and_the_output_does_not():
         assert params[name].grad.abs().max() > 1e-9, name
 
 
+def test_a_class_is_one_in_a_hundred_to_begin_with():
+    bias = PAGE.init(SMALL, {"width": WIDTH, "heads": HEADS})["class_bias"]
+    torch.testing.assert_close(bias.sigmoid(), torch.full((4,), 0.01))
+
+
 def test_autocast_changes_no_scores():
     x, call = inputs()
     x, call = x.float(), call.with_(params={name: p.float() for name, p in call.params.items()})
