@@ -22,6 +22,7 @@ from regard.train.loop import fit, one_cycle
 __all__ = [
     "Ratios",
     "alternate",
+    "auroc",
     "count_parameters",
     "difference",
     "generator",
@@ -84,6 +85,13 @@ def points_apart(a: Tensor, b: Tensor) -> list[float]:
     apart = 100 * (a.double() - b.double())
     half = 1.96 * apart.std().item() / len(apart) ** 0.5
     return [apart.mean().item() - half, apart.mean().item() + half]
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float:
+    """How often one of the positive scores, bool like `scores`, is above one of the others; half for equal ones."""
+    yes, no = scores[positive], scores[~positive].sort().values
+    below, upto = (torch.searchsorted(no, yes, right=right).double() for right in (False, True))
+    return ((below + upto) / 2 / len(no)).mean().item()
 
 
 def difference(a: Tensor, b: Tensor) -> float:

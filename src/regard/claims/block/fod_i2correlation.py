@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from regard.catalog import method
 from regard.claims.digits import digits, network
-from regard.claims.lab import generator, mean, seeded, threads
+from regard.claims.lab import auroc, generator, mean, seeded, threads
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.methods.blocks.fod_i2correlation import Pairs, anomaly, correlations, discrepancy, learning
@@ -105,13 +105,6 @@ def corrupted(label: int, name: str) -> tuple[Tensor, Tensor]:
         other = others[torch.randint(len(others), (), generator=g)]
         image[:, y : y + BLOCK, x : x + BLOCK] = other[:, v : v + BLOCK, u : u + BLOCK]
     return out, ((out - images).abs() > CHANGED).flatten(1)
-
-
-def auroc(scores: Tensor, mask: Tensor) -> float:
-    """Of a corrupted place and another, how often the first has the higher score; half for equal ones."""
-    yes, no = scores[mask].double(), scores[~mask].double().sort().values
-    below, upto = torch.searchsorted(no, yes), torch.searchsorted(no, yes, right=True)
-    return ((below + upto) / 2 / len(no)).mean().item()
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard.catalog import method
-from regard.claims.lab import generator, mean, seeded, sweep, threads
+from regard.claims.lab import auroc, generator, mean, seeded, sweep, threads
 from regard.core.call import Call
 from regard.core.claim import Claim, Measured
 from regard.kinds.block import BlockPage
@@ -171,10 +171,7 @@ def went_on(side: str, before: Network, data: Graphs, rate: float, seed: int) ->
 def auc(model: Network, data: Graphs) -> float:
     """In points: of pairs of a graph of each answer, how many are in order."""
     scores = torch.cat([model(x) for x in data[0].split(500)])
-    ranks = scores.argsort().argsort().double() + 1
-    yes = data[1] > 0
-    below = ranks[yes].sum().item() - yes.sum().item() * (yes.sum().item() + 1) / 2
-    return 100 * below / (yes.sum().item() * (~yes).sum().item())
+    return 100 * auroc(scores, data[1] > 0)
 
 
 @torch.no_grad()

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from regard.attaching.attachment import attach
-from regard.claims.lab import difference, generator, mean, threads
+from regard.claims.lab import auroc, difference, generator, mean, threads
 from regard.claims.shipped_vlm import Asked, asked, correct, inputs_of, shipped
 from regard.core import Observer, Site
 from regard.core.claim import Claim, Measured
 from regard.methods.steering import carve as page
-from regard.ops.ranks import ranks
 from regard.tasks.scene_questions import DESCRIBE
 from regard.tasks.scenes import GRID, Scene
 
@@ -60,12 +59,6 @@ def maps(questions: Sequence[Asked]) -> tuple[Tensor, Tensor]:
     return asked_for, attention([q.scene for q in questions], DESCRIBE)
 
 
-def auc(score: Tensor, target: Tensor) -> float:
-    """How often a target token [P] bool ranks above another one, ties half."""
-    n = int(target.sum())
-    return ((ranks(score)[target].sum() - n * (n + 1) / 2) / (n * (len(score) - n))).item()
-
-
 def target(scene: Scene) -> Tensor:
     """[P] the four tokens of the digit's cell."""
     row, column = divmod(scene.of("digit")[0].cell, GRID)
@@ -81,7 +74,7 @@ def found_by(
     even = torch.ones_like(general)
     sides = {"contrast": (own, general), "question": (own, even), "general": (general, even)}
     return {
-        name: [auc(page.fuse(x, y, cfg), target(q.scene)) for q, x, y in zip(questions, a, b, strict=True)]
+        name: [auroc(page.fuse(x, y, cfg), target(q.scene)) for q, x, y in zip(questions, a, b, strict=True)]
         for name, (a, b) in sides.items()
     }
 
