@@ -81,7 +81,7 @@ def test_choice_under_the_defaults_is_the_definition(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_every_setting_moves_what_is_chosen(name):
     definition = written(name)
-    check_all_settings_move(catalog.get(name).config, definition)
+    check_all_settings_move(name, definition)
     for setting, pair in definition.moves.items():
         one, other = (run(name, settings, definition.families.get(setting, "llama")) for settings in pair)
         check_moves(f"{name}: {setting}", one, other)
@@ -150,9 +150,9 @@ def test_a_setting_that_moves_nothing_is_found():
 
 
 def test_a_setting_that_nobody_moves_is_found():
-    h2o, config = written("h2o"), catalog.get("h2o").config
+    h2o = written("h2o")
     with pytest.raises(AssertionError, match=r"settings \['recent'\]"):
-        check_all_settings_move(config, faulty(h2o, moves={"budget": h2o.moves["budget"]}))
+        check_all_settings_move("h2o", faulty(h2o, moves={"budget": h2o.moves["budget"]}))
     both = {**h2o.moves, "recent": (SMALL, {"budget": 9, "recent": 0.2})}
     with pytest.raises(AssertionError, match=r"the two settings of recent differ in \['budget', 'recent'\]"):
-        check_all_settings_move(config, faulty(h2o, moves=both))
+        check_all_settings_move("h2o", faulty(h2o, moves=both))

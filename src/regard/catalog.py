@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from fnmatch import fnmatch
 from functools import cache
 from hashlib import sha256
@@ -19,7 +20,9 @@ from types import ModuleType
 from typing import Any
 
 from regard.core import Method, Page, Unsupported, require, unknown
+from regard.core.composed import composed, overlays
 from regard.core.deprecation import warn
+from regard.core.pages import changed_settings
 from regard.core.spec import parse_spec
 from regard.kinds import kind as kind_of
 from regard.kinds import kinds
@@ -135,6 +138,8 @@ def family_of(name: str) -> str:
 
 def get(name: str) -> Page:
     """The page of this name; KeyError with the near names if there is none."""
+    if "+" in name:
+        return composed(*((part.strip(), get(part.strip())) for part in name.split("+")))
     known = pages()
     if name not in known:
         raise unknown("method", name, known)
@@ -161,9 +166,29 @@ def imported(path: Path) -> ModuleType:
 
 
 def method(name: str, **config: Any) -> Method:
-    """A configured page: `method("streaming_llm", sinks=4, window=512)`."""
-    page = get(name)
+    """A configured page: `method("streaming_llm", sinks=4, window=512)`.
+
+    Of methods laid over one another, `method("snapkv+adakv", window=16, floor=0.1)`; one that is laid over others lies
+    over the one that its page names where none is given.
+    """
+    page: Any = get(name)
+    if overlays(page):
+        page = composed((page.over, get(page.over)), (name, page))
     return Method(name, page, page.configure(**config))
+
+
+def laid_over(methods: Iterable[Method]) -> Method:
+    """One method of several, in the order in which they are given: one that chooses, and those laid over it."""
+    base, *over = methods
+    names = "+".join(m.name for m in (base, *over))
+    page, settings = get(names), {f.name: getattr(base.config, f.name) for f in fields(base.config)}
+    for m in over:
+        below = {
+            name: value for name, value in changed_settings(m.config, m.page.config()) if "." not in name
+        }
+        require(not below, f"what lies below {m.name} has its settings itself, in {base.name}", **below)
+        settings[m.name] = getattr(m.config, m.name)
+    return Method(names, page, page.configure(**settings))
 
 
 def from_spec(spec: str | Method, kind: str | None = None) -> Method:

@@ -3,7 +3,7 @@
 from math import ceil
 from typing import ClassVar
 
-from regard.testing.cache.definition import Definition, Moment, largest
+from regard.testing.cache.definition import Definition, Moment
 
 
 class Written(Definition):
@@ -18,10 +18,7 @@ class Written(Definition):
     def own_budget(self) -> float:
         return 0.2
 
-    def keeps(self, at: Moment) -> list[list[int]]:
-        return [self.kept(at, g) for g in range(len(at.k))]
-
-    def kept(self, at: Moment, g: int) -> list[int]:
+    def ranks(self, at: Moment, g: int) -> tuple[dict[int, float], list[int]]:
         received = self.memory.setdefault((at.layer, g), {})
         for h in at.query_heads(g):
             for i in at.new:
@@ -29,5 +26,4 @@ class Written(Definition):
                 for j, weight in zip(seen, at.weights(h, i, seen).tolist(), strict=True):
                     received[j] = received.get(j, 0.0) + weight
         recent = [j for j in at.lasting(g) if j >= at.n - max(1, ceil(round(at.budget * self.cfg.recent, 9)))]
-        others = {j: received[j] for j in at.lasting(g) if j not in recent}
-        return sorted([*largest(others, at.budget - len(recent)), *recent])
+        return {j: received[j] for j in at.lasting(g)}, recent

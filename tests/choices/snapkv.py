@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from regard.testing.cache.definition import Definition, Moment, largest
+from regard.testing.cache.definition import Definition, Moment
 
 
 class Written(Definition):
@@ -15,16 +15,13 @@ class Written(Definition):
     more = ({"budget": 3, "window": 5, "pool": 3}, {"budget": 10, "window": 6, "pool": 5})
     slides: ClassVar = {"budget": 3, "window": 1, "pool": 3}
     long = 1040
+    phase = "prefill"
 
     def own_budget(self) -> int:
         return 1024
 
-    def keeps(self, at: Moment) -> list[list[int]] | None:
-        return None if at.decodes else [self.kept(at, g, at.lasting(g)) for g in range(len(at.k))]
-
-    def kept(self, at: Moment, g: int, tokens: list[int]) -> list[int]:
-        if len(tokens) <= at.budget:
-            return tokens
+    def ranks(self, at: Moment, g: int) -> tuple[dict[int, float], list[int]]:
+        tokens = at.lasting(g)
         votes = dict.fromkeys((j for j in tokens if j < at.n - self.cfg.window), 0.0)
         for h in at.query_heads(g):
             for i in at.new[-self.cfg.window :]:
@@ -34,5 +31,6 @@ class Written(Definition):
                         votes[j] += weight
         reach = self.cfg.pool // 2
         pooled = {j: max(votes.get(i, 0.0) for i in range(j - reach, j + reach + 1)) for j in votes}
-        window = [j for j in tokens if j >= at.n - min(self.cfg.window, at.budget)]
-        return sorted([*largest(pooled, at.budget - len(window)), *window])
+        # beyond the budget a token of the window weighs nothing
+        pooled |= {j: 0.0 for j in tokens if j not in pooled}
+        return pooled, [j for j in tokens if j >= at.n - min(self.cfg.window, at.budget)]

@@ -6,17 +6,19 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from regard.attaching.actors import Actor, AttentionCall
+from regard.attaching.anatomy import anatomy
 from regard.attaching.places import places_of
 from regard.attaching.slots import Group, slack
 from regard.attaching.views import at_slots, make_view, visibility
-from regard.core import Method, NeverFired, Unsupported, require
+from regard.core import Method, NeverFired, Unreachable, Unsupported, require
 from regard.core.errors import present
-from regard.kinds.cache import CachePage
-from regard.ops import Budget, Kept, View, gather_rows, keep_best, parse_budget, per_query_head, tokens_within
+from regard.kinds.cache import CachePage, decide
+from regard.ops import Budget, Kept, View, gather_rows, parse_budget, per_query_head, tokens_within
 
 # what a page may want measured on the model: name -> the function that gives the setting `heads`
 CALIBRATORS: dict[str, Callable[[PreTrainedModel], Any]] = {}
@@ -48,6 +50,10 @@ class CachePolicy(Actor):
         """Measure on the model what the page needs and its settings leave open."""
         if self.page.calibrate and self.method.config.heads is None:
             self.method = self.method.with_settings(heads=CALIBRATORS[self.page.calibrate](model))
+
+    def look(self, model: PreTrainedModel) -> None:
+        if self.page.reads_output:
+            self.outputs = output_projections(model, self.name)
 
     def check_fired(self, forwards: int) -> None:
         if self.acted == 0:
@@ -109,6 +115,8 @@ class CachePolicy(Actor):
         if view.layer == 0 and group is call.ledger.groups[0]:
             step.restart()
         view.shared, view.memory = step.shared, memory_of(call, view)
+        if self.page.reads_output:
+            view.output = self.output_of(call)
         view.report_bytes = lambda n: step.reported.__setitem__(view.layer, n)
         if view.seen not in step.budgets:
             step.budgets[view.seen] = self.budget(view, group)
@@ -121,6 +129,12 @@ class CachePolicy(Actor):
         if rotary is not None and (page.shift or page.attention or rotary.can_rotate(module)):
             of_queries = page.shift is None
             view.rotate = lambda x, by: rotary.rotate(module, x, by, of_queries)
+
+    def output_of(self, call: AttentionCall) -> Tensor:
+        """[H, E, width] of the heads of this call."""
+        weight = self.outputs[call.module]
+        whole = weight.unflatten(0, (-1, call.v.shape[-1]))
+        return whole if call.heads is None else whole[list(call.heads)]
 
     @cached_property
     def _asked(self) -> Budget:
@@ -181,13 +195,24 @@ class CachePolicy(Actor):
         whole = voted([without_what_left(c) if left else c.stored for c in calls])
         if page.phase == "prefill" and whole.phase != "prefill":
             return
-        if page.keep is not None or page.score is not None:
-            whole.budget = self._held(call, whole)
-        kept: Kept | None = None
-        if page.keep is not None:
-            kept = self._answer("keep", call, whole)
-        elif page.score is not None and whole.over():
-            kept = keep_best(whole, page.score(whole, cfg))
+        if page.keep is None and page.score is None:
+            return
+        whole.budget = self._held(call, whole)
+        if page.by_place:
+            self._carry_out(call, self._answer("keep", call, whole))
+            return
+        # heads that share a budget are asked together, once all groups of them were attended to
+        waiting = call.step.waiting
+        waiting.append((call, whole))
+        if page.allocate is not None and len(waiting) < len(ledger.groups):
+            return
+        answers = decide(page, [view for _, view in waiting], cfg)
+        for (asked, _), kept in zip(waiting, answers, strict=True):
+            self._carry_out(asked, kept)
+        waiting.clear()
+
+    def _carry_out(self, call: AttentionCall, kept: Kept | None) -> None:
+        """Let the slots of this call go that are not kept."""
         if kept is not None:
             if kept.merged is not None and kept.merged[0].shape[1] != call.slots.keys.shape[1]:
                 raise Unsupported(
@@ -204,6 +229,20 @@ class CachePolicy(Actor):
             size += whole.k.nbytes
         before = 0 if call.group is call.ledger.groups[0] else step.bytes_read.get(whole.layer, 0)
         step.bytes_read[whole.layer] = before + step.reported.get(whole.layer, size)
+
+
+def output_projections(model: PreTrainedModel, name: str) -> dict[nn.Module, Tensor]:
+    """Attention module -> the weight [heads * width, model's width] by which its heads' outputs are projected."""
+    found: dict[nn.Module, Tensor] = {}
+    for layer in anatomy(model):
+        weight = getattr(layer.project, "weight", None)
+        if layer.attention is None:
+            continue
+        if weight is None or not weight.is_floating_point() or weight.dim() != 2:
+            kind = type(layer.project).__name__
+            raise Unreachable(f"{name} reads the output projection of {layer.name}, which is a {kind}")
+        found[layer.attention] = weight.detach() if isinstance(layer.project, Conv1D) else weight.detach().T
+    return found
 
 
 def asking(call: AttentionCall, view: View) -> View:

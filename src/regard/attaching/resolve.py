@@ -17,6 +17,7 @@ from regard.attaching.replacement import MechanismOnKeys, MechanismReplacement, 
 from regard.attaching.sparse import SparsePrefill, is_sparse
 from regard.attaching.steering import Steering
 from regard.core import Edit, Method, Observer, Unsupported, show
+from regard.core.composed import overlays
 from regard.core.mask import Mask
 from regard.kinds.mask import build_mask
 
@@ -30,13 +31,16 @@ def actors_of(
     items = [methods] if isinstance(methods, Attachable) else list(methods or [])
     if config and not any(isinstance(x, str) for x in items):
         raise ValueError(f"settings without a method's name: {', '.join(config)}")
-    items = [catalog.method(x, **config) if isinstance(x, str) else x for x in items]
+    items = [catalog.method(x, **config) if isinstance(x, str) else x for x in beside_one_another(items)]
     by_kind: dict[str, list] = {
         kind: [] for kind in ("mask", "mechanism", "cache", "tokens", "steering", "edit", "actor", "observer")
     }
     for item in items:
         by_kind[kind_of(item)].append(item)
-    policies = [CachePolicy(x) for x in by_kind["cache"]]
+    caches = by_kind["cache"]
+    if len(caches) > 1 and any(overlays(catalog.get(m.name)) for m in caches if "+" not in m.name):
+        caches = [catalog.laid_over(caches)]
+    policies = [CachePolicy(x) for x in caches]
     if len(policies) > 1:
         raise Unsupported(f"one cache method at a time, not {', '.join(p.name for p in policies)}")
     actors: list[Actor] = [as_mask(x) for x in by_kind["mask"]]
@@ -57,6 +61,14 @@ def actors_of(
     refuse_two_decoders(actors)
     refuse_two_weights(actors)
     return actors
+
+
+def beside_one_another(items: list) -> list:
+    """The names of cache methods that are laid over one another as one name, so that they share their settings."""
+    names = [x for x in items if isinstance(x, str) and catalog.get(x).kind == "cache"]
+    if len(names) < 2 or not any(overlays(catalog.get(x)) for x in names):
+        return items
+    return [x for x in items if x not in names] + ["+".join(names)]
 
 
 def refuse_two_decoders(actors: list[Actor]) -> None:

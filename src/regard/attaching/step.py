@@ -45,6 +45,7 @@ class Step:
     reported: dict[int, int] = field(default_factory=dict)
     bytes_read: dict[int, int] = field(default_factory=dict)
     calls: dict[tuple, list[Any]] = field(default_factory=dict)
+    waiting: list[tuple[Any, Any]] = field(default_factory=list)  # calls of one layer, decided together
 
     def asked(self, call: Any) -> list[Any]:
         """The calls of all layers that read the slots of this one, once the last of them has; before that none."""
@@ -62,6 +63,7 @@ class Step:
         self.places.clear()
         self.shared.clear()
         self.reported.clear()
+        self.waiting.clear()
 
     def next(self, inputs: dict, roles: Mapping[str, RoleRule]) -> "Step":
         """The step of a forward that was called with these inputs."""

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +24,9 @@ class Page:
     kind = "page"
     patterns: tuple[str, ...] = ()
     test_settings: tuple[Mapping[str, Any], ...] = ()
+    parts: tuple[
+        tuple[str, "Page"], ...
+    ] = ()  # (name, page) of a page that is made of others (core/composed.py)
 
     def configure(self, **settings: Any) -> Any:
         """The page's Config with these settings; a name or value that it does not take is an error."""
@@ -31,6 +34,8 @@ class Page:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as what it is, the METHOD of its module, whatever functions it is made of."""
+        if self.parts:
+            return import_module("regard.core.composed").composed, self.parts
         where = self.config.__module__
         if getattr(sys.modules.get(where), "METHOD", None) is self:
             return page_of, (where,)
@@ -86,13 +91,23 @@ class Method:
     @property
     def label(self) -> str:
         """Name and the settings that differ from the page's defaults: `streaming_llm(budget=0.1)`."""
-        default = self.page.config()
-        pairs = ((f.name, getattr(self.config, f.name)) for f in fields(self.config))
-        changed = [(name, value) for name, value in pairs if value != getattr(default, name)]
+        changed = changed_settings(self.config, self.page.config())
         shown = [
             f"{name}={value!r}" if isinstance(value, str) else f"{name}={value}" for name, value in changed
         ]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+
+def changed_settings(config: Any, default: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(name, value) of the settings that differ from the defaults; of pages laid over, `name.setting`."""
+    changed: list[tuple[str, Any]] = []
+    for f in fields(config):
+        value, usual = getattr(config, f.name), getattr(default, f.name)
+        if is_dataclass(value) and type(value) is type(usual):
+            changed += changed_settings(value, usual, f"{prefix}{f.name}.")
+        elif value != usual:
+            changed.append((prefix + f.name, value))
+    return changed
 
 
 _moved = moved(__name__, {f"{kind}Page": f"regard.core:{kind}Page" for kind in ("Mask", "Cache", "Position")})

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -20,6 +20,7 @@ def fitted(title: str, config: type, settings: dict[str, Any]) -> dict[str, Any]
     A name that Config does not have, and a value that its annotation does not allow, are a ValueError.
     """
     names, wanted = [f.name for f in fields(config)], annotations(config)
+    settings = nested(config, settings)
     for name in settings:
         if name not in names:
             raise ValueError(f"{title} has no setting {name!r}; {near(name, names)}")
@@ -29,6 +30,28 @@ def fitted(title: str, config: type, settings: dict[str, Any]) -> dict[str, Any]
 @cache
 def annotations(config: type) -> dict[str, Any]:
     return get_type_hints(config)
+
+
+def nested(config: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with those of a part's Config in their place: {"floor": 0.3} is {"adakv": {"floor": 0.3}}.
+
+    A name that the Config itself has is its own; one that several parts have says whose it is: "adakv.floor".
+    """
+    own = {f.name for f in fields(config)}
+    parts = {f.name: f.type for f in fields(config) if isinstance(f.type, type) and is_dataclass(f.type)}
+    inner = {name: {f.name for f in fields(part)} for name, part in parts.items()}
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        part, _, rest = name.partition(".")
+        owners = [p for p, names in inner.items() if name in names]
+        if rest and part in parts:
+            result.setdefault(part, {})[rest] = value
+        elif name not in own and len(owners) == 1:
+            result.setdefault(owners[0], {})[name] = value
+        else:
+            require(name in own or not owners, f"{name} says of which part: {owners}", **{name: value})
+            result[name] = value
+    return result
 
 
 def fit(title: str, name: str, value: Any, wanted: Any) -> Any:
@@ -65,6 +88,8 @@ def converted(value: Any, wanted: Any) -> Any:
         return value if same else MISFIT
     if get_origin(wanted) is tuple:
         return converted_parts(value, get_args(wanted))
+    if isinstance(value, dict) and isinstance(wanted, type) and is_dataclass(wanted):
+        return wanted(**fitted(wanted.__name__, wanted, value))
     if wanted in (int, float):
         return converted_number(value, wanted)
     return value if isinstance(value, get_origin(wanted) or wanted) else MISFIT

@@ -2,10 +2,12 @@
 
 import ast
 import math
+import re
 from typing import Any
 
 from regard.core.errors import require
 
+OVER = re.compile(r"\+(?=[A-Za-z_])")  # between two methods; a number's 1e+5 is none
 WORDS = {"true": True, "false": False, "none": None, "inf": math.inf}
 
 
@@ -14,7 +16,20 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
 
     >>> parse_spec("tidaldecode:k=32,select=(2, 13),budget=10%")
     ('tidaldecode', {'k': 32, 'select': (2, 13), 'budget': '10%'})
+
+    Of methods laid over one another each may have settings:
+
+    >>> parse_spec("snapkv:window=8+adakv:floor=0.1")
+    ('snapkv+adakv', {'window': 8, 'adakv.floor': 0.1})
     """
+    (name, settings), *over = [parse_part(part) for part in OVER.split(text)]
+    for other, own in over:
+        name += f"+{other}"
+        settings |= {f"{other}.{key}": value for key, value in own.items()}
+    return name, settings
+
+
+def parse_part(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
     for pair in split_outside(rest):

@@ -1,10 +1,17 @@
 """Caches: which stored keys a step reads, and which stay."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from regard.core import Kind, Page
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.core import Kind, Page, Unsupported
 from regard.core.deprecation import renamed_fields
+from regard.ops import Kept, View, keep_best
+from regard.ops.softmax import at_least_float32
 
 
 @renamed_fields(place="shift", attend="attention", turns="rotates")
@@ -13,6 +20,7 @@ class CachePage(Page):
     """A KV-cache policy. Of these four a page gives what its paper changes (see ops/view.py for View):
 
     score(view, cfg) -> [B, G, n]   importance of every stored token; the runner keeps the best within the budget
+    always(view, cfg) -> bool       beside `score`: [1|B, 1|G, n] tokens that stay before all others (None: the newest)
     keep(view, cfg) -> Kept | None  which stored tokens stay, after the step's attention (None: all)
     select(view, cfg) -> slots [B, G or H, m] | None   which stored tokens this step reads (None: all)
     observe(view, cfg) -> None      record something of a step (for example its attention weights) without changing it
@@ -28,11 +36,18 @@ class CachePage(Page):
     phase      when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")
     by_place   whether `keep`, `select` and `shift` follow from places in the text alone (index, padding, positions,
                budget, window), whatever keys and layer: then layers that hold the same tokens share their answers
+    allocate(view, score, cfg) -> [B, G]  beside `score`: tokens of each head where they share a budget unequally, of
+               the scores [B, G, n] of all (-inf: no token, the highest: stays in any case); `view` is that of some
+    wrap       (the page below, cfg) -> the page that acts in its place, of a page that is laid over others:
+               "snapkv+adakv"; what it cannot be laid over is Unsupported
+    over       the page that it is laid over where none is named
+    reads_output  whether the page reads view.output, the model's output projection by head
     reads_generated  whether a step reads, beyond its budget, what was generated since the page's last full step
     """
 
     budget: Callable = None  # type: ignore[assignment]
     score: Callable | None = None
+    always: Callable | None = None
     keep: Callable | None = None
     select: Callable | None = None
     observe: Callable | None = None
@@ -43,8 +58,54 @@ class CachePage(Page):
     calibrate: str = ""
     phase: str = "both"
     by_place: bool = False
+    allocate: Callable | None = None
+    wrap: Callable | None = None
+    over: str = ""
+    reads_output: bool = False
     reads_generated: bool = False
     kind = "cache"
+
+
+def decide(page: CachePage, views: Sequence[View], cfg: Any) -> list[Kept | None]:
+    """What a page lets stay of each view, one for heads that hold equally many tokens: what its `keep` says, or the
+    best by its score within the budget, which `allocate` may share unequally. None: all.
+    """
+    if page.keep is not None:
+        return [page.keep(view, cfg) for view in views]
+    if page.score is None or (page.allocate is None and not any(view.over() for view in views)):
+        return [None] * len(views)
+    scores, always = [page.score(v, cfg) for v in views], [stays(page, v, cfg) for v in views]
+    if page.allocate is None:
+        return [keep_best(*each) for each in zip(views, scores, always, strict=True)]
+    budgets = page.allocate(views[0], ranked(views, scores, always), cfg)
+    heads = budgets.split([v.groups for v in views], 1)
+    return [keep_best(*each) for each in zip(views, scores, always, heads, strict=True)]
+
+
+def ranked(views: Sequence[View], scores: Sequence[Tensor], always: Sequence[Tensor]) -> Tensor:
+    """[B, G, n] scores of all heads, group after group: the highest for what stays anyhow, -inf where nothing is."""
+    most, parts = max(v.stored for v in views), []
+    for view, score, stay in zip(views, scores, always, strict=True):
+        score = at_least_float32(score).expand(len(view.q), view.groups, -1)
+        score = torch.where(stay, torch.finfo(score.dtype).max, score).masked_fill(~view.hold(), -torch.inf)
+        parts.append(F.pad(score, (0, most - view.stored), value=-torch.inf))
+    return torch.cat(parts, 1)
+
+
+def stays(page: CachePage, view: View, cfg: Any) -> Tensor:
+    """[1|B, 1|G, n] bool: the tokens that stay before all others, whatever their score."""
+    return view.age() < 1 if page.always is None else page.always(view, cfg)
+
+
+def allocating(name: str, page: CachePage, allocate: Callable) -> CachePage:
+    """A page of scores with budgets by head: allocate(view, score) -> [B, G] tokens, of scores [B, G, n]."""
+    if page.score is None:
+        raise Unsupported(f"{name} shares a budget by scores, and {page.card.title} has none")
+    if page.allocate is not None:
+        raise Unsupported(
+            f"{name} shares the budget of {page.card.title}, which another method shares already"
+        )
+    return replace(page, allocate=lambda view, score, below: allocate(view, score))
 
 
 KIND = Kind(

@@ -53,13 +53,20 @@ class Kept:
         return int(self.holes) if self.holes.numel() == 1 else None
 
 
-def keep_best(view: View, score: Tensor, always: Tensor | None = None) -> Kept | None:
-    """Keep the best-scored real tokens within each row's budget; those marked in `always` go first. None: all stay."""
-    if not view.over():
+def keep_best(
+    view: View, score: Tensor, always: Tensor | None = None, budget: Tensor | None = None
+) -> Kept | None:
+    """Keep the best-scored real tokens within each row's budget; those marked in `always` go first. None: all stay.
+
+    budget  [B, G] tokens of each head, where heads have budgets of their own
+    """
+    if budget is None and not view.over():
         return None
     score = at_least_float32(score)
     if always is not None:
         score = torch.where(always, torch.finfo(score.dtype).max, score)
+    if budget is not None:
+        return Kept(slots_of(best_by_head(view, score, always, budget)))
     if view.real is None and view.over_by_one():
         hole = lowest(view, score)
         if hole is not None:
@@ -67,6 +74,16 @@ def keep_best(view: View, score: Tensor, always: Tensor | None = None) -> Kept |
     score = torch.where(view.hold(), score, -torch.inf)
     budget = view.budget if score.shape[0] > 1 else view.budget[:1]
     return Kept(slots_of(best_by_age(view, score, budget[:, None])))
+
+
+def best_by_head(view: View, score: Tensor, always: Tensor | None, budget: Tensor) -> Tensor:
+    """[B, G, n] bool the best within each head's budget [B, G]; of `always`, where they are too many, the newest."""
+    held = view.hold().expand_as(score)
+    if always is None:
+        return best_by_age(view, torch.where(held, score, -torch.inf), budget)
+    first = best(torch.where(held & always, -view.age().to(score.dtype), -torch.inf), budget)
+    rest = torch.where(held & ~always, score, -torch.inf)
+    return first | best_by_age(view, rest, budget - first.sum(-1))
 
 
 def lowest(view: View, score: Tensor) -> Tensor | None:

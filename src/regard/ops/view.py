@@ -65,6 +65,9 @@ class View:
     report_bytes: Callable[[int], None] = lambda n: None
     # (x [B, h, m, D], by [.., h, m]) -> x rotated further
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    output: Tensor | None = (
+        None  # [H, E, width] the model's output projection by head, for a page that reads it
+    )
     # keys that a query of a sliding layer sees, its own included; what lies before them never comes back
     window: int | None = None
     # of a single-query step; not init: a view with anything changed has weights of its own
@@ -315,6 +318,19 @@ class View:
         """[1|B, 1|heads, n] the table of slots for so many heads, of the cache or of queries."""
         spread = 1 < self.index.shape[1] < heads
         return self.index.repeat_interleave(heads // self.index.shape[1], 1) if spread else self.index
+
+    def unrotated_keys(self) -> Tensor:
+        """[B, G, n, D] stored keys as if each stood at position 0; of a model that rotates none, as they are."""
+        return self.k if self.rotate is None else self.rotate(self.k, -self.position())
+
+    def unrotated_queries(self) -> Tensor:
+        """[B, H, N, D] this step's queries as if each stood at position 0."""
+        if self.rotate is None:
+            return self.q
+        last = torch.arange(self.seen - self.new, self.seen, device=self.q.device)[None]
+        order = last if self.order is None else self.order[:, -self.new :]
+        at = order if self.positions is None else self.positions[:, -self.new :]
+        return self.rotate(self.q, -at[:, None])
 
     def hold(self) -> Tensor:
         """[1|B, 1|G, n] bool: the slot holds a real token."""

@@ -9,9 +9,11 @@ cache at little loss). Grouped heads share a stored key, so A sums over the quer
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, Kept, View, keep_best
+from regard.ops import Budget, View
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,19 @@ def observe(view: View, cfg: Config) -> None:
     view.notes("received").add_(view.received())
 
 
-def keep(view: View, cfg: Config) -> Kept | None:
-    recent = (view.budget.double() * cfg.recent - 1e-9).ceil().clamp(min=1)[:, None, None]
-    return keep_best(view, view.notes("received"), always=view.age() < recent)
+def score(view: View, cfg: Config) -> Tensor:
+    return view.notes("received")
+
+
+def always(view: View, cfg: Config) -> Tensor:
+    return view.age() < (view.budget.double() * cfg.recent - 1e-9).ceil().clamp(min=1)[:, None, None]
 
 
 METHOD = CachePage(
     config=Config,
     observe=observe,
-    keep=keep,
+    score=score,
+    always=always,
     budget=lambda cfg: 0.2,
     patterns=("causal_self",),
     card=Card(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, Kept, View, keep_best
+from regard.ops import Budget, View
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,14 @@ def score(view: View, cfg: Config) -> Tensor:
     return pooled.gather(-1, place.clamp(max=length - 1))
 
 
-def keep(view: View, cfg: Config) -> Kept | None:
-    if not view.over():
-        return None
-    window = view.budget.clamp(max=cfg.window)[:, None, None]
-    return keep_best(view, score(view, cfg), always=view.age() < window)
+def always(view: View, cfg: Config) -> Tensor:
+    return view.age() < view.budget.clamp(max=cfg.window)[:, None, None]
 
 
 METHOD = CachePage(
     config=Config,
-    keep=keep,
+    score=score,
+    always=always,
     phase="prefill",
     budget=lambda cfg: 1024,
     patterns=("causal_self",),

@@ -12,6 +12,7 @@ from typing import Any
 
 from regard import catalog
 from regard.core import Method, Unsupported
+from regard.core.composed import overlays
 from regard.kinds.cache import CachePage
 from regard.testing.cache.checks import (
     check_attention_budget,
@@ -39,7 +40,7 @@ def small(page: CachePage, **settings: Any) -> Mapping[str, Any]:
     """Settings under which a page acts on twenty tokens: its own, or a budget of 8 and small numbers."""
     if page.test_settings:
         return {**page.test_settings[0], **settings}
-    default = page.config()
+    default = (page if not overlays(page) else catalog.get(page.over)).config()
     numbers = {
         f.name: 3
         for f in fields(default)
@@ -48,7 +49,7 @@ def small(page: CachePage, **settings: Any) -> Mapping[str, Any]:
     budget = {"budget": 8} if any(f.name == "budget" for f in fields(default)) else {}
     for options in ({**numbers, **budget, **settings}, {**budget, **settings}):
         try:
-            page.config(**options)
+            type(default)(**options)
         except ValueError:
             continue
         return options

@@ -16,7 +16,9 @@ import torch
 import transformers as tf
 from torch import Tensor
 
+from regard import catalog
 from regard.core import Method
+from regard.core.pages import changed_settings
 from regard.testing.cache.definition import Definition, Moment
 from regard.testing.cache.oracle import by_head, gap, present_rotation
 from regard.testing.cache.script import Tape, full_cache, play, real, script
@@ -277,13 +279,13 @@ def settings_of(definition: type[Definition]) -> list[tuple[str, dict[str, Any]]
     return found
 
 
-def check_all_settings_move(config: type, definition: type[Definition]) -> None:
+def check_all_settings_move(name: str, definition: type[Definition]) -> None:
     """Every setting of the page has its two values, which differ in nothing else."""
-    names = {f.name for f in fields(config)}
+    names = {f.name for f in fields(catalog.get(name).config)}
     assert set(definition.moves) == names, (
         f"settings {sorted(names ^ set(definition.moves))} are not as the page has them"
     )
-    for name, (one, other) in definition.moves.items():
-        a, b = config(**one), config(**other)
-        differ = [n for n in sorted(names) if getattr(a, n) != getattr(b, n)]
-        assert differ == [name], f"the two settings of {name} differ in {differ}"
+    for setting, (one, other) in definition.moves.items():
+        a, b = (catalog.method(name, **settings).config for settings in (one, other))
+        differ = [said.rpartition(".")[2] for said, _ in changed_settings(a, b)]
+        assert differ == [setting], f"the two settings of {setting} differ in {differ}"

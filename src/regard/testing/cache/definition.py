@@ -84,6 +84,7 @@ class Definition:
     moves: ClassVar[Mapping[str, tuple[dict[str, Any], dict[str, Any]]]] = {}
     more: ClassVar[tuple[dict[str, Any], ...]] = ()
     slides: ClassVar[dict[str, Any] | None] = None
+    phase: ClassVar[str] = "both"  # or "prefill": nothing goes where one token is fed
     long: ClassVar[int] = 40
     layers: ClassVar[int] = 3  # of the model that is asked
     families: ClassVar[
@@ -101,9 +102,23 @@ class Definition:
         """By query head the tokens that this forward reads; None: all that is held."""
         return None
 
+    def ranks(self, at: Moment, g: int) -> tuple[dict[int, float], list[int]] | None:
+        """Of a page of scores: those of the tokens of KV head g that may go, and the tokens that stay before all."""
+        return None
+
+    def shares(self, at: Moment, ranked: list) -> list[int]:
+        """Tokens of each KV head, of what `ranks` says of all."""
+        return [at.budget] * len(ranked)
+
     def keeps(self, at: Moment) -> list[list[int]] | None:
         """By KV head the tokens that stay after this forward; None: all."""
-        return None
+        if self.phase == "prefill" and at.decodes:
+            return None
+        ranked: list[Any] = [self.ranks(at, g) for g in range(len(at.k))]
+        if ranked[0] is None:
+            return None
+        shares = self.shares(at, ranked)
+        return [best_of(score, always, n) for (score, always), n in zip(ranked, shares, strict=True)]
 
     def merged(self, at: Moment) -> list[Merged | None] | None:
         """By KV head what stands in this forward for tokens that are gone; None: nothing does. Asked before `keeps`."""
@@ -121,6 +136,13 @@ class Definition:
                 torch.cat([v, value[None]]),
             )
         return s.softmax(0) @ v
+
+
+def best_of(score: Mapping[int, float], always: list[int], count: int) -> list[int]:
+    """The tokens that stay of a head which may hold `count`: of those that always stay the newest, then the best."""
+    first = sorted(always)[-count:] if count else []
+    rest = {j: s for j, s in score.items() if j not in always}
+    return sorted([*first, *largest(rest, count - len(first))])
 
 
 def largest(score: Mapping[int, float], count: int) -> list[int]:
