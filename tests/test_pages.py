@@ -35,6 +35,8 @@ def test_config_is_frozen_and_lies_where_its_name_says(name):
 @pytest.mark.parametrize("name", catalog.list_methods(kind="cache"))
 def test_cache_pages_take_a_budget(name):
     page = catalog.method(name).page
+    if page.codec is not None and page.keep is None and page.score is None:
+        return  # all tokens are kept and read, in less memory
     assert "budget" in {f.name for f in fields(page.config)}
     assert page.budget(page.config()) is not None
 

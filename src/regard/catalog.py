@@ -26,6 +26,7 @@ from regard.core.pages import changed_settings
 from regard.core.spec import parse_spec
 from regard.kinds import kind as kind_of
 from regard.kinds import kinds
+from regard.kinds.cache import WHOLE
 from regard.kinds.mask import build_mask
 from regard.kinds.task import PictureTask, Task, TaskPage, ask, ask_pictures
 
@@ -173,7 +174,8 @@ def method(name: str, **config: Any) -> Method:
     """
     page: Any = get(name)
     if overlays(page):
-        page = composed((page.over, get(page.over)), (name, page))
+        base = get(page.over) if page.over else WHOLE
+        page = composed((page.over or "full", base), (name, page))
     return Method(name, page, page.configure(**config))
 
 

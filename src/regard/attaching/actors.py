@@ -223,6 +223,9 @@ class Actor:
     def evict(self, call: AttentionCall, view: View) -> None:
         """Say which slots stay; `view` is what was read, call.view all that is stored."""
 
+    def finish(self, call: AttentionCall) -> None:
+        """The step of this layer is done, by all heads and by all layers that read its keys."""
+
 
 def refuse_encoder_decoder(name: str, model: PreTrainedModel) -> None:
     if getattr(model.config, "is_encoder_decoder", False):

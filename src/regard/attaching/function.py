@@ -73,6 +73,8 @@ def make_function(context: Context) -> Callable[..., AttentionOutput]:
         complete(context, call)
         out = dispatch(context, call)
         if call.layer is not None and call.turn.last:
+            for actor in call.acting:
+                actor.finish(call)
             call.layer.attended()
         return out
 
@@ -182,8 +184,8 @@ def by_groups(call: AttentionCall) -> AttentionOutput:
     for group in groups:
         heads = [h * share + i for h in group.heads for i in range(share)]
         options = {n: x[heads] if n == "s_aux" and x is not None else x for n, x in call.options.items()}
-        cut = replace(call, q=call.q[:, heads], k=group.k(), v=group.v(), options=options, group=group,
-                      heads=tuple(heads))  # fmt: skip
+        k, v = group.kv()
+        cut = replace(call, q=call.q[:, heads], k=k, v=v, options=options, group=group, heads=tuple(heads))
         parts.update(zip(heads, run_stages(cut)[0].unbind(1)))
     return torch.stack([parts[h] for h in range(call.q.shape[1])], dim=2), None
 

@@ -115,7 +115,7 @@ class LedgerLayer(DynamicLayer):
             self._renumber(*self.pending.arriving)
         if len(self.groups) == 1:
             group = self.shown(key_states.shape[2])[0]
-            key_states, value_states = group.k(), group.v()
+            key_states, value_states = group.kv()
         if self.pending is not None:
             self.pending.append(self)
         else:
@@ -314,7 +314,7 @@ class LedgerLayer(DynamicLayer):
 
     def bytes_stored(self) -> int:
         """Bytes of the keys and values, without room to grow and tables."""
-        return sum(x.numel() * x.element_size() for group in self.groups for x in (group.k(), group.v()))
+        return sum(group.stored_bytes() for group in self.groups)
 
     def stored(self) -> list[int]:
         """Slots held by each head."""

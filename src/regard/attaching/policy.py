@@ -12,9 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.anatomy import anatomy
+from regard.attaching.packed import PackedGroup
 from regard.attaching.places import places_of
 from regard.attaching.slots import Group, slack
-from regard.attaching.views import at_slots, make_view, visibility
+from regard.attaching.views import at_slots, make_view, real_slots, visibility
 from regard.core import Method, NeverFired, Unreachable, Unsupported, require
 from regard.core.errors import present
 from regard.kinds.cache import CachePage, decide
@@ -211,6 +212,21 @@ class CachePolicy(Actor):
             self._carry_out(asked, kept)
         waiting.clear()
 
+    def finish(self, call: AttentionCall) -> None:
+        """Store older tokens packed, where the page does so."""
+        if self.page.codec is None:
+            return
+        codec, ledger = self.page.codec(self.method.config), call.ledger
+        for at, group in enumerate(ledger.groups):
+            if group.keys.requires_grad:
+                raise Unsupported(
+                    f"{self.name} at {call.where}: it stores keys packed, and these carry gradients"
+                )
+            packed = PackedGroup.of(group, codec)
+            ledger.groups[at] = packed
+            if packed.pack(real_slots(replace(call, group=packed), packed.table())):
+                ledger.compressed |= packed.index is not None
+
     def _carry_out(self, call: AttentionCall, kept: Kept | None) -> None:
         """Let the slots of this call go that are not kept."""
         if kept is not None:
@@ -224,7 +240,7 @@ class CachePolicy(Actor):
     def _count_bytes(self, call: AttentionCall, read: View) -> None:
         """Note how many bytes of keys and values this step reads, scoring for a selection included."""
         whole, step = call.stored, call.step
-        size = read.k.nbytes + read.v.nbytes
+        size = call.slots.stored_bytes() if read is whole else read.k.nbytes + read.v.nbytes
         if read is not whole and whole.cached_scores is not None:
             size += whole.k.nbytes
         before = 0 if call.group is call.ledger.groups[0] else step.bytes_read.get(whole.layer, 0)

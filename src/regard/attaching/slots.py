@@ -55,6 +55,13 @@ class Group:
     def v(self) -> Tensor:
         return self.values[:, :, : self.n]
 
+    def kv(self) -> tuple[Tensor, Tensor]:
+        return self.k(), self.v()
+
+    def stored_bytes(self) -> int:
+        """Bytes of the keys and values, without room to grow and tables."""
+        return sum(x.numel() * x.element_size() for x in self.kv())
+
     def table(self) -> Tensor:
         """[1|B, 1|g, n] int64 true index of every slot."""
         if self.index is None:
@@ -111,7 +118,8 @@ class Group:
 
     def keep(self, kept: Kept) -> None:
         """Drop every slot that is not in `kept.slots`; free their memory; add what was merged."""
-        if kept.merged is None and kept.slots.shape[-1] == self.n - 1 and kept.full:
+        plain = kept.merged is None and kept.rewritten is None
+        if plain and kept.slots.shape[-1] == self.n - 1 and kept.full:
             self._drop_one(kept)
             return
         if not self._keeps_first(kept.slots):
@@ -130,6 +138,8 @@ class Group:
         self.count = tables.pop("", None)
         self.notes = tables
         self.n = slots.shape[-1]
+        if kept.rewritten is not None:
+            self.keys, self.values = (x.to(self.keys.dtype).contiguous() for x in kept.rewritten)
         if kept.merged is not None:
             self._merge(*kept.merged)
 
@@ -244,8 +254,10 @@ class Group:
             merged = None if kept.merged is None else tuple(t[:, chosen] for t in kept.merged)
             if merged is not None and not bool((merged[2] > 0).any()):
                 merged = None
-            if length != self.n or merged is not None or bool((kept.slots[:, chosen] < 0).any()):
-                part.keep(Kept(kept.slots[:, chosen, :length], merged))
+            written = kept.rewritten and tuple(t[:, chosen, :length] for t in kept.rewritten)
+            changed = merged is not None or written is not None
+            if length != self.n or changed or bool((kept.slots[:, chosen] < 0).any()):
+                part.keep(Kept(kept.slots[:, chosen, :length], merged, written))
             parts.append(part)
         return parts
 

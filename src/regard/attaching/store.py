@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer, LinearAttentionLayer
 
+from regard import catalog
 from regard.attaching.hybrid_layer import beside_states, has_states, holds_no_keys
 from regard.attaching.ledger import LedgerLayer
+from regard.attaching.packed import PackedGroup
 from regard.attaching.slots import Group
 from regard.core import Unsupported, require
 
@@ -58,8 +60,14 @@ def keys_of(layer: LedgerLayer, i: int, tensors: dict[str, Tensor]) -> dict[str,
     facts |= {"memory": {}, "groups": []}
     for g, group in enumerate(layer.groups):
         facts["groups"].append({"heads": group.heads, "n": group.n, "start": group.start})
+        held = 0
+        if isinstance(group, PackedGroup):
+            held = group.held
+            facts["groups"][-1] |= {"held": held, "codec": group.codec.method}
+        lengths = {"keys": group.n - held, "values": group.n - held}
         for name, t in group.tensors().items():
-            cut = t if name == "origin" else t[:, :, : group.n]
+            whole = name == "origin" or name.partition(".")[0] in ("part", "shared", "chunk")
+            cut = t if whole else t[:, :, : lengths.get(name, group.n)]
             tensors[f"{i}.{g}.{name}"] = cut.contiguous().clone()
     write_memory(layer.memory, f"{i}.memory", facts["memory"], tensors)
     tensors.update({f"{i}.label.{name}": t.contiguous().clone() for name, t in layer.labels.items()})
@@ -136,7 +144,8 @@ def restored(i: int, facts: dict, tensors: dict[str, Tensor]) -> LedgerLayer:
         notes = {k.removeprefix("note."): t for k, t in named.items() if k.startswith("note.")}
         rest = {k: named.get(k) for k in ("index", "count", "origin")} | {"start": group.get("start", 0)}
         heads, n = tuple(group["heads"]), group["n"]
-        layer.groups.append(Group(heads, named["keys"], named["values"], n, notes=notes, **rest))
+        stored = Group(heads, named["keys"], named["values"], n, notes=notes, **rest)
+        layer.groups.append(stored if "codec" not in group else packed_again(stored, group, named))
     if layer.groups:
         layer.is_initialized = True
         layer.dtype, layer.device = layer.groups[0].keys.dtype, layer.groups[0].keys.device
@@ -145,6 +154,20 @@ def restored(i: int, facts: dict, tensors: dict[str, Tensor]) -> LedgerLayer:
     layer.labels = {name.removeprefix(label): t for name, t in tensors.items() if name.startswith(label)}
     layer.positions = tensors.get(f"{i}.positions")
     return layer
+
+
+def packed_again(stored: Group, facts: dict, named: dict[str, Tensor]) -> PackedGroup:
+    """The group with its packed tokens, which the method that packed them unpacks."""
+    name, settings = facts["codec"]
+    method = catalog.method(name, **settings)
+    group = PackedGroup.of(stored, method.page.codec(method.config))
+    group.held, group.chunk = facts["held"], named.get("chunk")
+    parts, shared = (
+        {k.removeprefix(prefix): t for k, t in named.items() if k.startswith(prefix)}
+        for prefix in ("part.", "shared.")
+    )
+    group.parts, group.shared = parts, shared
+    return group
 
 
 def read_memory(prefix: str, facts: dict, tensors: dict[str, Tensor]) -> dict:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import Kind, Page, Unsupported
+from regard.core import Card, Kind, Page, Unsupported
 from regard.core.deprecation import renamed_fields
 from regard.ops import Kept, View, keep_best
+from regard.ops.codec import Codec
 from regard.ops.softmax import at_least_float32
 
 
@@ -38,9 +39,11 @@ class CachePage(Page):
                budget, window), whatever keys and layer: then layers that hold the same tokens share their answers
     allocate(view, score, cfg) -> [B, G]  beside `score`: tokens of each head where they share a budget unequally, of
                the scores [B, G, n] of all (-inf: no token, the highest: stays in any case); `view` is that of some
+    codec      cfg -> Codec: how older keys and values are stored, in less memory than their numbers take
     wrap       (the page below, cfg) -> the page that acts in its place, of a page that is laid over others:
                "snapkv+adakv"; what it cannot be laid over is Unsupported
     over       the page that it is laid over where none is named
+    rewrites   whether what stays is changed: `keep` answers with other keys or values (Kept.rewritten)
     reads_output  whether the page reads view.output, the model's output projection by head
     reads_generated  whether a step reads, beyond its budget, what was generated since the page's last full step
     """
@@ -59,9 +62,11 @@ class CachePage(Page):
     phase: str = "both"
     by_place: bool = False
     allocate: Callable | None = None
+    codec: Callable | None = None
     wrap: Callable | None = None
     over: str = ""
     reads_output: bool = False
+    rewrites: bool = False
     reads_generated: bool = False
     kind = "cache"
 
@@ -106,6 +111,39 @@ def allocating(name: str, page: CachePage, allocate: Callable) -> CachePage:
             f"{name} shares the budget of {page.card.title}, which another method shares already"
         )
     return replace(page, allocate=lambda view, score, below: allocate(view, score))
+
+
+def storing(name: str, page: CachePage, codec: Callable[[], Codec]) -> CachePage:
+    """A page whose older tokens are stored packed, whatever it chooses."""
+    if page.codec is not None:
+        raise Unsupported(f"{name} stores tokens packed, and {page.card.title} does so already")
+    if page.shift is not None:
+        raise Unsupported(
+            f"{name} stores keys packed, and {page.card.title} moves stored keys to other positions"
+        )
+    return replace(page, codec=lambda below: codec())
+
+
+@dataclass(frozen=True)
+class Whole:
+    """No settings."""
+
+
+# what is laid over no other page lies over a cache that keeps and reads everything
+WHOLE = CachePage(
+    config=Whole,
+    budget=lambda cfg: 1.0,
+    patterns=("causal_self",),
+    card=Card(
+        title="full cache",
+        paper="",
+        year=0,
+        idea="every token is kept and read",
+        cost="none",
+        state="all keys and values",
+        needs=("decoder-lm",),
+    ),
+)
 
 
 KIND = Kind(

@@ -17,10 +17,12 @@ class Kept:
 
     merged = (k [B, G, e, D], v [B, G, e, E], count [B, G, e]): each stands for `count` tokens and enters the
     softmax with that weight.
+    rewritten = (k [B, G, m, D], v [B, G, m, E]): what stands in these slots from now on.
     """
 
     slots: Tensor
     merged: tuple[Tensor, Tensor, Tensor] | None = None
+    rewritten: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def all_but(hole: Tensor, stored: int) -> "Kept":

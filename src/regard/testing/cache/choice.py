@@ -21,7 +21,7 @@ from regard.core import Method
 from regard.core.pages import changed_settings
 from regard.testing.cache.definition import Definition, Moment
 from regard.testing.cache.oracle import by_head, gap, present_rotation
-from regard.testing.cache.script import Tape, full_cache, play, real, script
+from regard.testing.cache.script import Tape, full_cache, play, real, rewrites, script
 from regard.testing.tiny import text
 from regard.testing.zoo import build, sharpened
 
@@ -135,14 +135,15 @@ def follow(run: Trace, method: Method, definition: type[Definition], row: int, a
     """Hold one row of a run to the definition. `answers`: of so many last queries; None: of all."""
     feeds, wholes = run.tape.feeds, texts(run, row)
     written = definition(method.config, run.model)
-    setting = method.config.budget
+    setting = getattr(method.config, "budget", None)
     setting = written.own_budget() if setting is None else setting
     held: list[list[list[int]]] = [[[] for _ in whole.k] for whole in wholes]
+    stored: list[list[dict]] = [[{} for _ in whole.k] for whole in wholes]
     for forward in range(len(feeds)):
         mask = feeds[forward]["attention_mask"][row].bool()
         n, fed = int(mask.sum()), int(real(feeds, forward)[row].sum())
         for layer, whole in enumerate(wholes):
-            at = upto(whole, n, fed, held[layer], tokens_of(setting, n))
+            at = as_stored(upto(whole, n, fed, held[layer], tokens_of(setting, n)), stored[layer])
             said = f"{method.label}, row {row}, forward {forward}, layer {layer}"
             reads = written.reads(at)
             reads = [list(at.held[at.kv_head(h)]) for h in range(len(at.q))] if reads is None else reads
@@ -156,6 +157,34 @@ def follow(run: Trace, method: Method, definition: type[Definition], row: int, a
             for g, tokens in enumerate(held[layer]):
                 there = places(run.tape.held[forward][layer][row, g], mask)
                 assert there == tokens, f"{said}, KV head {g}: holds {there}, by its definition {tokens}"
+                stored[layer][g] |= written.stores(at, g, tokens)
+            if run.tape.contents:
+                compare_contents(run, said, row, forward, as_stored(at, stored[layer]), held[layer])
+
+
+def as_stored(at: Moment, stored: list[dict[int, tuple[Tensor, Tensor]]]) -> Moment:
+    """The moment with the keys and values that are stored for some of its tokens, by KV head."""
+    if not any(stored):
+        return at
+    k, v = at.k.clone(), at.v.clone()
+    for g, tokens in enumerate(stored):
+        for j, (key, value) in tokens.items():
+            k[g, j], v[g, j] = key, value
+    return replace(at, k=k, v=v)
+
+
+def compare_contents(
+    run: Trace, said: str, row: int, forward: int, at: Moment, held: list[list[int]]
+) -> None:
+    """What is stored of the tokens that are held."""
+    mask = run.tape.feeds[forward]["attention_mask"][row].bool()
+    for what, there, wanted in zip(("key", "value"), run.tape.contents[forward][at.layer], (at.k, at.v)):
+        for g, tokens in enumerate(held):
+            wrong = (there[row, g, mask][tokens] - wanted[g, tokens]).abs().amax(-1)
+            assert float(wrong.max()) <= CLOSE, (
+                f"{said}, KV head {g}: the {what} of token {tokens[int(wrong.argmax())]} is "
+                f"{float(wrong.max()):.1e} away from its definition"
+            )
 
 
 def places(there: Tensor, mask: Tensor) -> list[int]:
@@ -234,7 +263,7 @@ def check_choice(
 
 def acts(method: Method, model: Any, tape: Tape) -> bool:
     """Whether some token is not held or not read; of a page with its own attention, whether it answers otherwise."""
-    if method.page.attention is None:
+    if method.page.attention is None and not rewrites(method):
         feeds = [feed["attention_mask"].bool()[:, None] for feed in tape.feeds]
         tables = [[*held.values(), *(read.alive for read in reads.values() if read.alive is not None)]
                   for held, reads in zip(tape.held, tape.reads, strict=True)]  # fmt: skip

@@ -120,6 +120,10 @@ class Definition:
         shares = self.shares(at, ranked)
         return [best_of(score, always, n) for (score, always), n in zip(ranked, shares, strict=True)]
 
+    def stores(self, at: Moment, g: int, held: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of KV head g the tokens whose key [D] and value [E] are others from now on; `held` are those that stay."""
+        return {}
+
     def merged(self, at: Moment) -> list[Merged | None] | None:
         """By KV head what stands in this forward for tokens that are gone; None: nothing does. Asked before `keeps`."""
         return None

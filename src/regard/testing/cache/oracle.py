@@ -60,6 +60,11 @@ class Rotation:
         return torch.unique(first, return_inverse=True)[1]
 
 
+def replaced(x: Tensor, stored: Tensor | None, heads: int) -> Tensor:
+    """x [B, H, n, D] with what is stored of the earlier tokens [B, G, m, D] in its place."""
+    return x if stored is None else torch.cat([by_head(stored, heads), x[:, :, stored.shape[2] :]], 2)
+
+
 def halves(x: Tensor) -> Tensor:
     """The right angle where x_i and x_{i + pairs} are a pair."""
     a, b = x.chunk(2, -1)
@@ -121,6 +126,7 @@ def oracle_function(
         k, v = by_head(key, heads), by_head(value, heads)
         seen = attention_mask.expand(-1, heads, -1, -1)
         if read is not None:
+            k, v = (replaced(x, stored, heads) for x, stored in zip((k, v), read.stored or (None, None)))
             seen = seen & by_head(read.alive, heads)[:, :, None]
             if read.moved is not None:
                 k = present_rotation(model, layer)(k, by_head(read.moved, heads))

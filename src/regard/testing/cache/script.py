@@ -40,6 +40,8 @@ class ReadRecord:
     moved: Tensor | None = None  # positions that its key is moved by
     # k, v [B, h, e, D], count [B, h, e], index [B, h, e]
     merged: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    # k, v [B, G, seen, D] in the place of what was written, of tokens of earlier forwards
+    stored: tuple[Tensor, Tensor] | None = None
     chosen: bool = False  # whether the policy chose what to read, or all that is stored was read
 
 
@@ -53,6 +55,9 @@ class Tape:
     held: list[dict[int, Tensor]] = field(default_factory=list)  # bool [B, G, seen]
     stored: list[list[list[int]]] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
+    contents: list[dict[int, tuple[Tensor, Tensor]]] = field(
+        default_factory=list
+    )  # k, v [B, G, seen, D] as held
 
 
 def script(
@@ -147,6 +152,21 @@ def held(layer: LedgerLayer, batch: int) -> Tensor:
     return result[..., :-1]
 
 
+def contents(layer: LedgerLayer, batch: int) -> tuple[Tensor, Tensor]:
+    """k, v [B, G, seen, D] that a layer holds for its tokens, as whoever reads them gets them; zero elsewhere."""
+    heads = sum(len(group.heads) for group in layer.groups)
+    found = []
+    for x in layer.groups[0].kv():
+        found.append(x.new_zeros(batch, heads, layer.seen + 1, x.shape[-1]))
+    for group in layer.groups:
+        index, token = tokens(group, batch)
+        where = index.masked_fill(~token, layer.seen)[..., None]
+        for all_heads, x in zip(found, group.kv(), strict=True):
+            part = all_heads[:, list(group.heads)]
+            all_heads[:, list(group.heads)] = part.scatter(2, where.expand(*where.shape[:3], x.shape[-1]), x)
+    return found[0][:, :, :-1], found[1][:, :, :-1]
+
+
 def merged(layer: LedgerLayer, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Merged slots of a layer, all heads, those that have none with count 0."""
     if all(group.count is None for group in layer.groups):
@@ -223,13 +243,22 @@ def play(
         for feed in feeds:
             now.clear()
             batch, n = feed["input_ids"].shape
-            before = {i: (held(x, batch), merged(x, batch)) for i, x in ledgers(attached).items() if x.groups}
+            filled = {i: x for i, x in ledgers(attached).items() if x.groups}
+            before = {i: (held(x, batch), merged(x, batch)) for i, x in filled.items()}
+            kept = {i: contents(x, batch) for i, x in filled.items()} if rewrites(method) else {}
             tape.outs.append(model(**feed, past_key_values=cache).logits)
-            tape.reads.append(settle(before, now, ledgers(attached), n, readers))
+            tape.reads.append(settle(before, now, ledgers(attached), n, readers, kept))
+            if rewrites(method):
+                tape.contents.append({i: contents(x, batch) for i, x in ledgers(attached).items()})
             tape.held.append({i: held(x, batch) for i, x in ledgers(attached).items()})
             tape.stored.append(attached.stored())
             tape.bytes.append(attached.bytes_held())
     return tape
+
+
+def rewrites(method: Method | None) -> bool:
+    """Whether the method stores other numbers than the model wrote."""
+    return method is not None and (method.page.codec is not None or method.page.rewrites)
 
 
 def settle(
@@ -238,6 +267,7 @@ def settle(
     layers: dict[int, LedgerLayer],
     n: int,
     readers: Mapping[int, tuple[int, ...]],
+    kept: Mapping[int, tuple[Tensor, Tensor]],
 ) -> dict[int, ReadRecord]:
     """By layer index of the model: what was stored before and came in, less what the policy did not select."""
     owner = {i: i for i in layers}
@@ -249,5 +279,6 @@ def settle(
         stored = new if old is None else torch.cat([old, new.expand(*old.shape[:2], n)], -1)
         record = now.get(number, ReadRecord())
         alive = stored if record.alive is None else record.alive
-        reads[i] = ReadRecord(alive, record.moved, None if record.chosen else extra, record.chosen)
+        extra = None if record.chosen else extra
+        reads[i] = ReadRecord(alive, record.moved, extra, kept.get(owner[i]), record.chosen)
     return reads
