@@ -6,7 +6,7 @@ import torch
 import regard
 from regard import catalog
 from regard.core import Unsupported
-from regard.testing.cache.script import STEPS, full_cache, play, script
+from regard.testing.cache.script import STEPS, play, script
 from regard.testing.zoo import build
 
 KIVI = "kivi:bits=2,group=4,residual=3"
@@ -62,7 +62,7 @@ def test_two_bits_take_a_fifth_of_bfloat16():
     k = torch.randn(1, 1, 32768, 64, dtype=torch.bfloat16)
     group = PackedGroup.of(Group((0,), k, k.clone(), 32768), method.page.codec(method.config))
     whole = group.stored_bytes()
-    assert group.pack(None)
+    assert group.pack(None, {})
     assert group.stored_bytes() <= 0.2 * whole
 
 

@@ -175,7 +175,8 @@ def method(name: str, **config: Any) -> Method:
     page: Any = get(name)
     if overlays(page):
         base = get(page.over) if page.over else WHOLE
-        page = composed((page.over or "full", base), (name, page))
+        after = ((page.joins, get(page.joins)),) if page.joins else ()
+        page = composed((page.over or "full", base), (name, page), *after)
     return Method(name, page, page.configure(**config))
 
 

@@ -64,6 +64,10 @@ class PackedGroup(Group):
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | self._packed()
 
+    def written(self) -> dict[str, Tensor]:
+        tail = {name: getattr(self, name)[:, :, : self.n - self.held] for name in ("keys", "values")}
+        return super().written() | self._packed() | tail
+
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         super().change(change)
         self.parts = {name: change(t) for name, t in self.parts.items()}
@@ -85,16 +89,17 @@ class PackedGroup(Group):
         self._append_tables(new, self.n + new, start)
         self.n += new
 
-    def pack(self, real: Tensor | None) -> bool:
+    def pack(self, real: Tensor | None, told: Parts) -> bool:
         """Pack the oldest tokens of the buffers beyond the residual, in whole chunks of each row's own tokens.
 
         real  [1|B, 1|g, n] which slots hold tokens, None: all. Others are dropped. Whether any token was packed.
+        told  what the codec's page remembers, [B, g, ...] by name
         """
         codec, tail = self.codec, self.n - self.held
         if real is None:
             most = max(0, (tail - codec.residual) // codec.chunk) * codec.chunk
             if most:
-                self._pack_first(most)
+                self._pack_first(most, told)
             return most > 0
         held = real.expand(*self.keys.shape[:2], -1)[..., self.held :]
         count = ((held.sum(-1) - codec.residual) // codec.chunk).clamp(min=0) * codec.chunk
@@ -102,16 +107,16 @@ class PackedGroup(Group):
             return False
         old = held & (held.cumsum(-1) <= count[..., None])
         self._order(slots_of(old), slots_of(held & ~old))
-        self._pack_first(int(count.max()))
+        self._pack_first(int(count.max()), told)
         there = self.table() >= 0
         if int(there[..., : self.held].sum(-1).max()) < self.held:  # other rows or heads were packed before
             self._gather(Kept(slots_of(there)))
         return True
 
-    def _pack_first(self, count: int) -> None:
+    def _pack_first(self, count: int, told: Parts) -> None:
         """Pack the first slots of the buffers; the tables stay as they are."""
         k, v = self.keys[:, :, :count], self.values[:, :, :count]
-        parts, shared = self.codec.pack(k, v, self.shared)
+        parts, shared = self.codec.pack(k, v, self.shared, told)
         self.parts = joined(self.parts, parts)
         if self.chunk is not None:
             # what they share follows what is there

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regard.attaching.actors import Actor, AttentionCall
 from regard.attaching.anatomy import anatomy
+from regard.attaching.ledger import LedgerLayer
 from regard.attaching.packed import PackedGroup
 from regard.attaching.places import places_of
 from regard.attaching.slots import Group, slack
@@ -224,7 +225,7 @@ class CachePolicy(Actor):
                 )
             packed = PackedGroup.of(group, codec)
             ledger.groups[at] = packed
-            if packed.pack(real_slots(replace(call, group=packed), packed.table())):
+            if packed.pack(real_slots(replace(call, group=packed), packed.table()), told(ledger, packed)):
                 ledger.compressed |= packed.index is not None
 
     def _carry_out(self, call: AttentionCall, kept: Kept | None) -> None:
@@ -267,6 +268,14 @@ def asking(call: AttentionCall, view: View) -> View:
         return view
     last = slice(view.new - 1, view.new)
     return replace(view, q=view.q[:, :, last], visible=lambda rows: view.visible(last))
+
+
+def told(ledger: LedgerLayer, group: Group) -> dict[str, Tensor]:
+    """What a page remembers of these heads, [B, g, ...] by name; before they were parted, of all heads of the layer."""
+    own = ledger.memory.get(group.heads, {})
+    heads = sum(len(g.heads) for g in ledger.groups)
+    shared = {n: t for n, t in ledger.memory.items() if isinstance(t, Tensor) and t.shape[1:2] == (heads,)}
+    return {n: t[:, list(group.heads)] for n, t in shared.items()} | own
 
 
 def memory_of(call: AttentionCall, view: View) -> dict:

@@ -79,6 +79,11 @@ class Group:
         buffers |= {f"note.{name}": t for name, t in self.notes.items()}
         return {name: t for name, t in buffers.items() if t is not None}
 
+    def written(self) -> dict[str, Tensor]:
+        """What says all of the slots, without room to grow."""
+        whole = self.tensors()
+        return {name: t if name == "origin" else t[:, :, : self.n] for name, t in whole.items()}
+
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put `change` of every tensor in its place."""
         for name in ("keys", "values", "index", "count", "origin"):

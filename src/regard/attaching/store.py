@@ -60,15 +60,9 @@ def keys_of(layer: LedgerLayer, i: int, tensors: dict[str, Tensor]) -> dict[str,
     facts |= {"memory": {}, "groups": []}
     for g, group in enumerate(layer.groups):
         facts["groups"].append({"heads": group.heads, "n": group.n, "start": group.start})
-        held = 0
         if isinstance(group, PackedGroup):
-            held = group.held
-            facts["groups"][-1] |= {"held": held, "codec": group.codec.method}
-        lengths = {"keys": group.n - held, "values": group.n - held}
-        for name, t in group.tensors().items():
-            whole = name == "origin" or name.partition(".")[0] in ("part", "shared", "chunk")
-            cut = t if whole else t[:, :, : lengths.get(name, group.n)]
-            tensors[f"{i}.{g}.{name}"] = cut.contiguous().clone()
+            facts["groups"][-1] |= {"held": group.held, "codec": group.codec.method}
+        tensors.update({f"{i}.{g}.{n}": t.contiguous().clone() for n, t in group.written().items()})
     write_memory(layer.memory, f"{i}.memory", facts["memory"], tensors)
     tensors.update({f"{i}.label.{name}": t.contiguous().clone() for name, t in layer.labels.items()})
     if layer.positions is not None:

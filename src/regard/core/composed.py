@@ -1,6 +1,7 @@
 """Pages laid over others: the settings of all in one Config, and functions that act as the outermost page says.
 
 A page that can be laid over another has `wrap`: (the page below, its own settings) -> the page that acts in its place.
+One that has `joins` takes the page after it too, and its settings.
 `composed` puts together what is typed as "snapkv+adakv": its Config is the base's, with a field for each page over it.
 """
 
@@ -26,15 +27,7 @@ def composed(base: Named, *over: Named) -> Page:
 
     Unsupported where one of them is no page that can be laid over another, or is no page for what lies below it.
     """
-    names = [name for name, _ in (base, *over)]
-    if overlays(base[1]):
-        raise Unsupported(f"{base[0]} is laid over another method, which stands before it: OTHER+{base[0]}")
-    for name, page in over:
-        if not overlays(page):
-            raise Unsupported(
-                f"{name} cannot be laid over {names[0]}: it chooses by itself, as {names[0]} does"
-            )
-        require(names.count(name) == 1, "a method is laid over another once", method="+".join(names))
+    refuse(base, over)
     config = config_of(base, over)
     first = stacked(base, over, config())
     title = " + ".join(page.card.title for _, page in (base, *over))
@@ -45,6 +38,29 @@ def composed(base: Named, *over: Named) -> Page:
     }
     card = replace(first.card, title=title)
     return replace(first, config=config, card=card, parts=(base, *over), test_settings=(), **functions)
+
+
+def refuse(base: Named, over: tuple[Named, ...]) -> None:
+    """Raise for pages that do not stand upon one another in this order."""
+    names, before = [name for name, _ in (base, *over)], base[1]
+    if overlays(before):
+        raise Unsupported(f"{base[0]} is laid over another method, which stands before it: OTHER+{base[0]}")
+    for at, (name, page) in enumerate(over, start=1):
+        joined = getattr(before, "joins", "")
+        if joined and overlays(page):
+            raise Unsupported(
+                f"after {'+'.join(names[:at])} stands a method that chooses by itself, not {name}"
+            )
+        if not joined and not overlays(page):
+            raise Unsupported(
+                f"{name} cannot be laid over {names[0]}: it chooses by itself, as {names[0]} does"
+            )
+        require(names.count(name) == 1, "a method is laid over another once", method="+".join(names))
+        before = page
+    if getattr(before, "joins", ""):
+        raise Unsupported(
+            f"{names[-1]} joins two methods; the second stands after it: {'+'.join(names)}+OTHER"
+        )
 
 
 def config_of(base: Named, over: tuple[Named, ...]) -> type:
@@ -79,8 +95,13 @@ def stacked(base: Named, over: tuple[Named, ...], cfg: Any) -> Any:
 @cache
 def _stacked(base: Named, over: tuple[Named, ...], configs: tuple) -> Any:
     page: Any = base[1]
-    for (_, outer), cfg in zip(over, configs, strict=True):
-        page = outer.wrap(page, cfg)  # type: ignore[attr-defined]
+    rest: Any = iter(zip(over, configs, strict=True))
+    for (_, outer), cfg in rest:
+        if getattr(outer, "joins", ""):
+            (_, other), own = next(rest)
+            page = outer.wrap(page, cfg, other, own)
+        else:
+            page = outer.wrap(page, cfg)
     return page
 
 

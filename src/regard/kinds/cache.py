@@ -43,6 +43,7 @@ class CachePage(Page):
     wrap       (the page below, cfg) -> the page that acts in its place, of a page that is laid over others:
                "snapkv+adakv"; what it cannot be laid over is Unsupported
     over       the page that it is laid over where none is named
+    joins      of a page whose `wrap` takes the method after it too, and its settings: what it is where none is named
     rewrites   whether what stays is changed: `keep` answers with other keys or values (Kept.rewritten)
     reads_output  whether the page reads view.output, the model's output projection by head
     reads_generated  whether a step reads, beyond its budget, what was generated since the page's last full step
@@ -65,6 +66,7 @@ class CachePage(Page):
     codec: Callable | None = None
     wrap: Callable | None = None
     over: str = ""
+    joins: str = ""
     reads_output: bool = False
     rewrites: bool = False
     reads_generated: bool = False
@@ -113,15 +115,25 @@ def allocating(name: str, page: CachePage, allocate: Callable) -> CachePage:
     return replace(page, allocate=lambda view, score, below: allocate(view, score))
 
 
-def storing(name: str, page: CachePage, codec: Callable[[], Codec]) -> CachePage:
-    """A page whose older tokens are stored packed, whatever it chooses."""
+def storing(
+    name: str, page: CachePage, codec: Callable[[], Codec], observe: Callable[[View], None] | None = None
+) -> CachePage:
+    """A page whose older tokens are stored packed, whatever it chooses; `observe` sees every step beside the page."""
     if page.codec is not None:
         raise Unsupported(f"{name} stores tokens packed, and {page.card.title} does so already")
     if page.shift is not None:
         raise Unsupported(
             f"{name} stores keys packed, and {page.card.title} moves stored keys to other positions"
         )
-    return replace(page, codec=lambda below: codec())
+    below_sees = page.observe
+
+    def both(view: View, below: Any) -> None:
+        if below_sees is not None:
+            below_sees(view, below)
+        if observe is not None:
+            observe(view)
+
+    return replace(page, codec=lambda below: codec(), observe=page.observe if observe is None else both)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ Parts = dict[str, Tensor]
 class Codec:
     """How keys and values of old tokens are stored.
 
-    pack      (k [B, g, m, D], v [B, g, m, E], shared) -> (slots, shared): slots [B, g, m, ...] by name, one entry for
-              each token; shared [B, g, c, ...], what they have in common: c entries more than before, or none
+    pack      (k [B, g, m, D], v [B, g, m, E], shared, told) -> (slots, shared): slots [B, g, m, ...] by name, one entry
+              for each token; shared [B, g, c, ...], what they have in common: c entries more than before, or none.
+              `told` are tensors [B, g, ...] that the page's `observe` left in view.memory
     unpack    (slots, shared, chunk [B, g, n] or None) -> (k, v); `chunk` says from which chunk of `chunk` tokens a slot
               is, None: slot i is of chunk i // chunk
     chunk     tokens are packed in multiples of so many, in the order of the text
@@ -36,7 +37,7 @@ class Codec:
     method    (name, settings) of the method that stores so: how a saved cache finds it again
     """
 
-    pack: Callable[[Tensor, Tensor, Parts], tuple[Parts, Parts]]
+    pack: Callable[[Tensor, Tensor, Parts, Parts], tuple[Parts, Parts]]
     unpack: Callable[[Parts, Parts, Tensor | None], tuple[Tensor, Tensor]]
     chunk: int
     residual: int

@@ -30,7 +30,7 @@ class Config:
         require(self.residual >= 0, "residual >= 0", residual=self.residual)
 
 
-def pack(k: Tensor, v: Tensor, shared: Parts, cfg: Config) -> tuple[Parts, Parts]:
+def pack(k: Tensor, v: Tensor, shared: Parts, told: Parts, cfg: Config) -> tuple[Parts, Parts]:
     """Codes of m tokens, m a multiple of the group; scales of keys by chunk of tokens, of values by token."""
     chunks = k.unflatten(2, (-1, cfg.group))  # [B, g, c, group, D]
     scale, zero = scales(chunks, cfg.bits, dim=3)
