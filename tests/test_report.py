@@ -492,6 +492,7 @@ def test_page_in_a_browser(page, tmp_path):
 
 
 DRIVE = """
+addEventListener("drawn", () => {
 const $ = (selector) => document.querySelector(selector), out = {};
 const points = () => ["length-0", "cost-held"].map((id) => document.querySelectorAll(`#${id} .point`).length);
 const first = () => $(".results tbody tr td:nth-child(3)").textContent;
@@ -504,6 +505,7 @@ out.bars = document.querySelectorAll("#cost-held .yerror").length;
 const head = document.querySelectorAll("th[data-sort] button")[2];
 head.click(); out.best = first(); head.click(); out.worst = first();
 document.body.dataset.outcome = JSON.stringify(out);
+});
 """
 
 
@@ -533,3 +535,50 @@ def test_the_page_lets_no_other_script_run(page, tmp_path):
 def test_the_collector_sees_an_error(page, tmp_path):
     """The zero above means something: an error that is planted is counted."""
     assert 'data-script-errors="1"' in browse(page, tmp_path, "throw new Error('planted')")
+
+
+SEEK = """
+addEventListener("drawn", () => {
+const out = {}, rows = () => [...document.querySelectorAll(".results tr[data-label]")].filter((r) => r.offsetParent);
+const seek = (text) => { const field = document.getElementById("search"); field.value = text;
+  field.dispatchEvent(new Event("input")); };
+out.folded = rows().length;
+document.querySelectorAll("button.fold")[1].click(); out.open = rows().length;
+seek("h2o 10"); out.sought = rows().map((r) => r.dataset.label);
+out.legend = [...document.querySelectorAll("[data-method]")].filter((b) => b.offsetParent).length;
+seek(""); out.again = rows().length;
+document.body.dataset.outcome = JSON.stringify(out);
+});
+"""
+
+
+def test_many_rows_are_folded_and_found(page, tmp_path):
+    dom = browse(page, tmp_path, SEEK)
+    out = json.loads(html.unescape(re.search(r'data-outcome="(.*?)"', dom).group(1)))
+    assert 1 < out["folded"] < 1 + 12 * 3 and out["open"] == 1 + 12 * 3 == out["again"]
+    assert out["sought"] == ["h2o 10 %"] and out["legend"] == 0
+
+
+def test_questions_are_answered_by_hand():
+    """Two methods on four samples: one holds half and is right on three, the other holds all and is sooner."""
+    samples = [{"score": float(s)} for s in (1, 1, 1, 1)]
+    three = [{"score": float(s)} for s in (1, 1, 1, 0)]
+    rows = [
+        one(samples=samples),
+        one("small", 0.5, quality=0.75, samples=three, bytes_held=50, decode_ratio=0.5, decode_spread=0.01),
+        one("fast", 0.9, quality=1.0, samples=samples, bytes_held=90, decode_ratio=0.8, decode_spread=0.05),
+    ]
+    from regard.report.questions import questions
+
+    asked = dict(questions(Result({}, rows)))
+    assert asked["Best at half the bytes"].startswith("small @ 50 %: 75 % of its quality")
+    assert asked["Fastest decode at 95 %"].startswith("fast @ 90 %: 100 % of its quality")
+    assert "Best over many turns" not in asked
+    slow = [rows[0], {**rows[2], "decode_ratio": 1.2}]
+    assert "decodes sooner" in dict(questions(Result({}, slow)))["Fastest decode at 95 %"]
+    turned = [{**r, "by_turn": [1.0, 0.5]} for r in rows]
+    assert dict(questions(Result({}, turned)))["Best over many turns"].startswith("fast @ 90 %")
+
+
+def test_the_page_stays_small():
+    assert len(to_html(fake_result()).encode()) < 2_500_000

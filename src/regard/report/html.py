@@ -1,10 +1,11 @@
 """A Result as one self-contained HTML page: no network, no fonts to load.
 
 Two walls stand against hostile text from a model or a file: all of it is escaped where it is written, and the
-page's own policy lets nothing be fetched and no script run but the three written here, named by their hashes.
+page's own policy lets nothing be fetched and no script run but those written here, named by their hashes.
 """
 
 import base64
+import gzip
 import hashlib
 import json
 from html import escape
@@ -13,6 +14,7 @@ from typing import Any
 
 from regard.report.marks import Marks, glyph, marks
 from regard.report.prefill import first_token_sentence, only_prompts
+from regard.report.questions import questions
 from regard.report.result import Result
 from regard.report.sections import sections, words
 from regard.report.words import budget_text, clean, name, plural
@@ -45,21 +47,33 @@ def page(title: str, body: list[str], data: dict[str, Any], style: str = "") -> 
 
     `style` is CSS of its own, after that of every page.
     """
-    from plotly.offline import get_plotlyjs
-
-    scripts = [ERRORS, get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")]
+    scripts = [ERRORS, (HERE / "page.js").read_text(encoding="utf-8")]
+    library = plotly() if data.get("figures") else ""
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy(scripts)}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy([*scripts, library])}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>\n<style>{(HERE / 'page.css').read_text(encoding='utf-8')}{style}</style>",
         f"<script>{scripts[0]}</script>\n</head>\n<body>",
         '<div id="script-errors" data-script-errors="0" hidden></div>',
         *body,
         f'<script type="application/json" id="report-data">{embedded(data)}</script>',
-        f"<script>{scripts[1]}</script>\n<script>{scripts[2]}</script>\n</body>\n</html>\n",
+        f'<script type="text/plain" id="library">{packed(library)}</script>',
+        f"<script>{scripts[1]}</script>\n</body>\n</html>\n",
     ]
     return "\n".join(parts).encode("utf-8", "replace").decode("utf-8")
+
+
+def plotly() -> str:
+    """The drawing library's source."""
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()
+
+
+def packed(text: str) -> str:
+    """Text as base64 of gzip, which the page unpacks: two fifths of the library's size; the same for the same text."""
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode() if text else ""
 
 
 HATCH = (
@@ -104,7 +118,9 @@ def answer(result: Result) -> str:
     best, sentence = result.winner(), result.sentence()
     first = clean(name(best)) if best else ""
     bold = f"<strong>{words(first)}</strong>" if first else ""
-    return f'<p class="answer">{bold}{words(sentence.removeprefix(first))}</p>'
+    asked = "".join(f"<dt>{words(q)}</dt><dd>{words(a)}</dd>" for q, a in questions(result))
+    more = f'<dl class="asked">{asked}</dl>' if asked else ""
+    return f'<p class="answer">{bold}{words(sentence.removeprefix(first))}</p>{more}'
 
 
 def legend(marked: Marks) -> str:

@@ -55,14 +55,66 @@ function sortBy(head) {
     if (x === null || y === null) return (x === null) - (y === null); // the unmeasured last, either way
     return (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1);
   };
-  table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
+  // sorted, the table is one: families of rows end
+  const rows = [...table.querySelectorAll("tbody tr:not(.title)")];
+  for (const title of table.querySelectorAll("tr.title")) title.remove();
+  table.tBodies[0].classList.remove("folded", "family");
+  table.tBodies[0].append(...rows.sort(order));
+  for (const body of [...table.tBodies].slice(1)) body.remove();
 }
 
 function printWidth(printing) {
   for (const plot of plots) Plotly.relayout(plot, printing ? { width: 340, autosize: false } : { width: null, autosize: true });
 }
 
-draw();
+// The library lies packed in the page; what follows works without it.
+async function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).text();
+}
+
+async function begin() {
+  const library = document.getElementById("library");
+  if (library.textContent) {
+    const script = document.createElement("script");
+    script.textContent = await unpacked(library.textContent);
+    document.head.append(script);
+    library.remove();
+    draw();
+  }
+  document.body.dataset.drawn = "true";
+  dispatchEvent(new Event("drawn"));
+}
+
+// The table and the legend show what has the words that are sought; folded families that have any open.
+function search(text) {
+  const sought = text.toLowerCase().split(/\s+/).filter(Boolean);
+  const fits = (label) => sought.every((word) => label.toLowerCase().includes(word));
+  for (const row of document.querySelectorAll(".results tr[data-label]")) row.hidden = !fits(row.dataset.label);
+  for (const button of document.querySelectorAll("[data-method]")) button.hidden = !fits(button.textContent);
+  for (const family of document.querySelectorAll(".results tbody.family")) {
+    const found = family.querySelector("tr[data-label]:not([hidden])") !== null;
+    family.hidden = !found;
+    fold(family, sought.length ? false : family.dataset.folded === "true");
+  }
+}
+
+function fold(family, folded) {
+  family.classList.toggle("folded", folded);
+  family.querySelector("button.fold")?.setAttribute("aria-expanded", String(!folded));
+}
+
+begin();
+for (const button of document.querySelectorAll("button.fold")) {
+  const family = button.closest("tbody");
+  button.addEventListener("click", () => {
+    const folded = !family.classList.contains("folded");
+    family.dataset.folded = String(folded);
+    fold(family, folded);
+  });
+}
+document.getElementById("search")?.addEventListener("input", (event) => search(event.target.value));
 for (const button of document.querySelectorAll("[data-method]")) button.addEventListener("click", () => toggle(Number(button.dataset.method)));
 for (const button of document.querySelectorAll("[data-all]")) button.addEventListener("click", () => everyMethod(button.dataset.all === "true"));
 for (const head of document.querySelectorAll("th[data-sort]")) head.querySelector("button").addEventListener("click", () => sortBy(head));

@@ -1,6 +1,6 @@
 """The sections of the HTML page, from the plots down. Each is a function from a Result to HTML."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
@@ -151,11 +151,13 @@ def table_section(result: Result, marked: Marks) -> str:
     rows = sorted(
         result.summary(), key=lambda r: (r["method"] != "full", not r["complete"], -(r["quality"] or 0))
     )
-    body = "".join(table_row(r, tasks, marked, best is not None and name(r) == name(best)) for r in rows)
+    write = lambda r: table_row(r, tasks, marked, best is not None and name(r) == name(best))  # noqa: E731
+    columns = [*HEADS, *tasks, *TAIL]
+    body = "".join(family_rows(title, part, len(columns), write) for title, part in families(result, rows))
     heads = "".join(
         f'<th data-sort class="{"n" if i else ""}" scope="col">'
         f'<button type="button">{escape(clean(h))}</button></th>'
-        for i, h in enumerate([*HEADS, *tasks, *TAIL])
+        for i, h in enumerate(columns)
     )
     lead = (
         "Quality, bytes and times are relative to full attention in the same cells: 100 % is as good, "
@@ -164,8 +166,42 @@ def table_section(result: Result, marked: Marks) -> str:
         "Read: bytes read per decoded token. Same token: how often the next token is full attention's. "
         "KL: divergence from its distribution. Press a head to sort."
     )
-    table = f'<table class="results"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
-    return section("All methods", lead, f'<div class="wide">{table}</div>')
+    table = f'<table class="results"><thead><tr>{heads}</tr></thead>{body}</table>'
+    seek = '<label class="seek">Search <input type="search" id="search" autocomplete="off"></label>'
+    return section("All methods", lead, f'{seek}<div class="wide">{table}</div>')
+
+
+FOLDED = 16  # with more rows than these, families are folded
+FRONT = "On a front: nothing is both cheaper and better"
+
+
+def families(result: Result, rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(title, rows): full attention and what is on a Pareto front first, then the rest by what methods do."""
+    if len(rows) <= FOLDED:
+        return [("", rows)]
+    front = {name(r) for key in COSTS for r in result.pareto(key)}
+    kinds = result.run.get("families") or {}
+    parts: dict[str, list[dict[str, Any]]] = {FRONT: []}
+    for row in rows:
+        first = row["method"] == "full" or name(row) in front
+        title = FRONT if first else str(kinds.get(row["method"]) or "others")
+        parts.setdefault(title, []).append(row)
+    return [(title, parts[title]) for title in (FRONT, *sorted(set(parts) - {FRONT}))]
+
+
+def family_rows(
+    title: str, rows: list[dict[str, Any]], columns: int, write: Callable[[dict[str, Any]], str]
+) -> str:
+    """A family as a body of the table, folded but for the first; one without a title is the whole table."""
+    body = "".join(map(write, rows))
+    if not title:
+        return f"<tbody>{body}</tbody>"
+    folded = title != FRONT
+    label = f"{escape(clean(title))} <span>{len(rows)}</span>"
+    button = f'<button type="button" class="fold" aria-expanded="{str(not folded).lower()}">{label}</button>'
+    css = "family folded" if folded else "family"
+    head = f'<tr class="title"><th scope="rowgroup" colspan="{columns}">{button}</th></tr>'
+    return f'<tbody class="{css}" data-folded="{str(folded).lower()}">{head}{body}</tbody>'
 
 
 def spread_text(ratio: float | None, spread: float | None) -> str:
@@ -192,7 +228,8 @@ def table_row(row: dict[str, Any], tasks: list[str], marked: Marks, won: bool) -
         cell(row["kl"], short(row["kl"])),
         cell(lost, str(lost) if lost else "", "n bad"),
     ]
-    return f"<tr{' class=won' if won else ''}>{''.join(cells)}</tr>"
+    label = escape(clean(f"{row['label']} {budget_text(row['budget'])}"))
+    return f'<tr data-label="{label}"{" class=won" if won else ""}>{"".join(cells)}</tr>'
 
 
 def failed_section(result: Result) -> str:
