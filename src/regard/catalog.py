@@ -126,6 +126,9 @@ def path_of(name: str) -> Path:
 
 def revision_of(name: str) -> str | None:
     """What the file of a page of one's own holds, as a hash; None for pages of the package, which have its version."""
+    if "+" in name:
+        held = [revision for part in name.split("+") if (revision := revision_of(part)) is not None]
+        return "+".join(held) or None
     return None if name in built_in() else sha256(path_of(name).read_bytes()).hexdigest()[:12]
 
 
@@ -178,6 +181,12 @@ def method(name: str, **config: Any) -> Method:
         after = ((page.joins, get(page.joins)),) if page.joins else ()
         page = composed((page.over or "full", base), (name, page), *after)
     return Method(name, page, page.configure(**config))
+
+
+def takes_budget(name: str) -> bool:
+    """Whether a method has a budget: a cache method that keeps or reads a part of the tokens."""
+    acting = method(name).page
+    return acting.kind == "cache" and any(f.name == "budget" for f in fields(acting.config))
 
 
 def laid_over(methods: Iterable[Method]) -> Method:

@@ -26,12 +26,13 @@ from regard.bench.prefill import leaves_unread
 from regard.bench.revisions import content, with_revisions
 from regard.core import Method, Unsupported, require
 from regard.core.spec import parse_spec
+from regard.kinds.cache import family
 from regard.kinds.mask import build_mask, refuse_ahead
 from regard.models.shipped import load, load_shipped, shipped_name, stored_dtype
 from regard.ops import parse_budget
 from regard.ops.machine import cpu_facts, slow_on_cpu
 from regard.report.folder import Folder, keys_of
-from regard.report.html import to_html
+from regard.report.html import task_pages, to_html
 from regard.report.markdown import to_markdown
 from regard.report.pictures import PictureResult
 from regard.report.result import Result
@@ -147,6 +148,8 @@ def report(folder: Folder) -> Result:
     """Draw the report of what the folder holds: report.html and report.md."""
     result = Result.load(folder.path)
     folder.write("report.html", to_html(result))
+    for at, page in task_pages(result).items():
+        folder.write(at, page)
     folder.write("report.md", to_markdown(result))
     return result
 
@@ -170,7 +173,7 @@ def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Ce
         cells.append(Cell(FULL, task, length, **rest))
         for name, settings in chosen:
             if name != FULL:
-                asked = budgets if catalog.get(name).kind == "cache" else (None,)
+                asked = budgets if catalog.takes_budget(name) else (None,)
                 cells += [Cell(name, task, length, budget, settings, **rest) for budget in asked]
     unread = [
         Cell(name, CROSSING_TEXT, max(lengths), None, settings, what="crossing", **rest)
@@ -291,12 +294,18 @@ def header(name: str, cells: Sequence[Cell], **facts: Any) -> dict:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": settings,
         "content": content(cells),
+        "families": {c.method: family_of(catalog.method(c.method)) for c in cells if c.method != FULL},
         "cells": [c.key for c in cells],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": machine(),
         **facts,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def family_of(method: Method) -> str:
+    """What a method does, in a few words: under these the report's table is folded."""
+    return family(method.page) if method.page.kind == "cache" else f"{method.page.kind} pages"
 
 
 def machine() -> dict:

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from regard.cli import evaluate, explain, laws, measure, models, pages  # noqa: F401  (they add their commands)
+from regard.cli import evaluate, explain, laws, measure, models, pages, reports  # noqa: F401  (they add their commands)
 from regard.cli.console import Stopped, app, err
 
 __all__ = ["app", "main"]

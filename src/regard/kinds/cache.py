@@ -104,6 +104,18 @@ def stays(page: CachePage, view: View, cfg: Any) -> Tensor:
     return view.age() < 1 if page.always is None else page.always(view, cfg)
 
 
+def family(page: CachePage) -> str:
+    """What a page does to the cache, in a few words."""
+    if page.attention is not None:
+        return "an attention of their own"
+    evicts = page.keep is not None or page.score is not None
+    if page.codec is not None:
+        return "fewer bytes for a token" if not evicts else "fewer tokens, in fewer bytes"
+    if page.select is not None:
+        return "all tokens held, a part read"
+    return "tokens go after prompts" if page.phase == "prefill" else "tokens go at every step"
+
+
 def allocating(name: str, page: CachePage, allocate: Callable) -> CachePage:
     """A page of scores with budgets by head: allocate(view, score) -> [B, G] tokens, of scores [B, G, n]."""
     if page.score is None:

@@ -8,6 +8,7 @@ import base64
 import gzip
 import hashlib
 import json
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,29 @@ def to_html(result: Result) -> str:
     figures, parts = sections(result, marked)
     title = f"Attention methods compared on {clean(result.run.get('model') or 'this model')}"
     return page(title, [HATCH, *head(result, title), legend(marked), *parts], figures)
+
+
+def task_pages(result: Result) -> dict[str, str]:
+    """File name -> a page of one task alone, where there are several."""
+    tasks = result.tasks()
+    if len(tasks) < 2:
+        return {}
+    parts = {task: [r for r in result.rows if str(r["task"]) == task] for task in tasks}
+    return {file_of(task): to_html(Result(result.run, rows)) for task, rows in parts.items()}
+
+
+def file_of(task: str) -> str:
+    """The name of a task's page: "report-needle.html"; settings become a part of it."""
+    return f"report-{re.sub(r'[^A-Za-z0-9_.-]+', '-', task).strip('-')}.html"
+
+
+def links(result: Result) -> str:
+    """To the pages of the tasks, from the page of them all."""
+    tasks = result.tasks()
+    if len(tasks) < 2:
+        return ""
+    each = [f'<a href="{file_of(task)}">{escape(clean(task))}</a>' for task in tasks]
+    return f'<p class="meta">Each task by itself: {", ".join(each)}.</p>'
 
 
 def page(title: str, body: list[str], data: dict[str, Any], style: str = "") -> str:
@@ -108,7 +132,12 @@ def head(result: Result, title: str) -> list[str]:
         f"{' × '.join(counted)}: {cells}. Started {clean(result.run.get('started') or 'at an unknown time')}."
     )
     notes = [f'<p class="note">{escape(note)}</p>' for note in result.notes()]
-    return [f'<h1>{escape(title)}</h1><p class="meta">{escape(text)}</p>', answer(result), *notes]
+    return [
+        f'<h1>{escape(title)}</h1><p class="meta">{escape(text)}</p>',
+        answer(result),
+        links(result),
+        *notes,
+    ]
 
 
 def answer(result: Result) -> str:
