@@ -6,7 +6,8 @@ which time or memory grows with the number of pixels. Batch 1, 8 heads of width 
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from regard import catalog
 from regard.bench.efficiency import bytes_held
 from regard.bench.sparse import at_most
-from regard.bench.timing import least, left, paired, row, seconds
+from regard.bench.timing import fitting, left, paired, row, seconds
 from regard.core import Method, Unsupported
 from regard.core.roles import Roles
 from regard.explaining.places import is_on_grid
@@ -31,14 +32,15 @@ LINEAR = ("fused_neighborhood_attention", "halonet", "davit")
 class Sizes:
     near: int = 64
     regions: int = 56
-    sides: tuple[int, ...] = (56, 112)
+    sides: tuple[int, ...] = (56, 112)  # over which memory grows
+    growing: tuple[int, ...] = (56, 112, 224)  # and time
     heads: int = 8
     width: int = 32
     window: int = 7
     repeats: int = 7
 
 
-QUICK = Sizes(32, 28, (28, 56), 2, 32, 7, 1)
+QUICK = Sizes(32, 28, (28, 56), (28, 56), 2, 32, 7, 1)
 
 
 def rows(quick: bool = False, progress: Callable[[str], None] | None = None) -> list[dict]:
@@ -116,10 +118,13 @@ def growth(sizes: Sizes) -> Iterator[dict]:
     """With which power of the pixels time grows."""
     for name in (n for n in LINEAR if n in catalog.pages()):
         for settings in varieties(name):
-            sides = [asked(name, side, sizes, **settings) for side in sizes.sides]
-            value = exponent([least(one.out, sizes.repeats) for one in sides], sizes)
+            images = [asked(name, side, sizes, **settings) for side in sizes.growing]
+            took = seconds(lambda images=images: [one.out() for one in images])
+            # in turns, so that a busy moment is everybody's
+            turns = [[seconds(one.out) for one in images] for _ in range(fitting(2 * sizes.repeats, took))]
+            value = exponent([statistics.median(times) for times in zip(*turns)], sizes.growing)
             shown = catalog.method(name, **settings).label
-            yield at_most(f"{shown}: power of the pixels in time, {span(sizes)}", value, 1.1)
+            yield at_most(f"{shown}: power of the pixels in time, {span(sizes.growing)}", value, 1.1)
 
 
 def varieties(name: str) -> list[dict[str, Any]]:
@@ -131,11 +136,11 @@ def memory(sizes: Sizes) -> Iterator[dict]:
     """With which power of the pixels memory grows, for every page of images that reads a part of them."""
     for name in on_images():
         if left() <= 0:
-            yield at_most(f"{name}: power of the pixels in memory, {span(sizes)}", math.nan, 1.1)
+            yield at_most(f"{name}: power of the pixels in memory, {span(sizes.sides)}", math.nan, 1.1)
             continue
         sides = [asked(name, side, sizes) for side in sizes.sides]
-        value = exponent([bytes_held(one.out) for one in sides], sizes)
-        yield at_most(f"{name}: power of the pixels in memory, {span(sizes)}", value, 1.1)
+        value = exponent([float(bytes_held(one.out)) for one in sides], sizes.sides)
+        yield at_most(f"{name}: power of the pixels in memory, {span(sizes.sides)}", value, 1.1)
 
 
 def on_images() -> list[str]:
@@ -153,9 +158,17 @@ def on_images() -> list[str]:
     return found
 
 
-def span(sizes: Sizes) -> str:
-    return " to ".join(f"{side} x {side}" for side in sizes.sides)
+def span(sides: Sequence[int]) -> str:
+    return " to ".join(f"{side} x {side}" for side in (sides[0], sides[-1]))
 
 
-def exponent(values: list[float], sizes: Sizes) -> float:
-    return math.log(values[1] / values[0]) / math.log((sizes.sides[1] / sizes.sides[0]) ** 2)
+def exponent(values: Sequence[float], sides: Sequence[int]) -> float:
+    """The power of the pixels with which values grow: least squares of their logarithms.
+
+    >>> round(exponent([1.0, 4.0, 16.0], [10, 20, 40]), 6)
+    1.0
+    """
+    pixels, logs = [2 * math.log(side) for side in sides], [math.log(value) for value in values]
+    middle = statistics.mean(pixels)
+    apart = [x - middle for x in pixels]
+    return sum(x * y for x, y in zip(apart, logs)) / sum(x * x for x in apart)
