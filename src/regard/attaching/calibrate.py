@@ -101,7 +101,7 @@ def induction_heads(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
 
     Measured once for a model and kept beside it; again when its weights were changed in place.
     """
-    version = sum(p._version for p in model.parameters())
+    version = sum(0 if p.is_inference() else p._version for p in model.parameters())
     measured = MEASURED.get(model)
     if measured is None or measured[0] != version:
         measured = MEASURED[model] = version, by_kv_head(model, retrieval_scores(model)["induction"])

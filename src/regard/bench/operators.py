@@ -20,7 +20,7 @@ from regard import catalog
 from regard.attaching.attachment import attach
 from regard.attaching.ledger import LedgerLayer
 from regard.bench import attached as pretrained
-from regard.bench import grid, mechanisms, sparse
+from regard.bench import caches, grid, mechanisms, sparse
 from regard.bench.estimate import free_here
 from regard.bench.timing import LIMIT, QUICK_LIMIT, left, paired, row, seconds, unmeasured, with_cpu, within
 from regard.core import unknown
@@ -84,9 +84,9 @@ QUICK = Shape(context=4_096, layers=4, prompt=512)
 
 @renamed(told="progress")
 def bench(name: str, quick: bool = False, progress: Callable[[str], None] | None = None) -> list[dict]:
-    """Rows of one benchmark: "decode", "attach", "grid", "mechanisms" or "sparse"."""
+    """Rows of one benchmark: "decode", "attach", "caches", "grid", "mechanisms" or "sparse"."""
     own = ("decode", "attach")
-    others = {"grid": grid.rows, "mechanisms": mechanisms.rows, "sparse": sparse.rows}
+    others = {"caches": caches.rows, "grid": grid.rows, "mechanisms": mechanisms.rows, "sparse": sparse.rows}
     if name not in (*own, *others):
         raise unknown("benchmark", name, [*own, *others, "efficiency"])
     progress = progress or (lambda text: None)

@@ -173,7 +173,9 @@ def say_claims(rows: list[dict], as_json: bool) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="decode, attach, mechanisms, sparse, grid or efficiency")],
+    name: Annotated[
+        str, typer.Argument(help="decode, attach, caches, mechanisms, sparse, grid or efficiency")
+    ],
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes, for a look.")] = False,
     pattern: Annotated[str, typer.Option(help="Of the mechanisms, for efficiency.")] = "causal_self",
     names: Annotated[str | None, typer.Option("--methods", help="Which mechanisms, for efficiency.")] = None,
