@@ -31,6 +31,7 @@ class Written(Definition):
         {"budget": 3, "sinks": 5, "lag": 2},
         {"budget": 1, "sinks": 1, "lag": 2},
         {"budget": 13, "sinks": 0, "lag": 4},
+        {"budget": 6, "sinks": 0, "lag": 4},
         {"budget": 0.6, "sinks": 2, "lag": 5},
     )
     slides: ClassVar = {"budget": 5, "sinks": 1, "lag": 2}
@@ -49,6 +50,7 @@ class Written(Definition):
             part = [j for j in tokens if start <= j < start + cfg.lag]
             after = [j for j in tokens if start + cfg.lag <= j < start + 2 * cfg.lag]
             if any(j not in shares for j in part):
+                assert len(after) == cfg.lag
                 keys, values = (self.spread(x[g].tolist(), part, after) for x in (at.k, at.v))
                 order = sorted(part, key=lambda j: (-(keys[j] + values[j]), j))
                 for place, j in enumerate(order):
@@ -61,8 +63,8 @@ class Written(Definition):
     @staticmethod
     def spread(x: list[list[float]], part: list[int], after: list[int]) -> dict[int, float]:
         channels = range(len(x[0]))
-        low = [min((x[j][c] for j in after), default=0.0) for c in channels]
-        high = [max((x[j][c] for j in after), default=1.0) for c in channels]
+        low = [min(x[j][c] for j in after) for c in channels]
+        high = [max(x[j][c] for j in after) for c in channels]
         return softmax(
             {j: deviation([(x[j][c] - low[c]) / max(high[c] - low[c], 1e-6) for c in channels]) for j in part}
         )

@@ -43,12 +43,12 @@ def unjudged(length: Tensor, cfg: Config) -> Tensor:
 def spread(parts: Tensor, there: Tensor) -> Tensor:
     """[B, G, P - 1, L]: softmax over a part of the deviation of its tokens, in the range of the next part.
 
-    parts [B, G, P, L, D], there [b, g, P, L]. A part that has nothing left is as good as the range from 0 to 1.
+    parts [B, G, P, L, D], there [b, g, P, L]. Old tokens go first, so what is left of a part that is yet to be judged
+    has the whole next part behind it.
     """
-    gone, some = ~there[..., None], there[:, :, 1:].any(-1)[..., None, None]
-    low = parts.masked_fill(gone, torch.inf).amin(3, keepdim=True)[:, :, 1:].where(some, 0)
-    high = parts.masked_fill(gone, -torch.inf).amax(3, keepdim=True)[:, :, 1:].where(some, 1)
-    inside = (parts[:, :, :-1] - low) / (high - low).clamp(min=1e-6)
+    part, following = parts[:, :, :-1], parts[:, :, 1:]
+    low, high = following.amin(3, keepdim=True), following.amax(3, keepdim=True)
+    inside = (part - low) / (high - low).clamp(min=1e-6)
     return inside.std(-1).masked_fill(~there[:, :, :-1], -torch.inf).softmax(-1)
 
 
