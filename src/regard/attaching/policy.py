@@ -16,7 +16,7 @@ from regard.attaching.ledger import LedgerLayer
 from regard.attaching.packed import PackedGroup
 from regard.attaching.places import places_of
 from regard.attaching.slots import Group, slack
-from regard.attaching.views import at_slots, make_view, real_slots, visibility
+from regard.attaching.views import at_slots, make_view, padding_first, real_slots, visibility
 from regard.core import Method, NeverFired, Unreachable, Unsupported, require
 from regard.core.errors import present
 from regard.kinds.cache import CachePage, decide
@@ -178,7 +178,7 @@ class CachePolicy(Actor):
             raise Unsupported(
                 f"{self.name} has an attention of its own, which would leave an attached mask out"
             )
-        read, asked = call.stored.padding_first()
+        read, asked = padding_first(call.stored)
         out = self.page.attention(read, self.method.config)
         if out is None or asked is None:
             return out

@@ -1,6 +1,7 @@
 """The view of one attention call: its tensors, and who sees what at the true indices of what is stored."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from regard.attaching.actors import AttentionCall
 from regard.attaching.lazy_mask import LazyMask
 from regard.core import Unsupported
+from regard.core.errors import present
 from regard.ops import View, mix, per_query_head, row_blocks, softmax_attention
 
 
@@ -128,3 +130,27 @@ def run(view: View) -> Tensor:
             )
         )  # fmt: skip
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def padding_first(view: View) -> tuple[View, Tensor | None]:
+    """The view of a whole cache with each row's padding before its tokens, and the order [B, N] of its queries.
+
+    None: the padding is there already.
+    """
+    real = view.hold()[:, 0]  # [B, n]
+    if view.order is None or bool((real[:, 1:] >= real[:, :-1]).all()):
+        return view, None
+    asking = present(view.asking(), "a view with padding knows what asks")
+    at, asked = (x.to(torch.uint8).argsort(dim=-1, stable=True) for x in (real, asking))
+    q = view.q.take_along_dim(asked[:, None, :, None], 2)
+    k, v = (x.take_along_dim(at[:, None, :, None], 2) for x in (view.k, view.v))
+    index = view.index.expand(len(at), 1, -1).gather(-1, at[:, None])
+
+    def visible(rows: slice) -> Tensor | None:
+        seen = view.visible(slice(None))
+        if seen is None:
+            return None
+        seen = seen.take_along_dim(asked[:, None, :, None], 2)[:, :, rows]
+        return seen.take_along_dim(at[:, None, None], 3)
+
+    return replace(view, q=q, k=k, v=v, index=index, real=real.gather(1, at)[:, None], visible=visible), asked

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.core.deprecation import moved, renamed_fields
-from regard.core.errors import present, require
+from regard.core.errors import require
 from regard.ops.softmax import masked_softmax, row_blocks, scores
 
 __getattr__ = moved(__name__, {name: f"regard.ops.kept:{name}" for name in ("Kept", "keep_best")})
@@ -190,31 +190,6 @@ class View:
         real = self.order is None or torch.cat([order[:, :1] + 1, order.diff(dim=-1)], 1) > 0
         start = self.position_at(torch.zeros_like(self.length()[:, None]))
         return not bool(((self.positions - order != start) & real).any())
-
-    def padding_first(self) -> tuple["View", Tensor | None]:
-        """The view of a whole cache with each row's padding before its tokens, and the order [B, N] of its queries.
-
-        None: the padding is there already.
-        """
-        real = self.hold()[:, 0]  # [B, n]
-        if self.order is None or bool((real[:, 1:] >= real[:, :-1]).all()):
-            return self, None
-        asking = present(self.asking(), "a view with padding knows what asks")
-        at, asked = (x.to(torch.uint8).argsort(dim=-1, stable=True) for x in (real, asking))
-        q = self.q.take_along_dim(asked[:, None, :, None], 2)
-        k, v = (x.take_along_dim(at[:, None, :, None], 2) for x in (self.k, self.v))
-        index = self.index.expand(len(at), 1, -1).gather(-1, at[:, None])
-
-        def visible(rows: slice) -> Tensor | None:
-            seen = self.visible(slice(None))
-            if seen is None:
-                return None
-            seen = seen.take_along_dim(asked[:, None, :, None], 2)[:, :, rows]
-            return seen.take_along_dim(at[:, None, None], 3)
-
-        return replace(
-            self, q=q, k=k, v=v, index=index, real=real.gather(1, at)[:, None], visible=visible
-        ), asked
 
     def received(self, newest: int | None = None, relative: bool = False) -> Tensor:
         """[B, G, n] attention that each stored token receives from this step's queries, summed; never holds N x n.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
 from regard.ops import Budget, View, best
-from regard.ops.text import as_stored, in_text
+from regard.ops.texts import as_stored, in_text
 
 
 @dataclass(frozen=True)

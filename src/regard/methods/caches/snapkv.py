@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
 from regard.ops import Budget, View
+from regard.ops.texts import as_stored, in_text
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,8 @@ def score(view: View, cfg: Config) -> Tensor:
     # the window stays in any case; what it gives to itself would lift the tokens next to it
     votes = view.received(newest=cfg.window).masked_fill(view.age() < cfg.window, 0)
     # neighbours are those of the text, not of the cache
-    length = int(view.length().max())
-    place = view.rank().masked_fill(~view.hold(), length).expand_as(votes)
-    text = votes.new_zeros(*votes.shape[:2], length + 1).scatter(-1, place, votes)[..., :-1]
-    pooled = F.max_pool1d(text, cfg.pool, stride=1, padding=cfg.pool // 2)
-    return pooled.gather(-1, place.clamp(max=length - 1))
+    pooled = F.max_pool1d(in_text(view, votes), cfg.pool, stride=1, padding=cfg.pool // 2)
+    return as_stored(view, pooled)
 
 
 def always(view: View, cfg: Config) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from regard.core import Card
 from regard.kinds.cache import CachePage
 from regard.ops import Budget, View
-from regard.ops.text import as_stored, in_text
+from regard.ops.texts import as_stored, in_text
 
 
 @dataclass(frozen=True)
