@@ -220,6 +220,9 @@ def test_a_model_path_that_is_not_there(tmp_path):
         compare(str(tmp_path / "nothing"), out=tmp_path / "out")
     with pytest.raises(ValueError, match="no model can be loaded"):
         load("no-such-model")
+    with pytest.raises(ValueError, match="near names: smollm2"):
+        compare("smolm2", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_default_grid():

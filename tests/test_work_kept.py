@@ -371,7 +371,7 @@ def test_a_guarded_script_is_imported_by_the_workers_as_python_does(tmp_path):
 
 
 def test_a_script_whose_model_workers_cannot_load_is_told_the_rule(tmp_path):
-    done = script(tmp_path, SCRIPT.replace("None", '"no-such-model"'))
+    done = script(tmp_path, SCRIPT.replace("None", '"no/such-model"'))
     assert done.returncode == 1 and "no model can be loaded" in done.stderr
     assert "workers do not run " in done.stderr and "if __name__ == '__main__':" in done.stderr
 

@@ -28,7 +28,7 @@ from regard.core import Method, Unsupported, require
 from regard.core.spec import parse_spec
 from regard.kinds.cache import family
 from regard.kinds.mask import build_mask, refuse_ahead
-from regard.models.shipped import load, load_shipped, shipped_name, stored_dtype
+from regard.models.shipped import load, load_shipped, refuse_misspelt, shipped_name, stored_dtype
 from regard.ops import parse_budget
 from regard.ops.machine import cpu_facts, slow_on_cpu
 from regard.report.folder import Folder, keys_of
@@ -93,6 +93,8 @@ def compare(
     Finished cells are on disk at once; the same call resumes, and measures anew where the content of the text, the
     model or a page of one's own is another. A cell that fails is a row that says why.
     """
+    if isinstance(model, str | Path) and shipped_name(model) is None:
+        refuse_misspelt(model)
     about = picture_tasks(tasks, model)
     if about is not None:
         rule = "tasks of images have no lengths, and no budgets: keep= is a setting"

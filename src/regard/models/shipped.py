@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from regard.core import require, unknown
-from regard.core.errors import NotInstalled
+from regard.core.errors import NotInstalled, near
 from regard.models.gguf import dequantised, is_gguf, joined
 
 HERE = Path(__file__).parent
@@ -151,6 +151,20 @@ def load_any(
     return load(str(model), trust_remote_code=trust_remote_code, device=device)
 
 
+def refuse_misspelt(path: str | Path) -> None:
+    """Raise, without asking any network, for a name that is no folder, is not in the Hugging Face cache and names no
+    organisation, as models of the hub do: it is most likely one of ours, misspelt.
+    """
+    name = str(path)
+    if Path(path).exists() or len(Path(path).parts) > 1 or name.startswith("~") or cached_config(name):
+        return
+    said = near(name, (*SHIPPED, *PRETRAINED))
+    raise ValueError(
+        f"no model can be loaded from {name!r}: it is no folder here, no model of ours and not in the Hugging Face "
+        f"cache; {said}. A model of the hub is named with its organisation, ORG/{name}"
+    )
+
+
 def load(
     path: str | Path,
     dtype: torch.dtype | str = "auto",
@@ -167,6 +181,7 @@ def load(
     What is written to a weight reaches neither the file nor another process.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_misspelt(path)
     path = dequantised(path) if is_gguf(path) else path
     local = Path(path)
     looks_local = local.is_absolute() or str(path).startswith((".", "~")) or len(local.parts) > 2
