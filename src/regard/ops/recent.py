@@ -19,7 +19,7 @@ def remember(view: View, window: int) -> None:
     Each row ends with its newest token: what padding asks, and what is missing of a short text, stands before.
     """
     memory, asking, rows = view.memory, view.asking(), len(view.q)
-    old, queries = memory.get("queries", view.q[:, :, :0]), view.q
+    old, queries = remembered(view), view.q
     count = memory.get("asked", view.budget.new_zeros(rows))  # [B] how many are of real tokens
     held = old.shape[2]
     if asking is None:
@@ -28,8 +28,25 @@ def remember(view: View, window: int) -> None:
     queries = torch.cat([old, queries], 2)
     there = torch.arange(held, device=queries.device) >= held - count[:, None]
     order = torch.cat([there, asking], 1).to(torch.uint8).argsort(dim=-1, stable=True)[:, -window:]
+    memory["of"] = order.new_tensor([heads_of(view)])
     memory["queries"] = queries.take_along_dim(order[:, None, :, None], 2)  # [B, H, w, D]
     memory["asked"] = (count + asking.sum(-1)).clamp(max=window)
+
+
+def heads_of(view: View) -> list[int]:
+    return list(view.heads or range(view.groups))
+
+
+def remembered(view: View) -> Tensor:
+    """[B, H, m, D] what is held of these heads, which may have parted from others since."""
+    memory, heads = view.memory, heads_of(view)
+    if "queries" not in memory:
+        return view.q[:, :, :0]
+    before = memory["of"][0].tolist()
+    if before == heads:
+        return memory["queries"]
+    by_head = memory["queries"].unflatten(1, (len(before), -1))
+    return by_head[:, [before.index(head) for head in heads]].flatten(1, 2)
 
 
 def asking_again(view: View) -> tuple[View, Tensor]:
