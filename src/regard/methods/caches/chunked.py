@@ -81,7 +81,7 @@ METHOD = CachePage(
         needs=("decoder-lm",),
         lineage=("snapkv",),
         neutral={"length": 1 << 30},
-        caveat="kvpress scores each chunk by itself, with its own queries; here the whole text is scored once. It rounds "
-        "each share down, to one token at least, so it may keep a token more or less for each chunk",
+        caveat="kvpress scores each chunk by itself, with its own queries; here the whole text is scored once. It "
+        "rounds each share down, to one token at least, so it may keep a token more or less for each chunk",
     ),
 )
