@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from regard.testing.cache.definition import Definition, Moment
 
-RULE = {"sinks": 1, "window": 4, "last": 3, "threshold": 0.45}
+RULE = {"sinks": 1, "window": 4, "last": 3, "threshold": 0.35}
 SMALL = {**RULE, "budget": 8}
 
 
@@ -14,7 +14,7 @@ class Written(Definition):
         "sinks": (RULE, {**RULE, "sinks": 3}),
         "window": (RULE, {**RULE, "window": 6}),
         "last": (RULE, {**RULE, "last": 1}),
-        "threshold": (RULE, {**RULE, "threshold": 0.3}),
+        "threshold": (RULE, {**RULE, "threshold": 0.45}),
     }
     # all layers lazy, none, budgets below a lazy layer's tokens, a budget that covers some rows
     more = (
