@@ -386,3 +386,17 @@ def test_what_counts_as_a_guard():
 def test_a_source_says_what_it_holds(tmp_path):
     (tmp_path / "a.txt").write_text("word " * 50)
     assert Source.from_path(tmp_path / "a.txt").revision == Source("elsewhere", "word " * 50).revision
+
+
+def test_a_run_grows(tmp_path):
+    """The same folder takes another method and another length: what is there is not measured again."""
+    asked = dict(tasks=["needle"], budgets=[0.5], out=tmp_path / "run", samples=1, workers=1)
+    first = compare(None, ["streaming_llm"], lengths=[96], **asked)
+    seen = []
+    count = lambda row, done, total: seen.append((row is None, done, total))  # noqa: E731
+    both = compare(None, ["knorm"], lengths=[96, 128], progress=count, **asked)
+    assert seen[0] == (True, 1, 4) and len(both.rows) == 5
+    assert {r["label"] for r in both.rows} == {"full", "streaming_llm", "knorm"} and both.lengths() == [96, 128]
+    assert {r["key"] for r in first.rows} < {r["key"] for r in both.rows}
+    with pytest.raises(ValueError, match="of the same run"):
+        compare(None, ["knorm"], lengths=[96], **{**asked, "samples": 2})

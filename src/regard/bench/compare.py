@@ -91,7 +91,8 @@ def compare(
     say      called, before cells run, with one line on the memory that they will take; run.json has it as "memory"
 
     Finished cells are on disk at once; the same call resumes, and measures anew where the content of the text, the
-    model or a page of one's own is another. A cell that fails is a row that says why.
+    model or a page of one's own is another. The same `out` takes more methods, tasks, lengths and budgets: its report
+    is then of all. A cell that fails is a row that says why.
     """
     if isinstance(model, str | Path) and shipped_name(model) is None:
         refuse_misspelt(model)
@@ -111,7 +112,8 @@ def compare(
     name, load_model = loader(model, trust_remote_code, device, dtype)
     cells = with_revisions(cells, model, dtype)
     memory = estimate(cells, model, runner, device, dtype)
-    done = folder.open(header(name, cells, memory=memory, slow=slow_model(model, device, dtype)))
+    head = header(name, cells, memory=memory, slow=slow_model(model, device, dtype))
+    done = folder.open(head, grows=("methods", "tasks", "lengths", "budgets"))
     kept = keys_of(done, retry)
     todo = [c for c in cells if c.key not in kept]
     progress = progress or nothing

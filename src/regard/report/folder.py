@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,11 @@ class Folder:
     def results(self) -> Path:
         return self.path / "results.jsonl"
 
-    def open(self, header: dict) -> dict[str, dict]:
-        """Make the folder or go on in it: rows by key. Another run's folder is refused with what differs."""
+    def open(self, header: dict, grows: Sequence[str] = ()) -> dict[str, dict]:
+        """Make the folder or go on in it: rows by key. Another run's folder is refused with what differs.
+
+        grows  names of settings that are lists: a later start may ask for others, and the run is then of both
+        """
         header_file = self.path / "run.json"
         if not header_file.exists():
             vacant(self.path, "the output folder is new, empty or of an earlier start of this run")
@@ -37,13 +40,13 @@ class Folder:
             write_whole(header_file, json.dumps(header, indent=1))
             return {}
         old, header = read_header(header_file), json.loads(json.dumps(header))
-        apart = differences(old["settings"], header["settings"])
+        apart = differences(old["settings"], header["settings"], grows)
         rule = "the output folder is of the same run; choose another --out"
         require(not apart, rule, out=str(self.path), **apart)
         writable(self.path)
         # the same command over a text or a model whose content is another asks for other cells
         if old.get("cells") != header.get("cells"):
-            write_whole(header_file, json.dumps({**old, **header}, indent=1))
+            write_whole(header_file, json.dumps({**old, **joined(old, header, grows)}, indent=1))
         return self.rows()
 
     def rows(self) -> dict[str, dict]:
@@ -109,9 +112,24 @@ def read_header(path: Path) -> dict:
     return header
 
 
-def differences(old: Mapping, new: Mapping) -> dict[str, tuple]:
-    """Name -> (old, new) of the settings that are not the same."""
-    return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
+def differences(old: Mapping, new: Mapping, grows: Sequence[str] = ()) -> dict[str, tuple]:
+    """Name -> (old, new) of the settings that are not the same, but for those that may grow."""
+    names = sorted({*old, *new} - set(grows))
+    return {k: (old.get(k), new.get(k)) for k in names if old.get(k) != new.get(k)}
+
+
+def joined(old: Mapping, new: Mapping, grows: Sequence[str]) -> dict[str, Any]:
+    """The header of a run that has grown: what either start asked for. Without settings that grow, the new one's."""
+    if not any(old["settings"].get(name) != new["settings"].get(name) for name in grows):
+        return dict(new)
+    both = {name: merged(old["settings"].get(name, []), new["settings"][name]) for name in grows}
+    families = {**(old.get("families") or {}), **(new.get("families") or {})}
+    cells = [*dict.fromkeys([*old.get("cells", ()), *new["cells"]])]
+    return {**new, "settings": {**new["settings"], **both}, "families": families, "cells": cells}
+
+
+def merged(old: Sequence, new: Sequence) -> list:
+    return sorted({*old, *new})
 
 
 def vacant(
