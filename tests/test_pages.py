@@ -51,7 +51,10 @@ def test_names_are_near():
 
 def test_methods_are_found_by_name_kind_family_pattern_and_need():
     assert regard.list_methods("*linear*") == ["linear_attention", "superlinear_attention"]
-    assert set(regard.list_methods("*attention*", kind="cache")) == {"razor_attention", "recycled_attention"}
+    assert set(regard.list_methods("*attention*", kind="cache")) == {
+        "duo_attention", "expected_attention", "non_causal_attention", "observed_attention", "razor_attention",
+        "recycled_attention",
+    }  # fmt: skip
     assert {"lean_attention", "softmax"} <= set(regard.list_methods(family="dense"))
     assert not {"gla", "block_topk", "window"} & set(regard.list_methods(family="dense"))
     assert "agent_attention" not in regard.list_methods(kind="mechanism", pattern="causal_self")

@@ -396,7 +396,10 @@ def test_a_run_grows(tmp_path):
     count = lambda row, done, total: seen.append((row is None, done, total))  # noqa: E731
     both = compare(None, ["knorm"], lengths=[96, 128], progress=count, **asked)
     assert seen[0] == (True, 1, 4) and len(both.rows) == 5
-    assert {r["label"] for r in both.rows} == {"full", "streaming_llm", "knorm"} and both.lengths() == [96, 128]
+    assert {r["label"] for r in both.rows} == {"full", "streaming_llm", "knorm"} and both.lengths() == [
+        96,
+        128,
+    ]
     assert {r["key"] for r in first.rows} < {r["key"] for r in both.rows}
     with pytest.raises(ValueError, match="of the same run"):
         compare(None, ["knorm"], lengths=[96], **{**asked, "samples": 2})

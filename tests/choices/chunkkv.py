@@ -30,6 +30,6 @@ class Written(Below):
                 for j, vote in votes.items():
                     if j not in always:
                         parts.setdefault(j // cfg.chunk, []).append(vote)
-            self.memory[group] = {i: sum(x) / len(x) for i, x in parts.items()}
+            self.memory[group] = {i: round(sum(x) / len(x), 9) for i, x in parts.items()}
         votes, always = of_heads[g]
         return {j: self.memory[group].get(j // cfg.chunk, 0.0) for j in votes}, always

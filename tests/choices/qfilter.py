@@ -1,4 +1,4 @@
-"""Q-Filters: the keys that reach furthest along the first singular vector of all queries so far."""
+"""Q-Filters: the keys that reach furthest along the first singular vector of the prompt's queries."""
 
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ class Written(Definition):
 
     def ranks(self, at: Moment, g: int) -> tuple[dict[int, float], list[int]]:
         heads = at.query_heads(g)
-        mean = sum(self.direction(at.q[h]) for h in heads) / len(heads)
+        mean = sum(self.direction(at.q[h, list(at.new)]) for h in heads) / len(heads)
         return {
             j: sum(float(a) * float(b) for a, b in zip(at.k[g, j], mean, strict=True)) for j in at.lasting(g)
         }, [at.n - 1]

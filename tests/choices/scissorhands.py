@@ -21,7 +21,7 @@ class Written(Definition):
         {**SMALL, "budget": 5, "drop": 0.6},
         {**SMALL, "history": 60},
     )
-    slides: ClassVar = {**SMALL, "budget": 4, "history": 1}
+    slides: ClassVar = {**SMALL, "budget": 4, "history": 3}
     long = 430
 
     def own_budget(self) -> float:

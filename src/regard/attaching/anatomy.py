@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from regard.attaching.sites import ATTENTION, towers
 from regard.core import Unreachable
@@ -245,3 +246,17 @@ def gap(a: Tensor, b: Tensor) -> float:
 
 def refusal(model: PreTrainedModel, name: str, why: str) -> Unreachable:
     return Unreachable(f"the residual of {type(model).__name__} is not reached: {name}: {why}")
+
+
+def output_weights(model: PreTrainedModel, name: str) -> dict[nn.Module, Tensor]:
+    """Attention module -> the weight [heads * width, model's width] by which its heads' outputs are projected."""
+    found: dict[nn.Module, Tensor] = {}
+    for layer in anatomy(model):
+        weight = getattr(layer.project, "weight", None)
+        if layer.attention is None:
+            continue
+        if weight is None or not weight.is_floating_point() or weight.dim() != 2:
+            kind = type(layer.project).__name__
+            raise Unreachable(f"{name} reads the output projection of {layer.name}, which is a {kind}")
+        found[layer.attention] = weight.detach() if isinstance(layer.project, Conv1D) else weight.detach().T
+    return found

@@ -6,18 +6,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from regard.attaching.actors import Actor, AttentionCall
-from regard.attaching.anatomy import anatomy
-from regard.attaching.ledger import LedgerLayer
+from regard.attaching.anatomy import output_weights
 from regard.attaching.packed import PackedGroup
 from regard.attaching.places import places_of
+from regard.attaching.remembered import memory_of, told
 from regard.attaching.slots import Group, slack
 from regard.attaching.views import at_slots, make_view, padding_first, real_slots, visibility
-from regard.core import Method, NeverFired, Unreachable, Unsupported, require
+from regard.core import Method, NeverFired, Unsupported, require
 from regard.core.errors import present
 from regard.kinds.cache import CachePage, decide
 from regard.ops import Budget, Kept, View, gather_rows, parse_budget, per_query_head, tokens_within
@@ -55,7 +54,7 @@ class CachePolicy(Actor):
 
     def look(self, model: PreTrainedModel) -> None:
         if self.page.reads_output:
-            self.outputs = output_projections(model, self.name)
+            self.outputs = output_weights(model, self.name)
 
     def check_fired(self, forwards: int) -> None:
         if self.acted == 0:
@@ -155,8 +154,6 @@ class CachePolicy(Actor):
             size -= whole.layers * (0 if group.origin is None else group.origin.nbytes)
             within = tokens_within(size, slot, [layer.window for layer in call.layers], slack)
             limits[whole.seen] = torch.full_like(whole.budget, within)
-        if self.page.phase == "both":
-            group.limit = int(limits[whole.seen][0]) + 1
         return torch.minimum(whole.budget, limits[whole.seen])
 
     def budget(self, view: View, group: Group) -> Tensor:
@@ -237,6 +234,12 @@ class CachePolicy(Actor):
                     "when they are read"
                 )
             call.ledger.keep(call.slots, kept)
+        if self._asked.bytes is not None and self.page.phase == "both":
+            within = int(call.step.limits[call.stored.seen][0])
+            for (
+                group
+            ) in call.ledger.groups:  # once tokens went there is room for the one to come, and no more
+                group.limit = (group.n if kept is not None else max(group.n, within)) + 1
 
     def _count_bytes(self, call: AttentionCall, read: View) -> None:
         """Note how many bytes of keys and values this step reads, scoring for a selection included."""
@@ -248,42 +251,12 @@ class CachePolicy(Actor):
         step.bytes_read[whole.layer] = before + step.reported.get(whole.layer, size)
 
 
-def output_projections(model: PreTrainedModel, name: str) -> dict[nn.Module, Tensor]:
-    """Attention module -> the weight [heads * width, model's width] by which its heads' outputs are projected."""
-    found: dict[nn.Module, Tensor] = {}
-    for layer in anatomy(model):
-        weight = getattr(layer.project, "weight", None)
-        if layer.attention is None:
-            continue
-        if weight is None or not weight.is_floating_point() or weight.dim() != 2:
-            kind = type(layer.project).__name__
-            raise Unreachable(f"{name} reads the output projection of {layer.name}, which is a {kind}")
-        found[layer.attention] = weight.detach() if isinstance(layer.project, Conv1D) else weight.detach().T
-    return found
-
-
 def asking(call: AttentionCall, view: View) -> View:
     """What a page selects by: a layer that reads the keys of another asks with its last query, as it votes."""
     if call.turn.nth == 0 or view.new == 1:
         return view
     last = slice(view.new - 1, view.new)
     return replace(view, q=view.q[:, :, last], visible=lambda rows: view.visible(last))
-
-
-def told(ledger: LedgerLayer, group: Group) -> dict[str, Tensor]:
-    """What a page remembers of these heads, [B, g, ...] by name; before they were parted, of all heads of the layer."""
-    own = ledger.memory.get(group.heads, {})
-    heads = sum(len(g.heads) for g in ledger.groups)
-    shared = {n: t for n, t in ledger.memory.items() if isinstance(t, Tensor) and t.shape[1:2] == (heads,)}
-    return {n: t[:, list(group.heads)] for n, t in shared.items()} | own
-
-
-def memory_of(call: AttentionCall, view: View) -> dict:
-    """What the page remembers of this layer, or of this group of its heads where they hold different lengths."""
-    layer = call.ledger
-    memory = layer.memory if len(layer.groups) == 1 else layer.memory.setdefault(call.slots.heads, {})
-    # a layer that reads the keys of another remembers its own queries
-    return memory if call.turn.nth == 0 else memory.setdefault(f"reader {call.turn.nth}", {})
 
 
 def voted(views: list[View]) -> View:

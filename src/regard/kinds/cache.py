@@ -39,6 +39,7 @@ class CachePage(Page):
                budget, window), whatever keys and layer: then layers that hold the same tokens share their answers
     allocate(view, score, cfg) -> [B, G]  beside `score`: tokens of each head where they share a budget unequally, of
                the scores [B, G, n] of all (-inf: no token, the highest: stays in any case); `view` is that of some
+    due        (view, cfg) -> [B] bool: rows of which tokens may go in this step (None: all). Between, a cache grows
     codec      cfg -> Codec: how older keys and values are stored, in less memory than their numbers take
     wrap       (the page below, cfg) -> the page that acts in its place, of a page that is laid over others:
                "snapkv+adakv"; what it cannot be laid over is Unsupported
@@ -63,6 +64,7 @@ class CachePage(Page):
     phase: str = "both"
     by_place: bool = False
     allocate: Callable | None = None
+    due: Callable | None = None
     codec: Callable | None = None
     wrap: Callable | None = None
     over: str = ""
@@ -77,6 +79,11 @@ def decide(page: CachePage, views: Sequence[View], cfg: Any) -> list[Kept | None
     """What a page lets stay of each view, one for heads that hold equally many tokens: what its `keep` says, or the
     best by its score within the budget, which `allocate` may share unequally. None: all.
     """
+    if page.due is not None:
+        now = page.due(views[0], cfg)
+        if not bool(now.any()):
+            return [None] * len(views)
+        views = [replace(view, budget=torch.where(now, view.budget, view.seen)) for view in views]
     if page.keep is not None:
         return [page.keep(view, cfg) for view in views]
     if page.score is None or (page.allocate is None and not any(view.over() for view in views)):

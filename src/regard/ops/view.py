@@ -191,19 +191,18 @@ class View:
         start = self.position_at(torch.zeros_like(self.length()[:, None]))
         return not bool(((self.positions - order != start) & real).any())
 
-    def received(self, newest: int | None = None, relative: bool = False) -> Tensor:
+    def received(self, newest: int | None = None) -> Tensor:
         """[B, G, n] attention that each stored token receives from this step's queries, summed; never holds N x n.
 
         `newest`: from those of the row's last so many tokens only. Padding asks nothing. Layers that read these slots
-        too vote with their last query: of a prompt, it may be all that is computed. `relative`: a query's weights times
-        the number of tokens that it sees, 1 each where it attends to all of them alike.
+        too vote with their last query: of a prompt, it may be all that is computed.
         """
         counted = newest is None or isinstance(newest, int)
         require(counted, "newest is a number of queries (it was a slice of rows once)", newest=newest)
-        votes = sum(other.received(1, relative) for other in self.readers)
+        votes = sum(other.received(newest=1) for other in self.readers)
         if self.asked is not None:  # what has left the window since had its share of the attention
             before, at = self.asked
-            received = before.received(newest, relative)
+            received = before.received(newest)
             return votes + received.gather(-1, at.clamp(min=0).expand(*received.shape[:2], -1)) * (at >= 0)
         rows, asks = self._asking_rows(newest)
         start, stop, _ = rows.indices(self.new)
@@ -211,19 +210,12 @@ class View:
         for block in row_blocks(stop - start, self.q.shape[0] * self.q.shape[1] * self.stored):
             cut = slice(start + block.start, start + block.stop)
             last = self.stored - self.new + cut.stop if self.causal_order else self.stored
-            part = self.upto(last)
-            weights = part.weights(cut)
-            weights = weights * part.sees(cut) if relative else weights
+            weights = self.upto(last).weights(cut)
             if asks is not None:
                 weights = weights * asks[:, None, cut, None]
             summed = weights.sum(2) if last == self.stored else F.pad(weights.sum(2), (0, self.stored - last))
             total = summed + total
         return self.by_cache_head(total) + votes
-
-    def sees(self, rows: slice = slice(None)) -> Tensor:
-        """[1|B, 1|H, 1|rows, 1] how many stored tokens each of these queries sees."""
-        seen = self.visible(rows)
-        return self.budget.new_full((1, 1, 1, 1), self.stored) if seen is None else seen.sum(-1, keepdim=True)
 
     def _asking_rows(self, newest: int | None) -> tuple[slice, Tensor | None]:
         """The queries of the newest tokens: a slice that holds them, and which of all [B, N] they are (None: all)."""

@@ -10,6 +10,7 @@ keeps are mostly those of the next, so `reuse` layers may share one choice.
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from regard.core import Card, Unsupported, require
@@ -35,10 +36,13 @@ def means(view: View, below: Any, page: CachePage, chunk: Tensor, chunks: int) -
     counted = (view.hold() & ~stays(page, view, below)).expand_as(chunk)
     score = score.expand(chunk.shape).masked_fill(~counted, 0)
     total, count = (
-        score.new_zeros(len(chunk), chunks).scatter_add(1, chunk.flatten(1), x.to(score.dtype).flatten(1))
+        chunk.new_zeros(len(chunk), chunks, dtype=torch.float64).scatter_add(
+            1, chunk.flatten(1), x.double().flatten(1)
+        )
         for x in (score, counted)
     )
-    return total / count.clamp(min=1)
+    # chunks whose tokens all have one pooled score have equal means, in whatever order they were added up
+    return (total / count.clamp(min=1)).float()
 
 
 def score(view: View, below: Any, page: CachePage, cfg: Config) -> Tensor:

@@ -10,16 +10,14 @@ an n-th, and what came since the last cut is judged by what followed it. Between
 tensor([False,  True, False])
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regard.core import Card, Unsupported, require
-from regard.kinds.cache import CachePage, decide
-from regard.ops import Kept, View
+from regard.kinds.cache import CachePage
+from regard.ops import View
 
 
 @dataclass(frozen=True)
@@ -37,24 +35,16 @@ def due(length: Tensor, fresh: Tensor, cfg: Config) -> Tensor:
     return passed | (fresh > 1) if cfg.prompt else passed
 
 
-def cutting(page: CachePage, cfg: Config) -> Callable[[View, Any], Kept | None]:
-    """What stays by the page below, where a row is due; all of a row that is not."""
-
-    def keep(view: View, below: Any) -> Kept | None:
-        now = due(view.length(), view.fresh(), cfg).expand(len(view.budget))
-        if not bool(now.any()):
-            return None
-        return decide(page, [replace(view, budget=torch.where(now, view.budget, view.seen))], below)[0]
-
-    return keep
-
-
 def wrap(page: CachePage, cfg: Config) -> CachePage:
     if page.keep is None and page.score is None:
         raise Unsupported(f"every says when tokens go, and {page.card.title} lets none go")
-    if page.allocate is not None:
-        raise Unsupported(f"every asks heads by themselves, and those of {page.card.title} share a budget")
-    return replace(page, keep=cutting(page, cfg), score=None, always=None, phase="both", by_place=False)
+    if page.due is not None:
+        raise Unsupported(f"every says when tokens go, and {page.card.title} says so itself")
+
+    def now(view: View, below: Any) -> Tensor:
+        return due(view.length(), view.fresh(), cfg).expand(len(view.budget))
+
+    return replace(page, due=now, phase="both", by_place=False)
 
 
 METHOD = CachePage(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
 from regard.ops import Budget, View, best
+from regard.ops.relative import relative_votes
 from regard.ops.texts import as_stored, in_text
 
 
@@ -32,7 +33,7 @@ class Config:
 
 def score(view: View, cfg: Config) -> Tensor:
     """[B, G, n]: relative attention from the question; what its chunk has a part for above all others."""
-    votes = view.received(newest=cfg.window, relative=True)
+    votes = relative_votes(view, newest=cfg.window)
     if cfg.chunk is None:
         return votes
     votes = votes.masked_fill((view.age() < cfg.window) | ~view.hold(), 0)

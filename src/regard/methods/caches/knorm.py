@@ -12,7 +12,8 @@ from torch import Tensor
 
 from regard.core import Card
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, View
+from regard.ops import Budget, View, at_least_float32
+from regard.ops.leverage import rounded
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Config:
 
 
 def score(view: View, cfg: Config) -> Tensor:
-    """[B, G, n]: the shorter the key, the better."""
-    return -view.k.float().norm(dim=-1)
+    """[B, G, n]: the shorter the key, the better. In four digits: where a model normalises its keys, all are alike."""
+    return -rounded(at_least_float32(view.k).norm(dim=-1))
 
 
 METHOD = CachePage(

@@ -69,8 +69,8 @@ METHOD = CachePage(
         lineage=("snapkv",),
         neutral={"beta": 1.0},
         caveat="the paper's window counts in the budget here. Released code gives every layer the same as long as the "
-        "prompt is shorter than twice the budget beside the window, and lets the sum fall short by what it rounds off; "
-        "here the mean over layers is always the budget. A layer that slides a window within the budget keeps all of "
-        "it, so where only some layers slide one the mean is the budget but roughly",
+        "prompt is shorter than twice the budget beside the window, and rounds the step between layers down, so that "
+        "the mean exceeds the budget; here it is the budget, whatever the prompt. A layer that slides a window within "
+        "the budget keeps all of it, so where only some layers slide one the mean is the budget but roughly",
     ),
 )

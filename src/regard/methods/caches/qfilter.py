@@ -1,6 +1,6 @@
 """Q-Filters: one direction by head says which keys queries like, and keys are ranked by their part along it.
 
-    Q = U S Vᵀ              the queries of head h so far, [N, D], as they stand, rotated
+    Q = U S Vᵀ              the prompt's queries of head h, [N, D], as they stand, rotated
     f_h = ± V_1             first right singular vector, turned so that the mean query lies on its side
     s_j = k_j · f           f the mean of f_h over the query heads that share the key
     keep the budget's best s, by head, after the prompt
@@ -24,19 +24,13 @@ class Config:
     budget: Budget | int | float | str | None = None  # None: half of the text
 
 
-def observe(view: View, cfg: Config) -> None:
-    """Add this step's queries to QᵀQ [B, H, D, D], whose first eigenvector is V_1, and to their sum [B, H, D]."""
+def directions(view: View) -> Tensor:
+    """[B, G, D] the mean filter of the query heads that share a key, of this turn's queries."""
     q, asking = at_least_float32(view.q), view.asking()
     if asking is not None:
         q = q.masked_fill(~asking[:, None, :, None], 0)
-    for name, new in {"products": q.mT @ q, "sum": q.sum(2)}.items():
-        view.memory[name] = view.memory[name] + new if name in view.memory else new
-
-
-def directions(view: View) -> Tensor:
-    """[B, G, D] the mean filter of the query heads that share a key."""
-    first = torch.linalg.eigh(view.memory["products"]).eigenvectors[..., -1]  # [B, H, D]
-    other_side = (first * view.memory["sum"]).sum(-1, keepdim=True) < 0
+    first = torch.linalg.eigh(q.mT @ q).eigenvectors[..., -1]  # of QᵀQ [B, H, D, D]: V_1 [B, H, D]
+    other_side = (first * q.sum(2)).sum(-1, keepdim=True) < 0
     return view.by_cache_head(torch.where(other_side, -first, first)) * view.groups / first.shape[1]
 
 
@@ -47,7 +41,6 @@ def score(view: View, cfg: Config) -> Tensor:
 
 METHOD = CachePage(
     config=Config,
-    observe=observe,
     score=score,
     phase="prefill",
     budget=lambda cfg: 0.5,
@@ -58,12 +51,12 @@ METHOD = CachePage(
         year=2025,
         idea="a key is worth what it measures along the main direction of its head's queries",
         cost="one D x D product and eigenvector per query head, and one product with each stored key; no weights",
-        state="budget tokens per head of the prompt and all that is generated; D x D numbers per query head",
+        state="budget tokens per head of the prompt, and all that is generated",
         needs=("qkv", "decoder-lm"),
         lineage=("knorm",),
         neutral={"budget": 1.0},
         caveat="the paper measures filters once per model on a sample of other texts, and kvpress loads those from a "
-        "hub; here the filter is that of the text's own queries so far, so a short text has a rough one. The newest "
-        "token stays in any case; what is generated all stays, and the paper compresses it too",
+        "hub; here each prompt is its own sample, and a later one, short as it may be, has a filter of its own. The "
+        "newest token stays in any case; what is generated all stays, and the paper compresses it too",
     ),
 )

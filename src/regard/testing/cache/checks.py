@@ -118,7 +118,8 @@ def check_budget(method: Method, family: str, budget: int | float | str, since: 
         limit, n = allowed(budget, mask, one_token), feed["input_ids"].shape[1]
         run = run + 1 if n == 1 else 0
         said = f"{method.label} on {family}, forward {step}"
-        if evicts and (method.page.phase == "both" or n > 1):
+        cuts = method.page.phase == "both" and method.page.due is None
+        if evicts and (cuts or n > 1):
             check_held(tape.held[step], tape.stored[step], mask, limit, said)
             whole, ragged = (
                 parse_budget(budget).bytes,

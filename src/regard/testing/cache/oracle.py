@@ -13,8 +13,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 
+from regard.attaching.anatomy import anatomy
 from regard.attaching.sites import site_of
-from regard.core import Method
+from regard.core import Method, Unreachable
 from regard.core.errors import present
 from regard.testing.cache.own import OwnAttention
 from regard.testing.cache.script import ReadRecord, full_cache, real
@@ -235,8 +236,19 @@ def gap(feeds: list[dict], logits: list[Tensor], expected: list[Tensor]) -> floa
     )
 
 
+def reachable(model: Any) -> bool:
+    """Whether the model's layers are such that their output projections are found."""
+    try:
+        anatomy(model)
+    except Unreachable:
+        return False
+    return True
+
+
 def movable(method: Method, model: Any) -> bool:
-    """Whether this policy's positions can be computed by hand on this model."""
+    """Whether this policy's positions can be computed by hand on this model, and what it reads of it is there."""
+    if method.page.reads_output and not reachable(model):
+        return False
     moves = (method.page.shift or method.page.attention) is not None
     layers = range(model.config.get_text_config().num_hidden_layers)
     return not moves or all(angles(model, layer) is not None for layer in layers)
