@@ -63,7 +63,7 @@ def seen_both_ways(view: View, chunk: int, first: int = 0, last: int = 0) -> Ten
     count = (length - last - start).clamp(min=0)  # [1|B]
     width = min(chunk, int(count.max()))
     if width == 0:
-        return view.k.new_zeros(view.k.shape[:3])
+        return view.v.new_zeros(len(view.v), view.groups, view.stored)
     size = ceil(int(count.max()) / width) * width
     place = view.rank() - start[:, None, None]
     there = view.hold() & (place >= 0) & (place < count[:, None, None])
@@ -74,7 +74,7 @@ def seen_both_ways(view: View, chunk: int, first: int = 0, last: int = 0) -> Ten
     norm = norm.gather(-1, slots.clamp(min=0).expand(*norm.shape[:2], -1))
     beside = F.avg_pool1d(torch.where(held, worth * norm, 0), 3, stride=1, padding=1)
     share = F.avg_pool1d(held.to(beside.dtype), 3, stride=1, padding=1)
-    return at_places(beside / share.clamp(min=0.1), place, there)
+    return view.by_cache_head(at_places(beside / share.clamp(min=0.1), place, there))
 
 
 def query_slots(view: View, start: Tensor, count: Tensor, size: int) -> Tensor:

@@ -47,8 +47,9 @@ def score(view: View, cfg: Config) -> Tensor:
     """[B, G, n]; a token whose worth was never noted, generated or at the end of a prompt, has A = 1."""
     between = view.hold() & (view.rank() >= cfg.first) & (view.age() >= cfg.last)
     noted = view.notes("worth")
-    worth = torch.where(noted > 0, noted, at_least_float32(view.v).norm(dim=-1))
-    outlying = leverage(view.unrotated_keys(), between, cfg.ridge)
+    alone = view.by_cache_head(at_least_float32(view.v).norm(dim=-1))
+    worth = torch.where(noted > 0, noted, alone)
+    outlying = view.by_cache_head(leverage(view.unrotated_keys(), between, cfg.ridge))
     return cfg.blend * standardised(outlying, between) + standardised(worth, between)
 
 

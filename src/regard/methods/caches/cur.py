@@ -56,6 +56,7 @@ def score(view: View, cfg: Config) -> Tensor:
         "key": by_key,
         "value": by_value,
     }[cfg.by]
+    made = view.by_cache_head(made)
     # of a head the sum is 1, so that heads can share a budget
     return made / made.sum(-1, keepdim=True).clamp(min=torch.finfo(made.dtype).tiny)
 

@@ -26,7 +26,8 @@ def score(view: View, cfg: Config) -> Tensor:
     """[B, G, n]: the less a key points along the anchor of all stored keys, the better."""
     direction = F.normalize(at_least_float32(view.k), dim=-1)
     total = direction.masked_fill(~view.hold()[..., None], 0).sum(2)  # [B, G, D]
-    return -(direction @ F.normalize(total, dim=-1)[..., None]).squeeze(-1)
+    alike = (direction @ F.normalize(total, dim=-1)[..., None]).squeeze(-1)
+    return -view.by_cache_head(alike)
 
 
 METHOD = CachePage(

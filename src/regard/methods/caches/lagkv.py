@@ -63,7 +63,7 @@ def shares(view: View, cfg: Config) -> Tensor:
         for x in (view.k, view.v)
     )
     order = (
-        (keys + values)
+        view.by_cache_head(keys + values)
         .masked_fill(~there[:, :, :-1], -torch.inf)
         .argsort(dim=-1, descending=True, stable=True)
     )

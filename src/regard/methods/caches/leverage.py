@@ -28,7 +28,7 @@ class Config:
 
 
 def score(view: View, cfg: Config) -> Tensor:
-    return rounded(leverage(view.unrotated_keys(), view.hold(), cfg.ridge))
+    return rounded(view.by_cache_head(leverage(view.unrotated_keys(), view.hold(), cfg.ridge)))
 
 
 METHOD = CachePage(

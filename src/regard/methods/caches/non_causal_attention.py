@@ -38,7 +38,8 @@ def observe(view: View, cfg: Config) -> None:
 def score(view: View, cfg: Config) -> Tensor:
     """[B, G, n]: what was noted; a token that was generated is a chunk of its own, of which A is 1."""
     noted = view.notes("worth")
-    return torch.where(noted > 0, noted, at_least_float32(view.v).norm(dim=-1))
+    alone = view.by_cache_head(at_least_float32(view.v).norm(dim=-1))
+    return torch.where(noted > 0, noted, alone)
 
 
 METHOD = CachePage(

@@ -27,9 +27,9 @@ class Config:
 
 
 def score(view: View, cfg: Config) -> Tensor:
-    """[1|B, G, n]: a draw for each token of each head."""
+    """[B, G, n]: a draw for each token of each head."""
     head = torch.tensor(view.heads or range(view.groups), device=view.index.device)
-    return uniform(cfg.seed, view.layer, head[:, None], view.rank())
+    return uniform(cfg.seed, view.layer, head[:, None], view.rank()).expand(len(view.q), -1, -1)
 
 
 METHOD = CachePage(
