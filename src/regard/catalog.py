@@ -308,8 +308,8 @@ def list_methods(
 
     >>> list_methods("linear*")
     ['linear_attention']
-    >>> list_methods("r*", kind="cache")
-    ['razor_attention', 'recycled_attention']
+    >>> list_methods("re*", kind="cache")
+    ['recycled_attention']
     """
     if kind is not None:
         kind_of(kind)

@@ -23,7 +23,7 @@ class Config:
 
 def score(view: View, cfg: Config) -> Tensor:
     """[B, G, n]: the shorter the key, the better. In four digits: where a model normalises its keys, all are alike."""
-    return -rounded(at_least_float32(view.k).norm(dim=-1))
+    return view.by_cache_head(-rounded(at_least_float32(view.k).norm(dim=-1)))
 
 
 METHOD = CachePage(
