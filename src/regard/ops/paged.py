@@ -30,10 +30,9 @@ def slots_at(view: View, place: Tensor) -> Tensor:
 
 
 def block_slots(view: View, blocks: Tensor, size: int, start: Tensor) -> Tensor:
-    """[b, h, m · size] slots of the tokens of blocks [b, h, m], the first of which begins at place `start` [1|B]."""
-    within = torch.arange(size, device=blocks.device)
-    place = start[:, None, None, None] + blocks[..., None] * size + within
-    return slots_at(view, place.masked_fill((blocks < 0)[..., None], -1).flatten(2))
+    """[b, h, m · size] slots of the tokens of blocks [b, h, m], -1: none; the first begins at place `start` [1|B]."""
+    first = blocks.masked_fill(blocks < 0, -view.seen - 1) * size + start[:, None, None]
+    return slots_at(view, (first[..., None] + torch.arange(size, device=blocks.device)).flatten(2))
 
 
 def oldest(view: View) -> Tensor:
@@ -53,26 +52,39 @@ def by_block(
     start    [1|B] place of the token that begins block 0; None: the first of the text
     back     blocks are computed anew that hold a token of this step, or one of so many before it
 
-    A layer that slides a window forgets the blocks that it has left behind. Blocks of a row that has none so far, or
-    fewer than another, say nothing.
+    A layer that slides a window forgets the blocks that it has left behind. There is room for blocks to come, which
+    say nothing yet; nor do those beyond the end of a row that is shorter than another.
     """
-    memory, length = view.memory, view.length()
-    start = torch.zeros_like(length) if start is None else start
+    memory = view.memory
+    start = torch.zeros_like(view.length()) if start is None else start
     known = memory.get("blocks seen") == view.seen - view.tokens_fed
     known = known and bool((memory["blocks start"] == start).all())
     gone = memory["blocks gone"] if known else 0
-    changed = length - view.fresh() - back if known else torch.zeros_like(length)
-    first = ((changed - start) // size).clamp(min=gone)
-    most = int((-((start - length) // size) - first).max().clamp(min=0))
-    blocks = first[:, None] + torch.arange(most, device=length.device)  # [1|B, most]
+    rows = list(zip(*torch.broadcast_tensors(start, view.length(), view.fresh()), strict=True))
+    spans = [span(*map(int, row), size, back if known else view.seen, gone) for row in rows]
+    most = max(stop - first for first, stop in spans)
+    blocks = start.new_tensor([first for first, _ in spans])[:, None] + torch.arange(
+        most, device=start.device
+    )
     new = compute(block_slots(view, blocks[:, None], size, start))
-    room = int(first.max()) + most - gone
-    old = memory["blocks"] if known else new[:, :, :0]
-    if old.shape[2] < room or len(old) < len(new):
-        old = F.pad(old.expand(len(new), -1, -1, -1), (0, 0, 0, max(0, room - old.shape[2])))
+    table = memory["blocks"] if known else new[:, :, :0]
+    need = max(first for first, _ in spans) + most - gone
+    if table.shape[2] < need or len(table) < len(new):
+        table = F.pad(table.expand(len(new), -1, -1, -1), (0, 0, 0, need + need // 32 + 1 - table.shape[2]))
     at = (blocks - gone)[:, None, :, None].expand(len(new), *new.shape[1:])
-    old = old.scatter_(2, at, new) if known else old.scatter(2, at, new)
-    left = int(((oldest(view) - start) // size).min().clamp(min=gone)) - gone
-    memory.update({"blocks": old[:, :, left:], "blocks gone": gone + left})
-    memory.update({"blocks seen": view.seen, "blocks start": start})
+    memory["blocks"] = table.scatter_(2, at, new)
+    memory.update({"blocks gone": gone, "blocks seen": view.seen, "blocks start": start})
+    if view.window is not None:
+        left = max(0, int(((oldest(view) - start) // size).min()) - gone)
+        memory.update({"blocks": memory["blocks"][:, :, left:], "blocks gone": gone + left})
     return memory["blocks"], memory["blocks gone"]
+
+
+def span(start: int, length: int, fresh: int, size: int, back: int, gone: int) -> tuple[int, int]:
+    """(first, one past the last) of the blocks of a row that have a token among its newest fresh + back.
+
+    >>> span(0, 10, 1, size=4, back=0, gone=0), span(2, 10, 1, size=4, back=3, gone=0)
+    ((2, 3), (1, 2))
+    """
+    first = max(gone, (length - fresh - back - start) // size)
+    return first, max(first, -((start - length) // size))

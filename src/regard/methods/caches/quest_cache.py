@@ -54,7 +54,9 @@ def select(view: View, cfg: Config) -> Tensor | None:
     if view.phase != "decode" or view.fits():
         return None
     newest = (view.length() - 1) // cfg.page  # [1|B]
-    pages = top_slots(upper(view, table, first, newest, cfg.page), counts(view, cfg)[:, None])  # [B, H, m]
+    pages = top_slots(
+        upper(view, table, first, newest, cfg.page), counts(view, cfg.page)[:, None]
+    )  # [B, H, m]
     pages = torch.where(pages < 0, -1, pages + first)
     others = block_slots(view, pages, cfg.page, torch.zeros_like(newest))
     slots = torch.cat([others, newest_slots(view, newest, cfg.page).expand(*pages.shape[:2], -1)], -1)
@@ -65,15 +67,15 @@ def select(view: View, cfg: Config) -> Tensor | None:
 def newest_slots(view: View, newest: Tensor, page: int) -> Tensor:
     """[B, 1, m] slots of the newest page; where not even one page is within the budget, of its newest tokens."""
     place = newest[:, None] * page + torch.arange(page, device=newest.device)
-    place = torch.where(place < (view.length() - view.budget)[:, None], -1, place)
-    slots = slots_at(view, place[:, None])
-    return slots[..., (slots >= 0).flatten(0, 1).any(0)]
+    if int(view.budget.min()) < page:
+        place = torch.where(place < (view.length() - view.budget)[:, None], -1, place)
+    return slots_at(view, place[:, None])[..., : int(((view.length() - 1) % page).max()) + 1]
 
 
-def counts(view: View, cfg: Config) -> Tensor:
+def counts(view: View, page: int) -> Tensor:
     """[B] pages that a row reads beside the newest: all where the budget covers what it holds."""
-    held = view.hold().sum(-1).amax(-1)
-    return torch.where(view.budget >= held, view.seen, (view.budget // cfg.page - 1).clamp(min=0))
+    held = view.stored if view.real is None else view.real.sum(-1).amax(-1)
+    return torch.where(view.budget >= held, view.seen, (view.budget // page - 1).clamp(min=0))
 
 
 def upper(view: View, table: Tensor, first: int, newest: Tensor, page: int) -> Tensor:
