@@ -61,7 +61,8 @@ def by_block(
     known = known and bool((memory["blocks start"] == start).all())
     gone = memory["blocks gone"] if known else 0
     rows = list(zip(*torch.broadcast_tensors(start, view.length(), view.fresh()), strict=True))
-    spans = [span(*map(int, row), size, back if known else view.seen, gone) for row in rows]
+    back = back if known else view.seen
+    spans = [span(int(at), int(n), int(fresh), size, back, gone) for at, n, fresh in rows]
     most = max(stop - first for first, stop in spans)
     blocks = start.new_tensor([first for first, _ in spans])[:, None] + torch.arange(
         most, device=start.device

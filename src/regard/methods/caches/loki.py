@@ -10,8 +10,8 @@ scores are exact, and what is read is the true top-k.
 
 >>> k = torch.tensor([[3.0, 3.0], [1.0, 1.0], [2.0, 2.1]])      # along the diagonal
 >>> principal(torch.cov(k.T, correction=0), 1).abs().round(decimals=1)
-tensor([[0.7],
-        [0.7]])
+tensor([[0.7000],
+        [0.7000]])
 """
 
 import math
