@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, View, at_least_float32, per_query_head, row_blocks, scores, top_slots
+from regard.ops import Budget, View, at_least_float32, best, per_query_head, row_blocks, scores, slots_of
 from regard.ops.labels import labels, learned, report_reading
 
 
@@ -64,7 +64,8 @@ def select(view: View, cfg: Config) -> Tensor | None:
     s = scores(at_channels(view.q, channels), label, view.scale, view.softcap, view.bias)
     seen = view.visible(slice(None))
     s = s if seen is None else s.masked_fill(~seen, -torch.inf)
-    slots = top_slots(s[:, :, 0], view.budget[:, None])
+    # of equal scores the first, as tokens have that repeat where nothing is rotated
+    slots = slots_of(best(s[:, :, 0], view.budget[:, None]))
     report_reading(view, slots, label)
     return slots
 

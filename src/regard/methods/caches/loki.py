@@ -22,7 +22,7 @@ from torch import Tensor
 
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, View, at_least_float32, per_query_head, scores, top_slots
+from regard.ops import Budget, View, at_least_float32, best, per_query_head, scores, slots_of
 from regard.ops.labels import labels, learned, report_reading
 
 PIECE = 4096  # keys that are widened to float64 at a time: bounds the memory, never changes the result
@@ -68,7 +68,8 @@ def select(view: View, cfg: Config) -> Tensor | None:
     q = at_least_float32(view.q) @ per_query_head(basis, view.q.shape[1])
     s, seen = scores(q, low, view.scale, view.softcap, view.bias), view.visible(slice(None))
     s = s if seen is None else s.masked_fill(~seen, -torch.inf)
-    slots = top_slots(s[:, :, 0], view.budget[:, None])
+    # of equal scores the first, as tokens have that repeat where nothing is rotated
+    slots = slots_of(best(s[:, :, 0], view.budget[:, None]))
     report_reading(view, slots, low)
     return slots
 
