@@ -56,6 +56,8 @@ def keep(view: View, cfg: Config) -> Kept | None:
     gone = slots_of(view.hold() & ~stays)  # [B, G, e]
     like, target = nearest(view, kept, gone)
     chosen = (gone >= 0) & (like >= threshold(view, like, gone >= 0, cfg)[..., None])
+    if not bool(chosen.any()):
+        return kept
     weight = torch.where(chosen, like.exp(), 0)
     k, v = standing(view, kept)
     return Kept(
