@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from regard.core import Unsupported
 from regard.ops.kept import Kept
 from regard.ops.softmax import at_least_float32
 from regard.ops.topk import gather_rows
@@ -24,5 +25,10 @@ def staying(view: View, kept: Kept) -> Tensor:
 
 def standing(view: View, kept: Kept) -> tuple[Tensor, Tensor]:
     """Keys [B, G, m, D] and values [B, G, m, E] of the slots that stay, float32 at least; of empty ones anything."""
+    if view.k.shape[1] != view.groups:
+        raise Unsupported(
+            f"layer {view.layer} stores latents that are expanded when they are read: no key or value of what it keeps "
+            "can be changed"
+        )
     stored = kept.rewritten or tuple(gather_rows(x, kept.slots) for x in (view.k, view.v))
     return at_least_float32(stored[0]), at_least_float32(stored[1])

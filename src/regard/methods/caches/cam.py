@@ -1,4 +1,4 @@
-"""CaM, cache merging: the value of an evicted token is shared out to the tokens after it, as often as it was attended to.
+"""CaM, cache merging: the value of an evicted token is shared out to the tokens after it, by a draw from its attention.
 
     p_i = A_i / mean(A_j, j in next(i))         at most 1; next(i): the m kept tokens that follow i in the text
     v_j = v_j + v_i / m        for all j in next(i), with probability p_i        keys stay as they are
@@ -50,8 +50,8 @@ def keep(view: View, below: Any, page: CachePage, cfg: Config) -> Kept | None:
     gone = slots_of(drawn(view, stays, nth, end, cfg))  # [B, G, e]
     if gone.shape[-1] == 0:
         return kept
-    gift = shared_out(view, gone, nth, end)  # [B, G, n + 1, E], by place among the kept tokens
     k, v = standing(view, kept)
+    gift = shared_out(view, gone, nth, end)  # [B, G, n + 1, E], by place among the kept tokens
     slots = kept.slots.expand(*stays.shape[:2], -1).clamp(min=0)
     place = (nth.gather(-1, slots) - 1).clamp(min=0)[..., None]
     real = (stays.gather(-1, slots) & (kept.slots >= 0))[..., None]
@@ -126,8 +126,8 @@ METHOD = CachePage(
         lineage=("h2o",),
         caveat="every evicted token is drawn, those of a prompt too; kvpress draws of a block of evicted tokens those "
         "with the best scores, as many as tokens came, and sums attention while decoding alone. Released code evicts "
-        "as StreamingLLM does, and divides one step's weight by the mean of the whole window; here positions stay those "
-        "of the text, so a method that moves keys cannot lie below. A draw is a hash of layer, head and place, one "
-        "sample of what the seed could give",
+        "as StreamingLLM does, and divides one step's weight by the mean of the whole window; here positions stay "
+        "those of the text, so a method that moves keys cannot lie below. A draw is a hash of layer, head and place, "
+        "one sample of what the seed could give",
     ),
 )
