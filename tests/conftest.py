@@ -1,5 +1,6 @@
 """Tests run on one thread each, without a network; shapes are checked, warnings are errors (pyproject.toml)."""
 
+import gc
 import os
 
 import torch
@@ -14,3 +15,9 @@ assert torch.utils.deterministic.fill_uninitialized_memory
 # shapes and types of these are checked while tests run; what torch.compile traces is left as it is
 CHECKED = ["regard.methods.caches", "regard.ops.budget", "regard.ops.topk", "regard.ops.view"]
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded once stays: garbage collection does not walk through it again and again."""
+    gc.collect()
+    gc.freeze()

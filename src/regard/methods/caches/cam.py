@@ -1,4 +1,4 @@
-"""CaM, cache merging: the value of an evicted token is shared out to the tokens after it, by a draw from its attention.
+"""CaM, cache merging: the value of an evicted token is shared out to the tokens after it, by a draw.
 
     p_i = A_i / mean(A_j, j in next(i))         at most 1; next(i): the m kept tokens that follow i in the text
     v_j = v_j + v_i / m        for all j in next(i), with probability p_i        keys stay as they are
@@ -126,7 +126,7 @@ METHOD = CachePage(
         lineage=("h2o",),
         caveat="every evicted token is drawn, those of a prompt too; kvpress draws of a block of evicted tokens those "
         "with the best scores, as many as tokens came, and sums attention while decoding alone. Released code evicts "
-        "as StreamingLLM does, and divides one step's weight by the mean of the whole window; here positions stay "
+        "as StreamingLLM does, and divides one step's weight by the whole window's mean; here positions stay "
         "those of the text, so a method that moves keys cannot lie below. A draw is a hash of layer, head and place, "
         "one sample of what the seed could give",
     ),

@@ -42,19 +42,19 @@ class OwnAttention:
             if len(new) == 0 or not bool(seen[b, 0, new[-1], text].all()):
                 continue
             alone = [x[b : b + 1, :, text] for x in (self.queries[layer], k, v)]
-            view = self.text(layer, alone, options)
+            view = self.text(layer, alone, len(new), options)
             answered = reference_of(self.method)(view, self.method.config)
             out[b, :, new] = answered[0, :, len(text) - len(new) :].to(out.dtype)
         return out
 
-    def text(self, layer: int, alone: list[Tensor], options: dict) -> View:
-        """One row's whole text, its q, k and v, as a view: every token is a query, nothing is padding."""
+    def text(self, layer: int, alone: list[Tensor], fed: int, options: dict) -> View:
+        """One row's whole text, its q, k and v, as a view: every token is a query, `fed` of them of this forward."""
         (q, k, v), cfg = alone, self.method.config
         n = k.shape[2]
         budget = parse_budget(self.method.page.budget(cfg) if cfg.budget is None else cfg.budget)
         sees = lower_right(n, n)
         return View(
-            q=q.float(), k=k.float(), v=v.float(), index=torch.arange(n)[None, None], real=None, seen=n,
+            q=q.float(), k=k.float(), v=v.float(), index=torch.arange(n)[None, None], real=None, seen=n, fed=fed,
             scale=options["scaling"], budget=budget.resolve(torch.tensor([n]), 1), groups=k.shape[1], layer=layer,
             softcap=options.get("softcap"), sinks=options.get("s_aux"), causal_order=True,
             visible=lambda rows: sees[rows][None, None],
