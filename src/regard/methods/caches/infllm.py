@@ -10,7 +10,7 @@ nothing of a passage is missing. A layer's heads read the same blocks. Mistral-7
 4096 local ones.
 
 >>> split(6399, Config()), split(640, Config(block=16))
-((128, 4096), (18, 580))
+((128, 4096), (18, 583))
 """
 
 from dataclasses import dataclass
