@@ -18,6 +18,7 @@ SMALL: dict[str, Any] = {
     "regard.explaining.sources.TOKENS": 1,
     "regard.explaining.tracing.BATCH_TOKENS": 1,
     "regard.kinds.mechanism.SHORT": 1,
+    "regard.methods.caches.loki.PIECE": 3,
     "regard.methods.mechanisms.grid.biformer_bra.GATHERED": 200,
     "regard.methods.mechanisms.linear.tensor_attention.WHOLE": 5,
     "regard.methods.mechanisms.sparse.landmark_attention.BLOCK": 1,

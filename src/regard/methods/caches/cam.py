@@ -83,10 +83,8 @@ def shared_out(view: View, gone: Tensor, nth: Tensor, end: Tensor) -> Tensor:
     part = gather_rows(view.v, gone).double() / (last - first).clamp(min=1)[..., None]
     part = part.masked_fill((gone < 0)[..., None], 0)
     change = part.new_zeros(*nth.shape[:2], view.stored + 1, part.shape[-1])
-    for at, by in (
-        (first, part),
-        (last, -part),
-    ):  # given from the first that follows on, and no more from the end on
+    # given from the first that follows on, and no more from the end on
+    for at, by in ((first, part), (last, -part)):
         change = change.scatter_add(2, at[..., None].expand_as(by), by)
     return change.cumsum(2)
 
