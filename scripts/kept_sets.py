@@ -17,23 +17,27 @@ TOKENS, KEPT = 512, 128
 PAIRS = {
     "knorm": ("KnormPress", {}, ""),
     "keydiff": ("KeyDiffPress", {}, ""),
-    "lagkv": ("LagKVPress", {}, ""),
+    "lagkv:sinks=4,lag=32": ("LagKVPress", {"n_sink": 4, "lag_size": 32}, "theirs breaks ties at random"),
     "leverage": ("LeverageScorePress", {}, "theirs draws a random sketch"),
     "non_causal_attention": ("NonCausalAttnPress", {}, ""),
     "compactor": ("CompactorPress", {}, "theirs draws a random sketch"),
-    "cur": ("CURPress", {}, "theirs draws a random sketch"),
+    "cur": ("CURPress", {}, ""),
     "tova": ("TOVAPress", {}, ""),
     "observed_attention": ("ObservedAttentionPress", {}, ""),
-    "expected_attention": ("ExpectedAttentionPress", {}, ""),
+    "expected_attention:epsilon=0.0": ("ExpectedAttentionPress", {}, ""),
     "snapkv:window=64,pool=5": ("SnapKVPress", {}, "theirs pools by the mean, ours by the maximum"),
     "snapkv:window=64,pool=1": ("SnapKVPress", {"kernel_size": 1}, ""),
     "streaming_llm:sinks=4,positions=text": ("StreamingLLMPress", {"n_sink": 4}, ""),
     "knorm+adakv": ("AdaKVPress", {"press": "KnormPress"}, ""),
     "snapkv:window=64,pool=1+adakv": ("AdaKVPress", {"press": "SnapKVPress", "kernel_size": 1}, ""),
     "knorm+criticalkv": ("CriticalKVPress", {"press": "KnormPress"}, ""),
-    "snapkv:window=64,pool=1+criticalkv": ("CriticalKVPress", {"press": "SnapKVPress", "kernel_size": 1}, ""),
-    "knorm+chunkkv": ("ChunkKVPress", {"press": "KnormPress"}, ""),
-    "snapkv:window=64,pool=1+pyramidkv": ("PyramidKVPress", {"kernel_size": 1}, ""),
+    "snapkv:window=64,pool=1+criticalkv": (
+        "CriticalKVPress",
+        {"press": "SnapKVPress", "kernel_size": 1},
+        "ours adds epsilon to sums, theirs to means",
+    ),
+    "knorm+chunkkv:chunk=20": ("ChunkKVPress", {"press": "KnormPress"}, "theirs keeps a share of the chunks"),
+    "snapkv:window=64,pool=1+pyramidkv": ("PyramidKVPress", {"kernel_size": 1}, "other parts for each layer"),
 }
 
 
@@ -79,8 +83,10 @@ def theirs(folder: Path) -> None:
 
     saved = torch.load(folder / "ours.pt")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
-    whole = keys_after(model, saved["tokens"])
-    kept, errors = {}, {}
+    kept, errors, whole = {}, {}, {}
+    for how in ("sdpa", "eager"):  # keys are told by their numbers, which hang on how attention is computed
+        model.set_attn_implementation(how)
+        whole[how] = keys_after(model, saved["tokens"])
     for spec in saved["kept"]:
         name, arguments, _ = PAIRS[spec]
         try:
@@ -89,7 +95,9 @@ def theirs(folder: Path) -> None:
             model.set_attn_implementation(implementation)
             with press(model):
                 after = keys_after(model, saved["tokens"], press=press)
-            kept[spec] = [among(k, w, layer) for k, w, layer in zip(after, whole, model.model.layers)]
+            kept[spec] = [
+                among(k, w, layer) for k, w, layer in zip(after, whole[implementation], model.model.layers)
+            ]
         except Exception as error:  # a row of the table says why
             errors[spec] = f"{type(error).__name__}: {error}"
     torch.save({"kept": kept, "errors": errors, "version": kvpress_version()}, folder / "theirs.pt")
