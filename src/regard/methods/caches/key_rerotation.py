@@ -1,7 +1,7 @@
 """Key rerotation: after an eviction the kept keys are turned to consecutive positions, so that no gaps are left.
 
     i_0 < i_1 < ... < i_{m-1}            the places of the tokens that a head keeps
-    k_{i_c} = R(p_0 + c - p_{i_c}) k_{i_c}        to position p_0 + c; values stay as they are
+    k_{i_c} = R(s + c - p_{i_c}) k_{i_c}        to position s + c, s that of the first token; values stay as they are
 
 where R turns a key on by so many positions, and p_i is where the key of token i stands before: its position in the
 text, or where an earlier eviction put it. A model then reads its cache as a shorter text without holes. Queries, and
