@@ -228,9 +228,10 @@ class CachePolicy(Actor):
     def _carry_out(self, call: AttentionCall, kept: Kept | None) -> None:
         """Let the slots of this call go that are not kept."""
         if kept is not None:
-            if kept.merged is not None and kept.merged[0].shape[1] != call.slots.keys.shape[1]:
+            changed = kept.merged or kept.rewritten
+            if changed is not None and changed[0].shape[1] != call.slots.keys.shape[1]:
                 raise Unsupported(
-                    f"{self.name} at {call.where}: it merges keys, and this layer stores latents that are expanded "
+                    f"{self.name} at {call.where}: it changes keys, and this layer stores latents that are expanded "
                     "when they are read"
                 )
             call.ledger.keep(call.slots, kept)

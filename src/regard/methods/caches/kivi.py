@@ -10,7 +10,6 @@ more have come, the oldest of these are packed. Laid over another method, what i
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
 
 from torch import Tensor
 
@@ -21,11 +20,12 @@ from regard.ops.codec import Codec, Parts, coded, restored, scales
 
 @dataclass(frozen=True)
 class Config:
-    bits: Literal[2, 4, 8, 16] = 2  # 16: nothing is packed
+    bits: int = 2  # 2, 4, 8, or 16: nothing is packed
     group: int = 32  # tokens that share a key's scale in a channel; channels that share a value's scale
     residual: int = 128  # newest tokens that are stored as they are
 
     def __post_init__(self) -> None:
+        require(self.bits in (2, 4, 8, 16), "bits is 2, 4, 8 or 16", bits=self.bits)
         require(self.group >= 1, "group >= 1", group=self.group)
         require(self.residual >= 0, "residual >= 0", residual=self.residual)
 
