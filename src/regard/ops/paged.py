@@ -56,13 +56,15 @@ def by_block(
     say nothing yet; nor do those beyond the end of a row that is shorter than another.
     """
     memory = view.memory
-    start = torch.zeros_like(view.length()) if start is None else start
     known = memory.get("blocks seen") == view.seen - view.tokens_fed
-    known = known and bool((memory["blocks start"] == start).all())
+    if start is not None:
+        known = known and bool((memory["blocks start"] == start).all())
+        memory["blocks start"] = start
+    start = torch.zeros_like(view.length()) if start is None else start
     gone = memory["blocks gone"] if known else 0
-    rows = list(zip(*torch.broadcast_tensors(start, view.length(), view.fresh()), strict=True))
     back = back if known else view.seen
-    spans = [span(int(at), int(n), int(fresh), size, back, gone) for at, n, fresh in rows]
+    rows = [x.tolist() for x in torch.broadcast_tensors(start, view.length(), view.fresh())]
+    spans = [span(s, n, f, size, back, gone) for s, n, f in zip(*rows, strict=True)]
     most = max(stop - first for first, stop in spans)
     blocks = start.new_tensor([first for first, _ in spans])[:, None] + torch.arange(
         most, device=start.device
@@ -74,7 +76,7 @@ def by_block(
         table = F.pad(table.expand(len(new), -1, -1, -1), (0, 0, 0, need + need // 32 + 1 - table.shape[2]))
     at = (blocks - gone)[:, None, :, None].expand(len(new), *new.shape[1:])
     memory["blocks"] = table.scatter_(2, at, new)
-    memory.update({"blocks gone": gone, "blocks seen": view.seen, "blocks start": start})
+    memory.update({"blocks gone": gone, "blocks seen": view.seen})
     if view.window is not None:
         left = max(0, int(((oldest(view) - start) // size).min()) - gone)
         memory.update({"blocks": memory["blocks"][:, :, left:], "blocks gone": gone + left})

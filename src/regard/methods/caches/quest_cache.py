@@ -51,13 +51,15 @@ def select(view: View, cfg: Config) -> Tensor | None:
     if view.layer < cfg.full:
         return None
     table, first = by_block(view, cfg.page, partial(bounds, view, cfg.page))
-    if view.phase != "decode" or view.fits():
+    held = view.stored if view.real is None else view.real.sum(-1).amax(-1)  # [1|B]
+    whole = view.budget >= held
+    if view.phase != "decode" or bool(whole.all()):
         return None
     newest = (view.length() - 1) // cfg.page  # [1|B]
-    pages = top_slots(
-        upper(view, table, first, newest, cfg.page), counts(view, cfg.page)[:, None]
-    )  # [B, H, m]
-    pages = torch.where(pages < 0, -1, pages + first)
+    # beside the newest page; all where the budget covers what a row holds
+    count = (view.budget // cfg.page - 1).clamp(min=0).masked_fill(whole, view.seen)
+    pages = top_slots(upper(view, table, first, newest, cfg.page), count[:, None])  # [B, H, m]
+    pages = torch.where(pages < 0, -1, pages + first) if first else pages
     others = block_slots(view, pages, cfg.page, torch.zeros_like(newest))
     slots = torch.cat([others, newest_slots(view, newest, cfg.page).expand(*pages.shape[:2], -1)], -1)
     report_reading(view, slots, table)
@@ -72,18 +74,14 @@ def newest_slots(view: View, newest: Tensor, page: int) -> Tensor:
     return slots_at(view, place[:, None])[..., : int(((view.length() - 1) % page).max()) + 1]
 
 
-def counts(view: View, page: int) -> Tensor:
-    """[B] pages that a row reads beside the newest: all where the budget covers what it holds."""
-    held = view.stored if view.real is None else view.real.sum(-1).amax(-1)
-    return torch.where(view.budget >= held, view.seen, (view.budget // page - 1).clamp(min=0))
-
-
 def upper(view: View, table: Tensor, first: int, newest: Tensor, page: int) -> Tensor:
     """[B, H, P] the largest product that a token of each page before the newest could have."""
     q = (
         both_signs(at_least_float32(view.q)).unflatten(1, (table.shape[1], -1)).flatten(2, 3)
     )  # [B, K, H/K, 2 D]
-    u = (table @ q.mT).mT.flatten(1, 2)
+    u = (table @ q.mT).mT.flatten(1, 2)[..., : int(newest.max()) - first]
+    if len(newest) == 1 and view.window is None:
+        return u
     number = first + torch.arange(u.shape[-1], device=u.device)
     there = (number < newest[:, None]) & (number >= oldest(view)[:, None] // page)
     return u.masked_fill(~there[:, None], -torch.inf)
