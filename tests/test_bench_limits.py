@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from regard import catalog
 from regard.bench import attached, caches, efficiency, grid, mechanisms, operators, sparse, timing
 from regard.bench import compare as comparing
 from regard.cli import app
@@ -79,6 +80,8 @@ def test_no_case_is_cut_in_silence(monkeypatch):
     monkeypatch.setattr(sparse, "compiled", lambda sizes: iter(()))
     monkeypatch.setattr(attached, "QUICK", attached.Session(prompt=32, budget=16, steps=2, repeats=1))
     monkeypatch.setattr(grid, "QUICK", grid.Sizes(8, 14, (8, 16), (8, 16), 1, 8, 3, 1))
+    few = [catalog.method("knorm", budget=8), catalog.method("adakv", budget=8)]
+    monkeypatch.setattr(caches, "scoring", lambda sizes: few)
     monkeypatch.setattr(caches, "QUICK", caches.Sizes(16, 8, 64, 0.25, 1, 1))
     for name in ("decode", "caches", "grid", "mechanisms", "sparse", "attach"):
         with timing.within(0.0):

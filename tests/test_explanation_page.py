@@ -266,6 +266,7 @@ def page(request, tmp_path_factory):
 
 
 DRIVE = """
+addEventListener("drawn", () => {
 const out = {}, colour = () => getComputedStyle(document.querySelector(".text span.a8")).backgroundColor;
 const seen = () => [...document.querySelectorAll(".only")].filter((e) => getComputedStyle(e).display !== "none").length;
 out.first = colour(); out.seen = seen();
@@ -274,6 +275,7 @@ out.random = colour(); out.still = seen();
 out.wide = document.documentElement.scrollWidth <= innerWidth;
 out.drawn = [...document.querySelectorAll(".plot")].map((e) => e.querySelectorAll(".main-svg").length);
 document.body.dataset.outcome = JSON.stringify(out);
+});
 """
 
 

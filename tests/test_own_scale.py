@@ -39,7 +39,8 @@ def run(model, feeds, methods):
 
 
 def neutral(name):
-    return catalog.method(name, **catalog.get(name).card.neutral)
+    method = catalog.method(name)
+    return method.with_settings(**method.page.card.neutral)
 
 
 CACHES = catalog.list_methods(kind="cache")

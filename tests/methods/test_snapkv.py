@@ -3,6 +3,7 @@
 import torch
 
 from regard import catalog
+from regard.kinds.cache import decide
 from regard.ops import View, lower_right
 
 
@@ -19,7 +20,7 @@ def view_of(q: torch.Tensor, k: torch.Tensor, budget: int) -> View:
 def kept(q: torch.Tensor, k: torch.Tensor, **settings: int) -> list[list[int]]:
     """The slots of each KV head."""
     method = catalog.method("snapkv", **settings)
-    return method.page.keep(view_of(q, k, settings["budget"]), method.config).slots[0].tolist()
+    return decide(method.page, [view_of(q, k, settings["budget"])], method.config)[0].slots[0].tolist()
 
 
 def expected(q: torch.Tensor, k: torch.Tensor, budget: int, window: int, pool: int) -> list[list[int]]:

@@ -215,6 +215,8 @@ class CachePolicy(Actor):
         if self.page.codec is None:
             return
         codec, ledger = self.page.codec(self.method.config), call.ledger
+        if codec is None:  # by its settings nothing is packed
+            return
         for at, group in enumerate(ledger.groups):
             if group.keys.requires_grad:
                 raise Unsupported(

@@ -36,7 +36,10 @@ def composed(base: Named, *over: Named) -> Page:
         for f in fields(first)
         if callable(getattr(first, f.name)) and not isinstance(getattr(first, f.name), type)
     }
-    card = replace(first.card, title=title)
+    neutral = {
+        f"{name}.{setting}": value for name, page in over for setting, value in page.card.neutral.items()
+    }
+    card = replace(first.card, title=title, neutral={**first.card.neutral, **neutral})
     return replace(first, config=config, card=card, parts=(base, *over), test_settings=(), **functions)
 
 
@@ -109,7 +112,8 @@ def acting(base: Named, over: tuple[Named, ...], name: str) -> Callable:
     """A function of the page whose last argument says the settings: of a view, or of the settings alone."""
 
     def act(*args: Any) -> Any:
-        return getattr(stacked(base, over, args[-1]), name)(*args)
+        function = getattr(stacked(base, over, args[-1]), name)
+        return None if function is None else function(*args)  # some settings leave it out
 
     act.__name__ = name
     return act

@@ -41,16 +41,20 @@ def nested(config: type, settings: dict[str, Any]) -> dict[str, Any]:
     parts = {f.name: f.type for f in fields(config) if isinstance(f.type, type) and is_dataclass(f.type)}
     inner = {name: {f.name for f in fields(part)} for name, part in parts.items()}
     result: dict[str, Any] = {}
+    changed: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         part, _, rest = name.partition(".")
         owners = [p for p, names in inner.items() if name in names]
         if rest and part in parts:
-            result.setdefault(part, {})[rest] = value
+            changed.setdefault(part, {})[rest] = value
         elif name not in own and len(owners) == 1:
-            result.setdefault(owners[0], {})[name] = value
+            changed.setdefault(owners[0], {})[name] = value
         else:
             require(name in own or not owners, f"{name} says of which part: {owners}", **{name: value})
             result[name] = value
+    for part, values in changed.items():
+        before = result.get(part, {})
+        result[part] = {**(vars(before) if is_dataclass(before) else before), **values}
     return result
 
 

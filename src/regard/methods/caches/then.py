@@ -80,7 +80,6 @@ METHOD = CachePage(
         state="the budget, after prompts and after every step",
         needs=("decoder-lm",),
         lineage=("snapkv", "h2o"),
-        neutral={"budget": 1.0},
         caveat="both have one budget, that of the first. What the second sums up it sums up in prompts too",
     ),
 )
