@@ -38,17 +38,15 @@ class PackedGroup(Group):
         return self.codec.unpack(self.parts, self.shared, self.chunk)
 
     def k(self) -> Tensor:
-        tail = self.keys[:, :, : self.n - self.held]
-        return torch.cat([self.unpacked()[0], tail], 2) if self.held else tail
+        return self.kv()[0]
 
     def v(self) -> Tensor:
-        tail = self.values[:, :, : self.n - self.held]
-        return torch.cat([self.unpacked()[1], tail], 2) if self.held else tail
+        return self.kv()[1]
 
     def kv(self) -> tuple[Tensor, Tensor]:
+        tails = self.keys[:, :, : self.n - self.held], self.values[:, :, : self.n - self.held]
         if not self.held:
-            return self.k(), self.v()
-        tails = (x[:, :, : self.n - self.held] for x in (self.keys, self.values))
+            return tails
         k, v = (torch.cat(pair, 2) for pair in zip(self.unpacked(), tails))
         return k, v
 

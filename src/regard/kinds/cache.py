@@ -123,6 +123,15 @@ def family(page: CachePage) -> str:
     return "tokens go after prompts" if page.phase == "prefill" else "tokens go at every step"
 
 
+def refuse_what_does_more(page: CachePage, says: str) -> None:
+    """Raise for a page that does more than keep and select: `says` is what the method over it wants, in words."""
+    refused = [
+        name for name in ("attention", "shift", "allocate", "codec") if getattr(page, name) is not None
+    ]
+    if refused:
+        raise Unsupported(f"{says}; {page.card.title} has {refused[0]}")
+
+
 def allocating(name: str, page: CachePage, allocate: Callable) -> CachePage:
     """A page of scores with budgets by head: allocate(view, score) -> [B, G] tokens, of scores [B, G, n]."""
     if page.score is None:

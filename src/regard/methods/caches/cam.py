@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.core import Card, Unsupported, require
-from regard.kinds.cache import CachePage, decide
+from regard.kinds.cache import CachePage, decide, refuse_what_does_more
 from regard.ops import Kept, View, gather_rows, slots_of
 from regard.ops.hashing import uniform
 from regard.ops.rewriting import standing, staying
@@ -92,11 +92,7 @@ def shared_out(view: View, gone: Tensor, nth: Tensor, end: Tensor) -> Tensor:
 def wrap(page: CachePage, cfg: Config) -> CachePage:
     if page.keep is None and page.score is None:
         raise Unsupported(f"cam shares out what goes, and {page.card.title} lets nothing go")
-    refused = [
-        name for name in ("attention", "shift", "allocate", "codec") if getattr(page, name) is not None
-    ]
-    if refused:
-        raise Unsupported(f"cam is laid over methods that keep; {page.card.title} has {refused[0]}")
+    refuse_what_does_more(page, "cam is laid over methods that keep")
     return replace(
         page,
         keep=lambda view, below: keep(view, below, page, cfg),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from regard.core import Card, Unsupported
-from regard.kinds.cache import CachePage, decide
+from regard.kinds.cache import CachePage, decide, refuse_what_does_more
 from regard.ops import Kept, View
 from regard.ops.rewriting import standing, staying
 
@@ -67,13 +67,7 @@ def in_text(view: View) -> View:
 def wrap(page: CachePage, cfg: Config) -> CachePage:
     if page.keep is None and page.score is None:
         raise Unsupported(f"key_rerotation turns what is kept, and {page.card.title} lets nothing go")
-    refused = [
-        name for name in ("attention", "shift", "allocate", "codec") if getattr(page, name) is not None
-    ]
-    if refused:
-        raise Unsupported(
-            f"key_rerotation is laid over methods that keep; {page.card.title} has {refused[0]}"
-        )
+    refuse_what_does_more(page, "key_rerotation is laid over methods that keep")
     return replace(
         page,
         keep=lambda view, below: keep(view, below, page),

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from regard.core import Card, Unsupported
-from regard.kinds.cache import CachePage, decide
+from regard.core import Card
+from regard.kinds.cache import CachePage, decide, refuse_what_does_more
 from regard.ops import Kept, View
 
 
@@ -24,11 +24,7 @@ class Config:
 def follow(page: CachePage, cfg: Config, other: CachePage, own: Any) -> CachePage:
     """`page` in forwards of several tokens, `other` in those of one."""
     for one in (page, other):
-        refused = [
-            name for name in ("attention", "shift", "allocate", "codec") if getattr(one, name) is not None
-        ]
-        if refused:
-            raise Unsupported(f"then joins methods that keep and select; {one.card.title} has {refused[0]}")
+        refuse_what_does_more(one, "then joins methods that keep and select")
 
     def of(view: View, below: Any) -> tuple[CachePage, Any]:
         return (page, below) if view.phase == "prefill" else (other, own)
