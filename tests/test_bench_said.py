@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from regard import catalog
-from regard.bench.cell import paired_times
 from regard.bench.compare import loader
 from regard.bench.conversion import POSITIONS, sequences
 from regard.bench.evaluate import asked_methods
 from regard.bench.executors import local
 from regard.bench.harness_tasks import set_fewshot
+from regard.bench.timed import paired_times
 from regard.models.shipped import load_shipped
 from regard.report.scores import Evaluation, title_of
 from regard.tasks.corpus import held_out

@@ -126,7 +126,7 @@ def test_a_sample_whose_parts_are_longer_than_its_prompt_is_refused():
 
 def test_tasks_take_settings_and_groups_stand_for_their_pages():
     cells = grid(["h2o"], ["needle:digits=2", "needle"], [96], [0.5], 2, 0, None, None)
-    assert {c.task for c in cells} == {"needle:digits=2", "needle"}
+    assert {c.task for c in cells if c.what == "cell"} == {"needle:digits=2", "needle"}
     with pytest.raises(KeyError, match="near names: needle"):
         grid(["h2o"], ["needel:digits=2"], [96], [0.5], 2, 0, None, None)
     with pytest.raises(ValueError, match="1 <= digits <= 20"):
@@ -135,8 +135,9 @@ def test_tasks_take_settings_and_groups_stand_for_their_pages():
 
 def test_full_is_its_own_baseline(bench):
     row = measure(Cell(FULL, "needle", 128, samples=2), bench)
-    assert (row["kl"], row["agreement"], row["decode_ratio"]) == (0, 1, 1)
-    assert row["nll"] > 0
+    assert (row["kl"], row["agreement"]) == (0, 1) and row["nll"] > 0
+    row = measure(Cell(FULL, "perplexity", 128, samples=1, what="timing"), bench)
+    assert row["kind"] == "timing" and row["decode_ratio"] == row["prefill_ratio"] == 1
 
 
 class Words:
@@ -229,7 +230,10 @@ def test_the_default_grid():
     made = grid(None, None, None, None, 8, 0, None, None)
     pages = regard.list_methods(kind="cache")
     each = sum(3 if catalog.takes_budget(name) else 1 for name in pages)
-    assert len(made) == 9 * (1 + each)
+    assert len(made) == (9 + 3) * (1 + each)  # three tasks at three lengths; each length is timed
+    timed = [c for c in made if c.what == "timing"]
+    assert len({(c.label, c.budget, c.length) for c in timed}) == len(timed) == 3 * (1 + each)
+    assert not any(c.what == "timing" for c in grid(None, None, None, None, 8, 0, None, None, timing=False))
     assert len({c.key for c in made}) == len(made)
 
 
@@ -352,8 +356,11 @@ def test_a_loaded_model_is_measured_here(bench, tmp_path):
         (bench.model, bench.tokenizer), ["snapkv"], ["needle"], [96], [0.5], out=tmp_path / "run", samples=2,
         progress=lambda row, done, total: seen.append((done, total)), executor=InProcess(),
     )  # fmt: skip
-    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
     assert [r["status"] for r in result.rows] == ["ok", "ok"]
+    full, ours = result.timings
+    assert [row["decode_ms"] for row in result.rows] == [full["decode_ms"], ours["decode_ms"]]
+    assert 0 < ours["scoring_ms"] < ours["prefill_ms"] and "scoring_ms" not in full
     assert "<script" in (tmp_path / "run" / "report.html").read_text()
     assert "full attention" in result.sentence()
 
@@ -378,7 +385,7 @@ def hears_interrupts() -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_loses_nothing_that_ended_and_resumes(tmp_path, how):
     folder = tmp_path / "run"
-    run = command(folder, "--methods", "streaming_llm,h2o,snapkv,tidaldecode,tokenselect")
+    run = command(folder, "--no-timing", "--methods", "streaming_llm,h2o,snapkv,tidaldecode,tokenselect")
     first = subprocess.Popen(
         run, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hears_interrupts
     )

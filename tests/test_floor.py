@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -142,7 +143,8 @@ def test_compare_says_it_of_a_real_run(untrained, tmp_path):
     )
     assert "near what guessing gives everywhere" in result.sentence()
     rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
-    assert {r["chance"] for r in rows} == {0.0}
+    assert [r["status"] for r in rows if r["kind"] == "cell"] == ["ok", "floor"] and rows[0]["chance"] == 0.0
+    assert result.failed() == [] and [r["method"] for r in result.rows] == ["full"]
     assert (
         "is near what guessing gives on needle at length 64" in (tmp_path / "run" / "report.html").read_text()
     )
@@ -155,3 +157,9 @@ def test_the_command_says_it_in_json(monkeypatch, tmp_path):
     assert said["at_floor"] == [
         {"task": "recall", "length": 256, "quality": 0.125, "quality_low": 0.0, "chance": 0.25}
     ]
+
+
+def test_cells_at_the_floor_are_measured_where_that_is_asked(untrained, tmp_path):
+    made = partial(compare, untrained, ["streaming_llm"], ["needle"], [64], [0.5], samples=2, timing=False)
+    result = made(out=tmp_path / "run", at_floor=True, executor=InProcess())
+    assert [r["status"] for r in result.rows] == ["ok", "ok"] and len(result.at_floor()) == 1

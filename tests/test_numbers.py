@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from regard import catalog
-from regard.bench import cell as cells
 from regard.bench import passes, timing
-from regard.bench.cell import FULL, Bench, Cell, batches, measure, paired_times, peak_memory
+from regard.bench.cell import FULL, Bench, Cell, batches, measure, peak_memory
 from regard.bench.passes import Pass, own_bytes, run
 from regard.bench.quality import by_place, exact_turns, fidelity, foretold, generated, quality, shown
+from regard.bench.timed import paired_times, running_text
 from regard.tasks import Sample, Turn
 from regard.testing.task import WordTokenizer
 from regard.testing.zoo import build, ids
@@ -167,19 +167,17 @@ def made():
     return Made(SimpleNamespace(device=torch.device("cpu")), WordTokenizer())
 
 
-def test_a_cell_sums_its_batches_the_short_last_one_too(made, monkeypatch):
+def test_a_cell_sums_its_batches_the_short_last_one_too(made):
     cell = Cell("h2o", "needle", 100, 0.25, samples=5, batch_tokens=250)
     sizes = [len(b) for b in batches(list(range(5)), cell)]
     assert sizes == [2, 2, 1] and batches([], cell) == []
     assert [len(b) for b in batches([1, 2], Cell("h2o", "needle", 100, batch_tokens=50))] == [1, 1]
-    monkeypatch.setattr(cells, "paired_times", lambda samples, method, bench: {"timed": samples})
     row = measure(cell, made)
     assert row["status"] == "ok" and row["metric"] == "exact" and row["budget"] == 0.25
     assert [s["score"] for s in row["samples"]] == [1, 1, 1, 1, 0] and row["quality"] == 0.8
     assert row["agreement"] == pytest.approx(0.8)  # all tokens of one answer in five
     keys = ("bytes_held", "bytes_kept", "bytes_full", "bytes_read", "bytes_read_full")
     assert [row[key] for key in keys] == [350, 300, 5000, 250, 4000]
-    assert len(row["timed"]) == 1  # times are of one sequence
     samples, full = made.shared(cell)
     assert [len(p.logits) for p in full] == [2, 2, 1] and len(samples) == 5
 
@@ -347,3 +345,14 @@ def test_a_row_of_times_holds_where_it_is_fast_and_near_its_bound():
     held = [timing.row("a", times, bound, target)["holds"] for bound, target in
             ((0.0041, 2.0), (None, 2.0), (0.0041, 2.1), (0.0039, 1.0))]  # fmt: skip
     assert held == [True, True, False, False]
+
+
+# Times
+
+
+def test_a_text_that_is_timed_is_read_again_from_its_start():
+    source = SimpleNamespace(ids=lambda tokenizer: [5, 6, 7])
+    bench = SimpleNamespace(source=lambda cell: source, tokenizer=SimpleNamespace(bos_token_id=1))
+    sample = running_text(Cell("h2o", "perplexity", 8, what="timing"), bench)
+    assert sample.prompt == [1, 5, 6, 7, 5, 6, 7, 5]
+    assert sample.answer == [6, 7, 5, 6, 7, 5, 6, 7, 5, 6, 7, 5, 6, 7, 5, 6]

@@ -19,6 +19,7 @@ from regard.core import Unsupported, show
 from regard.core.deprecation import moved
 from regard.core.errors import present
 from regard.ops import View, few_rows, mix
+from regard.ops.clock import part
 
 # (out [B, N, H, E], weights or None), which transformers expects of an attention function
 AttentionOutput = tuple[Tensor, Tensor | None]
@@ -198,8 +199,9 @@ def run_stages(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     for actor in call.acting:
         call = actor.narrow(call)
     call.view = read = make_view(call)
-    for actor in call.acting:
-        read = actor.select(call, read)
+    with part("scoring"):
+        for actor in call.acting:
+            read = actor.select(call, read)
     out, weights = attend(call, read)
     for actor in call.acting:
         out = actor.edit(call, read, out)
@@ -207,8 +209,9 @@ def run_stages(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         actor.observe(call, read, out)
     if call.options.get("output_attentions") and (weights is None or touched(call)):
         weights = call.weights(read)
-    for actor in call.acting:
-        actor.evict(call, read)
+    with part("scoring"):
+        for actor in call.acting:
+            actor.evict(call, read)
     return out, weights
 
 

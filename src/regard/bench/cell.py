@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from regard import catalog
@@ -16,16 +15,16 @@ from regard.attaching.converted import Converted, configured
 from regard.attaching.knob import calibrate
 from regard.bench.passes import Pass, run
 from regard.bench.pictures import picture_row
-from regard.bench.prefill import crossing_row, first_token_parts, leaves_unread, unread
+from regard.bench.prefill import crossing_row, unread
 from regard.bench.quality import fidelity, quality
+from regard.bench.timed import timing_row
 from regard.core import require
 from regard.core.deprecation import moved
 from regard.ops.budget import Budget, parse_budget
+from regard.report.floor import FLOOR, floor_text, near_floor
 from regard.tasks import Sample, Source
 
 FULL = "full"
-# how often method and full attention take turns on one sequence
-TIMED = 2
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,13 @@ class Cell:
     seed: int = 0
     samples: int = 8
     batch_tokens: int = 8192
+    at_floor: bool = False  # measured also where full attention is near what guessing gives
     text: str | None = None
     chat: bool | None = None
     revisions: dict[str, str] = field(default_factory=dict)
     what: str = (
-        "cell"  # or "crossing": from which length on its first token comes sooner; "pictures": about images
+        "cell"  # or "timing": what a step and a prefill take; "crossing": from which length on its first token
+        # comes sooner; "pictures": about images
     )
 
     def __post_init__(self) -> None:
@@ -63,6 +64,8 @@ class Cell:
             del facts["what"]
         if not facts["revisions"]:
             del facts["revisions"]
+        if not facts["at_floor"]:
+            del facts["at_floor"]
         elif self.text is not None:
             facts["text"] = None  # its content counts, not where it lies
         identity = json.dumps(facts, sort_keys=True, default=str)
@@ -108,7 +111,6 @@ class Bench:
             return method
         key = (cell.label, cell.length, cell.seed, cell.text)
         if key not in self.targets:
-            source = None if cell.text is None else text_of(cell)
             self.targets[key] = calibrate(
                 self.model,
                 self.tokenizer,
@@ -117,7 +119,7 @@ class Bench:
                 length=cell.length,
                 samples=2,
                 seed=cell.seed,
-                source=source,
+                source=self.source(cell),
             )
         return self.targets[key]
 
@@ -126,12 +128,21 @@ class Bench:
         key = (cell.task, cell.length, cell.seed, cell.samples, cell.text, cell.chat)
         if key not in self.memo:
             chat = bool(getattr(self.tokenizer, "chat_template", None)) if cell.chat is None else cell.chat
-            source = None if cell.text is None else text_of(cell)
             samples = catalog.task(cell.task).samples(
-                self.tokenizer, cell.length, cell.samples, cell.seed, source=source, chat=chat
+                self.tokenizer, cell.length, cell.samples, cell.seed, source=self.source(cell), chat=chat
             )
             self.memo = {key: (samples, [self.run(b, None) for b in batches(samples, cell)])}
         return self.memo[key]
+
+    def source(self, cell: Cell) -> Source | None:
+        """The text of one's own that a cell draws from, if there is one."""
+        return None if cell.text is None else text_of(cell)
+
+    def floor(self, cell: Cell) -> str:
+        """What full attention scores where that is near what guessing gives, in words; "" elsewhere."""
+        samples, full = self.shared(cell)
+        facts = quality(catalog.task(cell.task).metric, samples, full, full, self.tokenizer)
+        return floor_text(facts) if near_floor(facts["quality_low"], facts["chance"]) else ""
 
     def run(self, batch: list[Sample], method: Any, weigh: bool = False) -> Pass:
         """`regard.bench.passes.run` on this model."""
@@ -155,22 +166,24 @@ def batches(samples: list[Sample], cell: Cell) -> list[list[Sample]]:
 
 
 def measure(cell: Cell, bench: Bench) -> dict:
-    """The row of one cell: quality, fidelity to full attention, paired times, bytes."""
+    """The row of one cell: quality, fidelity to full attention, bytes."""
     if cell.what == "crossing":
         return crossing_row(cell, bench)
+    if cell.what == "timing":
+        return timing_row(cell, bench)
     if cell.what == "pictures":
         return picture_row(cell, bench)
     start = time.perf_counter()
     with peak_memory(bench.model.device) as peak:
         samples, full = bench.shared(cell)
+        if cell.method != FULL and not cell.at_floor and (floor := bench.floor(cell)):
+            return cell.row(status=FLOOR, error=floor)
         method = bench.method_of(cell)
         runs = full if method is None else [bench.run(b, method, weigh=True) for b in batches(samples, cell)]
-        timed = paired_times(samples[:1], method, bench)
     metric = catalog.task(cell.task).metric
     facts = {
         **quality(metric, samples, runs, full, bench.tokenizer),
         **fidelity(metric, runs, full),
-        **timed,
         **unread(runs),
     }
     facts |= dict(
@@ -181,27 +194,6 @@ def measure(cell: Cell, bench: Bench) -> dict:
     if isinstance(method, Converted) and "reached" in method.report:
         facts["target"] = method.report["reached"]
     return cell.row(**facts, seconds=time.perf_counter() - start)
-
-
-def paired_times(samples: list[Sample], method: Any, bench: Bench) -> dict:
-    """Method and full attention in turns on the same sequence; ratios with their spread."""
-    full, ours = [], []
-    for _ in range(TIMED):
-        full.append(bench.run(samples, None))
-        ours.append(bench.run(samples, method) if method is not None else full[-1])
-    steps = [np.median(r.steps) for r in ours], [np.median(r.steps) for r in full]
-    prefills = [r.prefill for r in ours], [r.prefill for r in full]
-    facts = {}
-    for name, (mine, theirs) in (("decode", steps), ("prefill", prefills)):
-        ratios = np.array(mine) / np.array(theirs)
-        facts |= {
-            f"{name}_ms": 1e3 * float(np.median(mine)),
-            f"{name}_ratio": float(np.exp(np.log(ratios).mean())),
-            f"{name}_spread": float((ratios.max() - ratios.min()) / 2),
-        }
-    if method is not None and leaves_unread(method):
-        facts |= first_token_parts(ours)
-    return facts
 
 
 @contextmanager

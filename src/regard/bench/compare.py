@@ -41,9 +41,7 @@ BUDGETS = (0.1, 0.25, 0.5)
 LENGTHS = (256, 512, 1024)
 SAMPLES, PICTURES = 8, 64
 LOADED = ("float32", "bfloat16", "float16")  # dtypes that a model may be loaded in
-CROSSING_TEXT = (
-    "perplexity"  # the task whose texts are read to find from which length on a sparse prefill pays
-)
+RUNNING_TEXT = "perplexity"  # the task whose texts are read where times are measured
 
 
 def compare(
@@ -62,6 +60,8 @@ def compare(
     workers: int = 2,
     limit: float = 600.0,
     retry: bool = True,
+    timing: bool = True,
+    at_floor: bool = False,
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
@@ -86,6 +86,8 @@ def compare(
     executor where cells run: "local", "submitit:partition=gpu,gpus=1" (Slurm), "ray:address=auto", or an Executor
     device   where a model that is loaded by path goes; None: the GPU where there is one
     dtype    "float32", "bfloat16" or "float16" for a model that is loaded by path; None: as its weights are
+    timing   measure prefill and decode of each method, budget and length beside full attention, on running text
+    at_floor measure methods also where full attention itself is near what guessing gives: it ranks no method there
     limit    seconds a cell may take      retry    run failed cells of an earlier start again; False: leave them
     progress called with (row, done, total) as cells end, and with (None, done, total) at the start
     say      called, before cells run, with one line on the memory that they will take; run.json has it as "memory"
@@ -106,7 +108,18 @@ def compare(
         cells = with_revisions(cells, model, dtype)
         return run_pictures(cells, runner, load_model, header(name, cells), out, retry, progress or nothing)
     require(images is None, "images= is for tasks of images", images=images)
-    cells = grid(methods, tasks, lengths, budgets, SAMPLES if samples is None else samples, seed, text, chat)
+    cells = grid(
+        methods,
+        tasks,
+        lengths,
+        budgets,
+        SAMPLES if samples is None else samples,
+        seed,
+        text,
+        chat,
+        timing,
+        at_floor,
+    )
     runner = runner_of(executor, model, workers, limit, out)
     folder = Folder(Path(out))
     name, load_model = loader(model, trust_remote_code, device, dtype)
@@ -158,8 +171,10 @@ def report(folder: Folder) -> Result:
     return result
 
 
-def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Cell]:
-    """The cells of a comparison, full attention first, those of one task and length together."""
+def grid(
+    methods, tasks, lengths, budgets, samples, seed, text, chat, timing=True, at_floor=False
+) -> list[Cell]:
+    """The cells of a comparison, full attention first, those of one task and length together; then what is timed."""
     budgets = tuple(parse_budget(budget) for budget in (BUDGETS if budgets is None else budgets))
     lengths = tuple(LENGTHS if lengths is None else lengths)
     tasks = tuple(catalog.standard_tasks() if tasks is None else catalog.grouped_tasks(tasks))
@@ -169,22 +184,28 @@ def grid(methods, tasks, lengths, budgets, samples, seed, text, chat) -> list[Ce
     require(samples >= 1, "samples >= 1", samples=samples)
     require(all(n >= 2 for n in lengths), "lengths are at least 2 tokens", lengths=lengths)
     chosen = [parsed(m) for m in (catalog.list_methods(kind="cache") if methods is None else methods)]
-    rest: dict[str, Any] = dict(
-        seed=seed, samples=samples, text=None if text is None else str(text), chat=chat
-    )
-    cells = []
-    for task, length in itertools.product(tasks, lengths):
-        cells.append(Cell(FULL, task, length, **rest))
-        for name, settings in chosen:
-            if name != FULL:
-                asked = budgets if catalog.takes_budget(name) else (None,)
-                cells += [Cell(name, task, length, budget, settings, **rest) for budget in asked]
-    unread = [
-        Cell(name, CROSSING_TEXT, max(lengths), None, settings, what="crossing", **rest)
-        for name, settings in chosen
-        if name != FULL and catalog.get(name).kind != "cache"
+    read: dict[str, Any] = dict(seed=seed, text=None if text is None else str(text), chat=chat)
+    asked: list[tuple[str, Any, dict]] = [(FULL, None, {})]
+    for name, settings in chosen:
+        if name != FULL:
+            each = budgets if catalog.takes_budget(name) else (None,)
+            asked += [(name, budget, settings) for budget in each]
+    cells = [
+        Cell(name, task, length, budget, settings, samples=samples, at_floor=at_floor, **read)
+        for task, length in itertools.product(tasks, lengths)
+        for name, budget, settings in asked
     ]
-    return cells + unread
+    timed = [
+        Cell(name, RUNNING_TEXT, length, budget, settings, samples=1, what="timing", **read)
+        for length in (lengths if timing else ())
+        for name, budget, settings in asked
+    ]
+    unread = [
+        Cell(name, RUNNING_TEXT, max(lengths), None, settings, samples=samples, what="crossing", **read)
+        for name, settings in chosen
+        if timing and name != FULL and catalog.get(name).kind != "cache"
+    ]
+    return cells + timed + unread
 
 
 def slow_model(model: Any, device: str | None = None, dtype: str | None = None) -> str | None:
@@ -283,7 +304,7 @@ def header(name: str, cells: Sequence[Cell], **facts: Any) -> dict:
     settings = {
         "model": name,
         "methods": sorted({c.label for c in cells}),
-        "tasks": sorted({c.task for c in cells}),
+        "tasks": sorted({c.task for c in cells if c.what in ("cell", "pictures")}),
         "lengths": sorted({c.length for c in cells}),
         "budgets": sorted({str(c.budget) for c in cells if c.budget is not None}),
         "samples": cells[0].samples,

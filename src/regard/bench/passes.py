@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from regard.attaching.attachment import attach
 from regard.bench.prefill import leaves_unread
-from regard.ops.blocks import clocked
+from regard.ops.clock import clocked
 from regard.tasks import Sample
 
 

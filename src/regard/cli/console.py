@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from regard.report.floor import FLOOR
+
 app = typer.Typer(
     help="A catalogue and workbench of attention for transformer models.",
     no_args_is_help=True,
@@ -70,7 +72,7 @@ class watching:
             else f"{row['label']} {row['budget'] or ''} {row['task']} {row.get('length', '')}"
         )
         self.bar.update(self.task, completed=done, total=total, description=text)
-        if row is not None and row["status"] != "ok" and not self.quiet:
+        if row is not None and row["status"] not in ("ok", FLOOR) and not self.quiet:
             self.bar.console.print(f"{row['status']}: {text}: {row['error']}", style="yellow", markup=False)
 
     def __exit__(self, *_: object) -> None:

@@ -43,6 +43,12 @@ def compare(
             help="local, submitit:partition=NAME,gpus=1,mem=32GB,minutes=60 (Slurm) or ray:address=HOST:PORT."
         ),
     ] = None,
+    timing: Annotated[
+        bool, typer.Option("--timing/--no-timing", help="Time prefill and decode, once for each length.")
+    ] = True,
+    at_floor: Annotated[
+        bool, typer.Option("--at-floor", help="Measure methods also where full attention only guesses.")
+    ] = False,
     retry: Annotated[
         bool, typer.Option("--retry/--no-retry", help="Run failed cells of an earlier start again.")
     ] = True,
@@ -71,7 +77,8 @@ def compare(
             model, split_specs(methods), split_specs(tasks), None if tokens is None else [int(n) for n in tokens],
             split_list(budgets), out=folder,
             samples=samples, seed=seed, text=text, images=images,
-            workers=workers, limit=limit, retry=retry, trust_remote_code=trust_remote_code, device=device, dtype=dtype,
+            workers=workers, limit=limit, retry=retry, timing=timing, at_floor=at_floor,
+            trust_remote_code=trust_remote_code, device=device, dtype=dtype,
             executor=executor, progress=progress, say=shown.say,
         )  # fmt: skip
     if isinstance(result, PictureResult):

@@ -11,6 +11,12 @@ from typing import Any
 from regard.report.words import clean, number, percent
 
 Row = Mapping[str, Any]
+FLOOR = "floor"  # the status of a cell that was not measured, since full attention is near its floor there
+
+
+def near_floor(low: float, chance: float) -> bool:
+    """Whether a score whose interval begins at `low` may be what guessing gives."""
+    return low <= chance
 
 
 def at_floor(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -20,7 +26,7 @@ def at_floor(rows: Iterable[Row]) -> list[dict[str, Any]]:
         if row["method"] == "full" and row.get("status") == "ok" and number(row.get("quality")) is not None:
             groups.setdefault((row.get("task"), row.get("length")), []).append(row)
     found = [{"task": task, "length": length, **score(seeds)} for (task, length), seeds in groups.items()]
-    near = [cell for cell in found if cell["quality_low"] <= cell["chance"]]
+    near = [cell for cell in found if near_floor(cell["quality_low"], cell["chance"])]
     return sorted(near, key=lambda cell: (str(cell["task"]), cell["length"]))
 
 
@@ -34,17 +40,19 @@ def score(seeds: Sequence[Row]) -> dict[str, float]:
     return {"quality": quality, "quality_low": quality - math.hypot(*below) / n, "chance": chance}
 
 
+def floor_text(cell: Row) -> str:
+    """A score near its floor, in words."""
+    low = percent(max(0.0, cell["quality_low"]))
+    return f"{percent(cell['quality'])}, its interval down to {low}, by guessing {percent(cell['chance'])}"
+
+
 def places(cells: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"{clean(cell['task'])} at length {cell['length']}" for cell in cells]
 
 
 def floor_notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is left out, and by what numbers."""
-    said = [
-        f"{place} ({percent(cell['quality'])}, its interval down to {percent(max(0.0, cell['quality_low']))}, by "
-        f"guessing {percent(cell['chance'])})"
-        for place, cell in zip(places(cells), cells, strict=True)
-    ]
+    said = [f"{place} ({floor_text(cell)})" for place, cell in zip(places(cells), cells, strict=True)]
     if not said:
         return []
     return [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.core import require
+from regard.report.floor import FLOOR
 
 PART = ".regard.part"  # where a folder's files are written until they are whole
 BEGUN = (PART, "run.json.part")  # what a start leaves that was killed before the folder was a run's
@@ -176,5 +177,5 @@ def fill(folder: Path, write: Callable[[Path], None], last: str, replace: bool =
 
 
 def keys_of(rows: dict[str, Any], retry: bool) -> set[str]:
-    """Cells that need not run again: those that ended well, and without `retry` those that failed too."""
-    return {k for k, row in rows.items() if not retry or row["status"] == "ok"}
+    """Cells that need not run again: all but those that failed, and without `retry` those too."""
+    return {k for k, row in rows.items() if not retry or row["status"] in ("ok", FLOOR)}

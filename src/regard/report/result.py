@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regard.report.floor import at_floor, floor_notes, places
+from regard.report.floor import FLOOR, at_floor, floor_notes, places
 from regard.report.intervals import interval, interval_notes
 from regard.report.words import (
     KEEPS,
@@ -25,6 +25,8 @@ from regard.report.words import (
 )
 
 Row = Mapping[str, Any]
+PARTS = ("estimate_ms", "attention_ms", "rest_ms", "scoring_ms", "calibration_s")
+TIMES = {*PARTS, *(f"{of}_{what}" for of in ("decode", "prefill") for what in ("ms", "ratio", "spread"))}
 
 
 def mean(values: Iterable[object]) -> float | None:
@@ -52,11 +54,24 @@ def cell(row: Row) -> tuple[Any, Any, Any]:
     return row.get("task"), row.get("length"), row.get("seed")
 
 
+def measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without those that were left out, since full attention is near its floor there."""
+    return [row for row in rows if row.get("status") != FLOOR]
+
+
+def timed(rows: list[dict[str, Any]], timings: Iterable[Row]) -> list[dict[str, Any]]:
+    """The rows with what was timed of their method, budget and length; a row's own times stay."""
+    key = lambda row: (row.get("label"), row.get("budget"), row.get("length"), row.get("seed"))  # noqa: E731
+    known = {key(row): {k: v for k, v in row.items() if k in TIMES} for row in timings if ok(row)}
+    return [known.get(key(row), {}) | row for row in rows]
+
+
 @dataclass
 class Result:
     """The cells of one comparison: `run` says where and how, a row is one cell of the grid.
 
     crossings   from which length on a method that leaves keys of a prompt unread is sooner at its first token
+    timings     what prefill and decode take, of each method, budget and length; `load` puts them into its rows too
     unreadable  lines of results.jsonl that are not JSON, as a killed run leaves them
     """
 
@@ -64,6 +79,7 @@ class Result:
     rows: list[dict[str, Any]]
     unreadable: list[int] = field(default_factory=list)
     crossings: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Result":
@@ -72,7 +88,7 @@ class Result:
         Rows of cells that the run no longer asks for, such as those on a text that has changed since, are left out.
         """
         folder, unreadable = Path(folder), []
-        found: dict[str, dict[Any, dict[str, Any]]] = {"cell": {}, "crossing": {}}
+        found: dict[str, dict[Any, dict[str, Any]]] = {"cell": {}, "crossing": {}, "timing": {}}
         header = folder / "run.json"
         run = json.loads(header.read_text(encoding="utf-8")) if header.exists() else {}
         lines = (folder / "results.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
@@ -86,9 +102,11 @@ class Result:
                 continue
             if isinstance(row, dict) and row.get("kind") in found:
                 found[row["kind"]][row.get("key", at)] = row
-        asked = set(run.get("cells") or found["cell"] | found["crossing"])
-        cells, crossings = ([row for key, row in rows.items() if key in asked] for rows in found.values())
-        return cls(run, cells, unreadable, crossings)
+        asked = set(run.get("cells") or found["cell"] | found["crossing"] | found["timing"])
+        cells, crossings, timings = (
+            [row for key, row in rows.items() if key in asked] for rows in found.values()
+        )
+        return cls(run, timed(measured(cells), timings), unreadable, crossings, timings)
 
     def tasks(self) -> list[str]:
         return sorted({str(row["task"]) for row in self.rows})
@@ -97,7 +115,7 @@ class Result:
         return sorted({row["length"] for row in self.rows})
 
     def failed(self) -> list[dict[str, Any]]:
-        return [row for row in (*self.rows, *self.crossings) if not ok(row)]
+        return [row for row in (*self.rows, *self.crossings, *self.timings) if not ok(row)]
 
     def baseline(self) -> dict[tuple[Any, Any], dict[str, float | None]]:
         """Full attention's quality and bytes read of each (task, length), the mean over its seeds.
@@ -165,13 +183,13 @@ class Result:
             return "No cell was measured."
         rows = [r for r in self.summary() if r["method"] != "full"]
         where = scope_text(self.run, *self.ranked())
-        if not rows:
-            return f"Only full attention was measured {where}: there is no method to compare it with."
         if not any(means["quality"] for means in self.baseline().values()):
             return (
                 f"Full attention failed or is near what guessing gives everywhere {where}: nothing can be said "
                 "relative to it."
             )
+        if not rows:
+            return f"Only full attention was measured {where}: there is no method to compare it with."
         kept = self.keepers()
         text = winner_text(kept, where) if kept else no_winner_text(rows, where)
         broken = [r for r in rows if not r["complete"]]

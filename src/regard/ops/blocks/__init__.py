@@ -10,7 +10,7 @@ from regard.ops.blocks.measure import captured_mass, full_lse, kept_share, read_
 from regard.ops.blocks.placed import Placed, placed
 from regard.ops.blocks.pool import block_max, block_mean, block_min, block_sizes, block_sum, hidden, in_blocks
 from regard.ops.blocks.pooled import largest_weights
-from regard.ops.blocks.run import clocked, part, run_blocks
+from regard.ops.blocks.run import run_blocks
 from regard.ops.blocks.settings import WHOLE, BlockSettings
 from regard.ops.blocks.slow import by_text, slow_attention
 
@@ -31,7 +31,6 @@ __all__ = [
     "by_text",
     "captured_mass",
     "causal_softmax",
-    "clocked",
     "diagonal",
     "full_lse",
     "hidden",
@@ -41,7 +40,6 @@ __all__ = [
     "last_mean",
     "last_weights",
     "latest_keys",
-    "part",
     "placed",
     "read_by_head",
     "root_divergence",

@@ -8,8 +8,8 @@ from torch import Tensor
 from regard.ops.blocks.attention import block_attention
 from regard.ops.blocks.layout import Blocks
 from regard.ops.blocks.merged import Part, merged
-from regard.ops.blocks.run import part
 from regard.ops.blocks.whole import whole_attention
+from regard.ops.clock import part
 from regard.ops.softmax import at_least_float32
 from regard.ops.topk import gather_rows
 

@@ -1,9 +1,6 @@
 """The fast path of a page that chooses blocks: tokens to their places, the choice, attention over what was chosen."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,32 +10,8 @@ from regard.core.call import Call
 from regard.ops.blocks.attention import block_attention
 from regard.ops.blocks.layout import Blocks
 from regard.ops.blocks.placed import Placed, placed
+from regard.ops.clock import part
 from regard.ops.pattern import all_unrotated, carried
-
-CLOCK: ContextVar[dict[str, float] | None] = ContextVar("CLOCK", default=None)
-
-
-@contextmanager
-def clocked() -> Iterator[dict[str, float]]:
-    """Seconds spent in it by what: "estimate", choosing blocks, and "attention", over those that were chosen."""
-    seconds: dict[str, float] = {}
-    token = CLOCK.set(seconds)
-    try:
-        yield seconds
-    finally:
-        CLOCK.reset(token)
-
-
-@contextmanager
-def part(name: str) -> Iterator[None]:
-    """Time that counts for a part of the work, where somebody asks."""
-    seconds = CLOCK.get() if not torch.compiler.is_compiling() else None
-    if seconds is None:
-        yield
-        return
-    start = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def run_blocks(

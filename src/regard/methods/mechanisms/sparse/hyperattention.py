@@ -30,11 +30,12 @@ from torch import Tensor
 from regard.core import Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
-from regard.ops.blocks import by_text, part
+from regard.ops.blocks import by_text
 from regard.ops.blocks.buckets import bucket_attention
 from regard.ops.blocks.merged import Part, merged
 from regard.ops.blocks.texts import each_text, plain_attention
 from regard.ops.blocks.whole import whole_attention
+from regard.ops.clock import part
 from regard.ops.hashing import gray_rank
 from regard.ops.pattern import carried
 from regard.ops.softmax import at_least_float32

@@ -38,10 +38,10 @@ from regard.ops.blocks import (
     by_text,
     causal_softmax,
     in_blocks,
-    part,
     placed,
     top_mass,
 )
+from regard.ops.clock import part
 from regard.ops.softmax import at_least_float32, per_query_head
 
 RECTIFY = ("gain", "all", "none")

@@ -41,12 +41,12 @@ from regard.ops.blocks import (
     Placed,
     block_attention,
     last_weights,
-    part,
     placed,
     slashes,
     slow_attention,
     verticals,
 )
+from regard.ops.clock import part
 
 
 @dataclass(frozen=True)
