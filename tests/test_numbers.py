@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from regard import catalog
+from regard.bench import cell as cells
 from regard.bench import passes, timing
 from regard.bench.cell import FULL, Bench, Cell, batches, measure, peak_memory
 from regard.bench.passes import Pass, own_bytes, run

@@ -2,6 +2,7 @@
 
 from regard.core.deprecation import moved
 from regard.ops.budget import Budget, parse_budget, tokens_within
+from regard.ops.clock import clocked, part
 from regard.ops.distances import Distances
 from regard.ops.features import elu_plus_one, taylor
 from regard.ops.kept import Kept, keep_best
@@ -43,6 +44,7 @@ __all__ = [
     "by_row",
     "capped",
     "carried",
+    "clocked",
     "closed_up",
     "dense_linear",
     "elu_plus_one",
@@ -64,6 +66,7 @@ __all__ = [
     "merge",
     "mix",
     "parse_budget",
+    "part",
     "partial",
     "per_query_head",
     "product_dtype",

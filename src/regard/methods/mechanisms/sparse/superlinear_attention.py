@@ -33,9 +33,8 @@ from torch import Tensor
 from regard.core import Card, K, Out, Q, V, require
 from regard.core.call import Call
 from regard.kinds.mechanism import Mechanism
-from regard.ops import at_least_float32, carried, gather_rows
+from regard.ops import at_least_float32, carried, gather_rows, part
 from regard.ops.blocks import BlockSettings, by_text, latest_keys, placed
-from regard.ops.clock import part
 from regard.ops.closed import chunks, highest, recomputed
 
 GATHERED = 1 << 22  # numbers of keys and values gathered at a time: changes the speed, never the result
