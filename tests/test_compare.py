@@ -20,8 +20,9 @@ import regard
 from regard import catalog
 from regard.bench import cell as cells
 from regard.bench import executor
+from regard.bench.asked import grid, parsed
 from regard.bench.cell import FULL, Bench, Cell, measure
-from regard.bench.compare import compare, grid, parsed
+from regard.bench.compare import compare
 from regard.bench.executor import InProcess, LocalProcesses, WorkerBroken, safely
 from regard.bench.passes import Pass, run
 from regard.bench.quality import fidelity, quality
@@ -160,7 +161,7 @@ def test_quality_by_hand():
     right = float(torch.tensor([5.0, 0, 0, 0]).log_softmax(0)[0])
     assert row["nll"] == pytest.approx(-(3 * right + (right - 5)) / 4, rel=1e-5)
     assert 0 <= row["quality_low"] <= 0.5 <= row["quality_high"] <= 1
-    score = fidelity("exact", ours, full)
+    score = fidelity([Sample([0], [1, 1], (0, 0))] * 2, ours, full)
     assert score["agreement"] == 0.75
     assert score["kl"] > 0
 
@@ -183,7 +184,7 @@ def test_recall_counts_what_was_wanted_and_fidelity_until_they_part():
     assert (row["quality"], row["nll"]) == (0.5, None)
     assert quality("recall", [sample], ours, full, Words())["quality"] == 0.0
     # the third step follows another text and says nothing of fidelity
-    assert fidelity("recall", ours, full)["agreement"] == 0.5
+    assert fidelity([sample], ours, full)["agreement"] == 0.5
 
 
 def test_likelihood_is_told_by_place():

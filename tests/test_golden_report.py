@@ -304,7 +304,7 @@ def test_the_sentence_has_the_winners_numbers(result, ends):
     low, high = (f"{100 * end:.0f} %" for end in ends["alpha", 512])
     assert said.startswith(
         "alpha @ 512 tok is the cheapest that keeps 95 % of full attention's quality on small (tasks needle and text; "
-        f"lengths 256 and 512): 99 % of its quality (interval {low} to {high}), 23 % of its bytes held, "
+        f"lengths 256 and 512), by bytes held: 99 % of its quality (interval {low} to {high}), 23 % of its bytes held, "
         "24 % of its bytes read per token and 0.53× its decode time."
     )
     assert "beta @ 64 MB reads least: 96 % of its quality" in said

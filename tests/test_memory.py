@@ -11,8 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from regard.bench import estimate as estimating
+from regard.bench.asked import grid
 from regard.bench.cell import Cell
-from regard.bench.compare import compare, grid
+from regard.bench.compare import compare
 from regard.bench.estimate import Memory, Weights, described, estimate, groups, stored
 from regard.bench.executor import InProcess, LocalProcesses, Ray, Submitit
 from regard.cli import app
@@ -78,7 +79,7 @@ def test_weights_are_counted_as_they_are_loaded():
 def test_what_is_shared_counts_once_and_the_rest_for_each():
     one, four = (Memory(n, 500, 1000, 20, 30, 50, 1100, "cpu", 10_000, None) for n in (1, 4))
     assert one.worker == one.total == 1600 and four.total == 1100 + 4 * 500
-    assert estimate(cells(), None, LocalProcesses(9), "cpu")["workers"] == 4  # as many as there are cells
+    assert estimate(cells(), None, LocalProcesses(9), "cpu")["workers"] == 8  # as many as there are cells
 
 
 @pytest.mark.parametrize(

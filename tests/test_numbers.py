@@ -115,7 +115,7 @@ def test_intervals_hold_95_per_cent_of_the_draws():
     row = quality("exact", samples, [ones(said)], full, Letters())
     assert row["quality"] == 0.5
     assert (row["quality_low"], row["quality_high"]) == pytest.approx((0.4, 0.6), abs=0.011)
-    row = fidelity("nll", [foretelling([[SURE if i % 2 else FAIR] for i in range(100)])],
+    row = fidelity([asking([1])] * 100, [foretelling([[SURE if i % 2 else FAIR] for i in range(100)])],
                    [foretelling([[FAIR]] * 100)])  # fmt: skip
     assert row["kl"] == pytest.approx(0.5 * FORWARD)
     ends = row["kl_low"] / FORWARD, row["kl_high"] / FORWARD
@@ -134,16 +134,37 @@ def test_ends_of_few_samples_are_those_of_their_draws():
 
 
 def test_divergence_is_full_attentions_from_the_method():
-    row = fidelity("exact", [foretelling([[SURE, FAIR]])], [foretelling([[FAIR, FAIR]])])
+    row = fidelity([asking([0, 1])], [foretelling([[SURE, FAIR]])], [foretelling([[FAIR, FAIR]])])
     assert row["kl"] == pytest.approx(FORWARD / 2)  # the mean over steps
 
 
 def test_agreement_is_the_share_of_steps_of_all_samples():
     full = ones([[1, 2, 3, 1], [1, 1, 1, 1]])
     ours = ones([[1, 2, 0, 1], [0, 0, 1, 1]])
-    assert fidelity("exact", [ours], [full])["agreement"] == 5 / 8
+    assert fidelity([asking([0] * 4)] * 2, [ours], [full])["agreement"] == 5 / 8
     # fed what it says, a sample counts up to its first departure: three steps, and one
-    assert fidelity("recall", [ours], [full])["agreement"] == 2 / 4
+    assert fidelity([asking([0] * 4, wanted=("a",))] * 2, [ours], [full])["agreement"] == 2 / 4
+
+
+def test_steps_beyond_an_answer_are_not_counted():
+    full, ours = ones([[1, 2, 3], [1, 2, 3]]), ones([[1, 0, 0], [1, 2, 0]])
+    samples = [asking([1, 3, 3], counted=1), asking([1, 2, 2], counted=2)]
+    assert fidelity(samples, [ours], [full])["agreement"] == 1
+    assert quality("exact", samples, [ours], [full], Letters())["quality"] == 1
+    assert fidelity([asking([1, 2, 2])] * 2, [ours], [full])["agreement"] == 3 / 6
+
+
+def test_an_answer_is_found_by_a_regex_or_as_the_likeliest_choice():
+    free, choice = asking([0] * 3, pattern="c.e$"), asking([2, 2, 2], counted=1, choices=(1, 2), chance=0.5)
+    said = ones([[2, 0, 4], [0, 1, 1]], 6)
+    said.logits[1, 0] = torch.tensor([0.5, 0.1, 0.3, 0.1, 0.0, 0.0])
+    row = quality("exact", [free, choice], [said], [said], Letters())
+    assert [s["score"] for s in row["samples"]] == [1, 1] and row["chance"] == 0.25
+    assert [s["answer"] for s in row["samples"]] == ["c.e$", "c"]
+    assert row["samples"][0]["generated"] == "cae"
+    said.logits[1, 0, 1] = 0.4
+    row = quality("exact", [free, choice], [said], [said], Letters())
+    assert [s["score"] for s in row["samples"]] == [1, 0]
 
 
 # A cell
@@ -354,6 +375,6 @@ def test_a_row_of_times_holds_where_it_is_fast_and_near_its_bound():
 def test_a_text_that_is_timed_is_read_again_from_its_start():
     source = SimpleNamespace(ids=lambda tokenizer: [5, 6, 7])
     bench = SimpleNamespace(source=lambda cell: source, tokenizer=SimpleNamespace(bos_token_id=1))
-    sample = running_text(Cell("h2o", "perplexity", 8, what="timing"), bench)
+    sample = running_text(Cell("h2o", "perplexity", 8, what="timing"), 8, bench)
     assert sample.prompt == [1, 5, 6, 7, 5, 6, 7, 5]
     assert sample.answer == [6, 7, 5, 6, 7, 5, 6, 7, 5, 6, 7, 5, 6, 7, 5, 6]

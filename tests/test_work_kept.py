@@ -25,6 +25,7 @@ from regard.tasks import Source, held_out
 from regard.train import Plan, train
 
 CELLS = [
+    "--no-timing",
     "--methods",
     "streaming_llm",
     "--tasks",
@@ -44,7 +45,18 @@ def invoke(*words: str):
 
 def small(out, model=None, task="needle", method="streaming_llm", **options):
     """A comparison of two cells in this process."""
-    return compare(model, [method], [task], [96], [0.5], out=out, samples=1, executor=InProcess(), **options)
+    return compare(
+        model,
+        [method],
+        [task],
+        [96],
+        [0.5],
+        out=out,
+        samples=1,
+        timing=False,
+        executor=InProcess(),
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +324,7 @@ def test_a_failed_cell_is_tried_again_and_the_status_is_one(tmp_path, monkeypatc
     assert said.startswith(
         "2 of 2 cells failed; the first, full on needle at length 4: failed: ValueError: must hold"
     )
-    cells = comparing.grid(["streaming_llm"], ["needle"], [96], [0.5], 1, 0, None, None)
+    cells = grid(["streaming_llm"], ["needle"], [96], [0.5], 1, 0, None, None, timing=False)
     folder = Folder(tmp_path / "out")
     folder.open(comparing.header("the shipped model 'lm'", cells))
     for cell in cells:
@@ -390,7 +402,7 @@ def test_a_source_says_what_it_holds(tmp_path):
 
 def test_a_run_grows(tmp_path):
     """The same folder takes another method and another length: what is there is not measured again."""
-    asked = dict(tasks=["needle"], budgets=[0.5], out=tmp_path / "run", samples=1, workers=1)
+    asked = dict(tasks=["needle"], budgets=[0.5], out=tmp_path / "run", samples=1, workers=1, timing=False)
     first = compare(None, ["streaming_llm"], lengths=[96], **asked)
     seen = []
     count = lambda row, done, total: seen.append((row is None, done, total))  # noqa: E731

@@ -6,6 +6,7 @@ REGARD_PAGES names (separated as in PATH), and from installed packages with an e
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -29,6 +30,7 @@ from regard.kinds import kinds
 from regard.kinds.cache import WHOLE
 from regard.kinds.mask import build_mask
 from regard.kinds.task import PictureTask, Task, TaskPage, ask, ask_pictures
+from regard.tasks.own import own_task
 
 HERE = Path(__file__).parent
 ROOMS = ("methods/*/[!_]*.py", "methods/*/*/[!_]*.py", "tasks/[!_]*.py")
@@ -85,6 +87,8 @@ def pages() -> dict[str, str]:
 def register(page: str | Path | ModuleType) -> str:
     """Add a page of one's own, a file or a module that defines METHOD; the name under which it is found now.
 
+    A file of JSON lines, NAME.jsonl, is a task: regard.tasks.own says what its lines hold.
+
     It is listed, checked, compared and attached like the pages of the package, in this process and in those that
     `compare` starts.
     """
@@ -98,7 +102,10 @@ def register(page: str | Path | ModuleType) -> str:
     else:
         path = Path(page).expanduser().resolve()
         require(path.is_file(), "a page is a file that exists, or a module", page=str(page))
-        require(defines_page(path), "a page defines METHOD", page=str(page))
+        own = path.suffix == ".jsonl"
+        require(own or defines_page(path), "a page defines METHOD", page=str(page))
+        rule = "the name of a page is one of letters, digits, _, - and ."
+        require(re.fullmatch(r"[\w.-]+", path.stem), rule, name=path.stem, page=str(page))
         name, where = path.stem, str(path)
     require(name not in built_in(), "a page of one's own has a name of its own", name=name, page=where)
     _registered[name] = where
@@ -121,7 +128,7 @@ def path_of(name: str) -> Path:
     where = pages()[name]
     if name in built_in():
         return HERE / Path(*where.split(".")[1:]).with_suffix(".py")
-    return Path(where) if where.endswith(".py") else Path(import_module(where).__file__ or where)
+    return Path(where) if where.endswith((".py", ".jsonl")) else Path(import_module(where).__file__ or where)
 
 
 def revision_of(name: str) -> str | None:
@@ -148,6 +155,8 @@ def get(name: str) -> Page:
     if name not in known:
         raise unknown("method", name, known)
     where = known[name]
+    if where.endswith(".jsonl"):
+        return own_task(Path(where))
     page = (imported(Path(where)) if where.endswith(".py") else import_module(where)).METHOD
     require(
         isinstance(page, Page) and page.kind in kinds(),

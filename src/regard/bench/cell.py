@@ -3,8 +3,10 @@
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +129,20 @@ class Bench:
         """Samples of a cell and full attention's passes over them, made once for all methods."""
         key = (cell.task, cell.length, cell.seed, cell.samples, cell.text, cell.chat)
         if key not in self.memo:
-            chat = bool(getattr(self.tokenizer, "chat_template", None)) if cell.chat is None else cell.chat
-            samples = catalog.task(cell.task).samples(
-                self.tokenizer, cell.length, cell.samples, cell.seed, source=self.source(cell), chat=chat
-            )
+            samples = self.samples(cell)
             self.memo = {key: (samples, [self.run(b, None) for b in batches(samples, cell)])}
         return self.memo[key]
+
+    def samples(self, cell: Cell) -> list[Sample]:
+        """The questions of a cell."""
+        task, text = catalog.task(cell.task), self.source(cell)
+        return task.samples(
+            self.tokenizer, cell.length, cell.samples, cell.seed, source=text, chat=self.chats(cell)
+        )
+
+    def chats(self, cell: Cell) -> bool:
+        """Whether questions are asked in the model's chat template: where it has one, if nobody says."""
+        return bool(getattr(self.tokenizer, "chat_template", None)) if cell.chat is None else cell.chat
 
     def source(self, cell: Cell) -> Source | None:
         """The text of one's own that a cell draws from, if there is one."""
@@ -161,8 +171,18 @@ def text_of(cell: Cell) -> Source:
 
 
 def batches(samples: list[Sample], cell: Cell) -> list[list[Sample]]:
-    size = max(1, cell.batch_tokens // cell.length)
-    return [samples[i : i + size] for i in range(0, len(samples), size)]
+    """Samples that are read together: as many as `batch_tokens` holds, of one shape, in their order."""
+    made = []
+    for _, alike in groupby(samples, key=lambda s: getattr(s, "shape", None)):
+        group = list(alike)
+        size = max(1, cell.batch_tokens // longest(group, cell))
+        made += [group[i : i + size] for i in range(0, len(group), size)]
+    return made
+
+
+def longest(samples: Sequence[Sample], cell: Cell) -> int:
+    """The tokens of a cell's prompts; of questions of one's own those of the longest."""
+    return cell.length or max(len(sample.prompt) for sample in samples)
 
 
 def measure(cell: Cell, bench: Bench) -> dict:
@@ -177,13 +197,13 @@ def measure(cell: Cell, bench: Bench) -> dict:
     with peak_memory(bench.model.device) as peak:
         samples, full = bench.shared(cell)
         if cell.method != FULL and not cell.at_floor and (floor := bench.floor(cell)):
-            return cell.row(status=FLOOR, error=floor)
+            return cell.row(status=FLOOR, error=floor, length=longest(samples, cell))
         method = bench.method_of(cell)
         runs = full if method is None else [bench.run(b, method, weigh=True) for b in batches(samples, cell)]
     metric = catalog.task(cell.task).metric
     facts = {
         **quality(metric, samples, runs, full, bench.tokenizer),
-        **fidelity(metric, runs, full),
+        **fidelity(samples, runs, full),
         **unread(runs),
     }
     facts |= dict(
@@ -193,7 +213,8 @@ def measure(cell: Cell, bench: Bench) -> dict:
     )  # fmt: skip
     if isinstance(method, Converted) and "reached" in method.report:
         facts["target"] = method.report["reached"]
-    return cell.row(**facts, seconds=time.perf_counter() - start)
+    facts["template"] = "chat" if bench.chats(cell) else "plain"
+    return cell.row(**facts, length=longest(samples, cell), seconds=time.perf_counter() - start)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`regard.compare`: which method is best on this model, these tasks, this budget?"""
 
-import itertools
 import os
 import platform
 import shlex
@@ -15,21 +14,15 @@ from typing import Any
 import torch
 
 from regard import catalog
-from regard.attaching.converted import marker
-from regard.attaching.knob import Target
-from regard.attaching.sparse import is_sparse
+from regard.bench.asked import grid, named, specs
 from regard.bench.cell import FULL, Cell
 from regard.bench.compare_pictures import picture_grid, picture_tasks, run_pictures, vision_loader
 from regard.bench.estimate import estimate
 from regard.bench.executor import Executor, InProcess, executor_of
-from regard.bench.prefill import leaves_unread
 from regard.bench.revisions import content, with_revisions
-from regard.core import Method, Unsupported, require
-from regard.core.spec import parse_spec
+from regard.core import Method, require
 from regard.kinds.cache import family
-from regard.kinds.mask import build_mask, refuse_ahead
 from regard.models.shipped import load, load_shipped, refuse_misspelt, shipped_name, stored_dtype
-from regard.ops import parse_budget
 from regard.ops.machine import cpu_facts, slow_on_cpu
 from regard.report.folder import Folder, keys_of
 from regard.report.html import task_pages, to_html
@@ -37,19 +30,16 @@ from regard.report.markdown import to_markdown
 from regard.report.pictures import PictureResult
 from regard.report.result import Result
 
-BUDGETS = (0.1, 0.25, 0.5)
-LENGTHS = (256, 512, 1024)
-SAMPLES, PICTURES = 8, 64
+PICTURES = 64  # how many images a task of images asks about
 LOADED = ("float32", "bfloat16", "float16")  # dtypes that a model may be loaded in
-RUNNING_TEXT = "perplexity"  # the task whose texts are read where times are measured
 
 
 def compare(
     model: Any = None,
-    methods: Iterable[str] | None = None,
-    tasks: Iterable[str] | None = None,
-    lengths: Iterable[int] | None = None,
-    budgets: Iterable[int | float | str] | None = None,
+    methods: Any = None,
+    tasks: Any = None,
+    lengths: int | Iterable[int] | None = None,
+    budgets: int | float | str | Iterable[int | float | str] | None = None,
     *,
     out: str | Path,
     samples: int | None = None,
@@ -98,6 +88,8 @@ def compare(
     """
     if isinstance(model, str | Path) and shipped_name(model) is None:
         refuse_misspelt(model)
+    tasks = None if tasks is None else [named(task) for task in specs(tasks)]
+    methods = None if methods is None else specs(methods)
     about = picture_tasks(tasks, model)
     if about is not None:
         rule = "tasks of images have no lengths, and no budgets: keep= is a setting"
@@ -108,18 +100,7 @@ def compare(
         cells = with_revisions(cells, model, dtype)
         return run_pictures(cells, runner, load_model, header(name, cells), out, retry, progress or nothing)
     require(images is None, "images= is for tasks of images", images=images)
-    cells = grid(
-        methods,
-        tasks,
-        lengths,
-        budgets,
-        SAMPLES if samples is None else samples,
-        seed,
-        text,
-        chat,
-        timing,
-        at_floor,
-    )
+    cells = grid(methods, tasks, lengths, budgets, samples, seed, text, chat, timing, at_floor)
     runner = runner_of(executor, model, workers, limit, out)
     folder = Folder(Path(out))
     name, load_model = loader(model, trust_remote_code, device, dtype)
@@ -171,43 +152,6 @@ def report(folder: Folder) -> Result:
     return result
 
 
-def grid(
-    methods, tasks, lengths, budgets, samples, seed, text, chat, timing=True, at_floor=False
-) -> list[Cell]:
-    """The cells of a comparison, full attention first, those of one task and length together; then what is timed."""
-    budgets = tuple(parse_budget(budget) for budget in (BUDGETS if budgets is None else budgets))
-    lengths = tuple(LENGTHS if lengths is None else lengths)
-    tasks = tuple(catalog.standard_tasks() if tasks is None else catalog.grouped_tasks(tasks))
-    for name in tasks:
-        catalog.task(name)
-    require(tasks and lengths, "there is at least one task and one length", tasks=tasks, lengths=lengths)
-    require(samples >= 1, "samples >= 1", samples=samples)
-    require(all(n >= 2 for n in lengths), "lengths are at least 2 tokens", lengths=lengths)
-    chosen = [parsed(m) for m in (catalog.list_methods(kind="cache") if methods is None else methods)]
-    read: dict[str, Any] = dict(seed=seed, text=None if text is None else str(text), chat=chat)
-    asked: list[tuple[str, Any, dict]] = [(FULL, None, {})]
-    for name, settings in chosen:
-        if name != FULL:
-            each = budgets if catalog.takes_budget(name) else (None,)
-            asked += [(name, budget, settings) for budget in each]
-    cells = [
-        Cell(name, task, length, budget, settings, samples=samples, at_floor=at_floor, **read)
-        for task, length in itertools.product(tasks, lengths)
-        for name, budget, settings in asked
-    ]
-    timed = [
-        Cell(name, RUNNING_TEXT, length, budget, settings, samples=1, what="timing", **read)
-        for length in (lengths if timing else ())
-        for name, budget, settings in asked
-    ]
-    unread = [
-        Cell(name, RUNNING_TEXT, max(lengths), None, settings, samples=samples, what="crossing", **read)
-        for name, settings in chosen
-        if timing and name != FULL and catalog.get(name).kind != "cache"
-    ]
-    return cells + timed + unread
-
-
 def slow_model(model: Any, device: str | None = None, dtype: str | None = None) -> str | None:
     """What is to be said of a model whose dtype this CPU does not multiply; None where there is nothing to say."""
     if isinstance(model, tuple):
@@ -215,63 +159,6 @@ def slow_model(model: Any, device: str | None = None, dtype: str | None = None) 
     held = getattr(torch, dtype) if dtype else stored_dtype(model)
     place = device or ("cuda" if torch.cuda.is_available() and shipped_name(model) is None else "cpu")
     return None if held is None else slow_on_cpu(held, place)
-
-
-def parsed(spec: str) -> tuple[str, dict]:
-    """("streaming_llm", {"sinks": 8}) from "streaming_llm:sinks=8"; the page checks names and values."""
-    name, settings = parse_spec(spec)
-    if name != FULL:
-        target, learned = settings.get("target"), settings.get("learned")
-        own = {key: value for key, value in settings.items() if key not in ("target", "learned")}
-        method = catalog.method(name, **own)
-        check_comparable(method)
-        check_learned(method, learned)
-        if target is not None:
-            Target.parse(target)
-            known = is_sparse(method) and method.page.knob is not None
-            require(
-                known,
-                "a target is for mechanisms that choose blocks by a setting",
-                method=name,
-                target=target,
-            )
-    return name, settings
-
-
-def check_learned(method: Method, folder: str | None) -> None:
-    """What a page learned on the model comes from a conversion's folder."""
-    learns = method.page.kind == "mechanism" and method.page.init is not None
-    require(
-        folder is None or learns,
-        "learned= is for pages that learn on a model",
-        method=method.name,
-        learned=folder,
-    )
-    if not learns:
-        return
-    hint = f"regard convert MODEL --mechanism {method.name} --out FOLDER, then {method.name}:learned=FOLDER"
-    require(folder is not None, f"this page learns on the model first: {hint}", method=method.name)
-    held = marker(Path(str(folder)))["method"]
-    require(held == method.name, "the folder holds what this page learned", method=method.name, holds=held)
-
-
-def check_comparable(method: Method) -> None:
-    """Cache pages, masks that need no roles, mechanisms that choose blocks of keys; all else is refused by name."""
-    if method.page.kind == "mask":
-        refuse_ahead(method)
-        needs = build_mask(method, causal=True).needs
-        require(
-            not needs,
-            "a mask of compare reads no roles: nobody gives them here",
-            mask=method.name,
-            needs=needs,
-        )
-    elif method.page.kind != "cache" and not leaves_unread(method):
-        known = ", ".join(catalog.list_methods(kind="cache"))
-        raise Unsupported(
-            f"{method.name} is a {method.page.kind} page; here stand cache pages, masks, and mechanisms that choose "
-            f"blocks of keys (regard list --family sparse): {known}"
-        )
 
 
 def loader(

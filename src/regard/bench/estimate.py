@@ -21,6 +21,7 @@ from regard import catalog
 from regard.bench.cell import Cell
 from regard.bench.executor import Executor, InProcess, LocalProcesses, Ray, Submitit
 from regard.bench.executors.base import memory_bytes
+from regard.bench.timed import STEPS
 from regard.core.spec import parse_spec
 from regard.models.shipped import SHIPPED, pretrained, shipped_name
 from regard.tasks.perplexity import CONTINUATION
@@ -30,6 +31,7 @@ from regard.tasks.perplexity import CONTINUATION
 PROCESS, LIBRARIES = 330 * 2**20, 140 * 2**20
 # tokens of an answer that is a code or a word, of all turns; of one that is generated freely
 ANSWER = {"exact": 16, "recall": 64}
+OWN_TOKENS = 1024  # taken for a question of one's own, which is not counted before a tokenizer is there
 # bytes a logit takes while two runs are compared: both in float32, then as log-probabilities in float64 with the terms
 # of KL (bench/cell.fidelity)
 LOGIT = 48
@@ -158,14 +160,14 @@ def kept(cell: Cell, config: Any, weights: Weights) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * width * item_size(config)
-    return int(1.5 * batch(cell) * (cell.length + answer(cell)) * token)
+    return int(1.5 * batch(cell) * (tokens(cell) + answer(cell)) * token)
 
 
 def activations(cell: Cell, config: Any) -> int:
     """Bytes that one layer holds while a prompt is read: six rows of the model's width, three of its MLP's."""
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    return batch(cell) * cell.length * (6 * hidden + 3 * inner) * item_size(config)
+    return batch(cell) * tokens(cell) * (6 * hidden + 3 * inner) * item_size(config)
 
 
 def logits(cell: Cell, config: Any) -> int:
@@ -173,11 +175,18 @@ def logits(cell: Cell, config: Any) -> int:
 
 
 def batch(cell: Cell) -> int:
-    return min(cell.samples, max(1, cell.batch_tokens // cell.length))
+    return min(cell.samples, max(1, cell.batch_tokens // tokens(cell)))
+
+
+def tokens(cell: Cell) -> int:
+    """Tokens of a prompt."""
+    return cell.length or OWN_TOKENS
 
 
 def answer(cell: Cell) -> int:
     """Tokens of an answer, as far as the task's metric and settings tell."""
+    if cell.what == "timing":
+        return STEPS
     scored = parse_spec(cell.task)[1].get("continuation", CONTINUATION)
     return ANSWER.get(catalog.task(cell.task).metric, scored)
 

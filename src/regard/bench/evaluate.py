@@ -18,8 +18,9 @@ from regard import catalog
 from regard.attaching.attachment import attach
 from regard.attaching.converted import configured
 from regard.bench import harness_tasks as tasks_of
+from regard.bench.asked import BUDGETS, parsed
 from regard.bench.cell import FULL
-from regard.bench.compare import BUDGETS, loader, machine, parsed
+from regard.bench.compare import loader, machine
 from regard.bench.executor import why
 from regard.bench.harness import language_model, refuse_missing
 from regard.bench.harness_tasks import Asking, Loaded

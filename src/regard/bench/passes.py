@@ -73,9 +73,7 @@ class Reading:
         chosen = [] if self.chooses is None else self.chooses.selection()
         for t in range(context, context + first.written):
             self.step(prompt[:, t : t + 1])
-        self.ask(
-            prompt[:, context + first.written :], self.ids([s.answer for s in batch]), bool(first.wanted)
-        )
+        self.ask(prompt[:, context + first.written :], self.ids([s.answer for s in batch]), first.free)
         for i in range(len(first.turns)):
             before = self.ids([[s.answers[i][-1], *s.turns[i].question] for s in batch])
             self.ask(before, self.ids([s.turns[i].answer for s in batch]))

@@ -1,6 +1,7 @@
 """What a cell's passes are worth: quality by the task's metric, with its interval, and fidelity to full attention."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -39,11 +40,13 @@ def quality(
         )
     answer = torch.tensor([list(chain.from_iterable(s.answers)) for s in samples])
     nll, base = (nlls(r, answer) for r in (runs, full))
-    best = logits.argmax(-1).cpu()
-    said = [generated_text(b, a, tokenizer) for b, a in zip(best, answer)]
-    facts = {"nll": float(nll.mean())}
+    best, counts = logits.argmax(-1).cpu(), counted(samples, answer)
+    said = [told(*facts, tokenizer) for facts in zip(samples, best, answer, counts, strict=True)]
+    facts = {"nll": float(nll[counts].mean()) if counts.any() else None}
     if metric == "exact":
-        turns = exact_turns(best == answer, samples[0])
+        turns = exact_turns((best == answer) | ~counts, samples[0])
+        for i, sample in enumerate(samples):
+            turns[i] = judged(sample, logits[i], said[i], turns[i])
         scores = turns.mean(-1)
         facts |= {"by_turn": turns.mean(0).tolist()} if turns.shape[1] > 1 else {}
         return (
@@ -56,6 +59,28 @@ def quality(
     facts |= {"nll_by_place": by_place(nll), "chance": foretold(base, vocabulary)}
     spread = summary(worth.numpy(), lambda drawn: float(np.exp(drawn.mean())))
     return spread | facts | shown(samples, worth.exp().numpy(), said, tokenizer, metric)
+
+
+def counted(samples: Sequence[Sample], answer: Tensor) -> Tensor:
+    """[samples, T] which tokens of the answers are answers, and do not only fill up."""
+    sizes = torch.tensor([0 if s.pattern else s.counted or answer.shape[1] for s in samples])
+    return torch.arange(answer.shape[1]) < sizes[:, None]
+
+
+def told(sample: Sample, best: Tensor, answer: Tensor, counts: Tensor, tokenizer: Any) -> str:
+    """What was generated, as a reader sees it: all of it where that is searched, else up to its first fault."""
+    if sample.pattern:
+        return generated(best.tolist(), tokenizer)
+    return generated_text(best[counts], answer[counts], tokenizer)
+
+
+def judged(sample: Sample, logits: Tensor, text: str, exact: np.ndarray) -> Any:
+    """1 where an answer is right: found in the text, the likeliest of the choices, or generated exactly."""
+    if sample.pattern:
+        return float(re.search(sample.pattern, text) is not None)
+    if sample.choices:
+        return float(sample.choices[int(logits[0, list(sample.choices)].argmax())] == sample.answer[0])
+    return exact
 
 
 def summary(scores: np.ndarray, value: Callable[[np.ndarray], Any]) -> dict:
@@ -71,7 +96,9 @@ def shown(
     rows = []
     for sample, score, text in zip(samples, scores, said, strict=True):
         expected = ", ".join(w.strip() for w in sample.wanted)
-        expected = expected if metric == "recall" else " | ".join(map(tokenizer.decode, sample.answers))
+        if metric != "recall":
+            answers = [sample.answer[: sample.counted or None], *sample.answers[1:]]
+            expected = sample.pattern or " | ".join(map(tokenizer.decode, answers))
         depth = sample.depth if len(sample.needed) == 1 else None  # several facts have no one place
         rows.append(dict(depth=depth, score=float(score), answer=expected, generated=text))
     return {"samples": rows}
@@ -128,19 +155,27 @@ def generated_text(best: Tensor, answer: Tensor, tokenizer: Any) -> str:
     return tokenizer.decode(best[:stop].tolist()) + ("…" if stop < len(best) else "")
 
 
-def fidelity(metric: str, runs: list[Pass], full: list[Pass]) -> dict:
+def fidelity(samples: Sequence[Sample], runs: list[Pass], full: list[Pass]) -> dict:
     """Agreement of the next token with full attention, and KL(full || method) with its interval over samples.
 
     Where the model is fed what it generates, the steps of a sample count until both have said something else.
     """
     ours, theirs = (torch.cat([r.logits for r in x]).double().log_softmax(-1) for x in (runs, full))
     same = (ours.argmax(-1) == theirs.argmax(-1)).double().cpu()
-    counted = torch.ones_like(same)
-    if metric == "recall":
-        counted[:, 1:] = same.cumprod(-1)[:, :-1]
-    each = ((theirs.exp() * (theirs - ours)).sum(-1).cpu() * counted).sum(-1) / counted.sum(-1)
+    counts = torch.stack([steps_counted(sample, row) for sample, row in zip(samples, same, strict=True)])
+    each = ((theirs.exp() * (theirs - ours)).sum(-1).cpu() * counts).sum(-1) / counts.sum(-1)
     kl = each.numpy()
     draws = np.random.default_rng(0).integers(0, len(kl), (DRAWS, len(kl)))
     low, high = np.quantile(kl[draws].mean(1), (0.025, 0.975))
-    agree = (same * counted).sum() / counted.sum()
+    agree = (same * counts).sum() / counts.sum()
     return dict(agreement=float(agree), kl=float(kl.mean()), kl_low=float(low), kl_high=float(high))
+
+
+def steps_counted(sample: Sample, same: Tensor) -> Tensor:
+    """[T] 1 at the steps of a sample that are compared, from whether both said the same at each."""
+    counts = torch.ones_like(same)
+    if sample.free:
+        counts[1:] = same.cumprod(-1)[:-1]
+    elif sample.counted:
+        counts[sample.counted :] = 0
+    return counts

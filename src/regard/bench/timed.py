@@ -18,24 +18,27 @@ STEPS = 16  # tokens that are decoded in a turn
 def timing_row(cell: Any, bench: Any) -> dict:
     """The row of a "timing" cell: a text of the cell's length, then STEPS tokens, in turns with full attention.
 
+    Of a task of one's own the text is as long as its longest question.
+
     "calibration_s" is what finding the settings that a target asks for took, before.
     """
     start = time.perf_counter()
     method = bench.method_of(cell)
     calibration = time.perf_counter() - start
-    facts = paired_times([running_text(cell, bench)], method, bench)
+    length = cell.length or max(len(sample.prompt) for sample in bench.samples(cell))
+    facts = paired_times([running_text(cell, length, bench)], method, bench)
     if isinstance(method, Converted) and "target" in cell.settings:
         facts["calibration_s"] = calibration
-    return cell.row(**facts, seconds=time.perf_counter() - start)
+    return cell.row(**facts, length=length, seconds=time.perf_counter() - start)
 
 
-def running_text(cell: Any, bench: Any) -> Sample:
+def running_text(cell: Any, length: int, bench: Any) -> Sample:
     """`length` tokens of the text and STEPS after them; a shorter text is read again from its start."""
     source, head = bench.source(cell) or held_out(), first_token(bench.tokenizer)
     ids = source.ids(bench.tokenizer)
-    tokens = cell.length + STEPS - len(head)
+    tokens = length + STEPS - len(head)
     row = [*head, *(ids * (tokens // len(ids) + 1))[:tokens]]
-    return Sample(row[: cell.length], row[cell.length :], evidence=(0, 0))
+    return Sample(row[:length], row[length:], evidence=(0, 0))
 
 
 def paired_times(samples: list[Sample], method: Any, bench: Any) -> dict:

@@ -97,7 +97,7 @@ def compare(
         show_result(result, out)
         out.print(f"\n[bold]{folder / 'report.html'}[/bold]", highlight=False, soft_wrap=True)
     if failed := result.failed():
-        say_failed(failed, len(result.rows))
+        say_failed(failed, result.size())
         raise typer.Exit(1)
 
 

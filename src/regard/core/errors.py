@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import TypeVar
 
 T = TypeVar("T")
+SHOWN = 24  # names that an error lists
 
 
 class Unreachable(TypeError):
@@ -70,7 +71,10 @@ def near(name: str, names: Iterable[str]) -> str:
     """
     names = sorted(names)
     matches = get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name in n][:3]
-    return f"near names: {', '.join(matches)}" if matches else f"known: {', '.join(names)}"
+    if matches:
+        return f"near names: {', '.join(matches)}"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"known: {', '.join(names[:SHOWN])}{more}"
 
 
 def unknown(what: str, name: str, names: Iterable[str]) -> KeyError:

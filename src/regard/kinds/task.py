@@ -27,6 +27,7 @@ class TaskPage(Page):
                  "nll", the answer's mean negative log-likelihood
                  of pictures: "yes_no"; "chair", what a caption names that is not there; "said", the whole answer
     standard     whether compare asks it when no tasks are named
+    own          how many questions of one's own it has, of lengths of their own; 0: as many and as long as asked
     group        a name by which compare asks all pages that say it, such as "ruler"
     """
 
@@ -36,6 +37,7 @@ class TaskPage(Page):
     metric: str = "exact"
     standard: bool = False
     group: str = ""
+    own: int = 0
     kind = "task"
 
     def __post_init__(self) -> None:
@@ -66,6 +68,7 @@ class Task:
     title: str
     metric: str
     samples: Callable[..., list[Any]]
+    own: int = 0
 
 
 def ask(method: Method) -> Task:
@@ -77,7 +80,7 @@ def ask(method: Method) -> Task:
         raise Unsupported(
             f"{method.name} has no questions for a language model; train a model on it: regard train"
         )
-    return Task(method.name, page.card.title, page.metric, partial(page.samples, method.config))
+    return Task(method.name, page.card.title, page.metric, partial(page.samples, method.config), page.own)
 
 
 def ask_pictures(method: Method) -> PictureTask:

@@ -59,6 +59,10 @@ class PictureResult:
     def of(self, task: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["task"] == task]
 
+    def size(self) -> int:
+        """How many there are."""
+        return len(self.rows)
+
     def failed(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["status"] != "ok"]
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from regard.report.result import Result, cost, ok
+from regard.report.result import Result, ok
+from regard.report.sentence import cost
 from regard.report.turns import told_apart
 from regard.report.words import KEEPS, clean, described, name, percent, plural, times
 

@@ -9,16 +9,15 @@ from typing import Any
 
 from regard.report.floor import FLOOR, at_floor, floor_notes, places
 from regard.report.intervals import interval, interval_notes
+from regard.report.sentence import cost, no_winner_text, winner_text
 from regard.report.words import (
     KEEPS,
     budget_order,
     budget_text,
     clean,
-    described,
     listing,
     name,
     number,
-    percent,
     plural,
     scope_text,
     shortened,
@@ -114,6 +113,10 @@ class Result:
     def lengths(self) -> list[int]:
         return sorted({row["length"] for row in self.rows})
 
+    def size(self) -> int:
+        """How many there are, those of times too."""
+        return len(self.rows) + len(self.crossings) + len(self.timings)
+
     def failed(self) -> list[dict[str, Any]]:
         return [row for row in (*self.rows, *self.crossings, *self.timings) if not ok(row)]
 
@@ -190,8 +193,8 @@ class Result:
             )
         if not rows:
             return f"Only full attention was measured {where}: there is no method to compare it with."
-        kept = self.keepers()
-        text = winner_text(kept, where) if kept else no_winner_text(rows, where)
+        kept, asked = self.keepers(), self.least_samples()
+        text = winner_text(kept, where, asked) if kept else no_winner_text(rows, where, asked)
         broken = [r for r in rows if not r["complete"]]
         if broken:
             names = shortened([clean(name(r)) for r in broken])
@@ -199,6 +202,10 @@ class Result:
         if floors := self.at_floor():
             text += f" Left out, as full attention is near what guessing gives there: {shortened(places(floors))}."
         return text
+
+    def least_samples(self) -> int:
+        """How many samples the smallest cell has; 0 where rows do not hold them."""
+        return min((len(row["samples"]) for row in self.rows if ok(row) and row.get("samples")), default=0)
 
     def ranked(self) -> tuple[list[str], list[int]]:
         """The tasks and lengths that rank methods; all, where none does."""
@@ -292,36 +299,5 @@ def read(row: Row, base: Mapping) -> float | None:
     )
 
 
-def cost(*keys: str):
-    """A sort key: these columns in turn, to a thousandth, so that rounded bytes tie; unknown is dear."""
-    return lambda row: tuple(math.inf if row[key] is None else round(row[key], 3) for key in keys)
-
-
 def cells_text(cells: list[tuple[Any, Any]]) -> str:
     return shortened([f"{clean(task)} at length {length}" for task, length in cells])
-
-
-def winner_text(kept: list[dict[str, Any]], where: str) -> str:
-    best = kept[0]
-    reader = min(kept, key=cost("read", "held", "decode_ratio"))
-    reads_less = cost("read")(reader) < cost("read")(best)
-    claim = f"is the cheapest that keeps 95 % of full attention's quality {where}"
-    text = f"{clean(name(best))} {claim}: {described(best)}."
-    known = {task: kept for task, kept in best["tasks"].items() if kept is not None}
-    worst = min(known, key=lambda task: known[task])
-    if len(known) > 1 and known[worst] < KEEPS - 1e-9:
-        text += f" That is a mean: on {clean(worst)} it keeps {percent(known[worst])}."
-    if cost("held")(best) >= (1.0,):
-        text += " It holds no fewer bytes than full attention; nothing that does keeps 95 %."
-    if reads_less:
-        text += f" {clean(name(reader))} reads least: {described(reader)}."
-    return text
-
-
-def no_winner_text(rows: list[dict[str, Any]], where: str) -> str:
-    whole = [r for r in rows if r["complete"]]
-    if not whole:
-        return f"No method finished every cell {where}, so none can be said to keep 95 % of full quality."
-    best = max(whole, key=lambda r: r["quality"])
-    nearest = f"Nearest is {clean(name(best))}: {described(best)}."
-    return f"No method keeps 95 % of full attention's quality {where}. {nearest}"

@@ -37,6 +37,9 @@ class Sample:
     wanted: texts looked for in what the model generates freely, for the metric "recall"
     facts: first and past-the-last position of each needed fact, where these are several; with `turns`, the
         fact of each turn, in the order of the turns
+    counted: the first tokens of `answer` that are the answer, where the rest only fills it up; 0: all
+    choices: first tokens of several answers: right is the one that begins with the likeliest of them
+    pattern: a regular expression that is looked for in what the model generates freely
     """
 
     prompt: list[int]
@@ -49,6 +52,9 @@ class Sample:
     turns: tuple[Turn, ...] = ()
     wanted: tuple[str, ...] = ()
     facts: tuple[tuple[int, int], ...] = ()
+    counted: int = 0
+    choices: tuple[int, ...] = ()
+    pattern: str = ""
 
     def __post_init__(self) -> None:
         room = len(self.prompt) - 1
@@ -60,8 +66,16 @@ class Sample:
             prompt=len(self.prompt),
         )
         require(
-            not (self.wanted and self.turns), "what is generated freely has no turns", turns=len(self.turns)
+            not (self.free and self.turns), "what is generated freely has no turns", turns=len(self.turns)
         )
+        require(
+            0 <= self.counted <= len(self.answer), "counted <= tokens of the answer", counted=self.counted
+        )
+
+    @property
+    def free(self) -> bool:
+        """Whether the model is fed what it generates."""
+        return bool(self.wanted or self.pattern)
 
     @property
     def answers(self) -> list[list[int]]:
@@ -77,7 +91,7 @@ class Sample:
     def shape(self) -> tuple:
         """The sizes that samples of one batch share."""
         turns = tuple((len(turn.question), len(turn.answer)) for turn in self.turns)
-        return len(self.prompt), len(self.answer), self.context, self.written, turns
+        return len(self.prompt), len(self.answer), self.context, self.written, turns, self.free
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Source:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md"))
             require(bool(files), "a directory of texts holds .txt or .md files", path=str(path))
-        text = "\n\n".join(_read(file) for file in files)
+        text = "\n\n".join(read_text(file) for file in files)
         size = len(text.strip())
         require(size >= SHORTEST, f"at least {SHORTEST} characters of text", path=str(path), got=size)
         return cls(str(path), text)
@@ -61,10 +61,11 @@ def encode(tokenizer, text: str) -> list[int]:
 
 @cache
 def held_out() -> Source:
-    return Source("held-out text", _read(Path(__file__).parent / "data" / "heldout.txt"))
+    return Source("held-out text", read_text(Path(__file__).parent / "data" / "heldout.txt"))
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file; ValueError where it is not UTF-8 or holds zero bytes."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
