@@ -6,8 +6,8 @@ import re
 from collections import defaultdict
 
 import pytest
+from tests.golden import golden
 
-from golden import golden
 from regard.report.result import Result
 from regard.report.sentence import doubt, slower, winner_text
 
