@@ -57,7 +57,7 @@ def doubt(row: Row, asked: int) -> str:
         return ""
     off = row["quality"] - KEEPS
     half = row["quality"] - low if off >= 0 else high - row["quality"]
-    needed = math.ceil(asked * (half / off) ** 2) if abs(off) > 1e-6 else math.inf
+    needed = math.ceil(asked * (half / off) ** 2 - 1e-6) if abs(off) > 1e-6 else math.inf
     would = (
         f"about {needed:,} samples in a cell would" if needed <= MOST else f"even {MOST:,} samples would not"
     )
