@@ -10,6 +10,8 @@ from regard.cli.names import complete_kind, complete_page
 from regard.core.errors import require, unknown
 from regard.core.pages import PATTERNS
 
+NARROW = 76  # columns below which titles and claims share one
+
 
 @app.command("list")
 def list_pages(
@@ -39,22 +41,33 @@ def list_pages(
     as_json: Json = False,
 ) -> None:
     """The pages of the catalogue, those of your own too."""
-    from regard.claims import ledger
-    from regard.report import table
-
     if show_kinds:
         given = {"kind": kind, "pattern": pattern, "family": family, "needs": needs}
         refused = {name: value for name, value in given.items() if value is not None}
         require(filter == "*" and not refused, "--kinds lists all kinds", **refused)
         return say_kinds(as_json)
+    names = chosen(filter, kind, pattern, family, needs)
+    from regard.claims import ledger
+    from regard.report import table
+
     known = ledger.recorded()
-    rows = [row(name, known) for name in chosen(filter, kind, pattern, family, needs)]
+    rows = [row(name, known) for name in names]
     if as_json:
         say_json(rows)
     elif markdown:
         typer.echo(methods_table(rows))
     else:
-        out.print(table(rows, {"name": "name", "kind": "kind", "title": "title", "claim": "claim"}))
+        shown = table(*fitting(rows, out.width))
+        shown.columns[0].no_wrap = shown.columns[1].no_wrap = True  # names are copied
+        out.print(shown)
+
+
+def fitting(rows: list[dict[str, Any]], width: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, columns) for so much room: where it is narrow, the claim stands behind the title."""
+    if width >= NARROW:
+        return rows, ["name", "kind", "title", "claim"]
+    joined = [{**row, "title, claim": "; ".join(filter(None, (row["title"], row["claim"])))} for row in rows]
+    return joined, ["name", "kind", "title, claim"]
 
 
 def chosen(

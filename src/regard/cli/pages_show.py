@@ -32,7 +32,6 @@ def show(
 ) -> None:
     """What a page is, its settings, what is done with it, its last measured claim; a mask is drawn, a task asked."""
     from regard import catalog
-    from regard.cli.drawing import picture_of, write
     from regard.core.spec import parse_spec
 
     name, given = parse_spec(page_name)
@@ -41,27 +40,17 @@ def show(
         require(alone, "--source stands alone, beside a page without settings", page=page_name)
         return typer.echo(file_of(name).read_text(encoding="utf8"), nl=False)
     page = catalog.get(name)
-    drawn, example = None, None
-    if page.kind == "task":
-        from regard.cli.page_example import example_of
-
-        require(picture is None, "a picture is drawn of what is read; a task reads nothing", page=name)
-        example = example_of(page, page.configure(**given))
-    elif masked(page, name, given, picture):
-        drawn = picture_of(name, page, given)
-        if picture is not None:
-            write(drawn, picture)
+    drawn = None if page.kind == "task" else picture_for(name, page, given, picture)
     facts = facts_of(name, page)
-    if example is not None:
-        facts |= {"task": task_facts(page), "example": example}
+    if page.kind == "task":
+        require(picture is None, "a picture is drawn of what is read; a task reads nothing", page=name)
+        facts |= task_facts(page, given)
     if as_json:
-        mask = {} if drawn is None else {"places" if "maps" in drawn.facts() else "mask": drawn.facts()}
-        return say_json({**facts, **mask})
+        seen = {} if drawn is None else {"places" if "maps" in drawn.facts() else "mask": drawn.facts()}
+        return say_json({**facts, **seen})
     say_page(facts)
-    if drawn is not None:
-        out.print()
-        for line in drawn.lines(out.width):
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in () if drawn is None else ("", *drawn.lines(out.width)):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     if picture is not None:
         say(f"{'picture':>9}  {picture}")
 
@@ -76,15 +65,18 @@ def file_of(name: str) -> Path:
     return catalog.path_of(name)
 
 
-def masked(page: Any, name: str, given: dict[str, Any], picture: Path | None) -> bool:
-    """Whether the page is drawn; where it is not, settings and a picture are refused."""
-    from regard.cli.drawing import drawable
+def picture_for(name: str, page: Any, given: dict[str, Any], picture: Path | None) -> Any:
+    """What is drawn of a page, also into the file `picture`; None where nothing is, and then neither is given."""
+    from regard.cli.drawing import drawable, picture_of, write
 
     drawn = drawable(page)
     rule = "of a page that has a mask, chooses blocks of keys and learns nothing, or mixes the places of an image"
     require(drawn or picture is None, f"a picture is drawn {rule}", page=name)
     require(drawn or not given, f"settings are for what is drawn, {rule}, and for tasks", page=name)
-    return drawn
+    found = picture_of(name, page, given) if drawn else None
+    if found is not None and picture is not None:
+        write(found, picture)
+    return found
 
 
 def facts_of(name: str, page: Any) -> dict[str, Any]:
@@ -114,9 +106,13 @@ def facts_of(name: str, page: Any) -> dict[str, Any]:
     }
 
 
-def task_facts(page: Any) -> dict[str, Any]:
+def task_facts(page: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What a task asks, how it is scored, and an example under these settings."""
+    from regard.cli.page_example import example_of
+
     asks = [what for what in ("samples", "pictures", "generate") if getattr(page, what) is not None]
-    return {"metric": page.metric, "asks": asks, "group": page.group, "standard": page.standard}
+    said = {"metric": page.metric, "asks": asks, "group": page.group, "standard": page.standard}
+    return {"task": said, "example": example_of(page, page.configure(**given))}
 
 
 def claim_of(rows: list[dict]) -> dict | None:
@@ -156,7 +152,7 @@ def say_page(facts: dict[str, Any]) -> None:
     for line in claim_lines([claim, *claim.get("others", ())], out.width) if claim else ():
         say(line)
     if "example" in facts:
-        say_task(facts["task"])
+        say(f"{'metric':>9}  {facts['task']['metric']}")
         for line in example_lines(facts["example"], out.width):
             say(line)
 
@@ -170,10 +166,6 @@ def say_settings(options: list[dict[str, Any]]) -> None:
     rows = [{**option, "default": value_text(option["default"])} for option in options]
     explained = {"says": ""} if any(row["says"] for row in rows) else {}
     out.print(table(rows, {"name": "setting", "default": "default", **explained}))
-
-
-def say_task(task: dict[str, Any]) -> None:
-    say(f"{'metric':>9}  {task['metric']}")
 
 
 def say(line: str, style: str = "") -> None:
