@@ -140,7 +140,10 @@ def test_a_task_shows_what_it_asks():
     text = said("needle:digits=3")
     example = json.loads(said("needle:digits=3", "--json"))["example"]
     assert len(example["answer"]) == 3 and f"The code of {example['question'].split()[-2]} is" in text
-    assert f"   answer  {example['answer']}" in text and "   metric  exact" in text
+    assert (
+        f"   answer  {example['answer']}" in text
+        and "   metric  exact: the answer is generated exactly" in text
+    )
     assert example["needed"][0].endswith(f"{example['answer']}.") and len(example["prompt"]) > 100
 
 
@@ -149,6 +152,11 @@ def test_every_task_has_an_example(name):
     facts = json.loads(said(name, "--json"))
     assert facts["example"] and facts["task"]["metric"] == catalog.get(name).metric
     assert "answer" in facts["example"] or "objects" in facts["example"] or "labels" in facts["example"]
+
+
+def test_the_answer_is_what_is_wanted_where_the_model_speaks_freely():
+    example = json.loads(said("gcog", "--json"))["example"]
+    assert [example["answer"]] == example["wanted"] and example["question"].startswith("Question: ")
 
 
 def test_pages_laid_over_one_another():

@@ -30,7 +30,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     kept = ""
     try:
-        status = app(standalone_mode=False) or 0  # a typer.Exit comes back as its status
+        status = app(prog_name="regard", standalone_mode=False) or 0  # a typer.Exit comes back as its status
     except Stopped as stop:
         status, kept = STOPPED, str(stop)
     except (KeyboardInterrupt, typer.Abort):

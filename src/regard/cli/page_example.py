@@ -32,7 +32,7 @@ def asked_in_words(page: Any, cfg: Any) -> dict[str, Any]:
         "prompt": prompt,
         "needed": [tokenizer.decode(sample.prompt[first:end]).strip() for first, end in sample.needed],
         "question": question,
-        "answer": tokenizer.decode(sample.answer).strip(),
+        "answer": ", ".join(sample.wanted) or tokenizer.decode(sample.answer).strip(),
         "wanted": list(sample.wanted),
         "turns": [{key: tokenizer.decode(ids).strip() for key, ids in turn.items()} for turn in turns],
     }
@@ -82,7 +82,7 @@ def example_lines(example: dict[str, Any], width: int) -> list[str]:
             texts.append((label, f"{' x '.join(map(str, value))} pixels"))
         elif label == "needed":
             texts += [(label, middle_cut("; ".join(value), 160))]
-        elif isinstance(value, list):
+        elif label == "objects":
             texts.append((label, ", ".join(value)))
         elif isinstance(value, str):
             texts.append((label, middle_cut(value, 320)))

@@ -52,8 +52,8 @@ def docstring_lines(text: str, width: int) -> Iterator[tuple[str, bool]]:
 def kept_lines(line: str, width: int) -> list[str]:
     """A line as it is, or, where there is no room, with the remark at its right on lines of its own below it.
 
-    >>> kept_lines("    o = q S         the state is read", 24)
-    ['    o = q S', '        the state is', '        read']
+    >>> kept_lines("    o = q S         the state is read", 30)
+    ['    o = q S', '        the state is read']
     """
     if len(line) <= width:
         return [line.rstrip()]
@@ -106,9 +106,9 @@ def number(value: Any) -> str:
 
 
 def measured(value: Any) -> str:
-    """Numbers in words, of lists and of names too.
+    """Numbers in words, of lists and of names too; what stays on one line is tied.
 
-    >>> measured({"loss": {"full": 0.0062, "moa": 2.3975}, "head": [3, 4]})
+    >>> measured({"loss": {"full": 0.0062, "moa": 2.3975}, "head": [3, 4]}).replace(TIED, " ")
     'loss (full 0.0062, moa 2.4), head [3, 4]'
     >>> measured(list(range(40)))
     '[0, 1, 2, 3, 4, 5, 6, 7, ... 40 in all]'

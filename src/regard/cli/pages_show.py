@@ -128,16 +128,9 @@ def claim_of(rows: list[dict]) -> dict | None:
 
 def say_page(facts: dict[str, Any]) -> None:
     """Title, text, settings, card, use, path, claim, example."""
-    from rich.text import Text
+    from regard.cli.page_words import card_lines, claim_lines, labelled
 
-    from regard.cli.page_example import example_lines
-    from regard.cli.page_words import card_lines, claim_lines, docstring_lines, labelled
-
-    title = Text(facts["card"]["title"], "bold")
-    out.print(title.append(f"  ({facts['name']}, {facts['kind']})", "not bold"))
-    out.print()
-    for line, is_example in docstring_lines(facts["text"], out.width):
-        say(line, "dim" if is_example else "")
+    say_text(facts)
     say_settings(facts["options"])
     for line in card_lines(facts["card"], out.width):
         say(line)
@@ -152,9 +145,31 @@ def say_page(facts: dict[str, Any]) -> None:
     for line in claim_lines([claim, *claim.get("others", ())], out.width) if claim else ():
         say(line)
     if "example" in facts:
-        say(f"{'metric':>9}  {facts['task']['metric']}")
-        for line in example_lines(facts["example"], out.width):
-            say(line)
+        say_task(facts)
+
+
+def say_text(facts: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    from regard.cli.page_words import docstring_lines
+
+    title = Text(facts["card"]["title"], "bold")
+    out.print(title.append(f"  ({facts['name']}, {facts['kind']})", "not bold"))
+    out.print()
+    for line, is_example in docstring_lines(facts["text"], out.width):
+        say(line, "dim" if is_example else "")
+
+
+def say_task(facts: dict[str, Any]) -> None:
+    """How a task is scored, and an example of it."""
+    from regard.cli.page_example import example_lines
+    from regard.cli.page_words import labelled
+    from regard.kinds.task import METRICS, OF_PICTURES
+
+    metric = facts["task"]["metric"]
+    scored = labelled("metric", f"{metric}: {(METRICS | OF_PICTURES)[metric]}", out.width)
+    for line in (*scored, *example_lines(facts["example"], out.width)):
+        say(line)
 
 
 def say_settings(options: list[dict[str, Any]]) -> None:
