@@ -2,6 +2,7 @@
 
 Pages of one's own come from `register(path or module)`, from the files and folders that the environment variable
 REGARD_PAGES names (separated as in PATH), and from installed packages with an entry point in the group `regard.pages`.
+Names are found without torch, which is imported with the first page or kind.
 """
 
 import importlib.util
@@ -27,8 +28,6 @@ from regard.core.pages import changed_settings
 from regard.core.spec import parse_spec
 from regard.kinds import kind as kind_of
 from regard.kinds import kinds
-from regard.kinds.cache import WHOLE
-from regard.kinds.mask import build_mask
 from regard.kinds.task import PictureTask, Task, TaskPage, ask, ask_pictures
 from regard.tasks.own import own_task
 
@@ -186,6 +185,8 @@ def method(name: str, **config: Any) -> Method:
     """
     page: Any = get(name)
     if overlays(page):
+        from regard.kinds.cache import WHOLE
+
         base = get(page.over) if page.over else WHOLE
         after = ((page.joins, get(page.joins)),) if page.joins else ()
         page = composed((page.over or "full", base), (name, page), *after)
@@ -294,6 +295,8 @@ def as_mask(mask: Any, pattern: str = "self") -> Any:
     """
     if isinstance(mask, str):
         mask = method(mask)
+    from regard.kinds.mask import build_mask
+
     return build_mask(mask, causal=pattern == "causal_self") if isinstance(mask, Method) else mask
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from regard.core import Claim, require, unknown
 from regard.core.claim import TOY
 from regard.core.errors import NotInstalled
-from regard.models.shipped import PRETRAINED, SHIPPED, pretrained
 from regard.report.folder import write_whole
 
 HERE = Path(__file__).parent
@@ -59,6 +58,8 @@ def asked(chosen: Sequence[str] = (), on: str | None = None) -> list[tuple[str, 
     A claim that needs no model has None. Raises KeyError for an unknown name, ValueError for a claim asked for on a
     model that it does not name.
     """
+    from regard.models.shipped import PRETRAINED, SHIPPED
+
     ours = [TOY, *SHIPPED, *PRETRAINED]
     if on is not None and on not in ours:
         raise unknown("model of ours", on, ours)
@@ -99,8 +100,17 @@ def measure(name: str, model: str | None = None) -> dict:
     }
 
 
+def pretrained(name: str) -> str | Path:
+    """Where a pretrained model is loaded from. (The ledger is read without transformers.)"""
+    from regard.models.shipped import pretrained
+
+    return pretrained(name)
+
+
 def why_absent(model: str | None) -> str:
     """What to install for a model that is not here; empty where it is."""
+    from regard.models.shipped import PRETRAINED
+
     if model not in PRETRAINED:
         return ""
     try:

@@ -1,7 +1,8 @@
 """What every command uses: the app, the two streams, JSON, words and numbers as they are typed, a progress bar."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -14,14 +15,30 @@ app = typer.Typer(
     help="A catalogue and workbench of attention for transformer models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 out, err = Console(), Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def say_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1, ensure_ascii=False, default=str))
+    """Data as JSON; what is no finite number is null, since JSON has neither NaN nor infinity."""
+    typer.echo(json.dumps(finite(data), indent=1, ensure_ascii=False, default=str, allow_nan=False))
+
+
+def finite(data: Any) -> Any:
+    """The same data with None in the place of NaN and infinity, tuples as lists.
+
+    >>> finite({"loss": [0.5, float("nan")], float("inf"): (1,)})
+    {'loss': [0.5, None], 'inf': [1]}
+    """
+    if isinstance(data, Mapping):
+        return {
+            str(key) if isinstance(key, float) and not math.isfinite(key) else key: finite(value)
+            for key, value in data.items()
+        }
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 class Stopped(Exception):

@@ -40,9 +40,12 @@ def drawable(page: Any) -> bool:
 
 
 def on_grid(page: Any) -> bool:
+    # imported for such pages alone: trained backbones and transformers come with it
+    if page.kind != "mechanism" or page.grid is None:
+        return False
     from regard.explaining.places import is_on_grid
 
-    return page.kind == "mechanism" and is_on_grid(page)
+    return is_on_grid(page)
 
 
 def places_of(name: str, page: Any, settings: dict[str, Any]) -> GridPicture:

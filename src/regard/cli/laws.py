@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from regard.cli.console import Json, app, out, say_json
+from regard.cli.names import complete_page
 
 
 @app.command()
@@ -12,7 +13,8 @@ def check(
     target: Annotated[
         str,
         typer.Argument(
-            help="FILE.py:function of q, k, v [B, H, N, D]; or a page, by name or as FILE.py that has METHOD"
+            help="FILE.py:function of q, k, v [B, H, N, D]; or a page, by name or as FILE.py that has METHOD",
+            autocompletion=complete_page,
         ),
     ],
     pattern: Annotated[str, typer.Option(help="self, causal_self, cross, causal_cross")] = "causal_self",

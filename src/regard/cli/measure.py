@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli.console import Json, app, err, if_stopped, out, say_json, watching
+from regard.cli.names import complete_pages, complete_tasks
 from regard.core.spec import split_list, split_specs
 
 
@@ -16,9 +17,13 @@ def compare(
         str | None,
         typer.Option(help="A Hugging Face folder or name, a GGUF file, smollm2; none: the shipped lm."),
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Names, with settings as NAME:key=value.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Names, with settings as NAME:key=value.", autocompletion=complete_pages),
+    ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Names or groups: regard list --kind task; ruler.")
+        str | None,
+        typer.Option(help="Names or groups: regard list --kind task; ruler.", autocompletion=complete_tasks),
     ] = None,
     lengths: Annotated[str | None, typer.Option(help="Prompt lengths in tokens.")] = None,
     budgets: Annotated[str | None, typer.Option(help='Tokens, fractions or bytes: "256,0.1,64MB".')] = None,

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import TypeVar
 
 T = TypeVar("T")
-SHOWN = 24  # names that an error lists
+MANY = 60  # names that no error lists
 
 
 class Unreachable(TypeError):
@@ -68,13 +68,14 @@ def near(name: str, names: Iterable[str]) -> str:
 
     >>> near("streaming_lm", ["streaming_llm", "h2o"])
     'near names: streaming_llm'
+    >>> near("zzz", map(str, range(218)))
+    'none of the 218 known names is near'
     """
     names = sorted(names)
     matches = get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name in n][:3]
-    if matches:
-        return f"near names: {', '.join(matches)}"
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"known: {', '.join(names[:SHOWN])}{more}"
+    if not matches and len(names) > MANY:
+        return f"none of the {len(names)} known names is near"
+    return f"near names: {', '.join(matches)}" if matches else f"known: {', '.join(names)}"
 
 
 def unknown(what: str, name: str, names: Iterable[str]) -> KeyError:

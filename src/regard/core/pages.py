@@ -10,6 +10,8 @@ from regard.core.card import Card
 from regard.core.deprecation import moved, warn
 from regard.core.settings import fitted
 
+PATTERNS = ("self", "causal_self", "cross", "causal_cross")
+
 
 @dataclass(frozen=True, eq=False)
 class Page:

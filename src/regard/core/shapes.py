@@ -6,6 +6,8 @@ B batch, H query heads, G KV heads (H is a multiple of G), N queries, M keys, D 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from regard.core.pages import PATTERNS as PATTERNS
+
 Q = Float[Tensor, "B H N D"]
 K = Float[Tensor, "B G M D"]
 V = Float[Tensor, "B G M E"]
@@ -17,5 +19,3 @@ Slots = Int[Tensor, "#B #G m"]
 SlotScores = Float[Tensor, "#B #G n"]
 Alive = Bool[Tensor, "#B #G n"]
 State = Float[Tensor, "B H D E"]
-
-PATTERNS = ("self", "causal_self", "cross", "causal_cross")

@@ -20,9 +20,14 @@ def kinds() -> dict[str, Kind]:
     >>> list(kinds())
     ['block', 'cache', 'mask', 'mechanism', 'position', 'steering', 'task', 'tokens', 'tracing']
     """
-    files = sorted(path.stem for path in HERE.glob("[!_]*.py"))
-    modules = [import_module(f"regard.kinds.{stem}").KIND for stem in files]
+    modules = [import_module(f"regard.kinds.{stem}").KIND for stem in kind_names()]
     return {kind.name: kind for kind in modules}
+
+
+@cache
+def kind_names() -> tuple[str, ...]:
+    """Names of the kinds, by their files: none of them is imported."""
+    return tuple(sorted(path.stem for path in HERE.glob("[!_]*.py")))
 
 
 def skeleton(kind_name: str, name: str) -> str:
@@ -42,6 +47,6 @@ def skeleton(kind_name: str, name: str) -> str:
 
 def kind(name: str) -> Kind:
     """The kind of this name; KeyError with the near names if there is none."""
-    if name not in kinds():
-        raise unknown("kind of page", name, kinds())
+    if name not in kind_names():
+        raise unknown("kind of page", name, kind_names())
     return kinds()[name]

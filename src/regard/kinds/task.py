@@ -7,8 +7,17 @@ from typing import Any
 
 from regard.core import Kind, Method, Page, Unsupported, require
 
-METRICS = ("exact", "recall", "nll")
-OF_PICTURES = ("yes_no", "chair", "said")
+# metric -> what it says
+METRICS = {
+    "exact": "the answer is generated exactly",
+    "recall": "the share of the wanted texts that stand in what is generated freely",
+    "nll": "the answer's mean negative log-likelihood",
+}
+OF_PICTURES = {
+    "yes_no": "whether yes or no is right",
+    "chair": "what a caption names that is not there",
+    "said": "whether the whole answer is right",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +50,7 @@ class TaskPage(Page):
     kind = "task"
 
     def __post_init__(self) -> None:
-        known = OF_PICTURES if self.pictures else METRICS
+        known = tuple(OF_PICTURES if self.pictures else METRICS)
         require(self.metric in known, f"metric is one of {known}", metric=self.metric)
         given = self.samples or self.generate or self.pictures
         require(given, "a task gives samples, generate or pictures", title=self.card.title)

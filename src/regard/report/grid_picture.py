@@ -40,23 +40,28 @@ class GridPicture:
                 for m in self.maps]  # fmt: skip
         return {"drawn": self.title, "grid": list(self.sides), "maps": maps}
 
-    def lines(self) -> list[str]:
-        """For a terminal: two letters for each place, the one that asks in a bracket; below, how many it reads."""
+    def lines(self, width: int = 80) -> list[str]:
+        """For a terminal: two letters for each place, the one that asks in a bracket; below, how many it reads.
+
+        As many maps side by side as so many columns have room for.
+        """
+        rows, columns = self.sides
+        across = max(1, (width + 3) // (2 * columns + 5))
+        lines = [*textwrap.wrap(f"{self.title}; {rows} x {columns} places", min(width, 80)), ""]
+        for first in range(0, len(self.maps), across):
+            lines += self.row_of_maps(self.maps[first : first + across])
+        note = textwrap.wrap(self.note.replace("framed", "in a bracket"), min(width, 80))
+        return [line.rstrip() for line in [*lines, *note]]
+
+    def row_of_maps(self, maps: Sequence[PlaceMap]) -> list[str]:
         rows, columns = self.sides
         wide = 2 * columns
-        lines = [*textwrap.wrap(f"{self.title}; {rows} x {columns} places", 80), ""]
-        lines.append("   ".join(f"{m.label:<{wide + 2}}"[: wide + 2] for m in self.maps))
-        lines.append("   ".join(f"┌{'─' * wide}┐" for _ in self.maps))
+        lines = ["   ".join(f"{m.label:<{wide + 2}}"[: wide + 2] for m in maps)]
+        lines.append("   ".join(f"┌{'─' * wide}┐" for _ in maps))
         for y in range(rows):
-            lines.append(
-                "   ".join(f"│{''.join(shaded(m, y, x) for x in range(columns))}│" for m in self.maps)
-            )
-        lines.append("   ".join(f"└{'─' * wide}┘" for _ in self.maps))
-        lines.append("   ".join(f"{reads(m):<{wide + 2}}" for m in self.maps))
-        return [
-            line.rstrip()
-            for line in [*lines, *textwrap.wrap(self.note.replace("framed", "in a bracket"), 80)]
-        ]
+            lines.append("   ".join(f"│{''.join(shaded(m, y, x) for x in range(columns))}│" for m in maps))
+        lines.append("   ".join(f"└{'─' * wide}┘" for _ in maps))
+        return [*lines, "   ".join(f"{reads(m):<{wide + 2}}" for m in maps)]
 
     def layout(self) -> tuple[int, int, list[Box | Words]]:
         """Width, height and what stands there: two maps in a row."""

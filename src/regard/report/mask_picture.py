@@ -13,6 +13,7 @@ from regard.report.pixels import ADVANCE
 
 SEEN, EMPTY = "#1f5f99", "#f0f0ec"
 HALVES = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
+TWO_IN = {"initial_indent": "  ", "subsequent_indent": "  "}
 LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 Grid = Sequence[Sequence[bool]]
@@ -58,9 +59,9 @@ class MaskPicture:
     def layout(self) -> tuple[int, int, list[Box | Words]]:
         return layout(self)
 
-    def lines(self) -> list[str]:
-        """For a terminal."""
-        return terminal_lines(self)
+    def lines(self, width: int = 80) -> list[str]:
+        """For a terminal of so many columns."""
+        return terminal_lines(self, width)
 
     def head_name(self, head: int) -> str:
         return f"head {head}" if self.heads > 1 else "every head"
@@ -81,24 +82,32 @@ def letter(label: int) -> str:
 # in the terminal
 
 
-def terminal_lines(picture: MaskPicture) -> list[str]:
-    """Two queries in a line, heads side by side, and how many keys each query sees."""
+def terminal_lines(picture: MaskPicture, width: int = 80) -> list[str]:
+    """Two queries in a line, as many heads side by side as there is room for; how many keys each query sees."""
     n, heads = picture.tokens, range(len(picture.grids))
+    across = max(1, (width + 1) // (n + 3))
+    lines = [*textwrap.wrap(f"{picture.title}; {n} tokens", min(width, 80)), ""]
+    for first in heads[::across]:
+        lines += row_of_heads(picture, heads[first : first + across])
+    for line in picture.legend():
+        lines += textwrap.wrap(line, min(width, 80))
+    for head in heads:
+        lines.append(f"keys seen by each query, {picture.head_name(head)}:")
+        lines += textwrap.wrap(" ".join(map(str, picture.seen(head))), width, **TWO_IN)
+    return [line.rstrip() for line in lines]
+
+
+def row_of_heads(picture: MaskPicture, heads: range) -> list[str]:
+    n, lines = picture.tokens, []
     rule = "─" * n
-    lines = [*textwrap.wrap(f"{picture.title}; {n} tokens", 80), ""]
     if picture.heads > 1:
         lines.append(" ".join(f" {picture.head_name(head):<{n}} " for head in heads))
     for labels in picture.labels.values():
         lines.append(" ".join(f" {''.join(map(letter, labels))} " for _ in heads))
     lines.append(" ".join(f"┌{rule}┐" for _ in heads))
     for i in range(0, n, 2):
-        lines.append(" ".join(f"│{halves(grid[i : i + 2])}│" for grid in picture.grids))
-    lines.append(" ".join(f"└{rule}┘" for _ in heads))
-    lines += picture.legend()
-    for head in heads:
-        lines.append(f"keys seen by each query, {picture.head_name(head)}:")
-        lines.append("  " + " ".join(map(str, picture.seen(head))))
-    return [line.rstrip() for line in lines]
+        lines.append(" ".join(f"│{halves(picture.grids[head][i : i + 2])}│" for head in heads))
+    return [*lines, " ".join(f"└{rule}┘" for _ in heads)]
 
 
 def halves(rows: Grid) -> str:
