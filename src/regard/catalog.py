@@ -29,7 +29,6 @@ from regard.core.spec import parse_spec
 from regard.kinds import kind as kind_of
 from regard.kinds import kinds
 from regard.kinds.task import PictureTask, Task, TaskPage, ask, ask_pictures
-from regard.tasks.own import own_task
 
 HERE = Path(__file__).parent
 ROOMS = ("methods/*/[!_]*.py", "methods/*/*/[!_]*.py", "tasks/[!_]*.py")
@@ -155,6 +154,8 @@ def get(name: str) -> Page:
         raise unknown("method", name, known)
     where = known[name]
     if where.endswith(".jsonl"):
+        from regard.tasks.own import own_task
+
         return own_task(Path(where))
     page = (imported(Path(where)) if where.endswith(".py") else import_module(where)).METHOD
     require(

@@ -10,6 +10,7 @@ from regard.attaching.knob import Target
 from regard.attaching.sparse import is_sparse
 from regard.bench.cell import FULL, Cell
 from regard.bench.prefill import leaves_unread
+from regard.bench.words import FILES
 from regard.core import Method, Page, Unsupported, require
 from regard.core.errors import present
 from regard.core.pages import changed_settings
@@ -22,11 +23,10 @@ LENGTHS = (256, 512, 1024)
 SAMPLES = 8
 OWN = (0,)  # the length of questions of one's own, which have lengths of their own
 RUNNING_TEXT = "perplexity"  # the task whose texts are read where times are measured
-FILES = (".py", ".jsonl")
 
 
 def grid(
-    methods, tasks, lengths, budgets, samples, seed, text, chat, timing=True, at_floor=False
+    methods, tasks, lengths, budgets, samples, seed, text, chat, timing=True, at_floor=False, system=None
 ) -> list[Cell]:
     """The cells of a comparison, full attention first, those of one task and length together; then what is timed."""
     budgets = tuple(parse_budget(budget) for budget in (BUDGETS if budgets is None else listed(budgets)))
@@ -40,7 +40,7 @@ def grid(
         if name != FULL:
             each = budgets if catalog.takes_budget(name) else (None,)
             asked += [(name, budget, settings) for budget in each]
-    rest = dict(chat=chat, at_floor=at_floor, **read)
+    rest = dict(chat=chat, system=system, at_floor=at_floor, **read)
     cells = [
         Cell(name, task, length, budget, settings, samples=count, **rest)
         for task, length, count in sizes

@@ -19,6 +19,7 @@ from regard.bench.passes import Pass, run
 from regard.bench.pictures import picture_row
 from regard.bench.prefill import crossing_row, unread
 from regard.bench.quality import fidelity, quality
+from regard.bench.spoken import Spoken
 from regard.bench.timed import timing_row
 from regard.core import require
 from regard.core.deprecation import moved
@@ -48,6 +49,7 @@ class Cell:
     at_floor: bool = False  # measured also where full attention is near what guessing gives
     text: str | None = None
     chat: bool | None = None
+    system: str | None = None
     revisions: dict[str, str] = field(default_factory=dict)
     what: str = (
         "cell"  # or "timing": what a step and a prefill take; "crossing": from which length on its first token
@@ -64,11 +66,10 @@ class Cell:
         facts = asdict(self)
         if facts["what"] == "cell":
             del facts["what"]
-        if not facts["revisions"]:
-            del facts["revisions"]
-        if not facts["at_floor"]:
-            del facts["at_floor"]
-        elif self.text is not None:
+        for name in ("revisions", "at_floor", "system"):  # where they say nothing, as if they were not there
+            if not facts[name]:
+                del facts[name]
+        if self.revisions and self.text is not None:
             facts["text"] = None  # its content counts, not where it lies
         identity = json.dumps(facts, sort_keys=True, default=str)
         return f"{self.method}-{self.task}-{self.length}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
@@ -99,6 +100,7 @@ class Bench:
     model: Any
     tokenizer: Any
     memo: dict = field(default_factory=dict)
+    spoken: dict[str, Spoken] = field(default_factory=dict)  # tokenizers by the system prompt they say
     targets: dict = field(default_factory=dict)  # methods that were calibrated to a target on this model
 
     def method_of(self, cell: Cell) -> Any:
@@ -127,7 +129,7 @@ class Bench:
 
     def shared(self, cell: Cell) -> tuple[list[Sample], list[Pass]]:
         """Samples of a cell and full attention's passes over them, made once for all methods."""
-        key = (cell.task, cell.length, cell.seed, cell.samples, cell.text, cell.chat)
+        key = (cell.task, cell.length, cell.seed, cell.samples, cell.text, cell.chat, cell.system)
         if key not in self.memo:
             samples = self.samples(cell)
             self.memo = {key: (samples, [self.run(b, None) for b in batches(samples, cell)])}
@@ -136,8 +138,11 @@ class Bench:
     def samples(self, cell: Cell) -> list[Sample]:
         """The questions of a cell."""
         task, text = catalog.task(cell.task), self.source(cell)
+        tokenizer = self.tokenizer
+        if cell.system is not None:
+            tokenizer = self.spoken.setdefault(cell.system, Spoken(tokenizer, cell.system))
         return task.samples(
-            self.tokenizer, cell.length, cell.samples, cell.seed, source=text, chat=self.chats(cell)
+            tokenizer, cell.length, cell.samples, cell.seed, source=text, chat=self.chats(cell)
         )
 
     def chats(self, cell: Cell) -> bool:

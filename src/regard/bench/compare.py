@@ -17,9 +17,11 @@ from regard import catalog
 from regard.bench.asked import grid, named, specs
 from regard.bench.cell import FULL, Cell
 from regard.bench.compare_pictures import picture_grid, picture_tasks, run_pictures, vision_loader
-from regard.bench.estimate import estimate
+from regard.bench.estimate import described, estimate
 from regard.bench.executor import Executor, InProcess, executor_of
+from regard.bench.forecast import forecast
 from regard.bench.revisions import content, with_revisions
+from regard.bench.words import DTYPES
 from regard.core import Method, require
 from regard.kinds.cache import family
 from regard.models.shipped import load, load_shipped, refuse_misspelt, shipped_name, stored_dtype
@@ -27,11 +29,10 @@ from regard.ops.machine import cpu_facts, slow_on_cpu
 from regard.report.folder import Folder, keys_of
 from regard.report.html import task_pages, to_html
 from regard.report.markdown import to_markdown
-from regard.report.pictures import PictureResult
 from regard.report.result import Result
 
 PICTURES = 64  # how many images a task of images asks about
-LOADED = ("float32", "bfloat16", "float16")  # dtypes that a model may be loaded in
+GROWS = ("methods", "tasks", "lengths", "budgets")  # what a later start of a run may ask for besides
 
 
 def compare(
@@ -47,29 +48,36 @@ def compare(
     text: str | Path | None = None,
     images: str | Path | None = None,
     chat: bool | None = None,
+    system: str | None = None,
+    extrapolate: bool = False,
     workers: int = 2,
     limit: float = 600.0,
     retry: bool = True,
     timing: bool = True,
     at_floor: bool = False,
+    dry_run: bool = False,
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
     executor: str | Executor | None = None,
     progress: Callable[[dict | None, int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
-) -> Result | PictureResult:
+) -> Any:
     """Measure methods against full attention on a grid of cells; write results.jsonl, report.html, report.md to `out`.
 
     model    a path or name, a loaded (model, tokenizer), or None for the shipped language model
-    samples  how many texts a cell asks, 8, or images, 64, where nothing is said
-    tasks    names, with settings as "needle:digits=3", or of a group ("ruler"); None: those that are standard
-    methods  names of cache pages, of masks, and of mechanisms that choose blocks of keys, with settings as
+    samples  how many texts a cell asks, 8, or images, 64, where nothing is said; all, of questions of one's own
+    tasks    names, with settings as "needle:digits=3", or of a group ("ruler"), files of one's own (JSON lines as
+             regard.tasks.own reads them, or a page), pages, or regard.method("needle", digits=3); None: those that are
+             standard
+    methods  likewise; names of cache pages, of masks, and of mechanisms that choose blocks of keys, with settings as
              "streaming_llm:sinks=8"; None: all cache pages. Only cache pages have budgets; of the others it is measured
              too from which length on, up to the longest, their first token comes sooner; "block_topk:target=mass:0.95"
              calibrates one to a share of attention mass, or "sparsity:0.9", on the model and at each length
     lengths  prompt lengths in tokens     budgets  tokens, fractions in (0, 1] or texts like "64MB"
     text     a file of your own to draw filler and perplexity text from
+    chat     ask questions in the model's chat template; None: where it has one     system   its system prompt
+    extrapolate  ask at lengths beyond the positions that the model's configuration names
     images   for tasks of images (pope, chair, counting, ocr, grounding), which compare steering and tokens pages: your
              own, a folder or file as regard.tasks.pictures reads it; None: rendered scenes
     workers  local processes of one thread each; a loaded model is measured in this process
@@ -79,12 +87,14 @@ def compare(
     timing   measure prefill and decode of each method, budget and length beside full attention, on running text
     at_floor measure methods also where full attention itself is near what guessing gives: it ranks no method there
     limit    seconds a cell may take      retry    run failed cells of an earlier start again; False: leave them
+    dry_run  measure nothing: give {"cells", "kept", "workers", "seconds", "memory"}, from a probe of the model
     progress called with (row, done, total) as cells end, and with (None, done, total) at the start
     say      called, before cells run, with one line on the memory that they will take; run.json has it as "memory"
 
     Finished cells are on disk at once; the same call resumes, and measures anew where the content of the text, the
     model or a page of one's own is another. The same `out` takes more methods, tasks, lengths and budgets: its report
-    is then of all. A cell that fails is a row that says why.
+    is then of all; and another number of samples: it is then of the cells that this call asks for. A cell that fails is
+    a row that says why.
     """
     if isinstance(model, str | Path) and shipped_name(model) is None:
         refuse_misspelt(model)
@@ -100,14 +110,19 @@ def compare(
         cells = with_revisions(cells, model, dtype)
         return run_pictures(cells, runner, load_model, header(name, cells), out, retry, progress or nothing)
     require(images is None, "images= is for tasks of images", images=images)
-    cells = grid(methods, tasks, lengths, budgets, samples, seed, text, chat, timing, at_floor)
+    cells = grid(methods, tasks, lengths, budgets, samples, seed, text, chat, timing, at_floor, system)
     runner = runner_of(executor, model, workers, limit, out)
     folder = Folder(Path(out))
+    if not extrapolate:
+        refuse_beyond(cells, model)
     name, load_model = loader(model, trust_remote_code, device, dtype)
     cells = with_revisions(cells, model, dtype)
     memory = estimate(cells, model, runner, device, dtype)
+    if dry_run:
+        left = [c for c in cells if c.key not in keys_of(folder.read(), retry)]
+        return {**forecast(cells, left, load_model, memory.get("workers", workers)), "memory": memory["text"]}
     head = header(name, cells, memory=memory, slow=slow_model(model, device, dtype))
-    done = folder.open(head, grows=("methods", "tasks", "lengths", "budgets"))
+    done = folder.open(head, grows=GROWS, replaces=("samples",))
     kept = keys_of(done, retry)
     todo = [c for c in cells if c.key not in kept]
     progress = progress or nothing
@@ -118,6 +133,17 @@ def compare(
         folder.add(row)
         progress(row, count, len(cells))
     return report(folder)
+
+
+def refuse_beyond(cells: Sequence[Cell], model: Any) -> None:
+    """ValueError where prompts are longer than the positions that the model's configuration names."""
+    try:
+        most = getattr(described(model)[0], "max_position_embeddings", None)
+    except (OSError, ValueError, KeyError):
+        return  # loading it says what is wrong
+    longest = max(cell.length for cell in cells)
+    rule = "lengths are within the model's positions; extrapolate=True, --extrapolate asks beyond them"
+    require(most is None or longest <= most, rule, length=longest, positions=most)
 
 
 def nothing(row: dict | None, done: int, total: int) -> None:
@@ -165,7 +191,7 @@ def loader(
     model: Any, trust_remote_code: bool, device: str | None = None, dtype: str | None = None
 ) -> tuple[str, Callable[[], tuple[Any, Any]]]:
     """A name for the run's header, and a function that gives (model, tokenizer) in any process."""
-    require(dtype in (None, *LOADED), f"dtype is one of {LOADED}", dtype=dtype)
+    require(dtype in (None, *DTYPES), f"dtype is one of {DTYPES}", dtype=dtype)
     by_path = not isinstance(model, tuple) and shipped_name(model) is None
     require(dtype is None or by_path, "dtype= is of a model that is loaded by path", dtype=dtype)
     if isinstance(model, tuple):
@@ -198,6 +224,7 @@ def header(name: str, cells: Sequence[Cell], **facts: Any) -> dict:
         "seed": cells[0].seed,
         "text": cells[0].text,
         "chat": cells[0].chat,
+        "system": cells[0].system,
     }
     packages = ("regard", "torch", "transformers", "numpy")
     return {

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from regard.cli import (  # noqa: F401  (they add their commands)
+    compare,
     evaluate,
     explain,
     laws,

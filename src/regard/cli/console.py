@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -55,10 +56,16 @@ def if_stopped(kept: str) -> Iterator[None]:
 
 
 class watching:
-    """A progress bar on the error stream, with what fails as it happens; silent for programs."""
+    """A progress bar on the error stream, with what fails as it happens; silent for programs.
+
+    Where the stream is no terminal, a line now and then in its place: how many are done, and how long the rest takes
+    at the pace of those that were.
+    """
+
+    EVERY = 30.0  # seconds between two lines
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+        self.quiet, self.began, self.first, self.told = quiet, 0.0, 0, 0.0
 
     def __enter__(self):
         from rich.progress import (
@@ -71,10 +78,8 @@ class watching:
         )
 
         columns = (TextColumn("{task.description:<34.34}"), BarColumn(), MofNCompleteColumn())
-        self.bar = Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=self.quiet
-        )
-        self.bar.start()
+        hidden = self.quiet or not err.is_terminal
+        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=hidden)
         self.task = self.bar.add_task("loading the model", total=None)
         return self.step
 
@@ -83,17 +88,32 @@ class watching:
             self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, row: dict | None, done: int, total: int) -> None:
-        text = (
-            "loading the model"
-            if row is None
-            else f"{row['label']} {row['budget'] or ''} {row['task']} {row.get('length', '')}"
-        )
+        if row is None:
+            self.began = self.told = time.monotonic()
+            self.first = done
+            self.bar.update(self.task, completed=done, total=total)
+            self.bar.start()
+            return
+        text = f"{row['label']} {row['budget'] or ''} {row['task']} {row.get('length', '')}"
         self.bar.update(self.task, completed=done, total=total, description=text)
-        if row is not None and row["status"] not in ("ok", FLOOR) and not self.quiet:
-            self.bar.console.print(f"{row['status']}: {text}: {row['error']}", style="yellow", markup=False)
+        if row["status"] not in ("ok", FLOOR):
+            self.say(f"{row['status']}: {text}: {row['error']}")
+        if not err.is_terminal and time.monotonic() - self.told >= self.EVERY:
+            self.told = time.monotonic()
+            self.say(progress_text(done, total, (self.told - self.began) / (done - self.first)))
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
+
+
+def progress_text(done: int, total: int, each: float) -> str:
+    """How many are done and how long the others take, at so many seconds for each.
+
+    >>> progress_text(30, 120, 10.0)
+    '30 of 120 done, about 15 min left'
+    """
+    left = (total - done) * each
+    return f"{done} of {total} done, about {f'{left:.0f} s' if left < 90 else f'{left / 60:.0f} min'} left"
 
 
 class counting:

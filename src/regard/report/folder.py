@@ -29,10 +29,11 @@ class Folder:
     def results(self) -> Path:
         return self.path / "results.jsonl"
 
-    def open(self, header: dict, grows: Sequence[str] = ()) -> dict[str, dict]:
+    def open(self, header: dict, grows: Sequence[str] = (), replaces: Sequence[str] = ()) -> dict[str, dict]:
         """Make the folder or go on in it: rows by key. Another run's folder is refused with what differs.
 
-        grows  names of settings that are lists: a later start may ask for others, and the run is then of both
+        grows     names of settings that are lists: a later start may ask for others, and the run is then of both
+        replaces  names of settings that a later start may change: the run is then what that one asks for alone
         """
         header_file = self.path / "run.json"
         if not header_file.exists():
@@ -41,26 +42,34 @@ class Folder:
             write_whole(header_file, json.dumps(header, indent=1))
             return {}
         old, header = read_header(header_file), json.loads(json.dumps(header))
-        apart = differences(old["settings"], header["settings"], grows)
+        apart = differences(old["settings"], header["settings"], (*grows, *replaces))
         rule = "the output folder is of the same run; choose another --out"
         require(not apart, rule, out=str(self.path), **apart)
         writable(self.path)
         # the same command over a text or a model whose content is another asks for other cells
         if old.get("cells") != header.get("cells"):
-            write_whole(header_file, json.dumps({**old, **joined(old, header, grows)}, indent=1))
+            anew = differences(old["settings"], header["settings"], grows)
+            write_whole(
+                header_file, json.dumps({**old, **joined(old, header, () if anew else grows)}, indent=1)
+            )
         return self.rows()
 
     def rows(self) -> dict[str, dict]:
         """Rows by key; a line cut short by a kill is taken away, and its cell runs again."""
+        text = self.results.read_bytes() if self.results.exists() else b""
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            with self.results.open("r+b") as file:
+                file.truncate(whole)
+        return self.read()
+
+    def read(self) -> dict[str, dict]:
+        """Rows by key, a line that is cut short left out; nothing is written."""
         if not self.results.exists():
             return {}
-        text = self.results.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            with self.results.open("r+b") as file:
-                file.truncate(len(whole))
         # a text in a row may hold other signs that end a line
-        return {row["key"]: row for row in map(json.loads, whole.split(b"\n")[:-1])}
+        lines = self.results.read_bytes().split(b"\n")[:-1]
+        return {row["key"]: row for row in map(json.loads, lines)}
 
     def add(self, row: dict) -> None:
         """Append a row and push it to the disk. A full disk is an error that says so; earlier rows stay whole."""
