@@ -41,7 +41,7 @@ class Images:
         )  # fmt: skip
 
     @staticmethod
-    def source() -> dict[str, str]:
+    def source(plan: Any) -> dict[str, str]:
         return {}
 
     @staticmethod
