@@ -8,8 +8,8 @@ import torch
 
 from regard.nn import RegardForCausalLM
 from regard.train import Plan, run, train
-from regard.train.tasks import HELD_OUT, TASKS, Text
 from regard.train.run import evaluate
+from regard.train.tasks import HELD_OUT, TASKS, Text
 
 SMALL = dict(length=16, pairs=2, vocab=16, tested=10, batch=4, width=8, layers=1, conv=0)
 

@@ -5,7 +5,17 @@ import sys
 
 import typer
 
-from regard.cli import evaluate, explain, laws, measure, models, pages, reports  # noqa: F401  (they add their commands)
+from regard.cli import (  # noqa: F401  (they add their commands)
+    convert,
+    doctor,
+    evaluate,
+    explain,
+    laws,
+    measure,
+    pages,
+    reports,
+    train,
+)
 from regard.cli.console import Stopped, app, err
 
 __all__ = ["app", "main"]

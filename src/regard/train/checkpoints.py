@@ -23,7 +23,7 @@ from regard.train.loop import fit
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer, facts: dict) -> None:
     """Tensors by name, the optimizer's state, and facts that JSON can hold."""
-    kept = {f"model.{name}": t.detach().clone() for name, t in tensors.items()}
+    kept = {f"model.{name}": t.detach().clone().contiguous() for name, t in tensors.items()}
     for i, state in optimizer.state_dict()["state"].items():
         kept |= {f"optimizer.{i}.{name}": t.clone() for name, t in state.items()}
     beside = path.with_name(path.name + ".part")

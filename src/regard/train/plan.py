@@ -1,4 +1,4 @@
-"""What a training run is: its settings. They are data, so that a run can go on later, and are judged without a model."""
+"""What a training run is: its settings, as data, so that a run can go on later. They are judged without a model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,6 +9,7 @@ from regard import catalog
 from regard.core import require, unknown
 from regard.core.deprecation import moved, warn
 from regard.tasks.corpus import Source
+from regard.tasks.zoology_mqar import mqar
 from regard.train.suits import HELD_OUT, IMAGES, SUITS, TEXTS
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class Plan:
             require(getattr(self, name) >= 0, f"{name} >= 0", **{name: getattr(self, name)})
         require(len(self.mechanisms) in every, "one mechanism, or one for every layer, of images for every stage",
                 mechanisms=self.mechanisms, layers=self.layers)  # fmt: skip
+        stages = len(self.mechanisms) if self.of_images else 1
+        require(self.layers % stages == 0, "every stage has as many layers: a multiple of the mechanisms",
+                layers=self.layers, mechanisms=self.mechanisms)  # fmt: skip
         require(self.width % self.heads == 0, "heads divide the width", width=self.width, heads=self.heads)
         require(
             len(self.rates) >= 1 and all(r > 0 for r in self.rates), "learning rates > 0", rates=self.rates
@@ -73,6 +77,8 @@ class Plan:
         object.__setattr__(self, "source", own_text(self.text, self.task, self.length))
         for name in self.mechanisms:
             catalog.method(name, **self.settings.get(name, {}))
+        if self.task == "mqar":
+            mqar(self.vocab, self.length, self.pairs, 1, seed=self.seed)
 
     @property
     def label(self) -> str:
