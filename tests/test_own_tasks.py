@@ -114,6 +114,7 @@ WRONG = {
 def test_a_line_that_cannot_be_asked_is_refused(written, text):
     with pytest.raises(ValueError, match=WRONG[text]):
         regard.register(written(text))
+    assert "mine" not in catalog.pages()
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from regard.cli import app
 from regard.nn import RegardForCausalLM
 from regard.train import Plan, train
-from regard.train.plan import TASKS
 from regard.train.run import LAST
+from regard.train.tasks import TASKS
 
 SMALL = dict(steps=40, rates=(1e-2, 3e-3), every=20, length=32, pairs=4, vocab=32, tested=64, width=16)
 

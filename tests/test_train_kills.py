@@ -14,7 +14,7 @@ from tests.kills import Kill, goes_on, killed, writes
 from transformers import modeling_utils
 
 from regard.nn import RegardForCausalLM
-from regard.train import Plan, run, train
+from regard.train import Plan, checkpoints, train
 from regard.train.run import LAST
 
 SMALL = dict(steps=2, every=1, length=16, pairs=2, vocab=16, tested=8, batch=4, width=8, layers=1, conv=0)
@@ -27,7 +27,7 @@ def half_saved(whole, tensors, path, **rest):
 
 
 OWN = (
-    (run, "save_file", half_saved),
+    (checkpoints, "save_file", half_saved),
     (RegardForCausalLM, "save_pretrained", None),
     (modeling_utils, "safe_save_file", half_saved),  # of the model that is kept
 )

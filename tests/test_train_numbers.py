@@ -8,8 +8,8 @@ import torch
 
 from regard.nn import RegardForCausalLM
 from regard.train import Plan, run, train
-from regard.train.plan import HELD_OUT, TASKS, Text
 from regard.train.run import evaluate
+from regard.train.tasks import HELD_OUT, TASKS, Text
 
 SMALL = dict(length=16, pairs=2, vocab=16, tested=10, batch=4, width=8, layers=1, conv=0)
 
@@ -28,7 +28,8 @@ def test_what_is_scored_is_never_trained_on(task):
 
 def test_the_last_tenth_of_the_text_is_held_out():
     """No window of training reaches into it, the windows of the test lie side by side from its start."""
-    plan, text = Plan(task="text", **SMALL), Text.all()
+    plan = Plan(task="text", **SMALL)
+    text = Text.all(plan)
     first = int((1 - HELD_OUT) * len(text))
     inputs, labels = Text.test(plan)
     for i, (row, after) in enumerate(zip(inputs, labels, strict=True)):
@@ -43,7 +44,7 @@ def test_the_last_tenth_of_the_text_is_held_out():
 
 def test_training_windows_end_before_the_held_out_part(monkeypatch):
     places = torch.arange(4000)
-    monkeypatch.setattr(Text, "all", staticmethod(lambda: places))
+    monkeypatch.setattr(Text, "all", staticmethod(lambda plan: places))
     plan = Plan(task="text", **SMALL)
     drawn = torch.cat([torch.cat(Text.batch(plan, step)) for step in range(300)])
     assert drawn.max() < 3600 <= drawn.max() + 20 and drawn.min() < 20

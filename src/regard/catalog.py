@@ -106,8 +106,14 @@ def register(page: str | Path | ModuleType) -> str:
         require(re.fullmatch(r"[\w.-]+", path.stem), rule, name=path.stem, page=str(page))
         name, where = path.stem, str(path)
     require(name not in built_in(), "a page of one's own has a name of its own", name=name, page=where)
+    before = _registered.get(name)
     _registered[name] = where
-    get(name)
+    try:
+        get(name)
+    except BaseException:  # what is refused is not there afterwards
+        del _registered[name]
+        _registered.update({} if before is None else {name: before})
+        raise
     return name
 
 

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from regard import catalog
 from regard.core import Method, require
+from regard.models.names import MARKER, PARTS
 from regard.models.shipped import load
 from regard.report.folder import fill, vacant
 
 FORMAT = "regard-converted-1"
-MARKER = "regard.json"  # what makes a folder a conversion's
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def write(converted: Converted, folder: Path, model: PreTrainedModel | None, tok
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     tensors = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
-    save_file(tensors, str(folder / "regard.safetensors"))
+    save_file(tensors, str(folder / PARTS))
     facts = {"format": FORMAT, "method": converted.method.name, "config": asdict(converted.method.config)}
     facts["report"] = dict(converted.report)
     facts["by_layer"] = {str(layer): dict(own) for layer, own in converted.by_layer.items()}
@@ -133,7 +133,7 @@ def configured(name: str, settings: Mapping[str, Any], device: Any = "cpu") -> "
 def read_converted(folder: str | Path, device: Any = "cpu") -> Converted:
     """What `save` wrote, without the model."""
     facts = marker(Path(folder))
-    tensors = load_file(str(Path(folder) / "regard.safetensors"), device=str(device))
+    tensors = load_file(str(Path(folder) / PARTS), device=str(device))
     params: dict[str, dict[str, Tensor]] = {}
     for key, p in tensors.items():
         kind, _, rest = key.partition("/")

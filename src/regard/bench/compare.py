@@ -24,7 +24,8 @@ from regard.bench.revisions import content, with_revisions
 from regard.bench.words import DTYPES
 from regard.core import Method, require
 from regard.kinds.cache import family
-from regard.models.shipped import load, load_shipped, refuse_misspelt, shipped_name, stored_dtype
+from regard.models.names import check_model, shipped_name
+from regard.models.shipped import load, load_shipped, stored_dtype
 from regard.ops.machine import cpu_facts, slow_on_cpu
 from regard.report.folder import Folder, keys_of
 from regard.report.html import task_pages, to_html
@@ -96,8 +97,8 @@ def compare(
     is then of all; and another number of samples: it is then of the cells that this call asks for. A cell that fails is
     a row that says why.
     """
-    if isinstance(model, str | Path) and shipped_name(model) is None:
-        refuse_misspelt(model)
+    if isinstance(model, str | Path):
+        check_model(model)
     tasks = None if tasks is None else [named(task) for task in specs(tasks)]
     methods = None if methods is None else specs(methods)
     about = picture_tasks(tasks, model)

@@ -6,7 +6,7 @@ never saw may fare worse than these.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -17,18 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import catalog
-from regard.attaching.converted import earlier, read_report
 from regard.attaching.replacement import state_bytes
 from regard.bench.cell import Bench, Cell, batches
+from regard.bench.conversion_kept import Work, made_before
 from regard.bench.prefill import leaves_unread, unread
 from regard.core import Method, require
+from regard.core.device import device_of
 from regard.models.revision import revision
 from regard.models.shipped import load_any, source_of
-from regard.report.folder import differences, vacant
 from regard.tasks import Source
 from regard.tasks.base import first_token
 from regard.tasks.perplexity import CONTINUATION
-from regard.train.convert import check, convert, help_pages
+from regard.train.convert import convert, help_pages
+from regard.train.convertible import check
 from regard.train.routes import SPARSE, Routes
 
 TASKS = ("perplexity", "needle", "recall")
@@ -37,7 +38,6 @@ LEARN = {"weights": (256, 80), "output": (256, 80), "blocks": (1024, 60), "route
 # weight of a token of a page of facts, and of an answer; running text has 1
 FACTS, ANSWER = 0.1, 4.0
 SEQUENCES, POSITIONS = 2048, 8
-REPORT = ("model", "mechanism", "length", "lengths", "rows", "state_bytes", "kv_bytes", "seconds", "settings")
 LEARNED = 10_000  # seeds of what is learned from begin here; measured are those below
 
 
@@ -57,23 +57,27 @@ def convert_folder(
     lengths: tuple[int, ...] = (256, 512),
     samples: int = 16,
     seed: int = 0,
+    every: int = 50,
+    device: str | None = None,
     show: Callable[[str], None] = print,
     progress: Callable[[str, int, int, float], None] | None = None,
     **config: Any,
 ) -> dict:
     """Convert a shipped model or a model folder; the report, which is also written to `out` with model and parts.
 
-    `out` is new, empty or of this very conversion, whose report comes back; that is asked before any work.
+    `out` is new, empty or of this very conversion, which is asked before any work. One that ended is reported again;
+    one that was stopped goes on behind its last stage, or its last checkpoint, one in `every` steps.
 
     length, steps  None: as LEARN says for what the page learns
     finetune       "auto": none where softmax attention stays and is read in part, else "full"
+    device         None: the CPU for models of ours, else the GPU where there is one
 
     Learned from are texts of `length` tokens and the 64 that may follow a prompt of this length: where rotary positions
     go beyond what was trained, a converted model is weaker, and `lengths` above `length` measure that.
     """
     began, method = perf_counter(), catalog.from_spec(mechanism).with_settings(**config)
     check(method, finetune, None)
-    transfer = method.page.transfer
+    transfer, place = method.page.transfer, device_of(device)
     if finetune == "auto":
         finetune = None if transfer in ("blocks", "routes") else "full"
     length, steps = length or LEARN[transfer][0], LEARN[transfer][1] if steps is None else steps
@@ -83,32 +87,38 @@ def convert_folder(
         "finetune_steps": finetune_steps, "finetune_rate": finetune_rate, "soft": soft, "batch": batch,
         "lengths": list(lengths), "samples": samples, "seed": seed,
     }  # fmt: skip
+    check_numbers(settings)
     if out is not None and (made := made_before(Path(out), settings)) is not None:
         show(f"made before, in {out}")
         return made
     length += CONTINUATION
-    loaded, tokenizer = load_any(model)
+    loaded, tokenizer = load_any(model, device=place)
     ids, weights, routes = sequences(tokenizer, length, SEQUENCES, seed, source)
     bench = Bench(loaded, tokenizer)
-    rows: dict[str, dict[str, float]] = {}
+    for at in lengths:  # what is too short for a task is found before anything is learned
+        for name in TASKS:
+            catalog.task(name).samples(tokenizer, at, 1, 1)
+    work, rows = Work(None if out is None else Path(out), settings), dict[str, dict[str, float]]()
 
     def measure_stage(stage: str, title: str, method: Any) -> None:
-        rows[stage] = measured(bench, method, lengths, samples)
+        rows[stage] = work.row(stage, lambda: measured(bench, method, lengths, samples))
         show(line(title, rows[stage], lengths))
 
     measure_stage("softmax", "softmax", None)
-    options = dict(ids=ids, weights=weights, length=length, batch=batch, seed=seed, progress=progress)
+    options = dict(ids=ids, weights=weights, length=length, batch=batch, seed=seed, progress=progress,
+                   checkpoint=work.checkpoint, every=every)  # fmt: skip
     own = dict(
         routes=routes if transfer == "routes" else None, finetune=None, soft=soft and transfer == "routes"
     )
-    converted = convert(loaded, tokenizer, mechanism, steps=steps, **own, **options, **config)
+    converted = work.learned("transfer", method, loaded.device, lambda: convert(
+        loaded, tokenizer, method, steps=steps, **own, **options))  # fmt: skip
     measure_stage("transfer", "after transfer", converted)
     seconds = {"transfer": converted.report["transfer_seconds"]}
     if finetune is not None and finetune_steps:
-        converted = convert(
-            loaded, tokenizer, converted, steps=steps, finetune=finetune, finetune_steps=finetune_steps,
-            finetune_rate=finetune_rate, soft=soft, **options,
-        )  # fmt: skip
+        begun = converted
+        converted = work.learned("finetune", method, loaded.device, lambda: convert(
+            loaded, tokenizer, begun, steps=steps, finetune=finetune, finetune_steps=finetune_steps,
+            finetune_rate=finetune_rate, soft=soft, **options))  # fmt: skip
         seconds["finetune"] = converted.report["finetune_seconds"]
         measure_stage("finetune", "after fine-tune", converted)
     size = next(loaded.parameters()).element_size()
@@ -117,14 +127,23 @@ def convert_folder(
         "lengths": list(lengths), "rows": rows,
         "state_bytes": None if leaves_unread(converted) else state_bytes(loaded, converted, 1),
         "kv_bytes": {str(n): kv_bytes(loaded, n, size) for n in (*lengths, 32 * max(lengths))},
-        "seconds": {**seconds, "all": perf_counter() - began}, "settings": settings,
+        "seconds": {**seconds, "all": work.seconds + perf_counter() - began}, "settings": settings,
     }  # fmt: skip
     show(bytes_line(report) if report["state_bytes"] is not None else unread_line(report))
     if out is not None:
-        saved = replace(converted, report={**converted.report, **report})
-        saved.save(out, loaded, tokenizer)
+        work.finish(replace(converted, report={**converted.report, **report}), loaded, tokenizer)
         show(f"written to {out}")
     return report
+
+
+def check_numbers(settings: Mapping[str, Any]) -> None:
+    """Refuse counts that are none, before any work."""
+    for name in ("length", "batch", "samples"):
+        require(settings[name] >= 1, f"{name} >= 1", **{name: settings[name]})
+    for name in ("steps", "finetune_steps"):
+        require(settings[name] >= 0, f"{name} >= 0", **{name: settings[name]})
+    lengths = settings["lengths"]
+    require(lengths and min(lengths) >= 1, "one length at least, in tokens", lengths=lengths)
 
 
 def learned_from(model: str, method: Method, source: Source) -> dict[str, str | None]:
@@ -134,19 +153,6 @@ def learned_from(model: str, method: Method, source: Source) -> dict[str, str | 
         "model": str(model), "content": None if held is None else revision(held), "mechanism": method.label,
         "page": catalog.revision_of(method.name), "text": source.revision,
     }  # fmt: skip
-
-
-def made_before(folder: Path, settings: dict) -> dict | None:
-    """The report of this very conversion where the folder holds it; None where it is free; all else is refused."""
-    held = earlier(folder)
-    if not held:
-        vacant(folder)
-        return None
-    report = read_report(folder)
-    apart = differences(report.get("settings", {}), settings)
-    require(not apart, "the output folder is new, empty or of the same conversion; choose another --out",
-            out=str(folder), **held, **apart)  # fmt: skip
-    return {key: report[key] for key in REPORT}
 
 
 def sequences(

@@ -4,14 +4,13 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from regard import catalog
-from regard.core.errors import near, require, unknown
+from regard.core.errors import require, unknown
 from regard.core.spec import OVER
+from regard.models.names import check_model
 from regard.report.folder import writable
 
-DEVICE = re.compile(r"(cpu|mps|cuda|xpu)(:\d+)?")
 DTYPES = ("float32", "bfloat16", "float16")  # in which a model may be loaded
 FILES = (".py", ".jsonl")  # of pages and tasks of one's own
 SHORTEST = 1.0  # seconds that a cell is given at least
@@ -21,27 +20,26 @@ FULL = "full"
 def check_words(
     methods: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
-    lengths: str | None = None,
     *,
+    model: str | None = None,
     folder: Path | None = None,
     samples: int | None = None,
     workers: int = 1,
     limit: float = SHORTEST,
-    device: str | None = None,
     dtype: str | None = None,
-) -> list[int] | None:
-    """The lengths as numbers; ValueError or KeyError with the rule and the value where a word cannot be meant."""
+) -> None:
+    """ValueError or KeyError with the rule and the value where a word cannot be meant."""
+    if model is not None:
+        check_model(model)
     check_names("method", methods, [*catalog.pages(), FULL])
     check_names("task", tasks, [*task_names(), *group_names()])
     require(samples is None or samples >= 1, "--samples is 1 or more", samples=samples)
     require(workers >= 1, "--workers is 1 or more", workers=workers)
     require(limit >= SHORTEST, f"--limit is {SHORTEST:g} second or more", limit=limit)
-    check_device(device)
     require(dtype in (None, *DTYPES), f"--dtype is one of {', '.join(DTYPES)}", dtype=dtype)
     if folder is not None:
         require(not folder.is_file(), "--out is a folder", out=str(folder))
         writable(folder)
-    return None if lengths is None else whole_numbers("--lengths", lengths)
 
 
 def check_names(what: str, specs: Sequence[str] | None, known: Sequence[str]) -> None:
@@ -65,33 +63,3 @@ def group_names() -> tuple[str, ...]:
 def task_names() -> list[str]:
     """Tasks of the package, and pages of one's own, whose kind nobody asks here."""
     return [name for name in catalog.pages() if catalog.kind_by_room(name) in ("task", None)]
-
-
-def check_device(device: str | None) -> None:
-    """A device is named as torch names it."""
-    rule = f"--device is cpu, cuda, cuda:N, mps or xpu; {near(device or '', ('cpu', 'cuda', 'mps', 'xpu'))}"
-    require(device is None or DEVICE.fullmatch(device), rule, device=device)
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    """The numbers of a list as they are typed.
-
-    >>> whole_numbers("--lengths", "256, 512")
-    [256, 512]
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    rule = f"{option} are whole numbers with commas between, such as 256,512"
-    require(parts and all(part.isdecimal() for part in parts), rule, found=text)
-    return [int(part) for part in parts]
-
-
-def check_there(device: Any) -> None:
-    """A device of this machine; ValueError where torch finds none. Imports torch."""
-    if device is None or device == "cpu":
-        return
-    import torch
-
-    kind, _, number = str(device).partition(":")
-    module = getattr(torch, kind, None)
-    count = getattr(module, "device_count", lambda: 0)() if module and module.is_available() else 0
-    require(count > int(number or 0), "--device is one that torch finds here", device=device, there=count)

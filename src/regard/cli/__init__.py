@@ -7,15 +7,17 @@ import typer
 
 from regard.cli import (  # noqa: F401  (they add their commands)
     compare,
+    convert,
+    doctor,
     evaluate,
     explain,
     laws,
     measure,
-    models,
     pages_list,
     pages_new,
     pages_show,
     reports,
+    train,
     version,
 )
 from regard.cli.console import Stopped, app, err, say_json

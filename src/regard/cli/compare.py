@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from regard.cli.asked import numbers
 from regard.cli.console import Json, app, err, if_stopped, out, say_json, watching
 from regard.cli.names import complete_pages, complete_tasks
+from regard.core.device import device_of
 from regard.core.spec import split_list, split_specs
 
 QUICK = {"lengths": "256", "budgets": "0.25", "timing": False}
@@ -94,18 +96,18 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Which method is best on this model, these tasks, this budget? Exit status 1 if a cell failed."""
-    from regard.bench.words import check_there, check_words
+    from regard.bench.words import check_words
 
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if quick:
         lengths, budgets, timing = lengths or QUICK["lengths"], budgets or QUICK["budgets"], False
     folder, wanted, asked = folder or default_folder(model), split_specs(methods), split_specs(tasks)
-    tokens = check_words(
-        wanted, asked, lengths, folder=folder, samples=samples, workers=workers, limit=limit, device=device,
-        dtype=dtype,
-    )  # fmt: skip
-    check_there(device)
+    tokens = numbers("--lengths", lengths, int)
+    check_words(
+        wanted, asked, model=model, folder=folder, samples=samples, workers=workers, limit=limit, dtype=dtype
+    )
+    device = device_of(device)
     from transformers.utils import logging
 
     from regard.bench.compare import compare as run

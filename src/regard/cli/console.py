@@ -161,7 +161,8 @@ class training:
     def step(self, point: dict) -> None:
         self.score = point["score"] if point["score"] is not None else self.score
         scored = "" if self.score is None else f"  score {self.score:.3f}"
-        text = f"rate {point['rate']:g}  loss {point['loss']:.3f}{scored}"
+        run = f"{point['run']}  " if "run" in point else ""
+        text = f"{run}rate {point['rate']:g}  loss {point['loss']:.3f}{scored}"
         self.bar.update(self.task, completed=point["done"], description=text)
 
     def __exit__(self, *_: object) -> None:

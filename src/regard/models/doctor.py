@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from transformers import PreTrainedModel
 
 from regard.attaching.attachment import attach
 from regard.attaching.sites import ATTENTION, recurrent_layers, site_of, towers
+from regard.core import require
 from regard.core.deprecation import moved
+from regard.models.shipped import load_any
 from regard.ops.machine import slow_on_cpu
 
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")
@@ -51,8 +54,16 @@ class ModelReport:
         return f"{self.model}: {reached}; drift {self.drift:.1e}{slow}"
 
 
-def doctor(model: PreTrainedModel, **inputs: Any) -> ModelReport:
-    """Run the model once as it is and once attached. Without inputs, a short forward of random tokens is made up."""
+def doctor(model: PreTrainedModel | str | Path, **inputs: Any) -> ModelReport:
+    """Run the model once as it is and once attached. Without inputs, a short forward of random tokens is made up.
+
+    model   a model, or what loads one: a name of ours, a GGUF file, a Hugging Face folder or name
+    inputs  of one forward, as the model takes them
+    """
+    if isinstance(model, str | Path):
+        model = load_any(model)[0]
+    require(isinstance(model, PreTrainedModel), "a model of transformers, or its folder or name",
+            model=type(model).__name__)  # fmt: skip
     inputs = inputs or made_up(model)
     training = model.training
     model.eval()

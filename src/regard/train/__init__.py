@@ -7,11 +7,12 @@ names of a run are imported when they are first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-WHERE = {"TASKS": "regard.train.plan", "Plan": "regard.train.plan", "train": "regard.train.run"}
+WHERE = {"TASKS": "regard.train.tasks", "Plan": "regard.train.plan", "train": "regard.train.run"}
 
 if TYPE_CHECKING:
-    from regard.train.plan import TASKS, Plan
+    from regard.train.plan import Plan
     from regard.train.run import train
+    from regard.train.tasks import TASKS
 
 __all__ = ["TASKS", "Plan", "train"]
 

@@ -13,7 +13,8 @@ import math
 import pydoc_data.topics
 import re
 from collections.abc import Callable, Sequence
-from time import perf_counter
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +25,14 @@ from torch.nn import functional as F
 from regard import catalog
 from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted
-from regard.core import Method, Unsupported, require
-from regard.kinds.mechanism import TRANSFERS
-from regard.train.loop import already_there, cosine_to, fit, only_parameters
+from regard.core import Method, require
+from regard.models.revision import of_loaded
+from regard.train.checkpoints import Checkpoints
+from regard.train.convertible import check
+from regard.train.loop import already_there, cosine_to, only_parameters
 from regard.train.routes import SPARSE, Routes, learn_routes
 from regard.train.teachers import TINY, GateTeacher, Teacher
 
-FINETUNES = ("auto", "lora", "full", None)
 RATES = {"weights": 1e-2, "output": 1e-2, "blocks": 1e-2, "routes": 1e-3}
 
 Progress = Callable[[str, int, int, float], None]
@@ -57,6 +59,8 @@ def convert(
     routes: Routes | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 50,
     **config: Any,
 ) -> Converted:
     """Learn a mechanism's parts for every attention module of a causal language model.
@@ -73,35 +77,48 @@ def convert(
     routes     for pages with routers: the prompt of each row of ids, and its share of sparse layers. None: a text is
                its prompt, and 45 % of the layers are to be sparse
     progress   called with (stage, step, steps, loss)
+    checkpoint a file that holds the step under way, every `every` steps; the same call goes on from it. It is left
+               there, and of another call it is refused
     """
     method, earlier = starting_point(mechanism, config)
     check(method, finetune, target)
     draw = drawer(model, tokenizer, texts, ids, weights, length, batch, seed)
     progress = progress or (lambda *_: None)
-    began = perf_counter()
     target = target or method.page.transfer
     if finetune == "auto":
         finetune = None if target in ("blocks", "routes") else "lora"
     rate, more = RATES[target] if rate is None else rate, {}
+    kept = Checkpoints()
+    if checkpoint is not None:
+        first = sha256(draw(0)[0].cpu().numpy().tobytes()).hexdigest()[:12]
+        kept = Checkpoints(Path(checkpoint), every, dict(
+            mechanism=method.label, target=target, model=of_loaded(model, tokenizer), texts=first, steps=steps,
+            rate=rate, batch=batch, length=length, finetune=finetune, finetune_steps=finetune_steps,
+            finetune_rate=finetune_rate, rank=rank, soft=soft, seed=seed,
+        ))  # fmt: skip
+    seconds = {"transfer": 0.0, "finetune": 0.0}
     if earlier is not None:
         params, losses = earlier.params, list(earlier.report["transfer_loss"])
     elif target == "routes":
         asked = asked_routes(routes, ids, length, batch, seed)
         with evaluating(model):
-            params, losses, more = learn_routes(
-                model, method, draw, asked, loss_of(model, soft), steps, rate, seed, progress
+            params, losses, more, seconds["transfer"] = learn_routes(
+                model, method, draw, asked, loss_of(model, soft), steps, rate, seed, progress, kept
             )
     else:
-        params, losses = transfer(model, method, target, draw, steps, rate, seed, progress)
-    halfway = perf_counter()
+        params, losses, seconds["transfer"] = transfer(
+            model, method, target, draw, steps, rate, seed, progress, kept
+        )
     changed: dict[str, Tensor] = {}
     curve: list[float] = []
     if finetune is not None and finetune_steps:
-        params, changed, curve = tune(model, method, params, draw, finetune, finetune_steps, finetune_rate, rank,
-                                      steps, seed, soft, progress)  # fmt: skip
+        params, changed, curve, seconds["finetune"] = tune(
+            model, method, params, draw, finetune, finetune_steps, finetune_rate, rank, steps, seed, soft, progress,
+            kept,
+        )  # fmt: skip
     report = {
-        "transfer_loss": losses, "transfer_seconds": halfway - began, "finetune_loss": curve,
-        "finetune_seconds": perf_counter() - halfway, "target": target, "finetune": finetune, "steps": steps,
+        "transfer_loss": losses, "transfer_seconds": seconds["transfer"], "finetune_loss": curve,
+        "finetune_seconds": seconds["finetune"], "target": target, "finetune": finetune, "steps": steps,
         "finetune_steps": finetune_steps if finetune else 0, "batch": batch, "length": length, "seed": seed,
         **more,
     }  # fmt: skip
@@ -119,24 +136,6 @@ def starting_point(
         return mechanism.method, mechanism
     method = catalog.from_spec(mechanism)
     return (method.with_settings(**config) if config else method), None
-
-
-def check(method: Method, finetune: str | None, target: str | None) -> None:
-    if method.page.kind != "mechanism":
-        raise Unsupported(f"{method.name} is a {method.page.kind} page; convert takes mechanisms")
-    if method.page.init is None:
-        raise Unsupported(f"{method.name} has nothing to learn: regard.attach(model, {method.name!r}) is all")
-    require(finetune in FINETUNES, f"finetune is one of {FINETUNES}", finetune=finetune)
-    require(
-        target in (*TRANSFERS, None),
-        f"target is one of {TRANSFERS}, or None: as the page says",
-        target=target,
-    )
-    for own in ("blocks", "routes"):
-        alike = target is None or (target == own) == (method.page.transfer == own)
-        require(alike, f'only a page with transfer="{own}" has this target, and no other', target=target)
-    normalized = target != "weights" or not method.page.needs_norm
-    require(normalized, "weights are matched where they sum to one", target=target)
 
 
 # the sequences
@@ -210,8 +209,9 @@ def transfer(
     rate: float,
     seed: int,
     progress: Progress,
-) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
-    """(params by attention module, mean loss over the layers by step)."""
+    kept: Checkpoints,
+) -> tuple[dict[str, dict[str, Tensor]], list[float], float]:
+    """(params by attention module, mean loss over the layers by step, seconds)."""
     teacher = GateTeacher(method, seed) if target == "blocks" else Teacher(method, target, seed)
     with evaluating(model), torch.no_grad(), attach(model, teacher):
         model(draw(0)[0][:1], use_cache=False)  # every module makes its parameters
@@ -223,18 +223,28 @@ def transfer(
             model(draw(step)[0], use_cache=False)
             return torch.tensor(sum(teacher.losses.values()) / len(teacher.losses), dtype=torch.float64)
 
-        curve = fit(
-            torch.optim.Adam(learned, rate), loss_at, steps, schedule=cosine_to(0.05, max(1, steps // 20)), clip=None,
-            gradients=already_there, after_step=lambda step, loss: progress("transfer", step + 1, steps, loss),
+        curve, seconds = kept.fit(
+            "transfer", named_parts(teacher.params), torch.optim.Adam(learned, rate), loss_at, steps,
+            lambda step, loss: progress("transfer", step + 1, steps, loss), clip=None,
+            schedule=cosine_to(0.05, max(1, steps // 20)), gradients=already_there,
         )  # fmt: skip
-    return {name: {n: p.detach() for n, p in parts.items()} for name, parts in teacher.params.items()}, curve
+    return detached(teacher.params), curve, seconds
+
+
+def named_parts(params: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The parts of all attention modules in one mapping."""
+    return {f"{name}/{n}": p for name, parts in params.items() for n, p in parts.items()}
+
+
+def detached(params: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {name: {n: p.detach() for n, p in parts.items()} for name, parts in params.items()}
 
 
 def tune(
     model: nn.Module, method: Method, params: dict, draw: Callable, how: str, steps: int, rate: float, rank: int,
-    start: int, seed: int, soft: bool, progress: Progress,
-) -> tuple[dict, dict[str, Tensor], list[float]]:  # fmt: skip
-    """(params, changed weights, loss by step): the language-model loss through the converted model."""
+    start: int, seed: int, soft: bool, progress: Progress, kept: Checkpoints,
+) -> tuple[dict, dict[str, Tensor], list[float], float]:  # fmt: skip
+    """(params, changed weights, loss by step, seconds): the language-model loss through the converted model."""
     learned = {
         name: {n: p.float().clone().requires_grad_() for n, p in parts.items()}
         for name, parts in params.items()
@@ -249,19 +259,16 @@ def tune(
             logits = functional_call(model, merged(), kwargs=dict(input_ids=ids, use_cache=False)).logits
             return language_loss(logits, ids, weights, wanted)
 
+    trained = {**{f"weights/{i}": t for i, t in enumerate(leaves)}, **named_parts(learned)}
     with evaluating(model):
-        curve = fit(
-            torch.optim.AdamW(groups, rate, weight_decay=0.0), loss_at, steps,
+        curve, seconds = kept.fit(
+            "finetune", trained, torch.optim.AdamW(groups, rate, weight_decay=0.0), loss_at, steps,
+            lambda step, loss: progress("finetune", step + 1, steps, loss),
             schedule=cosine_to(0.05, max(1, steps // 20)), gradients=only_parameters,
-            after_step=lambda step, loss: progress("finetune", step + 1, steps, loss),
         )  # fmt: skip
     with torch.no_grad():
         changed = {name: t.detach().clone() for name, t in merged().items()}
-    return (
-        {name: {n: p.detach() for n, p in parts.items()} for name, parts in learned.items()},
-        changed,
-        curve,
-    )
+    return detached(learned), changed, curve, seconds
 
 
 def changes(model: nn.Module, params: dict, how: str, rank: int, seed: int) -> tuple[list[Tensor], Callable]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.core import require
 from regard.nn.vision import VisionBackbone
 from regard.train.digits import digits, shifted
 from regard.train.suits import IMAGES
@@ -31,8 +30,6 @@ class Images:
     def model(cls, plan: Any) -> VisionBackbone:
         """As many stages as mechanisms; each next one is twice as wide and has a quarter of the tokens."""
         stages = len(plan.mechanisms)
-        rule = "every stage has as many layers: a multiple of the mechanisms"
-        require(plan.layers % stages == 0, rule, layers=plan.layers, mechanisms=plan.mechanisms)
         return VisionBackbone(
             mechanism=list(plan.mechanisms), settings=plan.settings,
             hidden_sizes=[plan.width << i for i in range(stages)], initializer_range=plan.width**-0.5 / 2,
@@ -41,7 +38,7 @@ class Images:
         )  # fmt: skip
 
     @staticmethod
-    def source() -> dict[str, str]:
+    def source(plan: Any) -> dict[str, str]:
         return {}
 
     @staticmethod

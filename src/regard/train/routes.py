@@ -28,7 +28,8 @@ from regard.attaching.unrotated import unrotated
 from regard.core import Method, require
 from regard.core.errors import present
 from regard.kinds.mechanism import run
-from regard.train.loop import cosine_to, fit, only_parameters
+from regard.train.checkpoints import Checkpoints
+from regard.train.loop import cosine_to, only_parameters
 from regard.train.teachers import Teacher
 
 WARM, COLD, COOLS = 1.5, 1.0, 0.6  # tau at first, at last, and the share of the steps in which it falls
@@ -105,9 +106,9 @@ class Mixing(Teacher):
 
 def learn_routes(
     model: nn.Module, method: Method, draw: Draw, asked: Callable[[int], Routes], loss_of: Callable[..., Tensor],
-    steps: int, rate: float, seed: int, progress: Callable[[str, int, int, float], Any],
-) -> tuple[dict[str, dict[str, Tensor]], list[float], dict[str, Any]]:  # fmt: skip
-    """(params by attention module, loss by step, what the routers came to); the model must be in eval mode.
+    steps: int, rate: float, seed: int, progress: Callable[[str, int, int, float], Any], kept: Checkpoints,
+) -> tuple[dict[str, dict[str, Tensor]], list[float], dict[str, Any], float]:  # fmt: skip
+    """(params by attention module, loss by step, what the routers came to, seconds); the model is in eval mode.
 
     loss_of(logits, ids, weights) is the loss of a batch of texts
     """
@@ -121,7 +122,10 @@ def learn_routes(
     price = lambda: (0.5 * torch.rand(2, generator=start)).requires_grad_()  # noqa: E731
     for share in sorted({round(float(s), 6) for step in range(steps) for s in asked(step).sparse}):
         kinds[share] = price()
-    shares: list[tuple[float, float]] = []
+    before = kept.facts("transfer")
+    shares: list[tuple[float, float]] = [(kind, share) for kind, share in before.get("shares", ())]
+    if "noise" in before:
+        mixing.noise.set_state(torch.tensor(before["noise"], dtype=torch.uint8))
 
     def loss_at(step: int) -> Tensor:
         (ids, weights), routes = draw(step), asked(step)
@@ -141,10 +145,13 @@ def learn_routes(
         {"params": learned, "lr": rate},
         {"params": list(kinds.values()), "lr": PRICE * rate, "maximize": True},
     ]
-    curve = fit(
-        torch.optim.AdamW(groups, rate, weight_decay=0.0), loss_at, steps, gradients=only_parameters,
-        schedule=cosine_to(0.1, max(1, steps // 10)),
-        after_step=lambda step, loss: progress("transfer", step + 1, steps, loss),
+    trained = {f"{name}/{n}": p for name, parts in mixing.params.items() for n, p in parts.items()}
+    trained |= {f"price/{share}": both for share, both in kinds.items()}
+    curve, seconds = kept.fit(
+        "transfer", trained, torch.optim.AdamW(groups, rate, weight_decay=0.0), loss_at, steps,
+        lambda step, loss: progress("transfer", step + 1, steps, loss),
+        lambda: {"shares": shares, "noise": mixing.noise.get_state().tolist()},
+        gradients=only_parameters, schedule=cosine_to(0.1, max(1, steps // 10)),
     )  # fmt: skip
     late = shares[-max(1, len(shares) // 5) :]
     reached = {f"{kind:g}": [s for k, s in late if round(k, 6) == kind] for kind in kinds}
@@ -153,4 +160,5 @@ def learn_routes(
         params,
         curve,
         {"sparse_layers": {kind: fmean(found) if found else None for kind, found in reached.items()}},
+        seconds,
     )

@@ -8,7 +8,6 @@ result.json, report.html   when all rates are done
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,53 +15,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from regard.core import require
+from regard.core.device import device_of
 from regard.ops.threads import threads as using_threads
 from regard.report.folder import Folder, fill
 from regard.report.training import training_page
+from regard.train.checkpoints import facts_of, restore, save_checkpoint
 from regard.train.loop import cosine, fit
-from regard.train.plan import TASKS, Plan
+from regard.train.plan import Plan
+from regard.train.tasks import TASKS
 
 LAST = "last.safetensors"
 Progress = Callable[[dict], None]
 
 
-def train(plan: Plan, out: str | Path, progress: Progress | None = None, threads: int | None = None) -> dict:
+def train(
+    plan: Plan,
+    out: str | Path,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> dict:
     """Train every rate, or go on where this folder was left; the result, which result.json holds too.
 
     `progress` hears {"rate", "step", "done" of all rates, "loss", "score"} after every step. `threads`: None
-    takes one for models narrower than 256, where a second is no help on busy cores.
+    takes one for models narrower than 256, where a second is no help on busy cores. `device`: None is the CPU.
     """
+    place = device_of(device) or "cpu"
+    try_out(plan)
     folder = Folder(Path(out))
-    folder.open({"title": f"{plan.label} on {plan.task}", "settings": plan.to_dict()})
+    folder.open({"title": f"{plan.label} on {plan.subject}", "settings": plan.to_dict()})
     rows = recovered(folder)
     if (folder.path / "result.json").exists():
         (folder.path / LAST).unlink(missing_ok=True)  # a kill may have come before it was taken away
         return json.loads((folder.path / "result.json").read_text(encoding="utf8"))
     with using_threads(threads or (1 if plan.width < 256 else torch.get_num_threads())):
         for rate in plan.rates:
-            under_way = checkpoint_facts(folder.path / LAST)
+            under_way = facts_of(folder.path / LAST)
             if final(rows, rate, plan) is not None and (under_way is None or under_way["rate"] != rate):
                 continue
-            model = train_rate(plan, rate, folder, rows, progress)
+            model = train_rate(plan, rate, folder, rows, progress, place)
             keep_best(plan, rows, rate, model, folder.path / "best")
     result = summary(plan, rows, folder)
-    head = {"title": f"{plan.label} on {plan.task}", "settings": plan.to_dict()}
+    head = {"title": f"{plan.label} on {plan.subject}", "settings": plan.to_dict()}
     folder.write("report.html", training_page(head, rows, result))
     folder.write("result.json", json.dumps(result, indent=1))
     (folder.path / LAST).unlink(missing_ok=True)
     return result
 
 
-def train_rate(plan: Plan, rate: float, folder: Folder, rows: list[dict], progress: Progress | None):
+def try_out(plan: Plan) -> None:
+    """Make the model and the data of a plan once, so that what cannot be is refused before a folder is begun."""
+    plan.model()
+    TASKS[plan.task].batch(plan, 0)
+    TASKS[plan.task].test(plan)
+
+
+def train_rate(
+    plan: Plan, rate: float, folder: Folder, rows: list[dict], progress: Progress | None, device: str = "cpu"
+) -> PreTrainedModel:
     """The trained model: from the last checkpoint of this rate to the last step; new points are added to rows."""
-    model, task = plan.model(), TASKS[plan.task]
+    model, task = plan.model().to(device), TASKS[plan.task]
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1)
     start = resume(folder.path / LAST, model, optimizer, rate)
     losses, began = list[float](), time.perf_counter()
@@ -79,7 +96,7 @@ def train_rate(plan: Plan, rate: float, folder: Folder, rows: list[dict], progre
                 "key": f"{rate}/{step + 1}", "rate": rate, "step": step + 1, "loss": sum(losses) / len(losses),
                 "score": score, "seconds": round(time.perf_counter() - began, 2),
             }  # fmt: skip
-            checkpoint(folder.path / LAST, model, optimizer, row)
+            save_checkpoint(folder.path / LAST, model.state_dict(), optimizer, row)
             folder.add(row)
             rows.append(row)
             losses.clear()
@@ -89,7 +106,7 @@ def train_rate(plan: Plan, rate: float, folder: Folder, rows: list[dict], progre
             progress({"rate": rate, "step": step + 1, "done": done, "loss": loss, "score": score})
 
     def loss_at(step: int) -> Tensor:
-        inputs, labels = task.batch(plan, step)
+        inputs, labels = (t.to(device) for t in task.batch(plan, step))
         return task.loss(task.logits(model, inputs), labels)
 
     fit(optimizer, loss_at, plan.steps, schedule=cosine(), start=start, after_step=after_step)
@@ -98,7 +115,7 @@ def train_rate(plan: Plan, rate: float, folder: Folder, rows: list[dict], progre
 
 def recovered(folder: Folder) -> list[dict]:
     """The rows of the run; the last one comes from the checkpoint where a kill fell between the two writes."""
-    rows, last = folder.rows(), checkpoint_facts(folder.path / LAST)
+    rows, last = folder.rows(), facts_of(folder.path / LAST)
     if last is not None and last["key"] not in rows:
         folder.add(last)
         rows[last["key"]] = last
@@ -110,53 +127,21 @@ def evaluate(model: PreTrainedModel, plan: Plan) -> float:
     """The task's score on data that is not trained on."""
     model.eval()
     inputs, labels = TASKS[plan.task].test(plan)
-    task = TASKS[plan.task]
+    task, place = TASKS[plan.task], getattr(model, "device", "cpu")
     parts = [
-        task.measure(task.logits(model, x), y)
+        task.measure(task.logits(model, x.to(place)), y.to(place))
         for x, y in zip(inputs.split(plan.batch), labels.split(plan.batch), strict=True)
     ]
     model.train()
     return sum(p[0] for p in parts) / sum(p[1] for p in parts)
 
 
-# checkpoints
-
-
-def checkpoint(path: Path, model: PreTrainedModel, optimizer: Any, row: dict) -> None:
-    """Weights, optimizer and the point of the curve in one file, moved into place whole."""
-    tensors = {f"model.{name}": t.detach().clone() for name, t in model.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": t.clone() for name, t in state.items()}
-    beside = path.with_name(path.name + ".part")
-    save_file(tensors, beside, metadata={"row": json.dumps(row)})
-    os.replace(beside, path)
-
-
-def checkpoint_facts(path: Path) -> dict | None:
-    """The row that a checkpoint was written with."""
-    if not path.exists():
-        return None
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["row"])
-
-
 def resume(path: Path, model: PreTrainedModel, optimizer: Any, rate: float) -> int:
     """Put the checkpoint of this rate back; the step that comes next, 0 where there is none."""
-    row = checkpoint_facts(path)
+    row = facts_of(path)
     if row is None or row["rate"] != rate:
         return 0
-    weights: dict[str, Tensor] = {}
-    states: dict[int, dict[str, Tensor]] = {}
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118  (not a dict)
-            kind, rest = name.split(".", 1)
-            if kind == "model":
-                weights[rest] = file.get_tensor(name)
-            else:
-                number, field = rest.split(".")
-                states.setdefault(int(number), {})[field] = file.get_tensor(name)
-    model.load_state_dict(weights)
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    restore(path, model.state_dict(), optimizer)
     return row["step"]
 
 
@@ -202,7 +187,7 @@ def summary(plan: Plan, rows: list[dict], folder: Folder) -> dict:
     return {
         "task": plan.task, "mechanism": plan.label, "rate": best, "score": scores[best], "score_name": task.score,
         "scores": {f"{task.score} at rate {r:g}": s for r, s in scores.items()}, "facts": facts,
-        "sentence": f"{plan.label} on {plan.task}: {task.score} {score.removesuffix(' ' + task.score)} after "
+        "sentence": f"{plan.label} on {plan.subject}: {task.score} {score.removesuffix(' ' + task.score)} after "
                     f"{plan.steps} steps, at the best of {len(plan.rates)} learning rates ({best:g}).{judged}",
         "model": str(folder.path / "best"), **known,
     }  # fmt: skip
