@@ -15,6 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # in which a model may be loaded
 FILES = (".py", ".jsonl")  # of pages and tasks of one's own
 SHORTEST = 1.0  # seconds that a cell is given at least
 FULL = "full"
+ROOM = "regard.tasks."  # where tasks lie
 
 
 def check_words(
@@ -62,4 +63,5 @@ def group_names() -> tuple[str, ...]:
 
 def task_names() -> list[str]:
     """Tasks of the package, and pages of one's own, whose kind nobody asks here."""
-    return [name for name in catalog.pages() if catalog.kind_by_room(name) in ("task", None)]
+    built_in = catalog.built_in()
+    return [name for name in catalog.pages() if built_in.get(name, ROOM).startswith(ROOM)]

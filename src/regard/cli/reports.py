@@ -15,11 +15,11 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Draw the report of what a comparison's folder holds, also of one that was stopped; nothing is measured."""
+    run_of(folder)
     from regard.bench.compare import report as draw
     from regard.report import show
     from regard.report.folder import Folder
 
-    run_of(folder)
     result = draw(Folder(folder))
     if as_json:
         say_json(
@@ -48,7 +48,8 @@ def board(
     from regard.report.result import Result
 
     require(to.suffix == ".html", "--out names an .html file", out=str(to))
-    found = merged([Result.load(run_of(folder)) for folder in runs])
+    runs = [run_of(folder) for folder in runs]
+    found = merged([Result.load(folder) for folder in runs])
     write_whole(to, board_page(found))
     write_whole(to.with_suffix(".md"), board_markdown(found))
     if as_json:
