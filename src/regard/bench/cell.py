@@ -218,7 +218,7 @@ def measure(cell: Cell, bench: Bench) -> dict:
     )  # fmt: skip
     if isinstance(method, Converted) and "reached" in method.report:
         facts["target"] = method.report["reached"]
-    facts["template"] = "chat" if bench.chats(cell) else "plain"
+    facts["template"] = "the model's chat template" if bench.chats(cell) else "plain text"
     return cell.row(**facts, length=longest(samples, cell), seconds=time.perf_counter() - start)
 
 

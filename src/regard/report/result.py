@@ -105,6 +105,8 @@ class Result:
         cells, crossings, timings = (
             [row for key, row in rows.items() if key in asked] for rows in found.values()
         )
+        asked = sorted({str(row["template"]) for row in cells if row.get("template")})
+        run |= {"prompts": f"asked in: {listing(asked)}"} if asked else {}
         return cls(run, timed(measured(cells), timings), unreadable, crossings, timings)
 
     def tasks(self) -> list[str]:
