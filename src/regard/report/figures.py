@@ -9,7 +9,7 @@ from regard.report.result import Result, mean
 from regard.report.words import KEEPS, budget_text, clean, name, number, percent, times
 
 Figure = dict[str, Any]
-INK, GRID, SOFT = "#333333", "#e9e9e6", "#777777"
+INK, GRID, SOFT = "#333333", "#e9e9e6", "#6a6f74"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", sans-serif'
 COSTS = {
     "held": ("KV bytes held", "Bytes held, share of full attention"),

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import re
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from regard.report.prefill import first_token_sentence, only_prompts
 from regard.report.questions import questions
 from regard.report.result import Result
 from regard.report.sections import sections, words
+from regard.report.shades import DARK, SWITCH, shades
 from regard.report.words import budget_text, clean, name, plural
 
 HERE = Path(__file__).parent
@@ -73,15 +75,17 @@ def page(title: str, body: list[str], data: dict[str, Any], style: str = "") -> 
     """
     scripts = [ERRORS, (HERE / "page.js").read_text(encoding="utf-8")]
     library = plotly() if data.get("figures") else ""
+    style = f"{shades()}{(HERE / 'page.css').read_text(encoding='utf-8')}{style}"
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy([*scripts, library])}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>\n<style>{(HERE / 'page.css').read_text(encoding='utf-8')}{style}</style>",
+        f"<title>{escape(title)}</title>\n<style>{style}</style>",
         f"<script>{scripts[0]}</script>\n</head>\n<body>",
         '<div id="script-errors" data-script-errors="0" hidden></div>',
+        SWITCH,
         *body,
-        f'<script type="application/json" id="report-data">{embedded(data)}</script>',
+        f'<script type="application/json" id="report-data">{embedded({**data, "dark": DARK})}</script>',
         f'<script type="text/plain" id="library">{packed(library)}</script>',
         f"<script>{scripts[1]}</script>\n</body>\n</html>\n",
     ]
@@ -95,15 +99,20 @@ def plotly() -> str:
     return get_plotlyjs()
 
 
+@cache
 def packed(text: str) -> str:
-    """Text as base64 of gzip, which the page unpacks: two fifths of the library's size; the same for the same text."""
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode() if text else ""
+    """Text as base85 of gzip, which the page unpacks: two fifths of the library's size; the same for the same text.
+
+    A comma stands for `<`, of which a script element would end.
+    """
+    bits = base64.b85encode(gzip.compress(text.encode(), 9, mtime=0)).decode() if text else ""
+    return bits.replace("<", ",")
 
 
 HATCH = (
     '<svg width="0" height="0" style="position:absolute" aria-hidden="true">'
     '<pattern id="unmeasured" width="5" height="5" patternUnits="userSpaceOnUse">'
-    '<rect width="5" height="5" fill="#fff"/><path d="M0 5L5 0" stroke="#bbb"/></pattern></svg>'
+    '<rect class="ground" width="5" height="5"/><path class="strokes" d="M0 5L5 0"/></pattern></svg>'
 )
 
 
