@@ -3,11 +3,12 @@
 const data = JSON.parse(document.getElementById("report-data").textContent);
 // Only "save as picture": Plotly's own bar has a button that sends the chart to a server.
 const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]], plotlyServerURL: "" };
-const plots = Object.keys(data.figures).map((id) => document.getElementById(id));
+const plots = data.figures.map((id) => document.getElementById(id));
 const hidden = new Set();
 let budget = data.budget;
 let intervals = false;
 let drawn = false;
+let figures = {}; // they lie packed in the page too
 
 let shade = "auto";
 let printing = false;
@@ -48,7 +49,7 @@ function refresh() {
 
 function draw() {
   for (const plot of plots) {
-    const { data: traces, layout } = coloured(data.figures[plot.id], isDark());
+    const { data: traces, layout } = coloured(figures[plot.id], isDark());
     for (const trace of traces) {
       trace.visible = shown(trace.meta);
       if (trace.error_y) trace.error_y.visible = barred(trace.meta);
@@ -127,6 +128,7 @@ async function begin() {
     script.textContent = await unpacked(library.textContent);
     document.head.append(script);
     library.remove();
+    figures = JSON.parse(await unpacked(document.getElementById("figures").textContent));
     drawn = true;
     draw();
   }
@@ -152,7 +154,16 @@ function fold(family, folded) {
   family.querySelector("button.fold")?.setAttribute("aria-expanded", String(!folded));
 }
 
+// The card that is asked for opens.
+function openCard() {
+  const card = location.hash ? document.getElementById(location.hash.slice(1)) : null;
+  if (card?.tagName === "DETAILS") card.open = true;
+}
+
 begin();
+openCard();
+addEventListener("hashchange", openCard);
+for (const link of document.querySelectorAll('a[href^="#card-"]')) link.addEventListener("click", () => setTimeout(openCard));
 for (const button of document.querySelectorAll("button.fold")) {
   const family = button.closest("tbody");
   button.addEventListener("click", () => {

@@ -92,12 +92,11 @@ def variables(side: int) -> str:
 
 
 def dark_rules(root: str) -> str:
-    fills = [
-        f'{root} [{part}="{light}"] {{ {part}: {dark}; }}'
-        for light, dark in DARK.items()
-        for part in ("fill", "stroke")
-    ]
-    return "\n".join([f"{root} {{ color-scheme: dark; {variables(1)} }}", *fills])
+    """The variables of the dark page under `root`, and the fills and strokes of what is drawn there."""
+    fills = "".join(
+        f'[{part}="{light}"]{{{part}:{dark}}}' for light, dark in DARK.items() for part in ("fill", "stroke")
+    )
+    return f"{root} {{ color-scheme: dark; {variables(1)} {fills} }}"
 
 
 def contrast(one: str, other: str) -> float:
