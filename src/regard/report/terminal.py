@@ -118,8 +118,8 @@ def wide(
     rows: Sequence[Row], lead: Sequence[str], heads: Mapping[str, str], title: str, width: int
 ) -> list[Table]:
     """One table, or several below one another that all begin with the columns `lead`, so that none is wider."""
-    longest = {key: max(len(key), *(widest_line(row.get(key)) for row in rows)) for key in lead}
-    if longest["method"] > width // 3:
+    longest = {key: max([len(key), *(widest_line(row.get(key)) for row in rows)]) for key in lead}
+    if longest["method"] > max(width // 3, len("method")):
         rows = [{**row, "method": two_lines(row["method"])} for row in rows]
         # a name that would still take more than half is folded
         longest["method"] = min(max(widest_line(row["method"]) for row in rows), width // 2 - GAP)
