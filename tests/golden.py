@@ -118,7 +118,7 @@ class Node:
 
 
 class Tree(HTMLParser):
-    VOID = ("meta", "input", "br", "link", "img", "path")
+    VOID = ("meta", "input", "br", "link", "img", "path", "wbr")
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from typing import Any
 
 from regard.report.applied import advice, lines, settings_of
 from regard.report.marks import Marks, glyph
-from regard.report.pieces import section, words
+from regard.report.pieces import breakable, section, words
 from regard.report.result import Result
 from regard.report.words import KEEPS, budget_order, budget_text, clean, listing, short
 
@@ -26,7 +26,7 @@ def anchors(result: Result) -> dict[str, str]:
 
 def linked(label: str, places: Mapping[str, str]) -> str:
     """A method's name, which leads to its card."""
-    shown = escape(clean(label))
+    shown = breakable(label)
     return f'<a href="#{places[label]}">{shown}</a>' if label in places else f"<span>{shown}</span>"
 
 
@@ -70,9 +70,8 @@ def fact_list(card: Card) -> str:
     rows = []
     for key, head in FACTS:
         said = str(card.get(key) or "")
-        year = card.get("year")
-        if key == "paper" and said and year and str(year) not in said:
-            said = f"{said} ({year})"
+        if key == "paper" and said and card.get("year") and not re.search(r"\b(19|20)\d\d\b", said):
+            said = f"{said} ({card['year']})"
         if said:
             rows.append(
                 (head, ARXIV.sub(arxiv, words(clean(said))) if key == "paper" else words(clean(said)))

@@ -70,17 +70,16 @@ def example_table(chosen: list[tuple[dict[str, Any], Mapping]]) -> str:
         verdict = "✓ right" if not bad else "✗ wrong" if score <= 0 else f"{score:.2f}"
         if row.get("metric") == "nll":
             verdict = f"{score:.2f}, perplexity of full ÷ of method"
-        cells = [
-            clean(row["task"]),
-            budget_text(row["budget"]),
-            short(row["length"]),
-            percent(sample.get("depth")),
-        ]
-        texts = [cut(sample.get("answer", NONE)), cut(sample["generated"])]
-        body.append(
-            f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in cells)}"
-            f"{''.join(f'<td class=said>{escape(c)}</td>' for c in texts)}"
-            f'<td class="{"bad" if bad else ""}">{verdict}</td></tr>'
-        )
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        plain = [("", clean(row["task"])), ("", budget_text(row["budget"])), ("Length", short(row["length"]))]
+        plain.append(("Depth", percent(sample.get("depth"))))
+        texts = [("Expected", cut(sample.get("answer", NONE))), ("Generated", cut(sample["generated"]))]
+        cells = [sample_cell(head, said) for head, said in plain]
+        cells += [sample_cell(head, said, "said") for head, said in texts]
+        body.append(f'<tr>{"".join(cells)}<td class="{"bad" if bad else ""}">{verdict}</td></tr>')
+    table = f'<table class="samples"><thead><tr>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table>'
     return f'<div class="wide">{table}</div>'
+
+
+def sample_cell(head: str, said: str, css: str = "") -> str:
+    """A cell that brings its head for screens on which the samples stand below one another."""
+    return f'<td class="{css}"{f" data-head={head}" if head else ""}>{escape(said)}</td>'

@@ -1,9 +1,10 @@
 """What the sections of pages are made of: a section with its lead, a plot's place, a cell of a table."""
 
+import re
 from html import escape
 
 from regard.report.figures import Figure
-from regard.report.words import KEEPS, number, percent
+from regard.report.words import KEEPS, clean, number, percent
 
 
 def words(text: str) -> str:
@@ -32,3 +33,8 @@ def cell(value: object, text: str, css: str = "n") -> str:
 
 def share(value: float | None, css: str = "n") -> str:
     return cell(value, percent(value), css + (" short" if value is not None and value < KEEPS - 1e-9 else ""))
+
+
+def breakable(head: str) -> str:
+    """A name that may go on in the next line after each of its parts."""
+    return re.sub(r"(?<=[_:,(])(?=.)", "<wbr>", escape(clean(head)))

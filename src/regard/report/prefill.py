@@ -7,6 +7,7 @@ from typing import Any
 
 from regard.report.figures import INK, SOFT, Figure, axis, faint, layout, length_ticks, line_trace, plotted
 from regard.report.marks import Marks, glyph
+from regard.report.pieces import breakable
 from regard.report.result import Result, mean, ok, over, ratio_mean
 from regard.report.words import KEEPS, clean, percent, times
 
@@ -137,7 +138,7 @@ def first_token_figure(result: Result, marked: Marks) -> Figure | None:
         tickvals=ticks,
         ticktext=[ms_text(t) for t in ticks],
     )
-    return {"data": traces, "layout": layout("Time to the first token over length",
+    return {"data": traces, "layout": layout("Time to the first token",
             axis("Length, tokens", **length_ticks(shown)), yaxis, height=380)}  # fmt: skip
 
 
@@ -211,14 +212,12 @@ def prefill_parts(result: Result, marked: Marks) -> tuple[Figure | None, str]:
     body = "".join(html_row(row, marked) for row in rows)
     return (
         first_token_figure(result, marked),
-        f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>',
+        f'<div class="wide"><table class="parts"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>',
     )
 
 
 def html_row(row: Mapping[str, str], marked: Marks) -> str:
     labels = {clean(label): mark for label, mark in marked.items()}
-    who = (
-        f'<td><div class="who">{glyph(*labels[row["method"]])}<span>{escape(row["method"])}</span></div></td>'
-    )
+    who = f'<td><div class="who">{glyph(*labels[row["method"]])}<span>{breakable(row["method"])}</span></div></td>'
     cells = [f'<td class="n">{escape(row[key])}</td>' for key in COLUMNS[1:]]
     return f"<tr>{who}{''.join(cells)}</tr>"

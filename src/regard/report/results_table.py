@@ -1,6 +1,5 @@
 """The table of all methods: a row for each method and budget, the columns that this run has something for."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -9,7 +8,7 @@ from typing import Any
 from regard.report.cards import anchors, linked
 from regard.report.figures import COSTS
 from regard.report.marks import Marks, glyph
-from regard.report.pieces import cell, section, share
+from regard.report.pieces import breakable, cell, section, share
 from regard.report.result import Result
 from regard.report.words import budget_order, budget_text, clean, name, number, percent, short, times
 
@@ -90,11 +89,6 @@ def table_section(result: Result, marked: Marks) -> str:
     table = f'<table class="results"><thead><tr>{heads}</tr></thead>{body}</table>'
     seek = '<label class="seek">Search <input type="search" id="search" autocomplete="off"></label>'
     return section("All methods", lead, f'{seek}<div class="wide">{table}</div>')
-
-
-def breakable(head: str) -> str:
-    """A head that may go on in the next line after each part of its name."""
-    return re.sub(r"(?<=[_:,(])(?=.)", "<wbr>", escape(clean(head)))
 
 
 FOLDED = 16  # with more rows than these, families are folded
