@@ -1,5 +1,7 @@
 """A result in which every number is another, and readers of what is drawn of it: tables by heads, figures, maps."""
 
+import base64
+import gzip
 import io
 import json
 import re
@@ -116,7 +118,7 @@ class Node:
 
 
 class Tree(HTMLParser):
-    VOID = ("meta", "input", "br", "link", "img", "path")
+    VOID = ("meta", "input", "br", "link", "img", "path", "wbr")
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -151,12 +153,20 @@ class Page:
         self.root = Tree(text).root
         self.sections = {s.all("h2")[0].text: s for s in self.root.all("section")}
         self.data = json.loads(re.search(r'id="report-data">(.*?)</script>', text, re.S).group(1))
+        self.data["figures"] = unpacked(text, "figures")
 
     def table(self, section: str, at: int = 0) -> list[dict[str, Node]]:
         """The rows of a table, each a cell by its head."""
         table = self.sections[section].all("table")[at]
         heads = [th.text for th in table.all("th")]
         return [dict(zip(heads, tr.all("td"), strict=True)) for tr in table.all("tr") if tr.all("td")]
+
+
+def unpacked(page: str, name: str) -> Any:
+    """What lies packed in an element of a page: JSON, or a script's text where it is none."""
+    bits = re.search(rf'id="{name}">(.*?)</script>', page, re.S).group(1).replace(",", "<")
+    text = gzip.decompress(base64.b85decode(bits)).decode() if bits else "{}"
+    return json.loads(text) if text.startswith("{") else text
 
 
 # Text

@@ -353,7 +353,7 @@ def test_load_keeps_the_last_row_of_a_cell_and_survives_a_killed_run(tmp_path):
 # Terminal and Markdown
 
 
-@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("width", [60, 80, 140])
 def test_terminal_fits_and_tells_the_failures(width):
     text = printed(fake_result(), width)
     assert max(map(len, text.splitlines())) <= width
@@ -411,7 +411,7 @@ def test_importing_the_report_does_not_import_plotly():
 def test_page_has_no_raw_hostile_text_and_fetches_nothing():
     page = to_html(fake_result())
     assert HOSTILE not in page and BREAKOUT not in page and "&lt;script&gt;document.title" in page
-    assert page.lower().count("</script") == 4
+    assert page.lower().count("</script") == 5
     assert not re.search(r"<(script|img|link|iframe)[^>]*\s(src|href)=", page.replace(plotly_source(), ""))
     assert "default-src 'none'" in page
 

@@ -60,6 +60,10 @@ class attach:
     ...     out = model(**inputs)
     >>> attached.stored()  # slots by layer and KV head
     [[4, 4], [4, 4], [4, 4]]
+    >>> attached = attach(model, "streaming_llm", sinks=1, window=3).open()
+    >>> attached
+    <attach streaming_llm(sinks=1, window=3) to LlamaForCausalLM: attached, 0 forwards>
+    >>> attached.close()
     """
 
     def __init__(
@@ -124,6 +128,22 @@ class attach:
             self._leave()
             raise
         return self
+
+    def open(self) -> "attach":
+        """Attach without a `with` block, until `close`."""
+        return self.__enter__()
+
+    def close(self) -> None:
+        """Leave the model as it was; once is enough. NeverFired where something attached changed nothing."""
+        if self._undo:
+            self.__exit__(None, None, None)
+
+    def __repr__(self) -> str:
+        methods = ", ".join(str(getattr(actor, "method", actor.name)) for actor in self.actors) or "nothing"
+        state, forwards = "not attached", self.context.step.number + 1
+        if self._undo:
+            state = f"attached, {forwards} forward{'s' * (forwards != 1)}"
+        return f"<attach {methods} to {type(self.model).__name__}: {state}>"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -21,6 +21,7 @@ from regard.bench.estimate import described, estimate
 from regard.bench.executor import Executor, InProcess, executor_of
 from regard.bench.forecast import forecast
 from regard.bench.revisions import content, with_revisions
+from regard.bench.told import told
 from regard.bench.words import DTYPES
 from regard.core import Method, require
 from regard.kinds.cache import family
@@ -235,6 +236,7 @@ def header(name: str, cells: Sequence[Cell], **facts: Any) -> dict:
         "settings": settings,
         "content": content(cells),
         "families": {c.method: family_of(catalog.method(c.method)) for c in cells if c.method != FULL},
+        **told(cells),
         "cells": [c.key for c in cells],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": machine(),

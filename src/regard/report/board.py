@@ -10,9 +10,9 @@ from regard.report.html import HATCH, legend, page
 from regard.report.markdown import escape as escape_markdown
 from regard.report.markdown import line
 from regard.report.marks import Marks, glyph, marks
+from regard.report.pieces import cell, plot, section, share, words
 from regard.report.questions import questions
 from regard.report.result import Result, mean
-from regard.report.sections import cell, plot, section, share, words
 from regard.report.words import budget_order, budget_text, clean, name, percent, times
 
 Runs = Mapping[str, Result]

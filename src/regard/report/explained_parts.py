@@ -20,7 +20,7 @@ from regard.report.explained_words import (
     metric,
     visible,
 )
-from regard.report.sections import plot, section, words
+from regard.report.pieces import plot, section, words
 from regard.report.token_map import (
     FOR,
     LETTERS,

@@ -9,7 +9,9 @@ from regard.report.result import Result, mean
 from regard.report.words import KEEPS, budget_text, clean, name, number, percent, times
 
 Figure = dict[str, Any]
-INK, GRID, SOFT = "#333333", "#e9e9e6", "#777777"
+INK, GRID, SOFT = "#333333", "#e9e9e6", "#6a6f74"
+LABEL = 28  # letters of a name in a plot, that it stays inside
+VEIL = "rgba(255,255,255,0.85)"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", sans-serif'
 COSTS = {
     "held": ("KV bytes held", "Bytes held, share of full attention"),
@@ -142,7 +144,8 @@ def quality_cost(result: Result, xkey: str, marked: Marks) -> Figure | None:
         traces.append(line_trace(*stairs(steps, ends[1]), dashed))
     for at, label in enumerate(marked):
         traces.append(method_trace(at, label, [r for r in rows if r["label"] == label], xkey, marked))
-    notes = [annotation(0.995, 100 * KEEPS, "95 % of full", xref="paper", xanchor="right", yanchor="top")]
+    at = {"xref": "paper", "xanchor": "right", "yanchor": "top", "bgcolor": VEIL}
+    notes = [annotation(0.995, 100 * KEEPS, "95 % of full", **at)]
     best, yrange = result.winner(), spread([100 * r["quality"] for r in rows], 3, 85, 100)
     if best is not None and number(best[xkey]) is not None:
         traces.append(ring(best, xkey))
@@ -212,21 +215,15 @@ def annotation(x: float, y: float, text: str, **settings: Any) -> Figure:
 def arrow(best: dict[str, Any], xkey: str, xaxis: Figure, yrange: list[float]) -> Figure:
     """The winner by name, written towards the middle of the plot: below its mark, above one that lies low."""
     x = math.log10(best[xkey]) if xaxis.get("type") == "log" else best[xkey]
-    left = (x - xaxis["range"][0]) / (xaxis["range"][1] - xaxis["range"][0]) < 0.5
+    across = (x - xaxis["range"][0]) / (xaxis["range"][1] - xaxis["range"][0])
+    side = "left" if across < 0.3 else "right" if across > 0.7 else "center"
     text = clean(name(best))
-    shown = text if len(text) <= 34 else text[:33] + "…"
+    shown = text if len(text) <= LABEL else text[: LABEL - 1] + "…"
     low = (100 * best["quality"] - yrange[0]) / (yrange[1] - yrange[0]) < 0.5
-    offset = {"ax": 28 if left else -28, "ay": -64 if low else 64, "xanchor": "left" if left else "right"}
+    offset = {"ax": {"left": 28, "right": -28, "center": 0}[side], "ay": -64 if low else 64, "xanchor": side}
     style = {"showarrow": True, "arrowhead": 0, "arrowwidth": 1, "arrowcolor": SOFT, "standoff": 10}
-    return annotation(
-        x,
-        100 * best["quality"],
-        shown,
-        **style,
-        **offset,
-        bgcolor="rgba(255,255,255,0.85)",
-        font={"size": 12, "color": INK},
-    )
+    ink = {"size": 12, "color": INK}
+    return annotation(x, 100 * best["quality"], shown, **style, **offset, bgcolor=VEIL, font=ink)
 
 
 def length_ticks(lengths: list[int]) -> Figure:

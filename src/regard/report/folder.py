@@ -133,9 +133,10 @@ def joined(old: Mapping, new: Mapping, grows: Sequence[str]) -> dict[str, Any]:
     if not any(old["settings"].get(name) != new["settings"].get(name) for name in grows):
         return dict(new)
     both = {name: merged(old["settings"].get(name, []), new["settings"][name]) for name in grows}
-    families = {**(old.get("families") or {}), **(new.get("families") or {})}
+    of_methods = ("families", "cards", "attached")
+    facts = {name: {**(old.get(name) or {}), **(new.get(name) or {})} for name in of_methods}
     cells = [*dict.fromkeys([*old.get("cells", ()), *new["cells"]])]
-    return {**new, "settings": {**new["settings"], **both}, "families": families, "cells": cells}
+    return {**new, "settings": {**new["settings"], **both}, **facts, "cells": cells}
 
 
 def merged(old: Sequence, new: Sequence) -> list:

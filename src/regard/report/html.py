@@ -9,15 +9,21 @@ import gzip
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from functools import cache
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from regard.report.cards import titles
 from regard.report.marks import Marks, glyph, marks
+from regard.report.pieces import words
 from regard.report.prefill import first_token_sentence, only_prompts
 from regard.report.questions import questions
 from regard.report.result import Result
-from regard.report.sections import sections, words
+from regard.report.sections import sections
+from regard.report.shades import DARK, SWITCH, shades
 from regard.report.words import budget_text, clean, name, plural
 
 HERE = Path(__file__).parent
@@ -40,7 +46,7 @@ def to_html(result: Result) -> str:
     marked = marks(labels, next((label for label, method in labels.items() if method == "full"), None))
     figures, parts = sections(result, marked)
     title = f"Attention methods compared on {clean(result.run.get('model') or 'this model')}"
-    return page(title, [HATCH, *head(result, title), legend(marked), *parts], figures)
+    return page(title, [HATCH, *head(result, title), legend(marked, titles(result)), *parts], figures)
 
 
 def task_pages(result: Result) -> dict[str, str]:
@@ -72,38 +78,52 @@ def page(title: str, body: list[str], data: dict[str, Any], style: str = "") -> 
     `style` is CSS of its own, after that of every page.
     """
     scripts = [ERRORS, (HERE / "page.js").read_text(encoding="utf-8")]
-    library = plotly() if data.get("figures") else ""
+    figures = data.get("figures") or {}
+    known = {**data, "figures": list(figures), "dark": DARK}
+    style = f"{shades()}{(HERE / 'page.css').read_text(encoding='utf-8')}{style}"
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy([*scripts, library])}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy([*scripts, library() if figures else ""])}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>\n<style>{(HERE / 'page.css').read_text(encoding='utf-8')}{style}</style>",
+        f"<title>{escape(title)}</title>\n<style>{style}</style>",
         f"<script>{scripts[0]}</script>\n</head>\n<body>",
         '<div id="script-errors" data-script-errors="0" hidden></div>',
+        SWITCH,
         *body,
-        f'<script type="application/json" id="report-data">{embedded(data)}</script>',
-        f'<script type="text/plain" id="library">{packed(library)}</script>',
+        f'<script type="application/json" id="report-data">{embedded(known)}</script>',
+        f'<script type="text/plain" id="figures">{packed(embedded(figures)) if figures else ""}</script>',
+        f'<script type="text/plain" id="library">{plotly() if figures else ""}</script>',
         f"<script>{scripts[1]}</script>\n</body>\n</html>\n",
     ]
     return "\n".join(parts).encode("utf-8", "replace").decode("utf-8")
 
 
-def plotly() -> str:
+@cache
+def library() -> str:
     """The drawing library's source."""
     from plotly.offline import get_plotlyjs
 
     return get_plotlyjs()
 
 
+@cache
+def plotly() -> str:
+    """The library as it lies in the page: two fifths of its size."""
+    return packed(library())
+
+
 def packed(text: str) -> str:
-    """Text as base64 of gzip, which the page unpacks: two fifths of the library's size; the same for the same text."""
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode() if text else ""
+    """Text as base85 of gzip, which the page unpacks; the same for the same text.
+
+    A comma stands for `<`, by which a script element could end.
+    """
+    return base64.b85encode(gzip.compress(text.encode(), 9, mtime=0)).decode().replace("<", ",")
 
 
 HATCH = (
     '<svg width="0" height="0" style="position:absolute" aria-hidden="true">'
     '<pattern id="unmeasured" width="5" height="5" patternUnits="userSpaceOnUse">'
-    '<rect width="5" height="5" fill="#fff"/><path d="M0 5L5 0" stroke="#bbb"/></pattern></svg>'
+    '<rect class="ground" width="5" height="5"/><path class="strokes" d="M0 5L5 0"/></pattern></svg>'
 )
 
 
@@ -152,10 +172,11 @@ def answer(result: Result) -> str:
     return f'<p class="answer">{bold}{words(sentence.removeprefix(first))}</p>{more}'
 
 
-def legend(marked: Marks) -> str:
+def legend(marked: Marks, titles: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The methods with their marks; `titles` are shown to a pointer that rests on one."""
     buttons = [
-        f'<button type="button" data-method="{i}" aria-pressed="true">{glyph(*mark)}'
-        f"<span>{escape(clean(label))}</span></button>"
+        f'<button type="button" data-method="{i}" aria-pressed="true" title="{escape(clean(titles.get(label, "")))}">'
+        f"{glyph(*mark)}<span>{escape(clean(label))}</span></button>"
         for i, (label, mark) in enumerate(marked.items())
     ]
     every = [

@@ -2,11 +2,12 @@
 
 import re
 
+from regard.report.applied import advice
 from regard.report.prefill import COLUMNS, first_token_sentence, only_prompts, table_rows
 from regard.report.result import Result
 from regard.report.turns import TITLES, columns
 from regard.report.turns import table_rows as rows_by
-from regard.report.words import budget_text, clean, name, percent, times
+from regard.report.words import budget_text, clean, name, percent, short, times
 
 
 def escape(text: object) -> str:
@@ -36,18 +37,39 @@ def parts(title: str, rows: list[dict[str, str]]) -> list[str]:
 
 def to_markdown(result: Result) -> str:
     tasks = result.tasks()
-    head = ["method", "budget", "quality", *map(escape, tasks), "held", "read", "decode", "prefill", "failed"]
+    rows = result.summary()
+    scored, calibrated = ([key] if any(r[key] for r in rows) else [] for key in ("scoring", "calibration_s"))
+    more = [*scored, *("calibrated" for _ in calibrated)]
+    head = [
+        "method",
+        "budget",
+        "quality",
+        *map(escape, tasks),
+        "held",
+        "read",
+        "decode",
+        "prefill",
+        *more,
+        "failed",
+    ]
     said = first_token_sentence(result) if only_prompts(result) else result.sentence()
     lines = [escape(said), "", *(f"- {escape(note)}" for note in result.notes()), ""]
     lines += [line(head), line(["---", "---", *["---:"] * (len(head) - 2)])]
-    for row in result.summary():
+    for row in rows:
         shares = [
             percent(v)
             for v in (row["quality"], *(row["tasks"].get(t) for t in tasks), row["held"], row["read"])
         ]
-        tail = [times(row["decode_ratio"]), times(row["prefill_ratio"]), str(row["failed"] + row["missing"])]
+        tail = [
+            times(row["decode_ratio"]),
+            times(row["prefill_ratio"]),
+            *(percent(row[key]) for key in scored),
+        ]
+        tail += [f"{short(row[key])} s" if row[key] else "" for key in calibrated]
+        tail.append(str(row["failed"] + row["missing"]))
         lines.append(line([escape(row["label"]), budget_text(row["budget"]), *shares, *tail]))
-    lines += ["", "Quality, bytes and times are relative to full attention in the same cells."]
+    key = "Quality, bytes and times are relative to full attention in the same cells."
+    lines += ["", key + (" Scoring: a share of full attention's prefill." if scored else "")]
     if partial := table_rows(result):
         lines += ["", *([] if only_prompts(result) else [escape(first_token_sentence(result)), ""])]
         lines += [line(list(COLUMNS))]
@@ -60,4 +82,7 @@ def to_markdown(result: Result) -> str:
         + (f" ({escape(r['error'])[:200]})" if r.get("error") else "")
         for r in result.failed()
     ]
-    return "\n".join([*lines, *(["", "Failed cells:", "", *failed] if failed else []), ""])
+    lines += ["", "Failed cells:", "", *failed] if failed else []
+    for said in advice(result):
+        lines += ["", f"{said.why}: {escape(said.name)}", "", "```python", *said.lines, "```"]
+    return "\n".join([*lines, ""])

@@ -3,19 +3,45 @@
 const data = JSON.parse(document.getElementById("report-data").textContent);
 // Only "save as picture": Plotly's own bar has a button that sends the chart to a server.
 const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]], plotlyServerURL: "" };
-const plots = Object.keys(data.figures).map((id) => document.getElementById(id));
+const plots = data.figures.map((id) => document.getElementById(id));
 const hidden = new Set();
 let budget = data.budget;
 let intervals = false;
+let drawn = false;
+let figures = {}; // they lie packed in the page too
+
+let shade = "auto";
+let printing = false;
+const system = matchMedia("(prefers-color-scheme: dark)");
+
+function isDark() {
+  return !printing && (shade === "dark" || (shade === "auto" && system.matches));
+}
+
+// A copy of a part of a figure in the colours of the page; rgba() keeps how faint it is.
+function coloured(part, dark) {
+  if (Array.isArray(part)) return part.map((inner) => coloured(inner, dark));
+  if (part && typeof part === "object") return Object.fromEntries(Object.entries(part).map(([key, inner]) => [key, coloured(inner, dark)]));
+  if (typeof part !== "string" || !dark) return part;
+  const faint = /^rgba\((\d+),(\d+),(\d+),([\d.]+)\)$/.exec(part);
+  if (!faint) return data.dark[part] ?? part;
+  const parts = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  const hex = "#" + faint.slice(1, 4).map((c) => Number(c).toString(16).padStart(2, "0")).join("");
+  return `rgba(${parts(data.dark[hex] ?? hex).join(",")},${faint[4]})`;
+}
 
 function shown(meta) {
   return !meta || (!hidden.has(meta.method) && (meta.budget === null || meta.budget === budget));
 }
 
+function barred(meta) {
+  return Boolean(meta) && intervals;
+}
+
 function refresh() {
   for (const plot of plots) {
     const metas = plot.data.map((trace) => trace.meta);
-    Plotly.restyle(plot, { visible: metas.map(shown), "error_y.visible": metas.map((meta) => Boolean(meta) && intervals) });
+    Plotly.restyle(plot, { visible: metas.map(shown), "error_y.visible": metas.map(barred) });
   }
   for (const button of document.querySelectorAll("[data-method]"))
     button.setAttribute("aria-pressed", String(!hidden.has(Number(button.dataset.method))));
@@ -23,10 +49,20 @@ function refresh() {
 
 function draw() {
   for (const plot of plots) {
-    const figure = data.figures[plot.id];
-    for (const trace of figure.data) trace.visible = shown(trace.meta);
-    Plotly.newPlot(plot, figure.data, figure.layout, config);
+    const { data: traces, layout } = coloured(figures[plot.id], isDark());
+    for (const trace of traces) {
+      trace.visible = shown(trace.meta);
+      if (trace.error_y) trace.error_y.visible = barred(trace.meta);
+    }
+    if (printing) Object.assign(layout, { width: 340, autosize: false });
+    Plotly.react(plot, traces, layout, config);
   }
+}
+
+function asked(which) {
+  shade = which;
+  document.documentElement.dataset.shade = which;
+  if (drawn) draw();
 }
 
 function toggle(method) {
@@ -63,14 +99,25 @@ function sortBy(head) {
   for (const body of [...table.tBodies].slice(1)) body.remove();
 }
 
-function printWidth(printing) {
-  for (const plot of plots) Plotly.relayout(plot, printing ? { width: 340, autosize: false } : { width: null, autosize: true });
+// Paper is light, and as wide as it is.
+function print(now) {
+  printing = now;
+  if (drawn) draw();
 }
 
 // The library lies packed in the page; what follows works without it.
 async function unpacked(text) {
-  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const signs = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;,=>?@^_`{|}~"; // base85; a comma for <
+  const digit = Object.fromEntries([...signs].map((sign, value) => [sign, value]));
+  const short = (5 - (text.length % 5)) % 5;
+  const full = text + "~".repeat(short);
+  const bytes = new DataView(new ArrayBuffer((full.length / 5) * 4));
+  for (let at = 0; at < full.length; at += 5) {
+    let four = 0;
+    for (let i = at; i < at + 5; i++) four = four * 85 + digit[full[i]];
+    bytes.setUint32((at / 5) * 4, four);
+  }
+  const stream = new Blob([bytes.buffer.slice(0, bytes.byteLength - short)]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).text();
 }
 
@@ -81,6 +128,8 @@ async function begin() {
     script.textContent = await unpacked(library.textContent);
     document.head.append(script);
     library.remove();
+    figures = JSON.parse(await unpacked(document.getElementById("figures").textContent));
+    drawn = true;
     draw();
   }
   document.body.dataset.drawn = "true";
@@ -105,7 +154,16 @@ function fold(family, folded) {
   family.querySelector("button.fold")?.setAttribute("aria-expanded", String(!folded));
 }
 
+// The card that is asked for opens.
+function openCard() {
+  const card = location.hash ? document.getElementById(location.hash.slice(1)) : null;
+  if (card?.tagName === "DETAILS") card.open = true;
+}
+
 begin();
+openCard();
+addEventListener("hashchange", openCard);
+for (const link of document.querySelectorAll('a[href^="#card-"]')) link.addEventListener("click", () => setTimeout(openCard));
 for (const button of document.querySelectorAll("button.fold")) {
   const family = button.closest("tbody");
   button.addEventListener("click", () => {
@@ -121,5 +179,7 @@ for (const head of document.querySelectorAll("th[data-sort]")) head.querySelecto
 for (const radio of document.querySelectorAll("input[name=budget]")) radio.addEventListener("change", () => { budget = Number(radio.value); refresh(); });
 document.getElementById("intervals")?.addEventListener("change", (event) => { intervals = event.target.checked; refresh(); });
 for (const box of document.querySelectorAll(".drawing")) box.scrollLeft = (box.scrollWidth - box.clientWidth) / 2; // a narrow screen begins at its middle
-addEventListener("beforeprint", () => printWidth(true));
-addEventListener("afterprint", () => printWidth(false));
+for (const radio of document.querySelectorAll("input[name=shade]")) radio.addEventListener("change", () => asked(radio.value));
+system.addEventListener("change", () => { if (drawn) draw(); });
+addEventListener("beforeprint", () => print(true));
+addEventListener("afterprint", () => print(false));

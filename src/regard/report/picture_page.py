@@ -16,12 +16,12 @@ from regard.report.words import clean, plural
 WIDE, TALL = 360, 24
 STYLE = """
 .forest { display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-serif; }
-.forest line.zero { stroke: #888; } .forest line.whisker { stroke: #0072b2; stroke-width: 2; }
+.forest line.zero { stroke: var(--strong); } .forest line.whisker { stroke: var(--accent); stroke-width: 2; }
 .forest .works line.whisker, .forest .works circle { stroke: #009e73; fill: #009e73; }
 .forest .worse line.whisker, .forest .worse circle { stroke: #d55e00; fill: #d55e00; }
-.forest circle { fill: #0072b2; } .forest text { fill: #33373b; }
+.forest circle { fill: var(--accent); } .forest text { fill: var(--ink); }
 td.verdict { white-space: nowrap; }
-td.verdict.works { color: #00704f; font-weight: 650; } td.verdict.worse { color: #a63603; }
+td.verdict.works { color: var(--good); font-weight: 650; } td.verdict.worse { color: var(--bad); }
 """
 
 

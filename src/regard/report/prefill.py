@@ -7,6 +7,7 @@ from typing import Any
 
 from regard.report.figures import INK, SOFT, Figure, axis, faint, layout, length_ticks, line_trace, plotted
 from regard.report.marks import Marks, glyph
+from regard.report.pieces import breakable
 from regard.report.result import Result, mean, ok, over, ratio_mean
 from regard.report.words import KEEPS, clean, percent, times
 
@@ -54,20 +55,23 @@ def crossing_text(row: Mapping[str, Any] | None) -> str:
     return f"{row['crossing']:,} tokens{ends}"
 
 
+def soonest(result: Result) -> dict[str, Any] | None:
+    """The row of the longest length that is soonest at its first token, of those that keep 95 % of quality."""
+    rows = partial_rows(result)
+    longest = max((row["length"] for row in rows), default=0)
+    mine = [r for r in rows if r["length"] == longest and r["prefill_ratio"]]
+    kept = [r for r in mine if (r["quality"] or 0) >= KEEPS - 1e-9]
+    return min(kept, key=lambda r: r["prefill_ratio"], default=None)
+
+
 def first_token_sentence(result: Result) -> str:
     """Which method is soonest at its first token, at the longest length, of those that keep 95 % of quality."""
-    rows = partial_rows(result)
+    rows, best = partial_rows(result), soonest(result)
     if not rows:
         return ""
     longest = max(row["length"] for row in rows)
-    kept = [
-        r
-        for r in rows
-        if r["length"] == longest and (r["quality"] or 0) >= KEEPS - 1e-9 and r["prefill_ratio"]
-    ]
-    if not kept:
+    if best is None:
         return f"At {longest:,} tokens no method that reads a prompt in part keeps 95 % of full attention's quality."
-    best = min(kept, key=lambda r: r["prefill_ratio"])
     text = f"At {longest:,} tokens {clean(best['label'])} is soonest at the first token of those that keep 95 % of "
     text += f"full attention's quality: {times(best['prefill_ratio'])} its time"
     text += f", reading {percent(best['kept_share'])} of the keys" if best["kept_share"] is not None else ""
@@ -126,9 +130,7 @@ def first_token_figure(result: Result, marked: Marks) -> Figure | None:
     shown = [n for n in lengths if n in {lengths[0], lengths[-1]} or n & (n - 1) == 0]
     values = [y for t in traces for y in t["y"] if y]
     ends = [math.log10(min(values)) - 0.08, math.log10(max(values)) + 0.08]
-    ticks = [
-        d * 10.0**e for e in range(-1, 7) for d in (1, 2, 5) if ends[0] <= math.log10(d * 10.0**e) <= ends[1]
-    ]
+    ticks = log_ticks(ends)
     yaxis = axis(
         "Time to the first token",
         type="log",
@@ -136,8 +138,23 @@ def first_token_figure(result: Result, marked: Marks) -> Figure | None:
         tickvals=ticks,
         ticktext=[ms_text(t) for t in ticks],
     )
-    return {"data": traces, "layout": layout("Time to the first token over length",
+    return {"data": traces, "layout": layout("Time to the first token",
             axis("Length, tokens", **length_ticks(shown)), yaxis, height=380)}  # fmt: skip
+
+
+def log_ticks(ends: list[float]) -> list[float]:
+    """Round numbers between two powers of ten, finer ones where there would be fewer than two.
+
+    >>> log_ticks([1.0, 2.0]), log_ticks([1.0, 1.1])
+    ([10.0, 20.0, 50.0, 100.0], [10.0, 11.0, 12.0])
+    """
+    low, high = ends
+    for digits in ((1, 2, 5), range(1, 10), [n / 10 for n in range(10, 100)]):
+        ticks = [d * 10.0**e for e in range(-1, 7) for d in digits]
+        inside = [round(t, 6) for t in ticks if low - 1e-9 <= math.log10(t) <= high + 1e-9]
+        if len(inside) >= 2:
+            break
+    return inside
 
 
 def ms_text(ms: float) -> str:
@@ -195,14 +212,12 @@ def prefill_parts(result: Result, marked: Marks) -> tuple[Figure | None, str]:
     body = "".join(html_row(row, marked) for row in rows)
     return (
         first_token_figure(result, marked),
-        f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>',
+        f'<div class="wide"><table class="parts"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>',
     )
 
 
 def html_row(row: Mapping[str, str], marked: Marks) -> str:
     labels = {clean(label): mark for label, mark in marked.items()}
-    who = (
-        f'<td><div class="who">{glyph(*labels[row["method"]])}<span>{escape(row["method"])}</span></div></td>'
-    )
+    who = f'<td><div class="who">{glyph(*labels[row["method"]])}<span>{breakable(row["method"])}</span></div></td>'
     cells = [f'<td class="n">{escape(row[key])}</td>' for key in COLUMNS[1:]]
     return f"<tr>{who}{''.join(cells)}</tr>"

@@ -269,7 +269,10 @@ def summarise(rows: list[Row], base: Mapping, full: Mapping, expected: set) -> d
             key: mean(row.get(key) for row in good)
             for key in ("decode_spread", "prefill_spread", "decode_ms")
         },
-        **{key: mean(row.get(key) for row in good) for key in ("agreement", "kl")},
+        **{key: mean(row.get(key) for row in good) for key in ("agreement", "kl", "calibration_s")},
+        "scoring": mean(
+            over(r.get("scoring_ms"), over(r.get("prefill_ms"), r.get("prefill_ratio"))) for r in good
+        ),
         "cells": len(good),
         "failed": failed,
         "missing": 0 if is_full else len(lacking - {cell(row) for row in rows if not ok(row)}),

@@ -6,7 +6,7 @@ from typing import Any
 from regard.report.figures import Figure, axis, layout, plotted
 from regard.report.html import page
 from regard.report.marks import Marks, glyph, marks
-from regard.report.sections import plot, section
+from regard.report.pieces import plot, section
 from regard.report.words import clean, short
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from regard.report.figures import Figure, axis, layout, plotted, spread
 from regard.report.marks import Marks, glyph
+from regard.report.pieces import breakable
 from regard.report.result import Result, mean, ok
 from regard.report.words import NONE, budget_order, budget_text, clean, number, percent
 
@@ -140,17 +141,21 @@ def figures(result: Result, key: str, marked: Marks, budgets: Sequence[str]) -> 
 
 
 def html_table(rows: Sequence[Mapping[str, str]], marked: Marks) -> str:
-    """The rows as a table of the page, each method with its mark."""
+    """The rows as a table of the page, each method with its mark; of one task alone without its name."""
     known = {clean(label): mark for label, mark in marked.items()}
-    heads, body = columns(rows), []
+    several, body = len({row["task"] for row in rows}) > 1, []
+    heads = columns(rows)[0 if several else 1 :]
     first = "".join(
-        f'<th scope="col" class="{"n" if i > 1 else ""}">{escape(h.capitalize())}</th>'
-        for i, h in enumerate(heads)
+        f'<th scope="col" class="{"" if h in ("task", "method") else "n"}">{escape(h.capitalize())}</th>'
+        for h in heads
     )
     for row in rows:
-        who = f'<div class="who">{glyph(*known[row["method"]])}<span>{escape(row["method"])}</span></div>'
-        cells = [f"<td>{escape(row['task'])}</td><td>{who}</td>"]
-        cells += [f'<td class="n">{escape(row.get(h, NONE))}</td>' for h in heads[2:]]
+        who = f'<div class="who">{glyph(*known[row["method"]])}<span>{breakable(row["method"])}</span></div>'
+        cells = [f"<td>{escape(row['task'])}</td>"] if several else []
+        cells += [
+            f"<td>{who}</td>",
+            *(f'<td class="n">{escape(row.get(h, NONE))}</td>' for h in heads[1 + several :]),
+        ]
         body.append(f"<tr>{''.join(cells)}</tr>")
     table = f'<table class="parts"><thead><tr>{first}</tr></thead><tbody>{"".join(body)}</tbody></table>'
     return f'<div class="wide">{table}</div>'
