@@ -616,3 +616,20 @@ def test_bytes_and_slots():
         assert attached.bytes_held() < 2 * 3 * 2 * 2 * 8 * 16 * 4
         run(model, dict(input_ids=ids(2, 1)), past_key_values=cache)
         assert attached.bytes_read() == 3 * 2 * 2 * 9 * 16 * 4
+
+
+def test_an_attachment_without_a_block_is_closed_once():
+    model, inputs = build("llama")
+    before = model(**inputs).logits
+    attached = attach(model, "streaming_llm", sinks=1, window=3).open()
+    assert "not attached" not in repr(attached)
+    model(**inputs)
+    assert "1 forward>" in repr(attached)
+    attached.close()
+    attached.close()
+    assert "not attached" in repr(attached) and torch.equal(model(**inputs).logits, before)
+    never = attach(model, Edit(Site(phase="decode"), "block")).open()
+    model(**inputs)
+    with pytest.raises(NeverFired):
+        never.close()
+    assert torch.equal(model(**inputs).logits, before)

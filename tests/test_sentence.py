@@ -89,3 +89,12 @@ def test_the_number_of_samples_is_the_smallest_cells(asked):
         row["samples"] = [{"score": 1.0}] * asked
     made.rows[-1]["samples"] = [{"score": 1.0}] * (asked - 1)
     assert made.least_samples() == asked - 1
+
+
+def test_a_notebook_shows_the_sentence_and_the_rows():
+    made = golden()
+    shown = made._repr_html_()
+    assert shown.startswith(f"<p>{made.sentence()}</p>".replace("'", "&#x27;"))
+    rows = re.findall(r"<tr>(<td>.*?)</tr>", shown)
+    assert len(rows) == len(made.summary()) and rows[0].startswith("<td>full</td>")
+    assert "<td>alpha</td><td>512 tok</td><td>99 %</td>" in shown and "<script" not in shown

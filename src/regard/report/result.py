@@ -9,6 +9,7 @@ from typing import Any
 
 from regard.report.floor import FLOOR, at_floor, floor_notes, places
 from regard.report.intervals import interval, interval_notes
+from regard.report.notebook import notebook_html
 from regard.report.sentence import cost, no_winner_text, winner_text
 from regard.report.words import (
     KEEPS,
@@ -208,6 +209,9 @@ class Result:
     def least_samples(self) -> int:
         """How many samples the smallest cell has; 0 where rows do not hold them."""
         return min((len(row["samples"]) for row in self.rows if ok(row) and row.get("samples")), default=0)
+
+    def _repr_html_(self) -> str:
+        return notebook_html(self.sentence(), self.summary())
 
     def ranked(self) -> tuple[list[str], list[int]]:
         """The tasks and lengths that rank methods; all, where none does."""
