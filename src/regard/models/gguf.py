@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from regard.core import require
 from regard.core.errors import NotInstalled
-from regard.models.names import is_gguf as is_gguf
 
 NEEDS = ("gguf", "accelerate")
 
