@@ -68,7 +68,8 @@ def seconds(cell: Cell, found: Probe) -> float:
 
 def forecast(cells: Sequence[Cell], todo: Sequence[Cell], load: Any, workers: int) -> dict[str, Any]:
     """Cells, those that an earlier start measured, and about how many seconds the others take; the model is loaded."""
-    found = probe(*load(), [c.length for c in cells], max(batch(c) for c in cells))
+    model, tokenizer = load()
+    found = probe(model, tokenizer, [c.length for c in cells], max(batch(c) for c in cells))
     together = min(workers, len(todo)) or 1
     return {
         "cells": len(cells),

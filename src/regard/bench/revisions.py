@@ -1,7 +1,8 @@
-"""What cells read from outside the package, told apart by its content: texts, annotations, models, own pages."""
+"""What a cell's number hangs on: the content of texts, annotations, models and pages of one's own, and versions."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 from regard import catalog
@@ -20,6 +21,7 @@ def with_revisions(cells: Sequence[Cell], model: Any, dtype: str | None = None) 
         "text": source,
         "model": content_of(model),
         "dtype": dtype,
+        "versions": versions(),
     }
     names = {name for c in cells for name in (c.method, page_of(c.task))} - {FULL}
     pages = {name: catalog.revision_of(name) for name in names}
@@ -32,6 +34,12 @@ def with_revisions(cells: Sequence[Cell], model: Any, dtype: str | None = None) 
         }  # fmt: skip
         made.append(replace(cell, revisions={k: v for k, v in facts.items() if v is not None}))
     return made
+
+
+def versions() -> str:
+    """The versions under which a number stays what it is: of regard, and of the others without their last part."""
+    others = (f"{name} {'.'.join(version(name).split('.')[:2])}" for name in ("torch", "transformers"))
+    return ", ".join((f"regard {version('regard')}", *others))
 
 
 def text_revision(cell: Cell) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.core import Card, require
+from regard.core.errors import present
 from regard.kinds.task import TaskPage
 from regard.tasks.corpus import read_text
 from regard.tasks.own_samples import needles, prompts
@@ -95,6 +96,7 @@ def line_of(where: str, text: str) -> Line:
     for name in set(held) - set(NAMES):
         meant = get_close_matches(name, NAMES, n=1, cutoff=0.75)
         require(not meant, "names of a line are spelt as they are known", at=where, found=name, near=meant)
+    facts: dict[str, Any]
     if "statement" in held or "question" in held:
         facts = {name: text_of(held, name, where) for name in ("statement", "question")}
     else:
@@ -107,8 +109,8 @@ def line_of(where: str, text: str) -> Line:
 
 def text_of(held: Mapping, name: str, where: str) -> str:
     value = held.get(name)
-    require(isinstance(value, str) and value.strip(), f"{name} is a text", at=where, **{name: value})
-    return value
+    text = value if isinstance(value, str) and value.strip() else None
+    return present(text, f"{name} is a text", at=where, **{name: value})
 
 
 def messages_of(value: Any, where: str) -> tuple[dict, ...]:

@@ -57,7 +57,7 @@ def needles(
         first = len(frame.head) + cut
         made.append((prompt, answer, choices, line, (first, first + len(statement)), depth))
     longest = steps(lines, cfg, [answer for _, answer, *_ in made])
-    return even([sample(*parts, longest, evidence, depth) for *parts, evidence, depth in made])
+    return even([sample(p, a, c, line, longest, at, depth) for p, a, c, line, at, depth in made])
 
 
 def framed(line: Any, tokenizer: Any, chat: bool) -> tuple[str, list[int]]:
