@@ -90,8 +90,11 @@ class CachePolicy(Actor):
         self.acted += 1
         page, cfg = self.page, self.method.config
         self._prepare(call, view)
+        # a selection, moved keys or an attention of the page's own come after what it observes
+        view.answering = page.select is None and page.shift is None and page.attention is None
         if page.observe is not None and call.turn.of == 1:
             page.observe(view, cfg)
+        view.answering = False
         slots = self._answer("select", call, asking(call, view))
         if slots is not None:
             shift = self._answer("shift", call, view, slots)
@@ -318,7 +321,7 @@ def rotate_first(view: View, by: Tensor | None, call: AttentionCall) -> None:
         )
     group.origin, call.ledger.compressed = origin, True
     group.keys[:, :, :s] = turned
-    view.cached_scores = view.cached_weights = None
+    view.cached_scores = view.cached_weights = view.cached_received = None
 
 
 def rotate(view: View, keys: Tensor, by: Tensor) -> Tensor:
