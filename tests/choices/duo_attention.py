@@ -65,7 +65,13 @@ class Written(Definition):
 
 
 def by_induction(model: Any) -> list[tuple[int, int]]:
-    """KV heads, best first: what a query head of theirs gives, at most, to the tokens that followed its own before."""
+    """KV heads, best first."""
+    found = induction_scores(model)
+    return sorted(found, key=lambda head: -found[head])
+
+
+def induction_scores(model: Any) -> dict[tuple[int, int], float]:
+    """Of each KV head what a query head of it gives, at most, to the tokens that followed its own before."""
     length = (model.config.max_position_embeddings - 1) // REPEATS
     ids = repeated(model, length, REPEATS, 0)
     with projected(model) as noted, torch.no_grad():
@@ -80,4 +86,4 @@ def by_induction(model: Any) -> list[tuple[int, int]]:
             )
             head = layer, at.kv_head(h)
             found[head] = max(found.get(head, 0.0), mass)
-    return sorted(found, key=lambda head: -found[head])
+    return found

@@ -18,7 +18,7 @@ from regard.attaching.sharing import readers_of
 from regard.core import Observer, Site, Unsupported, require
 
 LENGTH, REPEATS = 512, 4
-MEASURED: WeakKeyDictionary[PreTrainedModel, tuple[int, tuple]] = WeakKeyDictionary()
+MEASURED: WeakKeyDictionary[PreTrainedModel, tuple[int, Tensor]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -97,18 +97,29 @@ def special_ids(model: PreTrainedModel) -> set[int]:
 
 
 def induction_heads(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    """(cache layer, KV head), best first by the highest induction score among the query heads that share it.
+    """(cache layer, KV head), best first by the highest induction score among the query heads that share it."""
+    return ordered(measured(model))
+
+
+def induction_importance(model: PreTrainedModel) -> tuple[tuple[float, ...], ...]:
+    """Of each cache layer the induction scores of its KV heads."""
+    return tuple(tuple(row) for row in measured(model).tolist())
+
+
+def measured(model: PreTrainedModel) -> Tensor:
+    """[cache layers, KV heads] induction scores.
 
     Measured once for a model and kept beside it; again when its weights were changed in place.
     """
     version = sum(0 if p.is_inference() else p._version for p in model.parameters())
-    measured = MEASURED.get(model)
-    if measured is None or measured[0] != version:
-        measured = MEASURED[model] = version, by_kv_head(model, retrieval_scores(model)["induction"])
-    return measured[1]
+    known = MEASURED.get(model)
+    if known is None or known[0] != version:
+        known = MEASURED[model] = version, of_kv_heads(model, retrieval_scores(model)["induction"])
+    return known[1]
 
 
-def by_kv_head(model: PreTrainedModel, scores: Tensor) -> tuple[tuple[int, int], ...]:
+def of_kv_heads(model: PreTrainedModel, scores: Tensor) -> Tensor:
+    """[cache layers, KV heads] the highest of the scores of all query heads that read each."""
     config: Any = model.config.get_text_config()
     groups = getattr(config, "num_key_value_heads", None) or scores.shape[1]
     if scores.shape[1] % groups:
@@ -119,9 +130,18 @@ def by_kv_head(model: PreTrainedModel, scores: Tensor) -> tuple[tuple[int, int],
         # those who read the keys of this layer speak for its heads
         best[layer] = best[[layer, *others]].amax(0)
     reading = {i for others in readers.values() for i in others}
-    best = best[[i for i in range(len(best)) if i not in reading]]
+    return best[[i for i in range(len(best)) if i not in reading]]
+
+
+def by_kv_head(model: PreTrainedModel, scores: Tensor) -> tuple[tuple[int, int], ...]:
+    return ordered(of_kv_heads(model, scores))
+
+
+def ordered(best: Tensor) -> tuple[tuple[int, int], ...]:
+    groups = best.shape[1]
     order = best.flatten().argsort(descending=True, stable=True).tolist()
     return tuple((i // groups, i % groups) for i in order)
 
 
-CALIBRATORS["induction"] = induction_heads
+CALIBRATORS["induction"] = "heads", induction_heads
+CALIBRATORS["importance"] = "importance", induction_importance

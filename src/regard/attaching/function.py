@@ -221,6 +221,8 @@ def attend(call: AttentionCall, read: View) -> tuple[Tensor, Tensor | None]:
         out = actor.attend(call, read)
         if out is not None:
             return out, None
+    if read.cached_output is not None:
+        return read.cached_output, None
     if untouched(call, read) and (touched(call) or not few_rows(call.q, call.k)):
         # rows that no edit touches stay as the model has them
         out, weights = native(call)

@@ -21,8 +21,8 @@ from regard.core.errors import present
 from regard.kinds.cache import CachePage, decide
 from regard.ops import Budget, Kept, View, gather_rows, parse_budget, per_query_head, tokens_within
 
-# what a page may want measured on the model: name -> the function that gives the setting `heads`
-CALIBRATORS: dict[str, Callable[[PreTrainedModel], Any]] = {}
+# what a page may want measured on the model: name -> the setting that it is, and the function that gives it
+CALIBRATORS: dict[str, tuple[str, Callable[[PreTrainedModel], Any]]] = {}
 
 
 class CachePolicy(Actor):
@@ -49,8 +49,15 @@ class CachePolicy(Actor):
 
     def calibrate(self, model: PreTrainedModel) -> None:
         """Measure on the model what the page needs and its settings leave open."""
-        if self.page.calibrate and self.method.config.heads is None:
-            self.method = self.method.with_settings(heads=CALIBRATORS[self.page.calibrate](model))
+        if not self.page.calibrate:
+            return
+        setting, measure = CALIBRATORS[self.page.calibrate]
+        config = self.method.config
+        # of a page that is laid over others, its own part of the settings
+        name, part = next((n, x) for n, x in (("", config), *vars(config).items()) if hasattr(x, setting))
+        if getattr(part, setting) is None:
+            value = {setting: measure(model)}
+            self.method = self.method.with_settings(**({name: replace(part, **value)} if name else value))
 
     def look(self, model: PreTrainedModel) -> None:
         if self.page.reads_output:
@@ -90,8 +97,11 @@ class CachePolicy(Actor):
         self.acted += 1
         page, cfg = self.page, self.method.config
         self._prepare(call, view)
+        # a selection, moved keys or an attention of the page's own come after what it observes
+        view.answering = page.select is None and page.shift is None and page.attention is None
         if page.observe is not None and call.turn.of == 1:
             page.observe(view, cfg)
+        view.answering = False
         slots = self._answer("select", call, asking(call, view))
         if slots is not None:
             shift = self._answer("shift", call, view, slots)
@@ -318,7 +328,7 @@ def rotate_first(view: View, by: Tensor | None, call: AttentionCall) -> None:
         )
     group.origin, call.ledger.compressed = origin, True
     group.keys[:, :, :s] = turned
-    view.cached_scores = view.cached_weights = None
+    view.cached_scores = view.cached_weights = view.cached_received = None
 
 
 def rotate(view: View, keys: Tensor, by: Tensor) -> Tensor:

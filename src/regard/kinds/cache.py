@@ -33,12 +33,13 @@ class CachePage(Page):
     reference  (view, cfg) -> [1, H, n, E], beside `attention`: the same written out, for the view of one row's whole
                text without padding, all n tokens its queries; or "module:function". The battery holds `attention` to it
     rotates    whether the page uses view.rotate where the model has rotary positions, and None elsewhere
-    calibrate  what is measured on the model when the page is attached without it: "induction", or ""
+    calibrate  what is measured on the model when the page is attached without it: "induction", "importance", or ""
     phase      when `score` or `keep` evicts: after the prompt ("prefill"), or after each step ("both")
     by_place   whether `keep`, `select` and `shift` follow from places in the text alone (index, padding, positions,
                budget, window), whatever keys and layer: then layers that hold the same tokens share their answers
     allocate(view, score, cfg) -> [B, G]  beside `score`: tokens of each head where they share a budget unequally, of
-               the scores [B, G, n] of all (-inf: no token, the highest: stays in any case); `view` is that of some
+               the scores [B, G, n] of all (-inf: no token, the highest: stays in any case); `view` is that of some,
+               its `heads` are all of them in the order of the scores
     due        (view, cfg) -> [B] bool: rows of which tokens may go in this step (None: all). Between, a cache grows
     codec      cfg -> Codec: how older keys and values are stored, in less memory than their numbers take
     wrap       (the page below, cfg) -> the page that acts in its place, of a page that is laid over others:
@@ -91,7 +92,8 @@ def decide(page: CachePage, views: Sequence[View], cfg: Any) -> list[Kept | None
     scores, always = [page.score(v, cfg) for v in views], [stays(page, v, cfg) for v in views]
     if page.allocate is None:
         return [keep_best(*each) for each in zip(views, scores, always, strict=True)]
-    budgets = page.allocate(views[0], ranked(views, scores, always), cfg)
+    every = replace(views[0], heads=tuple(head for view in views for head in view.heads))
+    budgets = page.allocate(every, ranked(views, scores, always), cfg)
     heads = budgets.split([v.groups for v in views], 1)
     return [keep_best(*each) for each in zip(views, scores, always, heads, strict=True)]
 

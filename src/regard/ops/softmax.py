@@ -72,19 +72,28 @@ def scores(
 ) -> Tensor:
     """[B, H, N, M] scaled scores in float32 at least: the product in the input's dtype, the rest above it.
 
-    A power of two of the scale stands before the product, so that it does not leave float16, and rounds nothing.
+    A power of two of the scale stands before the product, so that it does not leave float16, and rounds nothing. At
+    widths of 16, 64 or 256 that is all of the scale, and the scores need no pass of their own.
     """
     groups, rows = k.shape[1], q.shape[2]
     before = power_of_two(scale)
-    q = q * before if q.dtype in LOW else q
-    scale = scale / before if q.dtype in LOW else scale
+    q = q if before == 1 else q * before
+    scale = scale / before
     if groups in (1, q.shape[1]):
         result = times(q, k, transposed=True)
     else:
         packed = q.reshape(q.shape[0], groups, -1, q.shape[-1])  # [B, G, (H/G)·N, D]
         result = times(packed, k, transposed=True).view(q.shape[0], q.shape[1], rows, -1)
-    result = capped(at_least_float32(result) * scale, softcap)
+    result = at_least_float32(result)
+    if scale != 1:
+        result = result.mul_(scale) if writable(result) else result * scale
+    result = capped(result, softcap)
     return result if bias is None else result + bias
+
+
+def writable(x: Tensor) -> bool:
+    """Whether numbers that are nobody else's may be overwritten: no gradient and no transform looks back at them."""
+    return asks_values() and not x.requires_grad
 
 
 def power_of_two(scale: float) -> float:
@@ -101,13 +110,28 @@ def capped(s: Tensor, softcap: float | None) -> Tensor:
     return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
-def masked_softmax(s: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+def hide(s: Tensor, mask: Tensor) -> Tensor:
+    """Scores s, overwritten by -inf where the mask hides: from the first column on that it hides from any row.
+
+    A causal block of rows sees all but its last columns whole, so most of s is not touched.
+    """
+    hidden, first = ~mask, 0
+    if s.device.type == "cpu" and mask.shape[-1] == s.shape[-1] > 1:
+        somewhere = hidden.reshape(-1, s.shape[-1]).any(0)
+        first = int(somewhere.to(torch.uint8).argmax()) if bool(somewhere.any()) else s.shape[-1]
+    s[..., first:].masked_fill_(hidden[..., first:], -torch.inf)
+    return s
+
+
+def masked_softmax(
+    s: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None, owned: bool = False
+) -> Tensor:
     """Weights [B, H, N, M] of scores s. Rows that see nothing, by the mask or by scores of -inf, are zero.
 
-    `sinks` [H] join the sum, not the output.
+    `sinks` [H] join the sum, not the output. `owned`: nobody else reads s, which may be overwritten.
     """
     if mask is not None:
-        s = s.masked_fill(~mask, -torch.inf)
+        s = hide(s, mask) if owned and writable(s) else s.masked_fill(~mask, -torch.inf)
     if sinks is not None:
         column = at_least_float32(sinks).view(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], 1)
         return torch.cat([s, column.to(s.dtype)], dim=-1).softmax(-1)[..., :-1]
@@ -152,7 +176,7 @@ def explicit(
     for rows in row_blocks(q.shape[2], q.shape[0] * q.shape[1] * k.shape[2]):
         cut = None if bias is None else bias[..., rows, :] if bias.shape[-2] > 1 else bias
         seen = None if mask is None else mask[..., rows, :] if mask.shape[-2] > 1 else mask
-        parts.append(mix(masked_softmax(scores(q[:, :, rows], k, scale, softcap, cut), seen, sinks), v))
+        parts.append(mix(masked_softmax(scores(q[:, :, rows], k, scale, softcap, cut), seen, sinks, True), v))
     return torch.cat(parts, dim=2) if len(parts) != 1 else parts[0]
 
 
@@ -177,6 +201,13 @@ def fused(
 def few_rows(q: Tensor, k: Tensor) -> bool:
     """Whether two matrix products beat SDPA: a handful of queries on a CPU in low precision (docs/log.md)."""
     return q.device.type == "cpu" and q.dtype in LOW and q.shape[2] <= 8
+
+
+def one_pass(q: Tensor) -> bool:
+    """Whether weights that are summed anyway give the attention too: where fused attention is no faster than the
+    product that this adds, and the weights are not rounded.
+    """
+    return q.device.type == "cpu" and q.shape[2] > 1 and q.dtype not in LOW and not torch.is_grad_enabled()
 
 
 def softmax_attention(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from regard.core.deprecation import moved, renamed_fields
 from regard.core.errors import require
-from regard.ops.softmax import masked_softmax, row_blocks, scores
+from regard.ops.softmax import masked_softmax, mix, one_pass, row_blocks, scores
 
 __getattr__ = moved(__name__, {name: f"regard.ops.kept:{name}" for name in ("Kept", "keep_best")})
 
@@ -72,6 +72,10 @@ class View:
     window: int | None = None
     # of a single-query step; not init: a view with anything changed has weights of its own
     cached_weights: Tensor | None = field(default=None, init=False, repr=False)
+    # the attention of this step is still to come and reads all of this: `received` may compute it on its way
+    answering: bool = field(default=False, init=False, repr=False)
+    cached_output: Tensor | None = field(default=None, init=False, repr=False)  # [B, H, N, E], once it did
+    cached_received: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def stored(self) -> int:
@@ -130,18 +134,20 @@ class View:
         """[B, heads, rows, n] attention weights of these queries, float32, as the model itself would compute them."""
         if self.cached_weights is not None and heads is None:
             return self.cached_weights
-        weights = self.normalise(self.scores(rows, heads), rows, heads)
+        weights = self.normalise(self.scores(rows, heads), rows, heads, owned=self.new > 1)
         if self.new == 1 and heads is None and not weights.requires_grad:
             self.cached_weights = weights
         return weights
 
-    def normalise(self, s: Tensor, rows: slice = slice(None), heads: list[int] | None = None) -> Tensor:
-        """Mask and softmax of scores [B, heads, rows, n]."""
+    def normalise(
+        self, s: Tensor, rows: slice = slice(None), heads: list[int] | None = None, owned: bool = False
+    ) -> Tensor:
+        """Mask and softmax of scores [B, heads, rows, n]; `owned`: nobody else reads them, they are overwritten."""
         seen, sinks = self.visible(rows), self.sinks
         if heads is not None:
             seen = seen if seen is None or seen.shape[1] == 1 else seen[:, heads]
             sinks = None if sinks is None else sinks[heads]
-        return masked_softmax(s, seen, sinks)
+        return masked_softmax(s, seen, sinks, owned)
 
     def among_fed(self) -> Tensor | None:
         """[B, tokens fed] bool: which tokens of this step are real; None: all."""
@@ -191,31 +197,53 @@ class View:
         start = self.position_at(torch.zeros_like(self.length()[:, None]))
         return not bool(((self.positions - order != start) & real).any())
 
-    def received(self, newest: int | None = None) -> Tensor:
+    def received(
+        self, newest: int | None = None, through: Callable[[Tensor, slice], Tensor] | None = None
+    ) -> Tensor:
         """[B, G, n] attention that each stored token receives from this step's queries, summed; never holds N x n.
 
         `newest`: from those of the row's last so many tokens only. Padding asks nothing. Layers that read these slots
         too vote with their last query: of a prompt, it may be all that is computed.
+        through(weights [B, H, rows, first slots], rows): what is summed in the place of each block of weights.
         """
         counted = newest is None or isinstance(newest, int)
         require(counted, "newest is a number of queries (it was a slice of rows once)", newest=newest)
-        votes = sum(other.received(newest=1) for other in self.readers)
+        plain = newest is None and through is None
+        if plain and self.cached_received is not None:
+            return self.cached_received
+        received = sum(other.received(newest=1) for other in self.readers)
         if self.asked is not None:  # what has left the window since had its share of the attention
             before, at = self.asked
-            received = before.received(newest)
-            return votes + received.gather(-1, at.clamp(min=0).expand(*received.shape[:2], -1)) * (at >= 0)
+            whole = before.received(newest, through)
+            received = received + whole.gather(-1, at.clamp(min=0).expand(*whole.shape[:2], -1)) * (at >= 0)
+        else:
+            received = self.by_cache_head(self._summed(newest, through)) + received
+        if plain and not received.requires_grad:
+            self.cached_received = received
+        return received
+
+    def _summed(self, newest: int | None, through: Callable | None) -> Tensor:
+        """[B, H, n] weights summed over the queries that ask. Where all do, the attention itself takes one product more
+        of each block: less than the pass of its own that it would be (docs/log.md).
+        """
         rows, asks = self._asking_rows(newest)
-        start, stop, _ = rows.indices(self.new)
-        total = 0
+        answers = self.answering and newest is None and one_pass(self.q)
+        start, stop, _ = (slice(None) if answers else rows).indices(self.new)
+        total, parts = torch.zeros((), device=self.q.device), list[Tensor]()
         for block in row_blocks(stop - start, self.q.shape[0] * self.q.shape[1] * self.stored):
             cut = slice(start + block.start, start + block.stop)
             last = self.stored - self.new + cut.stop if self.causal_order else self.stored
             weights = self.upto(last).weights(cut)
+            if answers:
+                parts.append(mix(weights, self.v[:, :, :last]))
+            weights = weights if through is None else through(weights, cut)
             if asks is not None:
                 weights = weights * asks[:, None, cut, None]
             summed = weights.sum(2) if last == self.stored else F.pad(weights.sum(2), (0, self.stored - last))
             total = summed + total
-        return self.by_cache_head(total) + votes
+        if answers:
+            self.cached_output = torch.cat(parts, 2)
+        return total
 
     def _asking_rows(self, newest: int | None) -> tuple[slice, Tensor | None]:
         """The queries of the newest tokens: a slice that holds them, and which of all [B, N] they are (None: all)."""

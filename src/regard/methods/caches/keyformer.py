@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, View, at_least_float32, row_blocks
+from regard.ops import Budget, View, at_least_float32
 
 BITS, MASK = 0xFFFFFFFF, 0x7FFFFF
 
@@ -47,32 +46,38 @@ def mixed(x: Tensor, salt: int | Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def gumbel(view: View, rows: slice, last: int, cfg: Config) -> Tensor:
-    """[1|B, H, rows, last] draws ζ for these queries and the tokens in the first slots."""
+def drawn(view: View, rows: slice, last: int, cfg: Config) -> Tensor:
+    """[1|B, H, rows, last] draws, even between 0 and 1, for these queries and the tokens in the first slots."""
     own = torch.arange(view.seen - view.new, view.seen, device=view.q.device)[None]
     own = (own if view.order is None else view.order[:, -view.new :])[:, None, rows]  # [1|B, 1, rows]
     share = view.q.shape[1] // view.groups
     heads = own.new_tensor([g * share + i for g in view.heads or range(view.groups) for i in range(share)])
     salt = mixed(mixed(heads, view.layer + 1), cfg.seed)[:, None]
-    query, key = mixed(own, salt), mixed(view.rank()[..., :last] + 1, 0)
+    query, key = (x.to(torch.int32) for x in (mixed(own, salt), mixed(view.rank()[..., :last] + 1, 0)))
     key = key if key.shape[1] == 1 else key.repeat_interleave(share, 1)
-    # both are 32 good bits; a product parts what is left in common between pairs
-    draws = (query[..., None] ^ key[:, :, None]).mul_(0x045D9F3B).bitwise_right_shift_(24).bitwise_and_(MASK)
-    uniform = draws.to(at_least_float32(view.q).dtype).add_(0.5).div_(MASK + 1)
-    return uniform.log_().neg_().log_().neg_()
+    # both are 32 good bits; a product parts what is left in common between pairs, and its highest bits are the best
+    draws = (query[..., None] ^ key[:, :, None]).mul_(0x045D9F3B).bitwise_right_shift_(9).bitwise_and_(MASK)
+    return draws.to(at_least_float32(view.q).dtype).add_(0.5).div_(MASK + 1)
+
+
+def noisy(view: View, rows: slice, tau: Tensor, cfg: Config) -> Tensor:
+    """[B, H, rows, n] weights with noise and temperature."""
+    noise = drawn(view, rows, view.stored, cfg).log_().neg_().log_().neg_()
+    return view.normalise((noise + view.scores(rows)) / tau, rows)
+
+
+def reweighed(view: View, weights: Tensor, rows: slice, cfg: Config) -> Tensor:
+    """The same where τ is 1, from the weights without noise: exp ζ = -1 / log u, and a row's sum is 1 again."""
+    weights = weights / drawn(view, rows, weights.shape[-1], cfg).log_()
+    total = weights.sum(-1, keepdim=True).clamp(max=-torch.finfo(weights.dtype).tiny)
+    return weights.div_(total)
 
 
 def received(view: View, tau: Tensor, cfg: Config) -> Tensor:
     """[B, G, n] what each stored token is given by this step's queries, with noise and temperature."""
-    asking, total = view.asking(), torch.zeros(())
-    for rows in row_blocks(view.new, view.q.shape[0] * view.q.shape[1] * view.stored):
-        last = view.stored - view.new + rows.stop if view.causal_order else view.stored
-        seen, noise = view.upto(last), gumbel(view, rows, last, cfg)
-        weights = seen.normalise((noise + seen.scores(rows)) / tau, rows)
-        if asking is not None:
-            weights = weights * asking[:, None, rows, None]
-        total = F.pad(weights.sum(2), (0, view.stored - last)) + total
-    return view.by_cache_head(total)
+    if view.sinks is None and bool((tau == 1).all()):
+        return view.received(through=lambda weights, rows: reweighed(view, weights, rows, cfg))
+    return view.received(through=lambda weights, rows: noisy(view.upto(weights.shape[-1]), rows, tau, cfg))
 
 
 def observe(view: View, cfg: Config) -> None:
@@ -83,7 +88,7 @@ def observe(view: View, cfg: Config) -> None:
     )  # [B] of decoding, since the prompt
     part = (steps.clamp(min=0) / cfg.steps).clamp(max=1)[:, None, None, None]
     tau = cfg.tau_init + (cfg.tau_end - cfg.tau_init) * part
-    view.notes("received").add_(received(view, tau, cfg) + sum(o.received(newest=1) for o in view.readers))
+    view.notes("received").add_(received(view, tau, cfg))
 
 
 def score(view: View, cfg: Config) -> Tensor:

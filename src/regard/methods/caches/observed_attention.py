@@ -21,6 +21,11 @@ class Config:
     budget: Budget | int | float | str | None = None  # None: half of the text
 
 
+def observe(view: View, cfg: Config) -> None:
+    if view.phase == "prefill" and view.over():
+        view.received()  # together with the step's attention, not after it
+
+
 def score(view: View, cfg: Config) -> Tensor:
     """[B, G, n]: of this turn's queries, those that see a token are those that came with it or after it."""
     asking = view.asking()
@@ -31,6 +36,7 @@ def score(view: View, cfg: Config) -> Tensor:
 
 METHOD = CachePage(
     config=Config,
+    observe=observe,
     score=score,
     phase="prefill",
     budget=lambda cfg: 0.5,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
-from regard.ops import Budget, Kept, View, keep_best
-from regard.ops.recent import recent_weights, remember
+from regard.ops import Budget, Kept, View, keep_best, row_blocks
+from regard.ops.recent import asking_again, remember
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,18 @@ def observe(view: View, cfg: Config) -> None:
 
 def unimportant(view: View) -> Tensor:
     """[B, G, n] I: how often each stored token lay below the mean of a query that sees it."""
-    weights, asks = recent_weights(view)  # [B, H, w, n]
-    queries = torch.arange(weights.shape[2] - 1, -1, -1, device=weights.device)
-    seen = view.hold()[:, :, None] & (view.age()[:, :, None] >= queries[:, None])  # [1|B, 1|G, w, n]
-    mean = 1 / seen.sum(-1, keepdim=True).clamp(min=1)
-    below = weights.unflatten(1, (view.groups, -1)) < mean[:, :, None]
-    return (below & (seen & asks[:, None, :, None])[:, :, None]).sum((2, 3))
+    again, asks = asking_again(view)
+    queries = torch.arange(again.new - 1, -1, -1, device=asks.device)
+    below = torch.zeros(())
+    for rows in row_blocks(again.new, again.q.shape[0] * again.q.shape[1] * again.stored):
+        seen = view.hold()[:, :, None] & (
+            view.age()[:, :, None] >= queries[rows, None]
+        )  # [1|B, 1|G, rows, n]
+        mean = 1 / seen.sum(-1, keepdim=True).clamp(min=1)
+        mean = mean * (seen & asks[:, None, rows, None])  # no weight lies below the mean where none counts
+        weights = again.weights(rows).unflatten(1, (again.groups, -1))
+        below = weights.lt_(mean[:, :, None]).sum((2, 3)) + below
+    return below
 
 
 def keep(view: View, cfg: Config) -> Kept | None:
