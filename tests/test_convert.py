@@ -1,20 +1,22 @@
 """A mechanism in the place of attention: state that carries, padding, turns, refusals, undo, conversion, disk."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
 from tests.test_attach import greedy, run, state
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from regard import catalog
 from regard.attaching.attachment import attach
-from regard.attaching.converted import Converted, load_converted, read_converted
+from regard.attaching.converted import Converted, load_converted, read_converted, unreported
 from regard.attaching.replacement import sizes, state_bytes
 from regard.attaching.store import save_cache
 from regard.bench import conversion
 from regard.bench.conversion import convert_folder
 from regard.core import Edit, Observer, Site, Unsupported
+from regard.models.shipped import SHIPPED
 from regard.ops.blocks import BlockSettings
 from regard.testing.zoo import build, ids, logits
 from regard.train.convert import convert
@@ -284,12 +286,41 @@ def test_from_disk_it_is_the_same(tmp_path):
     converted.save(tmp_path / "parts")  # without the model: the weights that changed
     with attach(model, read_converted(tmp_path / "parts")):
         assert torch.equal(run(model, inputs), expected)
-    with pytest.raises(ValueError, match=r"holds a config\.json"):
+    with pytest.raises(ValueError, match=r"holds a config\.json; here is what a conversion learned"):
         load_converted(tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"a conversion's folder holds a regard\.json"):
+        load_converted(SHIPPED["lm"])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     with pytest.raises(ValueError, match=r"new or empty.*holds=\['file'\]"):
         converted.save(tmp_path / "other")
+
+
+def test_transformers_alone_does_not_load_it_in_silence(tmp_path):
+    """Its report names what it leaves out, in words that say what loads it; our own loading is silent."""
+    model, inputs = build("llama")
+    converted, said = made(model, "hedgehog"), []
+    converted.save(tmp_path / "made", model)
+
+    class Hear(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    log, hear = logging.getLogger("transformers"), Hear()
+    log.addHandler(hear)
+    try:
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()
+        assert "load_it_with_regard.load_converted" in " ".join(said)
+        said.clear()
+        with unreported():
+            AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+        assert not said
+    finally:
+        log.removeHandler(hear)
+    assert torch.equal(run(other, inputs), run(model, inputs))
+    assert "regard.load_converted(FOLDER)" in (tmp_path / "made" / "README.md").read_text()
+    converted.save(tmp_path / "parts")
+    assert "regard.read_converted(FOLDER)" in (tmp_path / "parts" / "README.md").read_text()
 
 
 def listed(folder):

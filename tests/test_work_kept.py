@@ -143,7 +143,7 @@ def stop(*_, **__):
         (
             ["convert", "shipped:lm"],
             "regard.bench.conversion.convert_folder",
-            "Nothing of this conversion is kept",
+            "Finished stages are kept in {out}, the one under way up to its last checkpoint, one in 50 steps",
         ),
         (
             ["compare"],

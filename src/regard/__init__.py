@@ -25,9 +25,11 @@ WHERE = {
     "register": "regard.catalog",
     "trace": "regard.explaining.tracing",
     "load_cache": "regard.attaching.store",
+    "load_converted": "regard.attaching.converted",
     "load_shipped": "regard.models.shipped",
     "method": "regard.catalog",
     "pages": "regard.catalog",
+    "read_converted": "regard.attaching.converted",
     "save_cache": "regard.attaching.store",
     "Edit": "regard.core",
     "Mask": "regard.core.mask",
@@ -40,6 +42,7 @@ ROOMS = ("bench", "catalog", "core", "explaining", "kinds", "nn", "ops", "testin
 if TYPE_CHECKING:
     from regard.api import attend
     from regard.attaching.attachment import attach
+    from regard.attaching.converted import load_converted, read_converted
     from regard.attaching.knob import calibrate
     from regard.attaching.store import load_cache, save_cache
     from regard.bench.compare import compare
@@ -67,9 +70,11 @@ __all__ = [
     "find",
     "list_methods",
     "load_cache",
+    "load_converted",
     "load_shipped",
     "method",
     "pages",
+    "read_converted",
     "register",
     "save_cache",
     "trace",

@@ -4,12 +4,15 @@ It has the parts of every attention module and, where the model was fine-tuned a
 """
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +24,7 @@ from regard.models.shipped import load
 from regard.report.folder import fill, vacant
 
 FORMAT = "regard-converted-1"
+NOTE = "a_conversion.load_it_with_regard.load_converted"  # beside the weights, for transformers' report of loading
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +100,8 @@ def write(converted: Converted, folder: Path, model: PreTrainedModel | None, tok
     else:
         undo = swap_weights(model, converted.weights)
         try:
-            model.save_pretrained(folder)
+            # a tensor that transformers does not know is named when it loads the folder without what was learned
+            model.save_pretrained(folder, state_dict={**model.state_dict(), NOTE: torch.zeros(1)})
         finally:
             for back in undo:
                 back()
@@ -107,13 +112,47 @@ def write(converted: Converted, folder: Path, model: PreTrainedModel | None, tok
     facts = {"format": FORMAT, "method": converted.method.name, "config": asdict(converted.method.config)}
     facts["report"] = dict(converted.report)
     facts["by_layer"] = {str(layer): dict(own) for layer, own in converted.by_layer.items()}
+    (folder / "README.md").write_text(readme(facts, model is not None), encoding="utf-8")
     (folder / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def readme(facts: dict, whole: bool) -> str:
+    """How a conversion is loaded, for who finds the folder; `whole`: its model lies beside it."""
+    method, model = facts["method"], facts["report"].get("model", "a model")
+    load = "model, tokenizer, converted = regard.load_converted(FOLDER)"
+    read = "converted = regard.read_converted(FOLDER)  # for the model that it was made on"
+    lines = [
+        f"# {method} in {model}", "",
+        f"A conversion of regard: the mechanism `{method}` with what it learned on this model.", "",
+        "```python", "import regard", "", load if whole else read, "with regard.attach(model, converted):", "    ...",
+        "```",
+    ]  # fmt: skip
+    if whole:
+        lines += [
+            "", "`AutoModelForCausalLM.from_pretrained` of this folder gives the model with its own attention and the",
+            f"changed weights, which is not the converted one; its report names `{NOTE}`.",
+        ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def load_converted(folder: str | Path, device: str | None = None) -> tuple[Any, Any, Converted]:
     """(model with the changed weights, tokenizer, converted), ready for `with regard.attach(model, converted):`."""
-    model, tokenizer = load(folder, device=device)
+    marker(Path(folder))
+    with unreported():
+        model, tokenizer = load(folder, device=device)
     return model, tokenizer, read_converted(folder, device=model.device)
+
+
+@contextmanager
+def unreported() -> Iterator[None]:
+    """Without transformers' report of what it did not load, which is read here."""
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def configured(name: str, settings: Mapping[str, Any], device: Any = "cpu") -> "Method | Converted":

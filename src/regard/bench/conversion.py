@@ -100,25 +100,27 @@ def convert_folder(
             catalog.task(name).samples(tokenizer, at, 1, 1)
     work, rows = Work(None if out is None else Path(out), settings), dict[str, dict[str, float]]()
 
+    if work.rows:
+        show(f"goes on in {out}, where {', '.join(work.rows)} was measured")
+
     def measure_stage(stage: str, title: str, method: Any) -> None:
         rows[stage] = work.row(stage, lambda: measured(bench, method, lengths, samples))
         show(line(title, rows[stage], lengths))
 
     measure_stage("softmax", "softmax", None)
     options = dict(ids=ids, weights=weights, length=length, batch=batch, seed=seed, progress=progress,
-                   checkpoint=work.checkpoint, every=every)  # fmt: skip
+                   checkpoints=work.checkpoints, every=every)  # fmt: skip
     own = dict(
         routes=routes if transfer == "routes" else None, finetune=None, soft=soft and transfer == "routes"
     )
-    converted = work.learned("transfer", method, loaded.device, lambda: convert(
-        loaded, tokenizer, method, steps=steps, **own, **options))  # fmt: skip
+    converted = convert(loaded, tokenizer, method, steps=steps, **own, **options)
     measure_stage("transfer", "after transfer", converted)
     seconds = {"transfer": converted.report["transfer_seconds"]}
     if finetune is not None and finetune_steps:
-        begun = converted
-        converted = work.learned("finetune", method, loaded.device, lambda: convert(
-            loaded, tokenizer, begun, steps=steps, finetune=finetune, finetune_steps=finetune_steps,
-            finetune_rate=finetune_rate, soft=soft, **options))  # fmt: skip
+        converted = convert(
+            loaded, tokenizer, converted, steps=steps, finetune=finetune, finetune_steps=finetune_steps,
+            finetune_rate=finetune_rate, soft=soft, **options,
+        )  # fmt: skip
         seconds["finetune"] = converted.report["finetune_seconds"]
         measure_stage("finetune", "after fine-tune", converted)
     size = next(loaded.parameters()).element_size()

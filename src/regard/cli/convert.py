@@ -66,7 +66,8 @@ def calibrate(
         )
     )
     out.print(
-        f"[bold]{folder}[/bold]: regard.attach(model, read_converted({str(folder)!r}))", highlight=False
+        f"[bold]{folder}[/bold]: regard.attach(model, regard.read_converted({str(folder)!r}))",
+        highlight=False,
     )
 
 
@@ -146,7 +147,9 @@ def convert(
         kept = ", ".join(f"{n} tokens {b / 1024:,.0f} KiB" for n, b in report["kv_bytes"].items())
         out.print(f"a text holds {report['state_bytes'] / 1024:,.0f} KiB at any length; keys and values: {kept}",
                   highlight=False)  # fmt: skip
-    out.print(f"[bold]{folder}[/bold]", highlight=False, soft_wrap=True)
+    out.print(
+        f"[bold]{folder}[/bold]: regard.load_converted({str(folder)!r})", highlight=False, soft_wrap=True
+    )
 
 
 def convertible(name: str, settings: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ def doctor(
     if held is not None and not as_json:
         err.print(
             f"regard: {model} is a conversion to {held}, examined here as the softmax model that lies in it; "
-            f"regard.attaching.converted.load_converted({model!r}) gives the converted one",
+            f"regard.load_converted({model!r}) gives the converted one",
             style="yellow", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
     say_json(report.to_dict()) if as_json else out.print(str(report), highlight=False, soft_wrap=True)

@@ -122,4 +122,5 @@ def run_plans(
 
     if len(plans) > 1:
         return train_several(plans, folder, step, threads, place)
-    return train_one(*plans.values(), folder, step, threads, place)
+    (plan,) = plans.values()
+    return train_one(plan, folder, step, threads, place)

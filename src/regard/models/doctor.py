@@ -60,11 +60,14 @@ def doctor(model: PreTrainedModel | str | Path, **inputs: Any) -> ModelReport:
     model   a model, or what loads one: a name of ours, a GGUF file, a Hugging Face folder or name
     inputs  of one forward, as the model takes them
     """
-    if isinstance(model, str | Path):
-        model = load_any(model)[0]
-    require(isinstance(model, PreTrainedModel), "a model of transformers, or its folder or name",
-            model=type(model).__name__)  # fmt: skip
-    inputs = inputs or made_up(model)
+    loaded: Any = load_any(model)[0] if isinstance(model, str | Path) else model
+    require(isinstance(loaded, PreTrainedModel), "a model of transformers, or its folder or name",
+            model=type(loaded).__name__)  # fmt: skip
+    return examined(loaded, inputs or made_up(loaded))
+
+
+def examined(model: PreTrainedModel, inputs: dict[str, Any]) -> ModelReport:
+    """What one forward of these inputs reaches, and what attaching changes in it."""
     training = model.training
     model.eval()
     try:

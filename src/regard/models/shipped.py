@@ -23,17 +23,17 @@ from transformers.utils.hub import cached_file
 
 from regard.core import require, unknown
 from regard.core.errors import NotInstalled
+from regard.models.carried import PRETRAINED
+from regard.models.carried import Pretrained as Pretrained
+from regard.models.carried import carried as carried
 from regard.models.gguf import dequantised
 from regard.models.names import (
-    PRETRAINED,
     SHIPPED,
     VISION,
     check_model,
     is_gguf,
     shipped_name,
 )
-from regard.models.names import Pretrained as Pretrained
-from regard.models.names import carried as carried
 from regard.models.names import refuse_misspelt as refuse_misspelt
 
 

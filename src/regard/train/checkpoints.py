@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from regard.core import require
+from regard.report.folder import differences
 from regard.train.loop import fit
 
 
@@ -62,26 +63,29 @@ def restore(path: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer) -> 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """One file for the stage under way, replaced every `every` steps; None: nothing is kept.
+    """A file for each stage in this folder, STAGE.safetensors, replaced every `every` steps; None: nothing is kept.
 
-    about  what the stage is of; a checkpoint of anything else is refused
+    about  what the stages are of; a checkpoint of anything else is refused
     """
 
-    path: Path | None = None
+    folder: Path | None = None
     every: int = 50
     about: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "every >= 1", every=self.every)
 
+    def path(self, stage: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{stage}.safetensors"
+
     def facts(self, stage: str) -> dict:
         """Those of the last step of this stage that was kept; step 0 where there is none."""
-        held = None if self.path is None else facts_of(self.path)
-        if held is None or held["stage"] != stage:
+        path = self.path(stage)
+        held = None if path is None else facts_of(path)
+        if held is None:
             return {"step": 0, "losses": [], "seconds": 0.0}
-        about = json.loads(json.dumps(dict(self.about or {})))
-        require(held["about"] == about, "the checkpoint is of the same work", path=str(self.path),
-                held=held["about"], asked=about)  # fmt: skip
+        apart = differences(held["about"], json.loads(json.dumps(dict(self.about or {}))))
+        require(not apart, "the checkpoint is of the same work", path=str(path), **apart)
         return held
 
     def fit(
@@ -93,18 +97,18 @@ class Checkpoints:
         tensors  what is trained, by name; put back from the checkpoint in place
         more     facts of the stage that a later start needs; it finds them in `facts(stage)`
         """
-        before = self.facts(stage)
+        before, path = self.facts(stage), self.path(stage)
         losses, began = list(before["losses"]), time.perf_counter()
-        if before["step"] and self.path is not None:
-            restore(self.path, tensors, optimizer)
+        if before["step"] and path is not None:
+            restore(path, tensors, optimizer)
 
         def kept(step: int, loss: float) -> None:
             losses.append(loss)
             done = step + 1
-            if self.path is not None and (done % self.every == 0 or done == steps):
-                facts = {"stage": stage, "step": done, "losses": losses, "about": dict(self.about or {}),
+            if path is not None and (done % self.every == 0 or done == steps):
+                facts = {"step": done, "losses": losses, "about": dict(self.about or {}),
                          "seconds": before["seconds"] + time.perf_counter() - began, **more()}  # fmt: skip
-                save_checkpoint(self.path, tensors, optimizer, facts)
+                save_checkpoint(path, tensors, optimizer, facts)
             after_step(step, loss)
 
         fit(optimizer, loss_at, steps, start=before["step"], after_step=kept, **options)

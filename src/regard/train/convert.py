@@ -59,7 +59,7 @@ def convert(
     routes: Routes | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoints: str | Path | None = None,
     every: int = 50,
     **config: Any,
 ) -> Converted:
@@ -77,8 +77,8 @@ def convert(
     routes     for pages with routers: the prompt of each row of ids, and its share of sparse layers. None: a text is
                its prompt, and 45 % of the layers are to be sparse
     progress   called with (stage, step, steps, loss)
-    checkpoint a file that holds the step under way, every `every` steps; the same call goes on from it. It is left
-               there, and of another call it is refused
+    checkpoints  a folder for what either step has come to, written every `every` updates; the same call goes on from
+               it. Its files stay there, and those of another call are refused
     """
     method, earlier = starting_point(mechanism, config)
     check(method, finetune, target)
@@ -89,9 +89,9 @@ def convert(
         finetune = None if target in ("blocks", "routes") else "lora"
     rate, more = RATES[target] if rate is None else rate, {}
     kept = Checkpoints()
-    if checkpoint is not None:
+    if checkpoints is not None:
         first = sha256(draw(0)[0].cpu().numpy().tobytes()).hexdigest()[:12]
-        kept = Checkpoints(Path(checkpoint), every, dict(
+        kept = Checkpoints(Path(checkpoints), every, dict(
             mechanism=method.label, target=target, model=of_loaded(model, tokenizer), texts=first, steps=steps,
             rate=rate, batch=batch, length=length, finetune=finetune, finetune_steps=finetune_steps,
             finetune_rate=finetune_rate, rank=rank, soft=soft, seed=seed,

@@ -87,6 +87,7 @@ def compared(plan: Plan, results: Mapping[str, dict]) -> str:
     rates = (
         f"the best of {len(plan.rates)} learning rates" if len(plan.rates) > 1 else f"rate {plan.rates[0]:g}"
     )
+    unit = unit[0].upper() + unit[1:]
     return f"{unit} on {plan.subject} after {plan.steps} steps, each at {rates}: {said}. {caveat(results, judged)}"
 
 
