@@ -199,7 +199,7 @@ def test_hostile_text_is_escaped_and_seen():
         explanation_text(hostile(), 80),
     )
     body = page.replace(plotly_source(), "")
-    assert body.lower().count("</script") == 4 and "default-src 'none'" in body
+    assert body.lower().count("</script") == 5 and "default-src 'none'" in body
     for text in (body, snippet):
         assert HOSTILE not in text and not re.search(r"<(img|link|iframe|b)[^>]*\s(src|href|onerror)=", text)
         assert (

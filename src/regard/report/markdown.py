@@ -83,6 +83,6 @@ def to_markdown(result: Result) -> str:
         for r in result.failed()
     ]
     lines += ["", "Failed cells:", "", *failed] if failed else []
-    for said in advice(result):
-        lines += ["", f"{said.why}: {escape(said.name)}", "", "```python", *said.lines, "```"]
+    for each in advice(result):
+        lines += ["", f"{each.why}: {escape(each.name)}", "", "```python", *each.lines, "```"]
     return "\n".join([*lines, ""])

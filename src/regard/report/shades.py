@@ -63,8 +63,8 @@ DARK = {
     "#7fb4dc": "#2c6a9c",
     "#f0a56a": "#9c5420",
     "#b84a00": "#ffab75",
-    "#dde7f0": "#22384a",
-    "#1f5f99": "#6db1ec",
+    "#dde7f0": "#1f2d3a",
+    "#1f5f99": "#2468a8",
 }
 AUTO = "@media screen and (prefers-color-scheme: dark) {{ {} }}"
 ASKED = "@media screen {{ {} }}"
