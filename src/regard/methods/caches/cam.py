@@ -121,8 +121,9 @@ METHOD = CachePage(
         caveat="every evicted token is drawn, those of a prompt too; kvpress draws of a block of evicted tokens those "
         "with the best scores, as many as tokens came, and sums attention while decoding alone. Released code evicts "
         "as StreamingLLM does, and divides one step's weight by the whole window's mean; here positions stay "
-        "those of the text, so a method that moves keys cannot lie below. Values grow where much of a prompt goes at once: "
-        "of 1,024 tokens a quarter kept, SmolLM2's perplexity is 100 times full attention's. A draw is a hash of layer, head and place, "
+        "those of the text, so a method that moves keys cannot lie below. Values grow where much of a prompt goes at "
+        "once: of 1,024 tokens a quarter kept, SmolLM2's perplexity is 100 times full attention's. A draw is a hash of "
+        "layer, head and place, "
         "one sample of what the seed could give",
     ),
 )
