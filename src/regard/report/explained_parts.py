@@ -164,8 +164,8 @@ def effects_section(found: Found) -> str:
     counted = f"The unit is the {metric(found)}"
     if effects.get("normalised"):
         counted = "1 is the whole way from the corrupted run to the clean one"
-    lead = "The colour of the page is 0, orange speaks for the answer, blue against it. "
-    lead += f"{counted}. {how}{limit_text(effects)}"
+    said = "The colour of the page is 0, orange speaks for the answer, blue against it."
+    lead = f"{said} {counted}. {how}{limit_text(effects)}"
     width = 300 + 42 * (int(effects["heads"]) + 2 * bool(effects.get("mlp")))
     drawn = plot("effects", {}, "Effect of each head, by layer")
     return section(
