@@ -48,6 +48,7 @@ WRONG = {
     "train --pairs 100": "pairs",
     "train --task digits --mechanism softmax,softmax,softmax --layers 4": "every stage has as many layers",
     "train --device cuda:99": "a GPU of this number is there",
+    "train --mechanism halonet": "causal_self",
     "train --text FILE": "a text of one's own is for the task text",
 }
 
