@@ -87,20 +87,21 @@ def compared(plan: Plan, results: Mapping[str, dict]) -> str:
     rates = (
         f"the best of {len(plan.rates)} learning rates" if len(plan.rates) > 1 else f"rate {plan.rates[0]:g}"
     )
+    chosen = len(plan.rates) > 1 and not judged
     unit = unit[0].upper() + unit[1:]
-    return f"{unit} on {plan.subject} after {plan.steps} steps, each at {rates}: {said}. {caveat(results, judged)}"
+    return f"{unit} on {plan.subject} after {plan.steps} steps, each at {rates}: {said}. {caveat(results, chosen)}"
 
 
 def score_text(score: float, unit: str) -> str:
     return f"{score:.1%}" if unit == "accuracy" else f"{score:.3f}"
 
 
-def caveat(results: Mapping[str, dict], judged: bool) -> str:
+def caveat(results: Mapping[str, dict], chosen: bool) -> str:
     """What such scores do not show: seeds, what the rates were chosen on, and sizes where they differ."""
     sizes = {name: r["facts"]["parameters"] for name, r in results.items()}
     least, most = min(sizes.values()), max(sizes.values())
-    chosen = "" if judged else ", and the rates were chosen on the same held-out data"
-    text = f"One seed{chosen}: a small difference may turn with another seed."
+    also = ", and the rates were chosen on the same held-out data" if chosen else ""
+    text = f"One seed{also}: a small difference may turn with another seed."
     if most > 1.01 * least:
         text += f" Parameters: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}."
     return text
