@@ -1,25 +1,23 @@
-"""What a comparison is asked beside its grid: a dry run, a quick look, system prompts, positions, other samples."""
+"""What was typed wrong for train, convert, calibrate and doctor: refused at once; nothing is made, nothing lost."""
 
-import json
-import time
+import subprocess
+import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from regard.bench.asked import grid
-from regard.bench.cell import FULL, Bench, Cell
-from regard.bench.compare import compare, refuse_beyond
-from regard.bench.executor import InProcess
-from regard.bench.forecast import METHODS, Probe, forecast, seconds
-from regard.bench.spoken import Spoken
+import regard
 from regard.cli import app
-from regard.cli import console as consoles
-from regard.models.shipped import load_shipped
-from regard.testing.tokenizers import ChatTokenizer, WordTokenizer
+from regard.cli.doctor import family_names
+from regard.core.device import device_of
+from regard.models.names import MARKER, check_model
+from regard.models.shipped import SHIPPED
+from regard.testing.zoo import ZOO
+from regard.train import Plan
+from regard.train.suits import SUITS
+from regard.train.tasks import TASKS
 
-<<<<<<<< HEAD:tests/test_asked.py
-SMALL = ["compare", "--methods", "knorm", "--tasks", "needle", "--lengths", "96", "--budgets", "0.5"]
-========
 WRONG = {
     "convert lm --finetune lorra": "near names: lora",
     "convert lm --mechanism hedghog": "near names: hedgehog",
@@ -53,160 +51,110 @@ WRONG = {
     "train --mechanism halonet": "causal_self",
     "train --text FILE": "a text of one's own is for the task text",
 }
->>>>>>>> h2:tests/test_typed.py
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return load_shipped("lm")
+def invoke(words: str, out) -> Exception:
+    run = CliRunner().invoke(app, [*words.split(), "--out", str(out)])
+    assert isinstance(run.exception, ValueError | KeyError | TypeError), (run.exit_code, run.output)
+    return run.exception
 
 
-def asked(shipped, out, **options):
-    given = dict(tasks="needle", lengths=96, budgets=0.5, samples=2, timing=False, executor=InProcess())
-    return compare(shipped, "knorm", out=out, **{**given, **options})
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_word_is_refused_and_nothing_is_made(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert WRONG[words] in str(invoke(words, tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
 
 
-# A dry run
+@pytest.mark.parametrize("words", ["convert lm", "calibrate lm xattention --target mass:0.9", "train"])
+def test_a_folder_that_cannot_be_written_to_is_refused_and_kept(words, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("mine")
+    assert "the output is a folder" in str(invoke(words, tmp_path / "file"))
+    assert "can be written to" in str(invoke(words, tmp_path / "file" / "under"))
+    assert "holds=['note.txt']" in str(invoke(words, tmp_path / "mine"))
+    assert (tmp_path / "mine" / "note.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "mine", "note.txt"]
 
 
-def test_a_dry_run_measures_and_leaves_nothing(tmp_path):
-    said = CliRunner().invoke(app, [*SMALL, "--dry-run", "--json", "--out", str(tmp_path / "run")])
-    facts = json.loads(said.stdout)
-    assert (facts["cells"], facts["kept"]) == (4, 0) and facts["seconds"] > 0 and "memory" in facts
-    assert not (tmp_path / "run").exists()
+def test_a_wrong_word_imports_no_transformers():
+    code = """
+import sys
+from regard.cli import main
+sys.argv = ["regard", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    print(end.code, "transformers" in sys.modules)
+"""
+    for words in ("convert lm --mechanism hedghog", "train --width 63 --heads 2", "doctor llma"):
+        run = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
+        assert run.stdout.split() == ["2", "False"], (words, run.stderr)
 
 
-def test_a_dry_run_knows_what_was_measured(shipped, tmp_path):
-    asked(shipped, tmp_path / "run")
-    before = (tmp_path / "run" / "results.jsonl").read_bytes()
-    facts = compare(
-        shipped,
-        ["knorm", "h2o"],
-        "needle",
-        96,
-        0.5,
-        out=tmp_path / "run",
-        samples=2,
-        timing=False,
-        dry_run=True,
+# models
+
+
+def test_a_folder_without_weights_or_tokenizer_is_no_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for words in ("convert", "doctor"):
+        run = CliRunner().invoke(app, [words, str(tmp_path)])
+        assert "a model folder holds weights: *.safetensors" in str(run.exception)
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(ValueError, match=r"holds a tokenizer.*holds=\['config.json', 'model.safetensors'\]"):
+        check_model(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    check_model(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "regard.safetensors")
+    with pytest.raises(ValueError, match="holds weights"):
+        check_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / MARKER).write_text("{}")
+    with pytest.raises(ValueError, match=r"here is what a conversion learned, for .*read_converted"):
+        check_model(tmp_path)
+
+
+def test_doctor_takes_what_loads_a_model():
+    assert regard.doctor("lm").healthy and regard.doctor(SHIPPED["lm"]).reached
+    with pytest.raises(ValueError, match=r"a model of transformers, or its folder or name \(model='int'\)"):
+        regard.doctor(3)
+    with pytest.raises(ValueError, match="near names: lm"):
+        regard.doctor("lmm")
+
+
+def test_families_are_known_before_they_are_built():
+    assert sorted(family_names()) == sorted(ZOO)
+    run = CliRunner().invoke(app, ["doctor", "llma"])
+    assert "near names: llama" in str(run.exception)
+
+
+# devices and plans
+
+
+def test_a_device_is_there_or_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_of(name) for name in ("cuda", "cuda:1", "cpu", None)] == ["cuda", "cuda:1", "cpu", None]
+    with pytest.raises(ValueError, match=r"device='cuda:2', gpus=2"):
+        device_of("cuda:2")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("mps", "cuda:", "cuda:x", "gpu", "CUDA", ""):
+        with pytest.raises(ValueError, match="must hold"):
+            device_of(name)
+
+
+def test_a_run_computes_where_it_is_told(tmp_path, monkeypatch):
+    """Model, batches and the held-out data are on the device that was named: here one without numbers."""
+    monkeypatch.setattr("regard.train.run.device_of", lambda name: name)
+    small = dict(
+        steps=1, every=1, rates=(1e-2,), length=16, pairs=2, vocab=16, tested=4, batch=4, width=8, layers=1
     )
-    assert (facts["cells"], facts["kept"], facts["workers"]) == (3, 2, 1)
-    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
+    with pytest.raises(RuntimeError, match=r"item.. cannot be called on meta tensors"):
+        regard.train.train(Plan(**small), tmp_path, device="meta")
 
 
-def test_seconds_are_those_of_prompts_and_steps():
-    """Twice the tokens take four times as long: 3 samples of 400 tokens 16 s each, and 16 steps of 2 s."""
-    found = Probe(((100, 1.0), (200, 4.0)), step=0.5, batched=2.0)
-    assert found.prompt(400) == pytest.approx(16)
-    assert seconds(Cell(FULL, "needle", 400, samples=3), found) == pytest.approx(3 * 16 + 16 * 2)
-    assert seconds(Cell("h2o", "needle", 400, samples=3), found) == pytest.approx(METHODS * 80)
-    # batches of 8,192 tokens: two of them, each with steps of its own
-    assert seconds(Cell(FULL, "needle", 4096, samples=3), found) == pytest.approx(
-        3 * found.prompt(4096) + 2 * 16 * 2
-    )
-    timing = Cell("h2o", "perplexity", 100, samples=1, what="timing")
-    assert seconds(timing, found) == pytest.approx((1 + METHODS) * 2 * (1 + 16 * 0.5))
-    assert Probe(((100, 1.0), (100, 1.0)), 1, 1).prompt(300) == 3
-
-
-def test_cells_are_shared_by_workers(shipped):
-    cells = grid(["knorm"], ["needle"], [64], [0.5], 2, 0, None, None, timing=False)
-    one, two = (forecast(cells, cells, lambda: shipped, workers) for workers in (1, 4))
-    assert (one["workers"], two["workers"]) == (1, 2) and forecast(cells, [], lambda: shipped, 4)[
-        "seconds"
-    ] == 0
-
-
-# Other samples, other lengths
-
-
-def test_another_number_of_samples_is_a_run_of_its_own_in_the_same_folder(shipped, tmp_path):
-    first = asked(shipped, tmp_path / "run")
-    other = asked(shipped, tmp_path / "run", samples=3)
-    assert [len(r["samples"]) for r in other.rows] == [3, 3] and len(first.rows) == 2
-    again = asked(shipped, tmp_path / "run")
-    assert [r["key"] for r in again.rows] == [r["key"] for r in first.rows]
-    assert (tmp_path / "run" / "results.jsonl").read_text().count("\n") == 4  # nothing was measured twice
-
-
-def test_lengths_beyond_the_models_positions_are_refused(shipped, tmp_path):
-    with pytest.raises(ValueError, match=r"within the model's positions.*length=2049, positions=2048"):
-        asked(shipped, tmp_path / "run", lengths=[64, 2049])
-    assert not (tmp_path / "run").exists()
-    refuse_beyond([Cell(FULL, "needle", 2048)], shipped)
-    refuse_beyond(
-        [Cell(FULL, "needle", 4096)], (type("M", (), {"config": Endless(), "parameters": list})(), None)
-    )
-
-
-class Endless:
-    """A configuration that names no positions."""
-
-    def get_text_config(self):
-        return self
-
-
-# Prompts
-
-
-def test_a_system_prompt_begins_every_conversation():
-    tokenizer = ChatTokenizer()
-    spoken, asks = Spoken(tokenizer, "be brief"), [{"role": "user", "content": "one"}]
-    whole = [{"role": "system", "content": "be brief"}, *asks]
-    assert spoken.apply_chat_template(
-        asks, tokenize=False, add_generation_prompt=True
-    ) == tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=True)
-    assert (
-        spoken.apply_chat_template(whole[::1], tokenize=False, add_generation_prompt=True).count("be brief")
-        == 1
-    )
-    assert spoken.encode("one") == tokenizer.encode("one")
-    with pytest.raises(ValueError, match="a tokenizer with a chat template"):
-        Spoken(WordTokenizer(), "be brief")
-    bench = Bench(None, tokenizer)
-    plain, said = (
-        bench.samples(Cell(FULL, "needle", 90, samples=1, chat=True, system=s)) for s in (None, "be brief")
-    )
-    assert "be brief" in tokenizer.decode(said[0].prompt) and "be brief" not in tokenizer.decode(
-        plain[0].prompt
-    )
-    keys = {Cell(FULL, "needle", 90, system=s).key for s in (None, "be brief", "be kind")}
-    assert len(keys) == 3
-
-
-def test_the_report_says_how_questions_were_asked(shipped, tmp_path):
-    assert asked(shipped, tmp_path / "run").run["prompts"] == "asked in: plain text"
-
-
-# The command
-
-
-def test_a_quick_look_fills_in_what_is_not_said(tmp_path):
-    words = [
-        "compare",
-        "--methods",
-        "knorm",
-        "--quick",
-        "--dry-run",
-        "--json",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    cells = lambda *more: json.loads(CliRunner().invoke(app, [*words, *more]).stdout)["cells"]  # noqa: E731
-    tasks = len(grid(["knorm"], None, [256], [0.25], 8, 0, None, None, timing=False))
-    assert cells() == tasks and cells("--lengths", "64,96") == 2 * tasks and cells("--tasks", "needle") == 2
-
-
-def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
-    row = {"label": "h2o", "budget": 0.5, "task": "needle", "length": 96, "status": "ok", "error": ""}
-    now = iter([0.0, 10.0, 40.0, 40.0, 50.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    said = []
-    shown = consoles.watching(False)
-    with shown as step:
-        monkeypatch.setattr(shown, "say", said.append)
-        step(None, 4, 10)
-        step(row, 5, 10)
-        step(row, 6, 10)  # two in 40 s: four more take 80 s
-        step(row, 7, 10)
-    assert said == ["6 of 10 done, about 80 s left"]
+def test_settings_of_what_is_in_no_layer_are_refused():
+    with pytest.raises(KeyError, match=r"no mechanism of this run is called 'gla'; known: softmax"):
+        Plan(settings={"gla": {"chunk": 8}})
+    assert sorted(SUITS) == sorted(TASKS)
