@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tests.golden import unpacked
 from typer.testing import CliRunner
 
 from regard.cli import app
@@ -62,8 +63,9 @@ def test_runs_side_by_side_are_what_each_is_alone_and_go_on(tmp_path):
 def test_the_report_has_a_curve_for_each_run_and_leads_to_its_own(tmp_path):
     found = train_several(plans(), tmp_path)
     page = (tmp_path / "report.html").read_text()
-    data = json.loads(page.split('id="report-data">')[1].split("</script>")[0])
-    for figure in data["figures"].values():
+    figures = unpacked(page, "figures")
+    assert sorted(figures) == ["loss", "score"]
+    for figure in figures.values():
         assert sorted(line["name"] for line in figure["data"]) == sorted(NAMES)
         assert all(line["x"] == [2, 4] for line in figure["data"])  # of the best rate alone
     for folder in ("softmax", "linear_attention-eps=0.1", "linear_attention"):
