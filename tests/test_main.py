@@ -112,3 +112,24 @@ assert "transformers" not in sys.modules
 
 def test_help_names_and_wrong_words_wait_for_no_torch():
     subprocess.run([sys.executable, "-c", LIGHT], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_claim_is_told_in_words():
+    from regard.cli.measure import claim_text
+
+    row = {
+        "name": "gam",
+        "model": "lm",
+        "verdict": "holds",
+        "seconds": 12.4,
+        "bound": "less",
+        "note": "absent",
+    }
+    found = {"loss": {"full": 0.00621, "gam": 2.3975}, "head": [3, 4]}
+    assert claim_text({**row, "measured": found}) == [
+        "gam on lm: holds, 12 s",
+        "bound     less",
+        "measured  loss (full 0.00621, gam 2.4), head [3, 4]",
+    ]
+    head, _, last = claim_text({**row, "model": None, "seconds": None, "measured": {}})
+    assert (head, last) == ("gam: holds", "measured  absent")

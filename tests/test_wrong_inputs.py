@@ -48,6 +48,7 @@ WORDS = {
 VALUES = {
     "compare --device cuda": "a GPU of this number is there, as torch finds them (device='cuda', gpus=0)",
     "compare --budgets 2.5": "a fractional budget lies in (0, 1] (budget=2.5)",
+    "compare --budgets ,": "there is at least one budget",
     "compare --budgets 10x": 'a byte budget reads like "64MB"',
     "compare --lengths 256,-1": "lengths are whole numbers, at least 2 tokens",
     "compare --lengths 1": "lengths are whole numbers, at least 2 tokens",

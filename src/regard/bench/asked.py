@@ -32,6 +32,7 @@ def grid(
     budgets = tuple(parse_budget(budget) for budget in (BUDGETS if budgets is None else listed(budgets)))
     lengths = tuple(LENGTHS if lengths is None else listed(lengths))
     sizes = sizes_of(task_names(tasks), lengths, samples)
+    require(budgets, "there is at least one budget", budgets=budgets)
     chosen = [parsed(m) for m in (catalog.list_methods(kind="cache") if methods is None else specs(methods))]
     require(chosen, "methods names at least one", methods=methods)
     read: dict[str, Any] = dict(seed=seed, text=None if text is None else str(text))

@@ -1,9 +1,10 @@
 """regard claims, regard bench."""
 
-import json
 from typing import Annotated
 
 import typer
+from rich.padding import Padding
+from rich.text import Text
 
 from regard.cli.console import Json, app, err, if_stopped, out, say_json
 from regard.core.spec import split_list
@@ -49,19 +50,25 @@ def claims(
 
 
 def say_claims(rows: list[dict], as_json: bool) -> None:
-    """A line for each claim and model; of one that was not measured, why."""
-    from regard.report import table
-
+    """Of each claim and model the verdict, the bound and what was measured, in words; or why it was not."""
     if as_json:
         say_json(rows)
         return
-    shown = [
-        {"model": "", "seconds": "", **r, "measured": json.dumps(r["measured"], default=str)}
-        if r["measured"]
-        else {"model": "", "seconds": "", **r, "measured": r["note"]}
-        for r in rows
-    ]
-    out.print(table(shown, ["name", "model", "verdict", "seconds", "bound", "measured"]))
+    for row in rows:
+        for indent, text in enumerate(claim_text(row)):
+            shown = Text(text, style="" if indent else "bold")
+            out.print(Padding(shown, (0, 0, 0, 4 * bool(indent))), highlight=False)
+
+
+def claim_text(row: dict) -> list[str]:
+    """Lines on a claim: its name and verdict, its bound, what was measured or why nothing was."""
+    from regard.cli.page_words import TIED, measured
+
+    on, took = row.get("model") or "", row.get("seconds")
+    head = f"{row['name']}{f' on {on}' if on else ''}: {row['verdict']}"
+    head += f", {took:.0f} s" if isinstance(took, int | float) else ""
+    found = measured(row["measured"]).replace(TIED, " ") if row["measured"] else row["note"]
+    return [head, f"bound     {row['bound']}", f"measured  {found}"]
 
 
 @app.command()
