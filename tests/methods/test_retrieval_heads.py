@@ -77,10 +77,11 @@ def test_induction_and_echo_are_mass_on_earlier_copies(model):
 def test_induction_heads_are_measured_once_and_again_when_weights_change(model):
     result = heads.induction_heads(model)
     assert sorted(result) == [(layer, group) for layer in range(3) for group in range(2)]
-    assert heads.induction_heads(model) is result
+    measured = heads.measured(model)
+    assert heads.induction_heads(model) == result and heads.measured(model) is measured
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.mul_(0.5)
-    assert heads.induction_heads(model) is not result
+    assert heads.measured(model) is not measured
 
 
 def test_random_ids_have_no_role():
