@@ -37,12 +37,13 @@ VARIANTS = {"T": (5, 1, 32), "B": (7, 1, 16), "S": (5, 8, 16), "L": (7, 8, 16)}
 
 @dataclass(frozen=True)
 class Config:
+    # what None stands for below; B and L have the wider kernel, S and L convolve 8 channels together
     variant: Literal["T", "B", "S", "L"] = "B"
     kernel: int | None = None  # odd; None here and below: the variant's
     groups: int | None = None  # of the convolution
     norm_groups: int | None = None  # None: no more than there are channels
     shared: bool = True  # whether rows and columns have one convolution and one norm
-    eps: float = 1e-5
+    eps: float = 1e-5  # added to the variance of a group of channels
 
     def __post_init__(self) -> None:
         require(self.variant in VARIANTS, f"variant is one of {tuple(VARIANTS)}", variant=self.variant)

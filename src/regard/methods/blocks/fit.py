@@ -49,11 +49,11 @@ from regard.ops.prenorm import (
 class Config:
     group: int = 16  # n, the last group may be shorter
     latents: int = 4  # m
-    rounds: int = 1
-    local_layers: int = 1
+    rounds: int = 1  # times local layers, reading, global layers and writing follow each other
+    local_layers: int = 1  # of a round, each inside the groups; 0: none
     global_layers: int = 1  # 0: nothing is read or written either
-    causal: bool = False
-    expand: int = 4
+    causal: bool = False  # FITAR: tokens see none after them, latents no later groups
+    expand: int = 4  # width of the MLPs' middle, in widths of the layer
     eps: float = 1e-6  # of the norms
 
     def __post_init__(self) -> None:

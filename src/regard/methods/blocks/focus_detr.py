@@ -58,13 +58,13 @@ class Config:
     keep: float = 0.5  # of the tokens, in a layer whose step of the cascade is 1
     # drawn out over the layers, if they are not as many
     cascade: tuple[float, ...] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)
-    layer: int = 0
-    layers: int = 1
+    layer: int = 0  # number of this one, from 0: where it stands in the cascade
+    layers: int = 1  # of the encoder, over which the cascade is drawn out
     objects: int = 300  # k
-    levels: int = 4
-    classes: int = 80
+    levels: int = 4  # that are scored, the image's own included; each has half the sides of the one before
+    classes: int = 80  # c, kinds of objects that C tells apart
     expand: int = 4  # width of the last MLP's middle, in widths of the layer
-    eps: float = 1e-5
+    eps: float = 1e-5  # added to the variance in the norms
 
     def __post_init__(self) -> None:
         require(0 <= self.layer < self.layers, "0 <= layer < layers", layer=self.layer, layers=self.layers)

@@ -33,10 +33,10 @@ from regard.ops import at_least_float32, exact, for_products, initial, rounded
 
 @dataclass(frozen=True)
 class Config:
-    slots: int = 512
-    kernel: int = 3
+    slots: int = 512  # rows of the bank M; more store more
+    kernel: int = 3  # tokens of the convolution, the token itself included
     expand: int = 4  # width of the FFN's middle, in widths of the layer
-    eps: float = 1e-5
+    eps: float = 1e-5  # added to the variance in the norms
 
     def __post_init__(self) -> None:
         smallest = min(self.slots, self.kernel, self.expand)

@@ -54,12 +54,12 @@ MATRICES = ("qkv", "out", "up", "down")
 @dataclass(frozen=True)
 class Config:
     tokens: float = 0.5  # share that is kept, here and below; rounded down, one at least
-    heads: float = 0.75
+    heads: float = 0.75  # share that is kept, rounded down, one at least
     weights: float = 0.5  # of each matrix, those of attention by head
     temperature: float = 1.0  # of masks that are soft
-    hard: bool = False
+    hard: bool = False  # whether masks are 0 or 1, and what is left out is not computed
     expand: int = 2  # width of the MLP's middle, in widths of the layer
-    eps: float = 1e-5
+    eps: float = 1e-5  # added to the variance in the norms
 
     def __post_init__(self) -> None:
         for name in ("tokens", "heads", "weights"):

@@ -35,8 +35,8 @@ from regard.ops.lightning import DECAYS, layer_decay, waves_moved, with_waves
 @dataclass(frozen=True)
 class Config:
     decay: Literal["paper", "slopes"] = "paper"  # or "slopes", that of the released models
-    layer: int = 0
-    layers: int = 1
+    layer: int = 0  # l, from 0; higher ones forget more slowly, and 0 alone has LRPE
+    layers: int = 1  # L, of the model
     # of the SGLU; None: 7/3 of the width, 12·C² weights a layer as in a usual transformer
     units: int | None = None
     eps: float = 1e-6  # of the norms, beside the mean square

@@ -43,7 +43,7 @@ from regard.ops.precision import as_written
 class Config:
     branches: int = 4  # K: the token itself, and pools at distances 1 .. K - 1
     expand: int = 4  # width of the MLP's middle, in widths of the layer
-    eps: float = 1e-6
+    eps: float = 1e-6  # added to the variance in the norms
 
     def __post_init__(self) -> None:
         require(min(self.branches, self.expand) >= 1, "branches and expand are at least 1", cfg=self)

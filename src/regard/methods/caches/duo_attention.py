@@ -26,7 +26,8 @@ class Config:
     heads: tuple[tuple[int, int], ...] | None = None
     # mean tokens per head; None: retrieval heads all, streaming heads sinks + window
     budget: Budget | int | float | str | None = None
-    sinks: int = 64
+    sinks: int = 64  # s, first tokens that a streaming head holds
+    # w, last tokens of a streaming head; with a budget, what it leaves them beside the sinks
     window: int = 256
     retrieval: float = 0.5  # share of KV heads that hold all
 

@@ -22,6 +22,7 @@ from regard.ops import View
 
 @dataclass(frozen=True)
 class Config:
+    # tokens of the text between two cuts; larger: fewer cuts, and up to so many tokens more in between
     n: int = 512
     prompt: bool = True  # whether the end of a prompt is a cut too; False: multiples of n alone
 

@@ -41,8 +41,8 @@ class Config:
     # all that is read, in the proportions below; None: as they are. One that has no room for a block reads none
     budget: Budget | int | float | str | None = None
     init: int = 128  # first tokens
-    local: int = 4096
-    block: int = 128
+    local: int = 4096  # l, latest tokens, all read; so many queries after a token tell what it was asked
+    block: int = 128  # tokens of a block
     blocks: int = 16  # that are read
     representatives: int = 4  # tokens that stand for a block
 

@@ -25,8 +25,8 @@ BITS, MASK = 0xFFFFFFFF, 0x7FFFFF
 class Config:
     budget: Budget | int | float | str | None = None  # recent and key tokens together; None: 0.6
     recent: float = 0.3  # share of the budget for the most recent tokens
-    tau_init: float = 1.0
-    tau_end: float = 2.0
+    tau_init: float = 1.0  # τ_init, of a prompt; larger evens the weights out
+    tau_end: float = 2.0  # τ_end, reached after `steps` steps of decoding, and kept
     steps: int = 100  # T, of decoding, over which the temperature rises
     seed: int = 0  # of the noise
 

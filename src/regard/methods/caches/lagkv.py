@@ -26,7 +26,7 @@ from regard.ops.texts import at_places, slots_by_place
 @dataclass(frozen=True)
 class Config:
     budget: Budget | int | float | str | None = None  # of the whole text; None: half of it
-    sinks: int = 16
+    sinks: int = 16  # S, first tokens, which stay
     lag: int = 128  # tokens of a part
 
     def __post_init__(self) -> None:

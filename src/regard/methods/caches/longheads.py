@@ -28,7 +28,7 @@ from regard.ops.softmax import at_least_float32, lower_right, masked_softmax, ro
 
 @dataclass(frozen=True)
 class Config:
-    chunk: int = 256
+    chunk: int = 256  # w, tokens of a chunk; a small budget shrinks it
     chunks: int = 16  # that a query reads: the first, the last two, the best of the rest
     budget: Budget | int | float | str | None = None  # tokens that a query reads; None: chunks · chunk
     trained: int | None = None  # queries before this position read everything; None: the budget

@@ -21,7 +21,7 @@ from regard.ops.codec import Codec, Parts, marked_bits, unpacked_bits
 @dataclass(frozen=True)
 class Config:
     keys: float = 0.5  # share of the numbers of a key that is left out
-    values: float = 0.5
+    values: float = 0.5  # share of the numbers of a value that is left out
     window: int = 32  # newest tokens that are stored whole
 
     def __post_init__(self) -> None:

@@ -28,10 +28,11 @@ class Config:
     # (layer, KV head), best first; None: measured when attached
     heads: tuple[tuple[int, int], ...] | None = None
     budget: Budget | int | float | str | None = None  # mean tokens per head; None: the paper's rule
-    sinks: int = 4
+    sinks: int = 4  # s, first tokens that every head holds
+    # w, last tokens that other heads hold, or N/5 where that is more; with a budget, what it leaves them
     window: int = 4000
     retrieval: float = 0.15  # share of KV heads that keep everything
-    compensate: bool = True
+    compensate: bool = True  # whether one token, the mean of those dropped, stands in their place
 
     def __post_init__(self) -> None:
         require(0 <= self.retrieval <= 1, "0 <= retrieval <= 1", retrieval=self.retrieval)

@@ -21,7 +21,7 @@ from regard.ops import Budget, View, by_row, slots_of, top_slots
 @dataclass(frozen=True)
 class Config:
     budget: Budget | int | float | str | None = None  # K; None: k
-    k: int = 4096
+    k: int = 4096  # K, keys per KV head that steps between full ones read, beside the tokens since
     stride: int = 50  # S: one step in so many is full; 1: all are
     similarity: float | None = None  # dynamic variant: a step is full when the cosine falls below
 

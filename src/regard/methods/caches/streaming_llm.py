@@ -26,8 +26,8 @@ from regard.ops import Budget, Kept, View, slots_of
 
 @dataclass(frozen=True)
 class Config:
-    sinks: int = 4
-    window: int = 512
+    sinks: int = 4  # s, first tokens, which stay
+    window: int = 512  # w, last tokens, the newest included; with a budget, what it leaves beside the sinks
     budget: Budget | int | float | str | None = None  # all tokens, sinks included; None: sinks + window
     positions: Literal["slot", "text"] = "slot"  # or "text": leave positions as they are in the text
 

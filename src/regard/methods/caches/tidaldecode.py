@@ -20,7 +20,7 @@ from regard.ops import Budget, View, top_slots
 @dataclass(frozen=True)
 class Config:
     budget: Budget | int | float | str | None = None  # keys per head that sparse layers read; None: k
-    k: int = 256
+    k: int = 256  # keys per query head that sparse layers read
     full: int = 2  # layers before the first selecting one
     select: tuple[int, ...] = (2, 13)  # selecting layers; those beyond the model's depth do nothing
 

@@ -29,9 +29,9 @@ from regard.ops import Budget, View, by_row, slots_of, top_slots
 class Config:
     # init + local + k together, in their proportion; None: as they are
     budget: Budget | int | float | str | None = None
-    init: int = 128
-    local: int = 512
-    k: int = 2048
+    init: int = 128  # n_init, first tokens, always read
+    local: int = 512  # n_local, last tokens, always read
+    k: int = 2048  # tokens in between that the vote chooses, the same for all heads
     reuse: float | None = 0.9  # None: select at every step
     vote: Literal["soft", "raw"] = "soft"  # or "raw": sum the scores of the heads as they are
 

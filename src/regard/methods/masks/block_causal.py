@@ -24,7 +24,7 @@ from regard.kinds.mask import MaskPage
 
 @dataclass(frozen=True)
 class Config:
-    block: int = 16
+    block: int = 16  # tokens of a block; 1: the causal mask
 
     def __post_init__(self) -> None:
         require(self.block >= 1, "block >= 1", block=self.block)

@@ -32,7 +32,7 @@ class Config:
     beta: tuple[float, ...] = (0.0,)  # share of the length, likewise
     length: int = 4096  # of the text that the spans are for
     sinks: int = 64  # tokens
-    block: int = 64
+    block: int = 64  # tokens of a block; spans are rounded up to whole blocks
 
     def __post_init__(self) -> None:
         require(

@@ -28,7 +28,7 @@ from regard.kinds.mask import MaskPage
 class Config:
     local: int = 5  # blocks, the token's own included
     sinks: int = 1  # blocks
-    block: int = 256
+    block: int = 256  # tokens of a block
 
     def __post_init__(self) -> None:
         require(

@@ -22,7 +22,7 @@ from regard.kinds.mask import MaskPage
 
 @dataclass(frozen=True)
 class Config:
-    prefix: int = 128
+    prefix: int = 128  # tokens of the prompt, which all tokens see; 0: the causal mask
 
     def __post_init__(self) -> None:
         require(self.prefix >= 0, "prefix >= 0", prefix=self.prefix)

@@ -26,12 +26,12 @@ from regard.kinds.mask import MaskPage
 
 @dataclass(frozen=True)
 class Config:
-    heads: int = 32
-    kv_heads: int = 8
+    heads: int = 32  # query heads of a layer
+    kv_heads: int = 8  # of a layer; the query heads of one share a shard
     stride: int = 8  # blocks
     local: int = 16  # blocks, the token's own included
-    block: int = 64
-    offset: int = 0
+    block: int = 64  # tokens of a block
+    offset: int = 0  # blocks by which all shards move; 1 as in the ports to Phi-3-small and vLLM
 
     def __post_init__(self) -> None:
         least = min(self.kv_heads, self.stride, self.local, self.block)

@@ -27,10 +27,10 @@ from regard.kinds.mask import MaskPage
 
 @dataclass(frozen=True)
 class Config:
-    heads: int = 32
+    heads: int = 32  # query heads of a layer
     group: int = 2048  # a quarter of the longer text
     returned: float = 0.5  # share of the shifted heads
-    sinks: int = 4
+    sinks: int = 4  # first tokens, which every group sees
 
     def __post_init__(self) -> None:
         require(self.heads >= 1 and self.group >= 1, "heads, group >= 1", heads=self.heads, group=self.group)

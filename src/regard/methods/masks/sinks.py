@@ -19,8 +19,8 @@ from regard.kinds.mask import MaskPage
 
 @dataclass(frozen=True)
 class Config:
-    sinks: int = 4
-    window: int = 2000
+    sinks: int = 4  # first tokens, always seen; 0: the window alone
+    window: int = 2000  # last tokens, the token itself included
 
     def __post_init__(self) -> None:
         require(

@@ -21,8 +21,8 @@ from regard.kinds.mask import MaskPage
 
 @dataclass(frozen=True)
 class Config:
-    window: int = 4096
-    ahead: int = 0
+    window: int = 4096  # keys that a token sees, itself included
+    ahead: int = 0  # of these, the keys after the token; 0: the causal window
 
     def __post_init__(self) -> None:
         require(0 <= self.ahead < self.window, "0 <= ahead < window", ahead=self.ahead, window=self.window)

@@ -37,6 +37,7 @@ GATES = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
 
 @dataclass(frozen=True)
 class Config:
+    # tanh: gates of -1 to 1; sigmoid: of 0 to 1; relu: of 0 and more
     gate: Literal["tanh", "sigmoid", "relu"] = "tanh"
     scale: float | None = None  # None: D ** -0.5
 

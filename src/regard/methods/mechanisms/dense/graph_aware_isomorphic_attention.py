@@ -51,7 +51,7 @@ NO_VALUE = "a query of another text has no value of its own beside those that it
 class Config:
     expand: int = 2  # width of the MLP's middle, in widths of a value; 0: no MLP
     eps: float | None = None  # None: learned for each head, from 0
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # added to the mean square in the MLP's norm
 
     def __post_init__(self) -> None:
         require(self.expand >= 0, "expand >= 0", expand=self.expand)

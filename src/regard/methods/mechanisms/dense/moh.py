@@ -41,6 +41,7 @@ from regard.ops.chosen import attend_chosen
 class Config:
     active: float = 0.75  # share of the heads that answer a token, shared ones included
     shared: float = 0.5  # share of the heads that answer every token: the first ones
+    # or "norms": nothing is learned, a token takes the heads of its longest queries
     router: Literal["learned", "norms"] = "learned"
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ ONE_WAY = "the axis is depth: a sublayer reads outputs of sublayers before it, a
 @dataclass(frozen=True)
 class Config:
     block: int = 1  # sublayers whose outputs are summed; 1: none are (full attention residuals)
-    eps: float = 1e-5
+    eps: float = 1e-5  # added to the mean square of a key, in its norm
 
     def __post_init__(self) -> None:
         require(self.block >= 1, "block >= 1", block=self.block)

@@ -44,8 +44,8 @@ class Config:
     window: int | None = 7  # w, on each axis; None: the whole image
     roles: Literal["paper", "code"] = "paper"  # code: A = softmax(Kᵀ V / √D), o = (A Qᵀ)ᵀ
     scale: Literal["width", "places"] = "width"  # of channels: D ** -0.5; or N ** -0.5, as Florence-2 has it
-    layer: int = 0
-    layers: int = 1
+    layer: int = 0  # from 0; by turns, even ones read windows and odd ones channels
+    layers: int = 1  # of the model; bounds `layer`, changes nothing else
 
     def __post_init__(self) -> None:
         for name, values in (("attention", ("alternate", *TURNS)), ("roles", ("paper", "code")),

@@ -42,7 +42,7 @@ class Config:
     window: PerAxis = 7  # w, the place itself included
     dilation: PerAxis = 1  # d
     stride: PerAxis = 1  # s
-    causal: bool | tuple[bool, ...] = False
+    causal: bool | tuple[bool, ...] = False  # whether a place reads none after it on the axis
     scale: float | None = None  # None: D ** -0.5
 
     def __post_init__(self) -> None:

@@ -42,9 +42,9 @@ from regard.ops.grid import as_image
 
 @dataclass(frozen=True)
 class Config:
-    iterations: int = 3
+    iterations: int = 3  # times that the slots ask the places and are updated; 0: they stay as they are
     kernel: int = 5  # places on a side of ψ; 0: none, which is Slot Attention
-    points: bool = False
+    points: bool = False  # whether a place in the image is read off each slot, and encoded back into it
     eps: float = 1e-8  # of the weights, before they are divided by their sum over places
     scale: float | None = None  # None: D ** -0.5
 

@@ -37,7 +37,7 @@ OWN_TEXT = "own text: as many queries as keys"
 
 @dataclass(frozen=True)
 class Config:
-    eps: float = 1e-6
+    eps: float = 1e-6  # added to both factors of I, O, Î, Ô, so that no flow is zero
     clamp: float | None = 1.0  # of Ô; None: not clamped
     chunk: int = 64  # changes the speed, never the result
 

@@ -45,7 +45,7 @@ class Config:
     length: int = 1024  # the unit of distance: the window forgets slow channels to 1/100 at 1.5 of it
     floor: float = 0.05  # added to the window at every distance
     bands: int = 1  # sines and cosines of the distance
-    hidden: int = 16
+    hidden: int = 16  # width of the filter's MLP between its layers; as many sines
     layers: int = 3  # with a sine after each; one linear map follows
 
     def __post_init__(self) -> None:

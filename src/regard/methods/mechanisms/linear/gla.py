@@ -31,7 +31,7 @@ from regard.ops.linear import Form, undecayed
 
 @dataclass(frozen=True)
 class Config:
-    rank: int = 16
+    rank: int = 16  # of W₁ W₂: the numbers of a token that decide its gates
     tau: float = 16.0  # larger forgets more slowly; infinity: never
     chunk: int = 64  # changes the speed, never the result
 

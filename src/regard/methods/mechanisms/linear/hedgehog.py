@@ -49,7 +49,7 @@ class Config:
     )
     width: int | None = None  # F; None: as wide as the keys
     limit: float = 20.0  # with "exp", |xW| of a key counts as at most this, so that sums stay finite
-    eps: float = 1e-12
+    eps: float = 1e-12  # added to the denominator
     chunk: int = 64  # changes the speed, never the result
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ class Config:
     width: int | None = None  # features each way; None: as wide as the keys
     slowness: float = 16.0  # the gate's logarithm is divided by it, as in gated linear attention
     bias: float = 5.0  # where the gate begins: a half-life of 1,650 tokens
-    eps: float = 1e-12
+    eps: float = 1e-12  # added to the denominator
     chunk: int = 64  # changes the speed, never the result
 
     def __post_init__(self) -> None:

@@ -39,8 +39,8 @@ from regard.ops.lightning import DECAYS, layer_decay
 class Config:
     # or "slopes", that of the released models, or "none", the kernel without decay
     decay: Literal["paper", "slopes", "none"] = "paper"
-    layer: int = 0
-    layers: int = 1
+    layer: int = 0  # l, from 0; higher ones forget more slowly
+    layers: int = 1  # L, of the model
     chunk: int = 64  # changes the speed, never the result
 
     def __post_init__(self) -> None:

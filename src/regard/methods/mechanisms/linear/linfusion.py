@@ -33,7 +33,7 @@ from regard.ops import Form, at_least_float32, elu_plus_one, exact, heads_of, qu
 class Config:
     correct: bool = True  # whether queries and keys get a learned correction of the layer's input
     hidden: int | None = None  # width of the correction; None: the layer's
-    eps: float = 1e-4
+    eps: float = 1e-4  # added to the denominator
     chunk: int = 64  # changes the speed, never the result
 
     def __post_init__(self) -> None:
