@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import regard
 from regard import catalog
+from regard.bench import asked as asking
 from regard.bench import compare as comparing
 from regard.bench.compare import compare
 from regard.bench.executor import InProcess, guarded
@@ -324,7 +325,8 @@ def test_a_failed_cell_is_tried_again_and_the_status_is_one(tmp_path, monkeypatc
     assert said.startswith(
         "2 of 2 cells failed; the first, full on needle at length 4: failed: ValueError: must hold"
     )
-    cells = grid(["streaming_llm"], ["needle"], [96], [0.5], 1, 0, None, None, timing=False)
+    cells = asking.grid(["streaming_llm"], ["needle"], [96], [0.5], 1, 0, None, None, timing=False)
+    cells = comparing.with_revisions(cells, None)
     folder = Folder(tmp_path / "out")
     folder.open(comparing.header("the shipped model 'lm'", cells))
     for cell in cells:
@@ -414,4 +416,15 @@ def test_a_run_grows(tmp_path):
     ]
     assert {r["key"] for r in first.rows} < {r["key"] for r in both.rows}
     with pytest.raises(ValueError, match="of the same run"):
-        compare(None, ["knorm"], lengths=[96], **{**asked, "samples": 2})
+        compare(None, ["knorm"], lengths=[96], **asked, seed=1)
+
+
+def test_a_run_that_grows_over_another_text_is_of_the_new_one_alone(tmp_path, shipped):
+    text = tmp_path / "text.txt"
+    text.write_text(held_out().text[:20_000])
+    small(tmp_path / "out", shipped, task="perplexity", text=text)
+    text.write_text(held_out().text[20_000:40_000])
+    found = small(tmp_path / "out", shipped, task="perplexity", text=text, method="knorm")
+    assert [r["label"] for r in found.rows] == ["full", "knorm"]
+    grown = small(tmp_path / "out", shipped, task="perplexity", text=text)
+    assert [r["label"] for r in grown.rows] == ["full", "knorm", "streaming_llm"]

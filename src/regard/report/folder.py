@@ -16,6 +16,7 @@ from regard.core import require
 from regard.report.floor import FLOOR
 
 PART = ".regard.part"  # where a folder's files are written until they are whole
+READ = ("text", "model", "dtype", "versions")  # what all cells of a run have in common of its content
 BEGUN = (PART, "run.json.part")  # what a start leaves that was killed before the folder was a run's
 
 
@@ -48,7 +49,7 @@ class Folder:
         writable(self.path)
         # the same command over a text or a model whose content is another asks for other cells
         if old.get("cells") != header.get("cells"):
-            anew = differences(old["settings"], header["settings"], grows)
+            anew = differences(old["settings"], header["settings"], grows) or other_content(old, header)
             write_whole(
                 header_file, json.dumps({**old, **joined(old, header, () if anew else grows)}, indent=1)
             )
@@ -126,6 +127,12 @@ def differences(old: Mapping, new: Mapping, grows: Sequence[str] = ()) -> dict[s
     """Name -> (old, new) of the settings that are not the same, but for those that may grow."""
     names = sorted({*old, *new} - set(grows))
     return {k: (old.get(k), new.get(k)) for k in names if old.get(k) != new.get(k)}
+
+
+def other_content(old: Mapping, new: Mapping) -> bool:
+    """Whether a run reads something else than before under the same name, or under other versions."""
+    before, now = old.get("content") or {}, new.get("content") or {}
+    return any(before.get(k) != now.get(k) for k in {*READ} | (before.keys() & now.keys()))
 
 
 def joined(old: Mapping, new: Mapping, grows: Sequence[str]) -> dict[str, Any]:
