@@ -37,10 +37,16 @@ MIXED = ("falconh1", "gemma3n")
 
 
 def small(page: CachePage, **settings: Any) -> Mapping[str, Any]:
-    """Settings under which a page acts on twenty tokens: its own, or a budget of 8 and small numbers."""
-    if page.test_settings:
-        return {**page.test_settings[0], **settings}
-    default = (page if not overlays(page) else catalog.get(page.over)).config()
+    """Settings under which a page acts on twenty tokens: its own, or a budget of 8 and small numbers.
+
+    Of a page that is laid over another these are that one's, with its own beside.
+    """
+    own = page.test_settings[0] if page.test_settings else {}
+    if overlays(page) and page.over:
+        return {**small(catalog.get(page.over), **settings), **own}
+    if own:
+        return {**own, **settings}
+    default = page.config()
     numbers = {
         f.name: 3
         for f in fields(default)
