@@ -25,9 +25,9 @@ def shipped():
     return load_shipped("lm")
 
 
-def asked(shipped, out, **options):
+def asked(shipped, out, methods="knorm", **options):
     given = dict(tasks="needle", lengths=96, budgets=0.5, samples=2, timing=False, executor=InProcess())
-    return compare(shipped, "knorm", out=out, **{**given, **options})
+    return compare(shipped, methods, out=out, **{**given, **options})
 
 
 # A dry run
@@ -86,11 +86,11 @@ def test_cells_are_shared_by_workers(shipped):
 
 def test_another_number_of_samples_is_a_run_of_its_own_in_the_same_folder(shipped, tmp_path):
     first = asked(shipped, tmp_path / "run")
-    other = asked(shipped, tmp_path / "run", samples=3)
-    assert [len(r["samples"]) for r in other.rows] == [3, 3] and len(first.rows) == 2
+    other = asked(shipped, tmp_path / "run", ["knorm", "tova"], samples=3)
+    assert [len(r["samples"]) for r in other.rows] == [3, 3, 3] and len(first.rows) == 2
     again = asked(shipped, tmp_path / "run")
     assert [r["key"] for r in again.rows] == [r["key"] for r in first.rows]
-    assert (tmp_path / "run" / "results.jsonl").read_text().count("\n") == 4  # nothing was measured twice
+    assert (tmp_path / "run" / "results.jsonl").read_text().count("\n") == 5  # nothing was measured twice
 
 
 def test_lengths_beyond_the_models_positions_are_refused(shipped, tmp_path):

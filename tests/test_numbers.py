@@ -155,12 +155,12 @@ def test_steps_beyond_an_answer_are_not_counted():
 
 
 def test_an_answer_is_found_by_a_regex_or_as_the_likeliest_choice():
-    free, choice = asking([0] * 3, pattern="c.e$"), asking([2, 2, 2], counted=1, choices=(1, 2), chance=0.5)
+    free, choice = asking([0] * 3, pattern=".e$"), asking([2, 2, 2], counted=1, choices=(1, 2), chance=0.5)
     said = ones([[2, 0, 4], [0, 1, 1]], 6)
     said.logits[1, 0] = torch.tensor([0.5, 0.1, 0.3, 0.1, 0.0, 0.0])
     row = quality("exact", [free, choice], [said], [said], Letters())
     assert [s["score"] for s in row["samples"]] == [1, 1] and row["chance"] == 0.25
-    assert [s["answer"] for s in row["samples"]] == ["c.e$", "c"]
+    assert [s["answer"] for s in row["samples"]] == [".e$", "c"]
     assert row["samples"][0]["generated"] == "cae"
     said.logits[1, 0, 1] = 0.4
     row = quality("exact", [free, choice], [said], [said], Letters())

@@ -13,8 +13,8 @@ from tests.golden import Page, golden
 from tests.test_report import BUDGETS, HOSTILE, LENGTHS, TASKS, browse, fake_cell, fake_result, one, printed
 
 import regard
+from regard.bench.asked import parsed
 from regard.bench.cell import Bench, Cell
-from regard.bench.compare import parsed
 from regard.bench.told import told
 from regard.report import Result, to_html, to_markdown
 from regard.report.applied import advice, lines
