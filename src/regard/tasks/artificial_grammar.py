@@ -29,7 +29,7 @@ INTRO = "\nThese strings of letters follow the same rules: "
 
 @dataclass(frozen=True)
 class Config:
-    examples: int = 15
+    examples: int = 15  # strings that are shown, all of which follow the rules
     states: int = 6  # of the automaton
     thinking: int = 0  # tokens written before the answer; 0: answered at once
 

@@ -20,6 +20,7 @@ from regard.tasks.scene_questions import DESCRIBE
 
 @dataclass(frozen=True)
 class Config:
+    # how things stand out in rendered scenes: from clear to faint, or "clear", or "faint"
     contrast: str = "mixed"
     conflict: bool = False  # scenes that break the planted priors
     instruction: str = "Please describe this image in detail."  # for images of one's own

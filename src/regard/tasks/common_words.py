@@ -31,8 +31,8 @@ INTRO = (
 
 @dataclass(frozen=True)
 class Config:
-    common: int = 10
-    example: bool = True
+    common: int = 10  # words that come often and are asked for
+    example: bool = True  # whether a small list with its question and answer stands before the list
 
     def __post_init__(self) -> None:
         require(1 <= self.common <= 40, "1 <= common <= 40", common=self.common)

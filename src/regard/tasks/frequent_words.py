@@ -32,8 +32,8 @@ INTRO = "Count how often each coded word comes in the text below. The dots do no
 
 @dataclass(frozen=True)
 class Config:
-    asked: int = 3
-    alpha: float = 2.0
+    asked: int = 3  # words that are asked for, those of ranks 2 to asked + 1
+    alpha: float = 2.0  # α; larger: counts fall faster with the rank
     letters: int = 6  # of a coded word
 
     def __post_init__(self) -> None:

@@ -57,13 +57,14 @@ BEGINS = "The answer is"
 
 @dataclass(frozen=True)
 class Config:
+    # what is asked is new: more objects, or new pairs ("systematic"), or deeper trees ("productive")
     split: str = "distractor"
     trained: bool = False  # ask what the split trains on
     distractors: int = 5  # the most objects that nothing asks for
     crowd: int = 10  # how many they are in the test of `distractor`; the paper has up to 40
-    side: int = 10
-    colours: int = 10
-    shapes: int = 10
+    side: int = 10  # cells of the grid, each way
+    colours: int = 10  # from how many an object's is drawn
+    shapes: int = 10  # from how many an object's is drawn
 
     def __post_init__(self) -> None:
         require(self.split in SPLITS, f"split is one of {', '.join(SPLITS)}", split=self.split)

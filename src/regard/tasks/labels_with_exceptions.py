@@ -32,8 +32,8 @@ Vehicle = tuple[str, ...]  # the features, then the plate
 
 @dataclass(frozen=True)
 class Config:
-    vehicles: int = 10
-    exceptions: int = 2
+    vehicles: int = 10  # how many the list has, each with its own plate
+    exceptions: int = 2  # vehicles that the rule does not fit; every other question is about one
     thinking: int = 0  # tokens written before the answer; 0: answered at once
 
     def __post_init__(self) -> None:

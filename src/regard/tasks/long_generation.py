@@ -25,8 +25,8 @@ SHORTEST = 8  # tokens of the text that the prompt begins with
 @dataclass(frozen=True)
 class Config:
     written: float = 0.75  # share of the prompt beside its marks and question
-    tokens_per_fact: int = TOKENS_PER_FACT
-    most_facts: int = MOST_FACTS
+    tokens_per_fact: int = TOKENS_PER_FACT  # tokens of the prompt for each fact; 4 facts at least
+    most_facts: int = MOST_FACTS  # limit of the facts, however long the prompt
 
     def __post_init__(self) -> None:
         require(0 < self.written < 1, "0 < written < 1", written=self.written)

@@ -14,7 +14,7 @@ from regard.tasks.pictures import PictureQuestion, asked_of_scenes, own_question
 
 @dataclass(frozen=True)
 class Config:
-    contrast: str = "clear"
+    contrast: str = "clear"  # how things stand out in rendered scenes; or "faint", or "mixed": clear to faint
 
 
 def pictures(cfg: Config, count: int, seed: int, source: str | Path | None = None) -> list[PictureQuestion]:

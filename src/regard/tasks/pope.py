@@ -26,7 +26,8 @@ SPLITS = ("random", "popular", "adversarial")
 
 @dataclass(frozen=True)
 class Config:
-    split: str = "all"
+    split: str = "all"  # how absent objects are chosen in rendered scenes; "all": in each of the three ways
+    # how things stand out in rendered scenes: from clear to faint, or "clear", or "faint"
     contrast: str = "mixed"
     conflict: bool = False  # scenes that break the planted priors
 

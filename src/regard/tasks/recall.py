@@ -109,8 +109,8 @@ def weave(rng: random.Random, filler: list[int], pieces: Iterable[list[int]]) ->
 
 @dataclass(frozen=True)
 class Config:
-    tokens_per_fact: int = TOKENS_PER_FACT
-    most_facts: int = MOST_FACTS
+    tokens_per_fact: int = TOKENS_PER_FACT  # tokens of the prompt for each fact; 4 facts at least
+    most_facts: int = MOST_FACTS  # limit of the facts, however long the prompt
     values: str = "digits"  # or "words"
 
     def __post_init__(self) -> None:

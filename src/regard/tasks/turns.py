@@ -31,10 +31,11 @@ from regard.tasks.ruler import asks_for, pairs_of_words
 
 @dataclass(frozen=True)
 class Config:
-    questions: int = 4
+    questions: int = 4  # asked one after the other, each about another fact
     known: bool = False  # the first question is read with the context
+    # tokens of the prompt for each fact; at least 4 facts, and one for each question
     tokens_per_fact: int = TOKENS_PER_FACT
-    most_facts: int = MOST_FACTS
+    most_facts: int = MOST_FACTS  # limit of the facts, however long the prompt
 
     def __post_init__(self) -> None:
         require(2 <= self.questions <= 24, "2 <= questions <= 24", questions=self.questions)

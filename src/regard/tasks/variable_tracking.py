@@ -26,10 +26,10 @@ INTRO = "Variables are assigned in the text below. Follow them from one assignme
 @dataclass(frozen=True)
 class Config:
     chains: int = 1  # the first is asked for
-    hops: int = 4
+    hops: int = 4  # h, assignments after the first of a chain; h + 1 variables are asked for
     letters: int = 5  # of a name
     digits: int = 5  # of a value
-    example: bool = True
+    example: bool = True  # whether a chain with its question and answer, of three-letter names, comes first
 
     def __post_init__(self) -> None:
         require(1 <= self.chains <= 20, "1 <= chains <= 20", chains=self.chains)

@@ -35,11 +35,11 @@ from regard.tasks.base import Sample, first_token
 
 @dataclass(frozen=True)
 class Config:
-    vocab: int = 8192
-    length: int = 128
-    pairs: int = 16
-    power: float = 0.01
-    filler: bool = True
+    vocab: int = 8192  # V; a language model is asked in ordinary tokens of its own
+    length: int = 128  # N, tokens of an example; of a language model's prompt the caller says it
+    pairs: int = 16  # D, keys with a value each
+    power: float = 0.01  # larger: queries come later after the pairs; a language model has one, at the end
+    filler: bool = True  # False: 0 between the queries; a language model always has random tokens there
 
     def __post_init__(self) -> None:
         check_sizes(self.vocab, self.length, self.pairs, self.power)

@@ -32,8 +32,8 @@ from regard.kinds.position import PositionPage
 
 @dataclass(frozen=True)
 class Config:
-    height: int = 24
-    width: int = 24
+    height: int = 24  # H, rows of patches of each image
+    width: int = 24  # W, patches in a row
 
     def __post_init__(self) -> None:
         require(min(self.height, self.width) >= 1, "height, width >= 1", height=self.height, width=self.width)

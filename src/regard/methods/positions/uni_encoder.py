@@ -40,6 +40,7 @@ SHAPES = ("arrow", "diag", "square")
 class Config:
     """The role `candidate` numbers the candidates from 0; it is -1 in the context."""
 
+    # arrow: candidates see the context and themselves; diag: no text sees another; square: all see all
     shape: Literal["arrow", "diag", "square"] = "arrow"
 
     def __post_init__(self) -> None:

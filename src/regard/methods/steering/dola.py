@@ -33,7 +33,7 @@ from regard.ops.steered import Steered
 class Config:
     start: float = 0.5  # J begins at this share of the depth
     stop: float = 1.0  # and ends before this one; the paper's lower half: 0 to 0.5
-    every: int = 2
+    every: int = 2  # layers from one of J to the next; 1: all of them
     strength: float = 1.0  # s
     cut: float = 0.1  # β
     normed: bool = True  # whether earlier layers' outputs pass the last norm before the head

@@ -41,7 +41,7 @@ class Config:
         1 / 3,
         1 / 3,
     )  # shares of the first, the previous and the own map
-    threshold: float = 0.3
+    threshold: float = 0.3  # θ, the blended value from which on a patch is edited; larger: fewer patches
 
     def __post_init__(self) -> None:
         require(self.frames >= 1, "a frame or more", frames=self.frames)

@@ -26,12 +26,12 @@ from regard.kinds.steering import SteeringPage
 
 @dataclass(frozen=True)
 class Config:
-    beams: int = 5
+    beams: int = 5  # answers that are kept at each step; larger: a wider search, and slower
     candidates: int = 5  # tokens of each beam that are looked at
     sigma: float = 50.0  # σ
     alpha: float = 1.0  # α
     unit: float = 1e-7  # u
-    patience: int = 15
+    patience: int = 15  # steps that one column may be that of the maximum; after more the search goes back
     rollbacks: int = 5  # 0: it never goes back
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ HANDLE = ("suppress", "redirect", "keep")
 class Config:
     sink: float = 0.5  # σ, the share of all patches' attention from which on a word is a sink
     deep: float = 0.5  # sinks are looked for from this share of the layers on
+    # sinks lose their weight; or magnets share it ("redirect"); or nothing is done ("keep")
     handle: str = "suppress"
 
     def __post_init__(self) -> None:

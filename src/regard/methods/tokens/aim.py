@@ -40,9 +40,9 @@ from regard.ops.images import Images, LayerView, Reduced, count_of, highest
 class Config:
     merge: float | int = 0.25  # of an image's tokens before the decoder, a share or a number
     start: float = 14 / 28  # l₁ and l₂ as shares of the decoder's layers
-    end: float = 22 / 28
-    temperature: float = 0.1
-    iterations: int = 5
+    end: float = 22 / 28  # l₂ as a share of the decoder's layers; after so many no visual token stays
+    temperature: float = 0.1  # τ; smaller: each token passes its importance on to fewer tokens
+    iterations: int = 5  # T, steps of p
     damping: float = 0.0  # of p that is drawn anew at every step
 
     def __post_init__(self) -> None:

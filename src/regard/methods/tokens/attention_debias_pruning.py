@@ -39,7 +39,7 @@ class Config:
     keep: float | int = 0.25  # visual tokens of a text, a share or a number
     layers: int = 2  # that see all of them
     trend: tuple[float, ...] = ()  # what `fit` gives; empty: no trend is taken out
-    family: str = "exponential"
+    family: str = "exponential"  # of the trend t: one number in `trend`; or "cubic": three
     padding: float = 0.5  # a larger share of a patch makes it padding
 
     def __post_init__(self) -> None:

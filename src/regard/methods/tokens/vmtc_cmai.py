@@ -27,6 +27,7 @@ from regard.ops.images import ImageView, Reduced, count_of, highest
 
 @dataclass(frozen=True)
 class Config:
+    # share, or number, of each image's tokens that stay, means of clusters among them
     keep: float | int = 0.25
     primary: float = 0.75  # share of what is kept that is primary; the others are clusters
     rank: Literal["class", "received"] = "class"  # attention of the class token, or what all queries give

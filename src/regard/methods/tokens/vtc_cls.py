@@ -32,6 +32,7 @@ from regard.ops.images import Images, ImageView, Reduced, count_of, highest
 class Config:
     keep: float | int = 0.25  # share, or number, of each image's tokens that stay
     start: int = -3  # first layer that counts, negative from the end; before the first: the first
+    # s_p of what the layers give: their sum, the least or the greatest of them
     ensemble: Literal["sum", "min", "max"] = "sum"
     without_class: Literal["refuse", "received"] = (
         "refuse"  # "received": the mean that patches receive, there

@@ -44,7 +44,7 @@ from regard.kinds.tracing import TracingPage
 class Config:
     l1: float = 0.5  # λ
     expansion: int = 32  # features for each dimension of z
-    rate: float = 1.2e-3
+    rate: float = 1.2e-3  # Adam's learning rate
     betas: tuple[float, float] = (0.0, 0.9999)  # of Adam
     batch: int = 4096  # tokens a step
 

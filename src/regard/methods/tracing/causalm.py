@@ -40,7 +40,7 @@ from regard.kinds.tracing import TracingPage
 class Config:
     reversal: float = 1.0  # what gradients of the treated concept's head are multiplied by, and turned round
     treated: float = 1.0  # weights of the losses
-    control: float = 1.0
+    control: float = 1.0  # weight of L_control; 0: nothing asks the other concepts to survive
 
     def __post_init__(self) -> None:
         least = min(self.reversal, self.treated, self.control)

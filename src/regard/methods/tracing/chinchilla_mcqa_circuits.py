@@ -38,7 +38,7 @@ class Config:
     rank: int = 3  # axes that are kept of queries or keys
     top: int = 5  # components whose effects are added up
     norm: Literal["rms", "layer"] = "rms"  # the model's final norm
-    eps: float = 1e-6
+    eps: float = 1e-6  # ε, added to the residual's mean square, or variance
 
     def __post_init__(self) -> None:
         require(self.rank >= 1 and self.top >= 1, "rank >= 1, top >= 1", rank=self.rank, top=self.top)

@@ -35,7 +35,7 @@ from regard.ops.frozen_norm import NORMS, frozen_norm
 @dataclass(frozen=True)
 class Config:
     norm: Literal["rms", "layer"] = "rms"  # the model's final norm
-    eps: float = 1e-6
+    eps: float = 1e-6  # ε, added to the residual's mean square, or variance
 
     def __post_init__(self) -> None:
         require(self.norm in NORMS, f"norm is one of {NORMS}", norm=self.norm)

@@ -40,9 +40,9 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Config:
-    positive: float = 0.8
-    negative: float = 0.2
-    points: int = 30
+    positive: float = 0.8  # least m of a positive point, on the smaller map
+    negative: float = 0.2  # largest m of a negative point, on the smaller map
+    points: int = 30  # P, of each image; fewer where the smaller map has fewer cells
     smooth: int = 2  # cells of the map that one cell of the smaller map stands for, each way
 
     def __post_init__(self) -> None:

@@ -52,8 +52,9 @@ class Config:
     patch: int = 7  # pixels of a patch, each way
     similar: int = 64  # K
     distance: float = 3.0  # c
+    # sizes of the map that patches are compared at, as shares of its own
     scales: tuple[float, ...] = (1.0, 0.8, 0.5, 0.3)
-    focus: float = 0.8
+    focus: float = 0.8  # share of the largest s above which a place is a focus
 
     def __post_init__(self) -> None:
         require(self.linear in ("positive", "all"), "linear is positive or all", linear=self.linear)

@@ -36,6 +36,7 @@ Spans = Sequence[tuple[int, int]]  # sentences: first and past-the-last token
 class Config:
     proximity: int = 4  # sentences so near do not count
     receivers: int = 20  # heads
+    # of the softmax of p and p̃; larger: flatter, so that unlikely tokens count more
     temperature: float = 0.6
     floor: float = 1e-9  # ε
 

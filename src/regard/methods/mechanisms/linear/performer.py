@@ -35,6 +35,7 @@ TINY = 1e-30
 @dataclass(frozen=True)
 class Config:
     features: int = 256  # m
+    # whether D rows of w at a time are orthogonal; False: normal draws, less exact at the same m
     orthogonal: bool = True
     chunk: int = 64  # changes the speed, never the result
 

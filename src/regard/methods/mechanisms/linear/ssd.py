@@ -36,9 +36,9 @@ from regard.ops.ssm import adds_skip, check_ranges, initial_steps, step_sizes
 @dataclass(frozen=True)
 class Config:
     dt_min: float = 0.001  # dt and -A lie in these ranges at the start of training
-    dt_max: float = 0.1
-    a_min: float = 1.0
-    a_max: float = 16.0
+    dt_max: float = 0.1  # the largest dt at the start of training; a larger step forgets and writes more
+    a_min: float = 1.0  # the smallest -A at the start of training
+    a_max: float = 16.0  # the largest -A at the start of training; heads with larger ones forget faster
     chunk: int = 64  # changes the speed, never the result
 
     def __post_init__(self) -> None:

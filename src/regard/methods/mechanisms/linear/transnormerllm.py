@@ -39,8 +39,8 @@ from regard.ops.lightning import DECAYS, layer_decay, waves_moved, with_waves
 @dataclass(frozen=True)
 class Config:
     decay: Literal["paper", "slopes"] = "paper"  # or "slopes", that of the released models
-    layer: int = 0
-    layers: int = 1
+    layer: int = 0  # l, from 0; larger: slower decay; 0 alone has the waves of LRPE
+    layers: int = 1  # L, all layers of the model
     eps: float = 1e-6  # of the norm, beside the mean square
     chunk: int = 64  # changes the speed, never the result
 

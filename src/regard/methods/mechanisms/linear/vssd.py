@@ -35,9 +35,9 @@ from regard.ops.ssm import adds_skip, check_ranges, initial_steps, step_sizes
 @dataclass(frozen=True)
 class Config:
     dt_min: float = 0.001  # dt and exp(A_log) lie in these ranges at the start of training
-    dt_max: float = 0.1
-    a_min: float = 1.0
-    a_max: float = 16.0
+    dt_max: float = 0.1  # the largest dt at the start of training; a token with a larger step counts more
+    a_min: float = 1.0  # the smallest exp(A_log) at the start of training
+    a_max: float = 16.0  # the largest exp(A_log) at the start of training
     chunk: int = 64  # of the causal form; changes the speed, never the result
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ POOLS = ("max", "mean")
 @dataclass(frozen=True)
 class Config:
     block: int = 128  # tokens of a block; about √N
-    pool: str = "max"
+    pool: str = "max"  # what k_Ω and q_Ω hold of a region: the largest of each channel, or its "mean"
 
     def __post_init__(self) -> None:
         require(self.block >= 1, "block >= 1", block=self.block)

@@ -42,7 +42,7 @@ class Config(BlockSettings):
     local: int = 64  # latest keys of a block of queries that are always read
     chunk: int = 16  # tokens of a chunk, where no borders are given
     borders: tuple[int, ...] = ()  # places at which chunks begin, beside 0
-    pool: str = "sqrt"
+    pool: str = "sqrt"  # what the sum of a chunk's keys is divided by: √|c|, |c| ("mean") or nothing ("sum")
     share_heads: bool = True  # all heads read one set of tokens, chosen by the mean of heads
     block_k: int = 1
 

@@ -45,11 +45,12 @@ Side = tuple[Tensor, ...]  # (queries, their ranks), or (keys, values, ranks of 
 
 @dataclass(frozen=True)
 class Config:
-    projections: int = 7
+    projections: int = 7  # r, directions, each a bit of the hash; more: a finer order
     block: int = 256  # keys of a block, in order of their hashes
     sample: int = 256  # keys drawn for all queries of a head, in a rectangle
+    # tokens up to which a causal square is exact; fewer queries than this are exact too; larger: slower
     exact_below: int = 4096
-    seed: int = 0
+    seed: int = 0  # of the directions and of the keys that are drawn
 
     def __post_init__(self) -> None:
         require(1 <= self.projections <= 62, "1 <= projections <= 62", projections=self.projections)

@@ -40,7 +40,7 @@ ROWS = 2048  # queries estimated at a time; bounds the memory, never changes the
 @dataclass(frozen=True)
 class Config(BlockSettings):
     threshold: float = 0.9  # share of the estimated mass that is read; 1 reads all
-    stride: int = 8
+    stride: int = 8  # S, tokens each way of a square of scores; larger: a cheaper and coarser estimate
     block_q: int = 128
     block_k: int = 128
 
