@@ -32,7 +32,8 @@ def model():
 def again(model, out) -> int:
     """How many cells a start asked for."""
     said = Said()
-    compare(model, ["snapkv", "h2o"], ["needle"], [96], [0.5], out=out, samples=1, executor=said)
+    asked = dict(out=out, samples=1, timing=False, executor=said)
+    compare(model, ["snapkv", "h2o"], ["needle"], [96], [0.5], **asked)
     return said.asked
 
 
