@@ -11,6 +11,7 @@ Without files of one's own, captions of rendered scenes with planted priors; `co
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from regard.core import Card
 from regard.kinds.task import TaskPage
@@ -21,7 +22,7 @@ from regard.tasks.scene_questions import DESCRIBE
 @dataclass(frozen=True)
 class Config:
     # how things stand out in rendered scenes: from clear to faint, or "clear", or "faint"
-    contrast: str = "mixed"
+    contrast: Literal["clear", "faint", "mixed"] = "mixed"
     conflict: bool = False  # scenes that break the planted priors
     instruction: str = "Please describe this image in detail."  # for images of one's own
 

@@ -6,6 +6,7 @@ True
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from regard.core import Card
 from regard.kinds.task import TaskPage
@@ -14,7 +15,8 @@ from regard.tasks.pictures import PictureQuestion, asked_of_scenes, own_question
 
 @dataclass(frozen=True)
 class Config:
-    contrast: str = "clear"  # how things stand out in rendered scenes; or "faint", or "mixed": clear to faint
+    # how things stand out in rendered scenes; "mixed": clear to faint
+    contrast: Literal["clear", "faint", "mixed"] = "clear"
 
 
 def pictures(cfg: Config, count: int, seed: int, source: str | Path | None = None) -> list[PictureQuestion]:

@@ -14,6 +14,7 @@ probability. Without files of one's own it is asked about rendered scenes, whose
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from regard.core import Card, require
 from regard.kinds.task import TaskPage
@@ -28,7 +29,7 @@ SPLITS = ("random", "popular", "adversarial")
 class Config:
     split: str = "all"  # how absent objects are chosen in rendered scenes; "all": in each of the three ways
     # how things stand out in rendered scenes: from clear to faint, or "clear", or "faint"
-    contrast: str = "mixed"
+    contrast: Literal["clear", "faint", "mixed"] = "mixed"
     conflict: bool = False  # scenes that break the planted priors
 
     def __post_init__(self) -> None:
