@@ -46,6 +46,8 @@ def quality(
     if metric == "exact":
         turns = exact_turns((best == answer) | ~counts, samples[0])
         for i, sample in enumerate(samples):
+            if sample.choices:
+                said[i] = tokenizer.decode([likeliest(sample, logits[i])])
             turns[i] = judged(sample, logits[i], said[i], turns[i])
         scores = turns.mean(-1)
         facts |= {"by_turn": turns.mean(0).tolist()} if turns.shape[1] > 1 else {}
@@ -78,9 +80,12 @@ def judged(sample: Sample, logits: Tensor, text: str, exact: np.ndarray) -> Any:
     """1 where an answer is right: found in the text, the likeliest of the choices, or generated exactly."""
     if sample.pattern:
         return float(re.search(sample.pattern, text) is not None)
-    if sample.choices:
-        return float(sample.choices[int(logits[0, list(sample.choices)].argmax())] == sample.answer[0])
-    return exact
+    return float(likeliest(sample, logits) == sample.answer[0]) if sample.choices else exact
+
+
+def likeliest(sample: Sample, logits: Tensor) -> int:
+    """The first token of the choice that the model prefers, of logits [T, V]."""
+    return sample.choices[int(logits[0, list(sample.choices)].argmax())]
 
 
 def summary(scores: np.ndarray, value: Callable[[np.ndarray], Any]) -> dict:
