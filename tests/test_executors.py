@@ -21,6 +21,7 @@ from regard.bench.executors import base, shares, submitit
 from regard.bench.executors.shares import Board, TimeUp, each
 from regard.cli import app
 from regard.models.shipped import load, load_shipped
+from regard.report.result import TIMES
 
 LM = partial(load_shipped, "lm")
 
@@ -76,14 +77,14 @@ def descendants(words: str) -> list[int]:
 def facts(row: dict) -> dict:
     """All of a row but times, peaks and the machine."""
     apart = ("seconds", "host", "peak_bytes")
-    return {k: v for k, v in row.items() if k not in apart and not k.startswith(("decode_", "prefill_"))}
+    return {k: v for k, v in row.items() if k not in apart and k not in TIMES}
 
 
 def small(out: Path, executor) -> dict[str, dict]:
     result = compare(None, ["streaming_llm", "h2o"], ["needle", "perplexity"], [96], [0.5], out=out, samples=2,
                      executor=executor)  # fmt: skip
     assert {row["status"] for row in result.rows} == {"ok"} and len(result.rows) == 6
-    assert len((out / "results.jsonl").read_text().splitlines()) == 6
+    assert len((out / "results.jsonl").read_text().splitlines()) == 6 + 3  # times of each method
     return {row["key"]: facts(row) for row in result.rows}
 
 
