@@ -182,8 +182,8 @@ def decode_in(shape: Shape, speed: float, progress: Callable[[str], None]) -> li
         cache, facts = shape.ledger(), dict[str, Any]()
         method = catalog.method(page, budget=0.05, **settings)
         times = paired(
-            lambda: steady(model, cache, method, facts),  # noqa: B023
-            lambda: steady(model, base_cache, None, {}),
+            lambda: steady(model, cache, method, facts),  # noqa: B023, F821  (deleted later)
+            lambda: steady(model, base_cache, None, {}),  # noqa: F821  (deleted later)
         )
         if "reads" in facts:
             read = statistics.median(facts["reads"][1:])  # the first step is not timed
@@ -225,7 +225,7 @@ def attached(shape: Shape, progress: Callable[[str], None]) -> list[dict]:
         times = paired(lambda: prefill(model, prompt, method), lambda: prefill(model, prompt, False))  # noqa: B023
         rows.append(row(f"{label}: prefill of {shape.prompt}", times, None, 1 / most))
         cache, native_cache = shape.ledger(), shape.dynamic()
-        times = paired(lambda: step(model, cache, method, {}), lambda: native_step(model, native_cache))  # noqa: B023
+        times = paired(lambda: step(model, cache, method, {}), lambda: native_step(model, native_cache))  # noqa: B023, F821  (deleted later)
         rows.append(
             row(f"{label}: decode at {shape.context}", times, None, 1 / most, "own: DynamicCache, SDPA")
         )
