@@ -12,6 +12,7 @@ from regard.bench.asked import grid, named, parsed, specs
 from regard.bench.cell import FULL, Bench, Cell, measure
 from regard.bench.compare import compare
 from regard.bench.executor import InProcess
+from regard.kinds.task import Task
 from regard.models.shipped import load_shipped
 from regard.tasks.own import own_task
 from regard.testing.task import WordTokenizer
@@ -154,7 +155,13 @@ def test_methods_and_tasks_are_given_as_files_pages_and_methods(tmp_path):
     assert parsed(str(page))[0] == "mine_cache" == named(page)
     assert parsed(regard.method("snapkv+adakv", window=8)) == ("snapkv+adakv", {"window": 8})
     assert parsed(catalog.get("h2o")) == ("h2o", {})
-    assert named(regard.method("needle", digits=3)) == "needle:digits=3"
+    assert (
+        named(regard.method("needle", digits=3))
+        == "needle:digits=3"
+        == named(catalog.task("needle", digits=3))
+    )
+    with pytest.raises(ValueError, match="a Task is one of the catalogue's"):
+        named(Task("mine", "Mine", "exact", lambda *asked, **more: []))
     assert specs("snapkv, streaming_llm:sinks=2,window=8") == ["snapkv", "streaming_llm:sinks=2,window=8"]
     for empty in ("", [""], " , "):
         with pytest.raises(ValueError, match="a name is no empty text"):

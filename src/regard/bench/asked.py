@@ -1,6 +1,7 @@
 """What a comparison is asked: methods, tasks, lengths and budgets as people give them, and the cells of their grid."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from regard.core.errors import present
 from regard.core.pages import changed_settings
 from regard.core.spec import parse_spec, split_specs
 from regard.kinds.mask import build_mask, refuse_ahead
+from regard.kinds.task import Task
 from regard.ops import parse_budget
 
 BUDGETS = (0.1, 0.25, 0.5)
@@ -108,6 +110,10 @@ def named(given: Any) -> str:
     """A method or a task by name, with its settings: from a text, a file that is registered, a page or a Method."""
     if isinstance(given, str | Path):
         return of_file(str(given))
+    if isinstance(given, Task):
+        rule = "a Task is one of the catalogue's: regard.catalog.task(name, ...), or the file of one's own"
+        require(isinstance(given.samples, partial), rule, task=given.name)
+        given = Method(given.name, catalog.get(given.name), given.samples.args[0])
     if isinstance(given, Method):
         changed = changed_settings(given.config, given.page.config())
         said = ",".join(f"{key}={value!r}" for key, value in changed)
