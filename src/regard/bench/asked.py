@@ -1,7 +1,6 @@
 """What a comparison is asked: methods, tasks, lengths and budgets as people give them, and the cells of their grid."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +111,9 @@ def named(given: Any) -> str:
         return of_file(str(given))
     if isinstance(given, Task):
         rule = "a Task is one of the catalogue's: regard.catalog.task(name, ...), or the file of one's own"
-        require(isinstance(given.samples, partial), rule, task=given.name)
-        given = Method(given.name, catalog.get(given.name), given.samples.args[0])
+        made_of = getattr(given.samples, "args", ())  # the page's settings, of one that the catalogue made
+        require(made_of, rule, task=given.name)
+        given = Method(given.name, catalog.get(given.name), made_of[0])
     if isinstance(given, Method):
         changed = changed_settings(given.config, given.page.config())
         said = ",".join(f"{key}={value!r}" for key, value in changed)
