@@ -2,10 +2,12 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
+from regard.bench import cell as cells
 from regard.bench.asked import grid
 from regard.bench.cell import FULL, Bench, Cell
 from regard.bench.compare import compare, refuse_beyond
@@ -174,3 +176,24 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
         step(row, 6, 10)  # two in 40 s: four more take 80 s
         step(row, 7, 10)
     assert said == ["6 of 10 done, about 80 s left"]
+
+
+# What cells share
+
+
+def test_a_calibration_has_its_seconds_whichever_cell_asked_first(monkeypatch):
+    """A quality cell calibrates; the cell of times, which comes later, still says what that took."""
+    monkeypatch.setattr(cells, "calibrate", lambda *asked, **more: time.sleep(0.05) or "calibrated")
+    bench = Bench(SimpleNamespace(device="cpu"), None)
+    cell = Cell("block_topk", "needle", 96, settings={"target": "mass:0.9"})
+    assert bench.method_of(cell) == "calibrated"
+    timing = Cell("block_topk", "perplexity", 96, settings={"target": "mass:0.9"}, what="timing")
+    assert bench.calibration(timing) >= 0.05 and bench.method_of(timing) == "calibrated"
+
+
+def test_the_floor_of_a_task_is_judged_once_for_all_methods(shipped, monkeypatch):
+    asked, quality = [], cells.quality
+    monkeypatch.setattr(cells, "quality", lambda *facts: asked.append(1) or quality(*facts))
+    bench = Bench(*shipped)
+    said = {bench.floor(Cell(name, "needle", 96, 0.5, samples=2)) for name in ("knorm", "h2o", "tova")}
+    assert len(said) == 1 and len(asked) == 1

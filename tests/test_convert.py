@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from regard import catalog
 from regard.attaching.attachment import attach
-from regard.attaching.converted import Converted, load_converted, read_converted, unreported
+from regard.attaching.converted import Converted, load_converted, read_converted
 from regard.attaching.replacement import sizes, state_bytes
 from regard.attaching.store import save_cache
 from regard.bench import conversion
 from regard.bench.conversion import convert_folder
 from regard.core import Edit, Observer, Site, Unsupported
-from regard.models.shipped import SHIPPED
+from regard.models.shipped import SHIPPED, only_errors
 from regard.ops.blocks import BlockSettings
 from regard.testing.zoo import build, ids, logits
 from regard.train.convert import convert
@@ -312,7 +312,7 @@ def test_transformers_alone_does_not_load_it_in_silence(tmp_path):
         other = AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()
         assert "load_it_with_regard.load_converted" in " ".join(said)
         said.clear()
-        with unreported():
+        with only_errors("transformers"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "made")
         assert not said
     finally:

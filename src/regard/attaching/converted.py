@@ -4,9 +4,7 @@ It has the parts of every attention module and, where the model was fine-tuned a
 """
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,7 @@ from transformers import PreTrainedModel
 from regard import catalog
 from regard.core import Method, require
 from regard.models.names import MARKER, PARTS
-from regard.models.shipped import load
+from regard.models.shipped import load, only_errors
 from regard.report.folder import fill, vacant
 
 FORMAT = "regard-converted-1"
@@ -138,21 +136,10 @@ def readme(facts: dict, whole: bool) -> str:
 def load_converted(folder: str | Path, device: str | None = None) -> tuple[Any, Any, Converted]:
     """(model with the changed weights, tokenizer, converted), ready for `with regard.attach(model, converted):`."""
     marker(Path(folder))
-    with unreported():
+    # without its report of what it did not load, which is read here
+    with only_errors("transformers"):
         model, tokenizer = load(folder, device=device)
     return model, tokenizer, read_converted(folder, device=model.device)
-
-
-@contextmanager
-def unreported() -> Iterator[None]:
-    """Without transformers' report of what it did not load, which is read here."""
-    log = logging.getLogger("transformers")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def configured(name: str, settings: Mapping[str, Any], device: Any = "cpu") -> "Method | Converted":

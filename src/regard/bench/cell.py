@@ -21,13 +21,12 @@ from regard.bench.prefill import crossing_row, unread
 from regard.bench.quality import fidelity, quality
 from regard.bench.spoken import Spoken
 from regard.bench.timed import timing_row
+from regard.bench.words import FULL
 from regard.core import require
 from regard.core.deprecation import moved
 from regard.ops.budget import Budget, parse_budget
 from regard.report.floor import FLOOR, floor_text, near_floor
 from regard.tasks import Sample, Source
-
-FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,16 @@ class Cell:
         }
 
 
+def target_key(cell: Cell) -> tuple:
+    """What a method that was calibrated to a target hangs on."""
+    return cell.label, cell.length, cell.seed, cell.text
+
+
+def shared_key(cell: Cell) -> tuple:
+    """What the samples of a cell, and full attention's passes over them, hang on."""
+    return cell.task, cell.length, cell.seed, cell.samples, cell.text, cell.chat, cell.system
+
+
 @dataclass
 class Bench:
     """A loaded model with what cells share: samples and full attention's logits of the latest task and length."""
@@ -101,7 +110,9 @@ class Bench:
     tokenizer: Any
     memo: dict = field(default_factory=dict)
     spoken: dict[str, Spoken] = field(default_factory=dict)  # tokenizers by the system prompt they say
-    targets: dict = field(default_factory=dict)  # methods that were calibrated to a target on this model
+    # methods that were calibrated to a target on this model, with the seconds that it took
+    targets: dict = field(default_factory=dict)
+    floors: dict[tuple, str] = field(default_factory=dict)  # what `floor` said of each task and length
 
     def method_of(self, cell: Cell) -> Any:
         """What is attached for a cell: None for full attention; where its settings name a target, calibrated to it."""
@@ -113,23 +124,24 @@ class Bench:
         method = configured(cell.method, {**budget, **settings}, self.model.device)
         if target is None:
             return method
-        key = (cell.label, cell.length, cell.seed, cell.text)
+        key = target_key(cell)
         if key not in self.targets:
-            self.targets[key] = calibrate(
-                self.model,
-                self.tokenizer,
-                method,
-                target,
-                length=cell.length,
-                samples=2,
-                seed=cell.seed,
+            start = time.perf_counter()
+            found = calibrate(
+                self.model, self.tokenizer, method, target, length=cell.length, samples=2, seed=cell.seed,
                 source=self.source(cell),
-            )
-        return self.targets[key]
+            )  # fmt: skip
+            self.targets[key] = found, time.perf_counter() - start
+        return self.targets[key][0]
+
+    def calibration(self, cell: Cell) -> float:
+        """Seconds that finding the settings of a cell's target took, whichever cell asked for them first."""
+        self.method_of(cell)
+        return self.targets[target_key(cell)][1]
 
     def shared(self, cell: Cell) -> tuple[list[Sample], list[Pass]]:
         """Samples of a cell and full attention's passes over them, made once for all methods."""
-        key = (cell.task, cell.length, cell.seed, cell.samples, cell.text, cell.chat, cell.system)
+        key = shared_key(cell)
         if key not in self.memo:
             samples = self.samples(cell)
             self.memo = {key: (samples, [self.run(b, None) for b in batches(samples, cell)])}
@@ -155,9 +167,13 @@ class Bench:
 
     def floor(self, cell: Cell) -> str:
         """What full attention scores where that is near what guessing gives, in words; "" elsewhere."""
-        samples, full = self.shared(cell)
-        facts = quality(catalog.task(cell.task).metric, samples, full, full, self.tokenizer)
-        return floor_text(facts) if near_floor(facts["quality_low"], facts["chance"]) else ""
+        key = shared_key(cell)
+        if key not in self.floors:
+            samples, full = self.shared(cell)
+            facts = quality(catalog.task(cell.task).metric, samples, full, full, self.tokenizer)
+            near = near_floor(facts["quality_low"], facts["chance"])
+            self.floors[key] = floor_text(facts) if near else ""
+        return self.floors[key]
 
     def run(self, batch: list[Sample], method: Any, weigh: bool = False) -> Pass:
         """`regard.bench.passes.run` on this model."""

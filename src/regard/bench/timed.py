@@ -22,13 +22,11 @@ def timing_row(cell: Any, bench: Any) -> dict:
 
     "calibration_s" is what finding the settings that a target asks for took, before.
     """
-    start = time.perf_counter()
-    method = bench.method_of(cell)
-    calibration = time.perf_counter() - start
+    start, method = time.perf_counter(), bench.method_of(cell)
     length = cell.length or max(len(sample.prompt) for sample in bench.samples(cell))
     facts = paired_times([running_text(cell, length, bench)], method, bench)
     if isinstance(method, Converted) and "target" in cell.settings:
-        facts["calibration_s"] = calibration
+        facts["calibration_s"] = bench.calibration(cell)
     return cell.row(**facts, length=length, seconds=time.perf_counter() - start)
 
 

@@ -16,11 +16,10 @@ def complete_pages(incomplete: str) -> list[str]:
 
 def complete_tasks(incomplete: str) -> list[str]:
     """The same of tasks: those of the package, and pages of one's own, whose kind nobody asks here."""
-    from regard import catalog
+    from regard.bench.words import task_names
 
     before = incomplete.rfind(",") + 1
-    names = [n for n in complete_page(incomplete[before:]) if catalog.kind_by_room(n) in ("task", None)]
-    return [incomplete[:before] + name for name in names]
+    return [incomplete[:before] + name for name in task_names() if name.startswith(incomplete[before:])]
 
 
 def complete_kind(incomplete: str) -> list[str]:

@@ -151,15 +151,16 @@ def load_vision(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"trust_remote_code": trust_remote_code}
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **settings)
-    with quiet_fallback():
+    # its remark that it processes images with pillow where torchvision is not installed
+    with only_errors("transformers.models.auto.image_processing_auto"):
         processor = AutoProcessor.from_pretrained(path, **settings)
     return model.to(device).eval(), processor
 
 
 @contextmanager
-def quiet_fallback() -> Iterator[None]:
-    """Without transformers' remark that it processes images with pillow where torchvision is not installed."""
-    log = logging.getLogger("transformers.models.auto.image_processing_auto")
+def only_errors(name: str) -> Iterator[None]:
+    """Without what this logger says below an error."""
+    log = logging.getLogger(name)
     level = log.level
     log.setLevel(logging.ERROR)
     try:
