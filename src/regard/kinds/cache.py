@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from regard.core import Card, Kind, Page, Unsupported
 from regard.core.deprecation import renamed_fields
+from regard.core.errors import present
 from regard.ops import Kept, View, keep_best
 from regard.ops.codec import Codec
 from regard.ops.softmax import at_least_float32
@@ -89,13 +90,26 @@ def decide(page: CachePage, views: Sequence[View], cfg: Any) -> list[Kept | None
         return [page.keep(view, cfg) for view in views]
     if page.score is None or (page.allocate is None and not any(view.over() for view in views)):
         return [None] * len(views)
-    scores, always = [page.score(v, cfg) for v in views], [stays(page, v, cfg) for v in views]
+    scores, always = scored(page, views, cfg), [stays(page, v, cfg) for v in views]
     if page.allocate is None:
         return [keep_best(*each) for each in zip(views, scores, always, strict=True)]
-    every = replace(views[0], heads=tuple(head for view in views for head in view.heads))
-    budgets = page.allocate(every, ranked(views, scores, always), cfg)
-    heads = budgets.split([v.groups for v in views], 1)
-    return [keep_best(*each) for each in zip(views, scores, always, heads, strict=True)]
+    # in the order of the model: of equal scores the first head wins, whatever groups the rows of a batch have made
+    heads = torch.tensor([head for view in views for head in view.heads or range(view.groups)])
+    order = heads.argsort()
+    every = replace(views[0], heads=tuple(heads[order].tolist()))
+    budgets = page.allocate(every, ranked(views, scores, always)[:, order], cfg)[:, order.argsort()]
+    parts = budgets.split([v.groups for v in views], 1)
+    return [keep_best(*each) for each in zip(views, scores, always, parts, strict=True)]
+
+
+def scored(page: CachePage, views: Sequence[View], cfg: Any) -> list[Tensor]:
+    """The scores of each view. A page that compares or adds up heads finds all of them in `View.beside`."""
+    for view in views:
+        view.beside = tuple(views)
+    scores = [present(page.score, "a page with scores")(view, cfg) for view in views]
+    for view in views:  # what hold each other hold their keys
+        view.beside = ()
+    return scores
 
 
 def ranked(views: Sequence[View], scores: Sequence[Tensor], always: Sequence[Tensor]) -> Tensor:

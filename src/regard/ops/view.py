@@ -46,6 +46,8 @@ class View:
     fed: int | None = None
     # of the layers that read these slots after the one that stored them, once all have read (for keep and score)
     readers: "tuple[View, ...]" = ()
+    # where heads of the layer are stored at different lengths and decided on together: the views of all, this one's too
+    beside: "tuple[View, ...]" = ()
     # for keep and score in a sliding layer: what this step's queries attended to, and where in it these slots stood
     asked: "tuple[View, Tensor] | None" = None
     causal_order: bool = False  # slot i is token i and no query sees a later one
