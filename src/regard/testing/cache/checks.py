@@ -13,7 +13,7 @@ from regard.core import Method
 from regard.ops import parse_budget
 from regard.testing.cache.oracle import gap, hide
 from regard.testing.cache.own import in_tokens, probed
-from regard.testing.cache.script import GAPS, NEAR, PADS, Tape, alone, full_cache, play, real, script
+from regard.testing.cache.script import GAPS, NEAR, PADS, STEPS, Tape, alone, full_cache, play, real, script
 from regard.testing.zoo import build
 
 
@@ -69,18 +69,18 @@ def windowed(model: Any) -> bool:
     return sliding if kinds is None else any(kind != "full_attention" for kind in kinds)
 
 
-def check_rows(method: Method, family: str) -> None:
+def check_rows(method: Method, family: str, seed: int = 0, steps: Iterable[int] = STEPS) -> None:
     """Each row of a batch gives what it gives alone and unpadded, and holds the same tokens, wherever padding lies."""
     model, _ = build(family)
     # a window of the model's own counts padding, and so tears rows apart by itself
-    feeds = script(gaps={} if windowed(model) else GAPS)
+    feeds = script(steps, seed=seed, gaps={} if windowed(model) else GAPS)
     batch = play(model, method, feeds)
     for row in range(len(PADS)):
         single = play(model, method, alone(feeds, row))
         for step, (a, b) in enumerate(zip(batch.outs, single.outs, strict=True)):
             tokens = real(feeds, step)[row]
             wrong = float((a[row][tokens] - b[0]).abs().max())
-            said = f"{method.label} on {family}: row {row} of a padded batch, forward {step}"
+            said = f"{method.label} on {family}, seed {seed}: row {row} of a padded batch, forward {step}"
             for i, held in batch.held[step].items():
                 mask = feeds[step]["attention_mask"][row].bool()
                 one, other = (held[row] & mask)[:, mask], single.held[step][i][0]
