@@ -3,6 +3,7 @@
 import gc
 import os
 
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -21,3 +22,14 @@ def pytest_collection_finish() -> None:
     """What is loaded once stays: garbage collection does not walk through it again and again."""
     gc.collect()
     gc.freeze()
+
+
+# tests of these files share nothing and take long together: each goes to the process that is free
+SPREAD = {f"test_{name}.py" for name in ("attach", "compare", "every_page", "executors", "explain", "layers")}
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """With several processes (`--dist loadgroup`) a file is one process's: its fixtures are made, its caches filled once."""
+    for item in items:
+        if item.path.name not in SPREAD and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from regard.attaching.attachment import attach
 from regard.attaching.store import load_cache, save_cache
 from regard.core import Method, Unsupported
-from regard.testing.cache.checks import generate
+from regard.testing.cache.checks import generate, hidden_nothing
 from regard.testing.cache.oracle import gap, hide
 from regard.testing.cache.script import GAPS, NEAR, full_cache, play, script
 from regard.testing.zoo import build
@@ -29,7 +29,7 @@ def check_window(method: Method, family: str = "mistral") -> None:
     """
     model, _ = build(family)
     feeds, window = script(), model.config.sliding_window
-    full = hide(model, feeds)
+    full = hidden_nothing(family)
     budgets = (window + 2, window - 2) if any(f.name == "budget" for f in fields(method.config)) else (None,)
     for budget, config in product(budgets, (model.config, None)):
         some = method if budget is None else method.with_settings(budget=budget)
