@@ -157,6 +157,7 @@ def stored_low(tmp_path):
     return str(tmp_path / "low")
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_compare_says_so_and_loads_another_dtype(tmp_path, stored_low, slow_cpu):
     assert stored_dtype(stored_low) == torch.bfloat16 and stored_dtype("lm") == torch.float32
     asked = ["compare", "--model", stored_low, "--methods", "full", "--tasks", "recall", "--lengths", "64",

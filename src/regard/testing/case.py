@@ -20,6 +20,7 @@ from regard.testing.grids import NotApplicable, grid_for
 B, H, D, E, C = 2, 2, 4, 6, 5  # E becomes D, where a page takes values of the keys' width only
 GARBAGE = 1e3
 EXACT = 1e-9
+WIDTHS: dict[tuple, tuple[int, Any]] = {}  # of values, by page, settings and pattern: see value_width
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -233,12 +234,16 @@ def sizes(heads: int, groups: int, width: int, key: int = D) -> dict[str, int]:
 
 
 def value_width(case: Case) -> int:
-    """E, or D for a page whose values are as wide as its keys."""
-    try:
-        case.run(case.page.reference, case.inputs(2, width=E))
-    except (Unsupported, NotImplementedError):
-        return D
-    return E
+    """E, or D for a page whose values are as wide as its keys; every case of a page is asked once."""
+    key = id(case.page), case.cfg, case.pattern
+    if key not in WIDTHS:
+        try:
+            case.run(case.page.reference, case.inputs(2, width=E))
+            width = E
+        except (Unsupported, NotImplementedError):
+            width = D
+        WIDTHS[key] = width, case.page  # which is held, so that no other has its id
+    return WIDTHS[key][0]
 
 
 def stores(case: Case) -> bool:
@@ -301,7 +306,7 @@ def nudged(inputs: Inputs, names: str, token: int) -> Inputs:
 
 
 def outputs(case: Case, path: Callable, asked: list[Inputs]) -> list[Tensor]:
-    """The output of each of these inputs, which differ in their tokens alone: as rows of one batch where that may be."""
+    """The output of each of these inputs, which differ in their tokens alone: rows of one batch where that may be."""
     if not case.keeps_rows_apart:
         return [case.run(path, inputs)[0] for inputs in asked]
     fields = {name: [getattr(inputs, name) for inputs in asked] for name in "qkvxy"}

@@ -70,8 +70,10 @@ def check_neutral(method: Method, family: str) -> None:
     """Neutral settings, and a full budget, give the model's own logits and tokens."""
     (model, _), own = build(family), plain(family)
     feeds, names = own.feeds, [f.name for f in fields(method.config)]
-    settings = [dict(method.page.card.neutral)] + [{"budget": 1.0}] * ("budget" in names)
+    settings = [dict(method.page.card.neutral)]
     assert settings[0], f"{method.name}: the card names no neutral settings"
+    if "budget" in names and settings[0] != {"budget": 1.0}:
+        settings.append({"budget": 1.0})
     for changes in settings:
         neutral = method.with_settings(**{**({"budget": None} if "budget" in names else {}), **changes})
         wrong = gap(feeds, play(model, neutral, feeds).outs, own.outs)
