@@ -348,14 +348,16 @@ def test_a_failed_cell_is_tried_again_and_the_status_is_one(tmp_path, monkeypatc
 SCRIPT = """
 import regard
 print("begins")
-result = regard.compare(None, ["streaming_llm"], ["needle"], [96], [0.5], out="out", samples=1, workers=1)
+asked = dict(out="out", samples=1, workers=1, timing=False)
+result = regard.compare(None, ["streaming_llm"], ["needle"], [96], [0.5], **asked)
 print(len(result.rows), len(result.failed()))
 """
 GUARDED = """
 import regard
 print("begins")
 if __name__ == "__main__":
-    print(len(regard.compare(None, ["streaming_llm"], ["needle"], [96], [0.5], out="out", samples=1, workers=1).rows))
+    asked = dict(out="out", samples=1, workers=1, timing=False)
+    print(len(regard.compare(None, ["streaming_llm"], ["needle"], [96], [0.5], **asked).rows))
 """
 
 
