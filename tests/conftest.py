@@ -65,7 +65,7 @@ def regard_command(monkeypatch, capfd):
 
 
 # tests of these files share nothing and take long together: each goes to the process that is free
-SPREAD = {f"test_{name}.py" for name in ("attach", "compare", "every_page", "executors", "explain", "layers")}
+SPREAD = {f"test_{name}.py" for name in ("attach", "every_page", "layers")}
 
 
 def pytest_collection_modifyitems(items) -> None:
