@@ -75,7 +75,7 @@ def test_sinks_that_stand_behind_padding_move_too():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_choice_under_the_defaults_is_the_definition(name):
-    check_default_choice(catalog.method(name), written(name))
+    check_default_choice(catalog.method(name, **written(name).words), written(name))
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -63,6 +63,13 @@ def test_an_evicting_method_holds_and_reads_less(bench):
     assert row["peak_bytes"] > 0
 
 
+def test_a_method_with_words_of_its_own(bench):
+    """It asks the model in words, which the model's own tokenizer gives."""
+    row = measure(Cell("kvzip", "perplexity", 256, 0.25, samples=2), bench)
+    assert row["status"] == "ok"
+    assert row["bytes_kept"] < 0.5 * row["bytes_full"]
+
+
 def test_a_selecting_method_holds_all_and_reads_less(bench):
     row = measure(Cell("tokenselect", "perplexity", 512, 0.1, {"reuse": 1.0}, samples=2), bench)
     assert (

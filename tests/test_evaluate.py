@@ -174,7 +174,7 @@ def test_batches_of_unequal_rows_score_as_single_ones(lm, name):
     found = []
     for size in (1, 4):
         settings = {"budget": 6} if catalog.takes_budget(name) else catalog.get(name).test_settings[0]
-        with attach(lm[0], name, **settings):
+        with attach(lm[0], name, tokenizer=lm[1], **settings):
             found.append(wrapped(lm, size)._loglikelihood_tokens(asked))
     assert close(*found)
     assert not close(found[0], wrapped(lm)._loglikelihood_tokens(asked), 1e-2)

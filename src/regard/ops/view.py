@@ -56,6 +56,9 @@ class View:
         None  # [1|B, seen] where the model's rotation puts each token; None: at its place
     )
     heads: tuple[int, ...] = ()  # the cache heads of this view, where a layer keeps different lengths by head
+    head_layers: tuple[
+        int, ...
+    ] = ()  # the layer of each of `heads`, where those of all layers are asked together
     # name -> [B, G, n] float32 that stay with their slot
     notes: Callable[[str], Tensor] = None  # type: ignore[assignment]
     memory: dict = field(default_factory=dict)  # this layer's own, over the steps of a sequence

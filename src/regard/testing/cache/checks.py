@@ -120,11 +120,11 @@ def check_budget(method: Method, family: str, budget: int | float | str, since: 
         said = f"{method.label} on {family}, forward {step}"
         cuts = method.page.phase == "both" and method.page.due is None
         if evicts and (cuts or n > 1):
-            check_held(tape.held[step], tape.stored[step], mask, limit, said)
-            whole, ragged = (
-                parse_budget(budget).bytes,
-                any(len(set(heads)) > 1 for heads in tape.stored[step]),
-            )
+            unequal = len({n for heads in tape.stored[step] for n in heads}) > 1 or method.page.across
+            check_held(tape.held[step], unequal, mask, limit, said)
+            # heads, or layers whose rows differ, hold memory for the longest
+            ragged = method.page.across or any(len(set(heads)) > 1 for heads in tape.stored[step])
+            whole = parse_budget(budget).bytes
             assert whole is None or ragged or tape.bytes[step] <= whole, (
                 f"{said}: {tape.bytes[step]} bytes are held, tables and room to grow included, of {whole}"
             )
@@ -160,13 +160,13 @@ def check_attention_budget(method: Method, family: str, budget: int | float | st
     )
 
 
-def check_held(
-    held: dict[int, Tensor], stored: list[list[int]], mask: Tensor, limit: Tensor, said: str
-) -> None:
+def check_held(held: dict[int, Tensor], unequal: bool, mask: Tensor, limit: Tensor, said: str) -> None:
+    """`unequal`: heads share the budget unequally, and hold it in the mean."""
     counts = {i: (x & mask[:, None]).sum(-1) for i, x in held.items()}  # [B, G]
-    ragged = any(len(set(heads)) > 1 for heads in stored) or len({h[0] for h in stored}) > 1
     for i, count in counts.items():
-        mean = torch.stack(list(counts.values())).double().mean((0, 2)) if ragged else count.double().amax(-1)
+        mean = (
+            torch.stack(list(counts.values())).double().mean((0, 2)) if unequal else count.double().amax(-1)
+        )
         assert bool((mean <= limit).all()), (
             f"{said}: layer {i} holds {count.tolist()}, the budget is {limit.tolist()}"
         )
