@@ -28,6 +28,7 @@ OWN: dict[str, dict[str, Any]] = {
     "sparq": {"local": 0.25},
     "criticalkv": {"first": 0.5},
     "compactor": {"first": 1},
+    "kvzip": {"whole": (90, 91), "part": (60,), "answer": ()},
     "headkv": {"importance": ((5.0, 1.0), (3.0, 0.5), (1.0, 0.2))},
 }
 SCORE = "a part of a score: which tokens are above others for it depends on the text"
@@ -75,6 +76,8 @@ CACHES: dict[str, Row] = {
     "page": more("run", 2, 6),
     "length": more("gap", 4, 20),
     "floor": less("spread", 0.0, 1.0),
+    "spread": less("spread", 0.2, 5.0),
+    "motion": less("spread", 0.2, 5.0),
     "temperature": more("spread", 0.3, 2.0),
     "headkv.beta": less("spread", 1.5, 6.0),
     "pyramidkv.beta": more("spread", 1.5, 20.0),
@@ -100,12 +103,14 @@ CACHES: dict[str, Row] = {
     "following": "how many share the value of one that goes: none of them stays for it",
     "last": "queries that are asked whether a layer is lazy: more of them answer neither yes nor no",
     "finch.chunk": "parts of the document that share the budget: smaller ones are no more tokens",
+    "kvzip.chunk": "tokens that are repeated in one pass: all are, however many passes that takes",
+    "lead": "tokens that an instruction quotes",
     "longheads.chunk": "tokens of a chunk of those read; a small budget shrinks it",
     "compactor.chunk": "tokens that attend to each other, for a score",
     "non_causal_attention.chunk": "tokens that attend to each other, for a score",
     **dict.fromkeys(
-        ("blend", "epsilon", "future", "history", "representatives", "ridge", "similar", "smoothing", "steps",
-         "tau_end", "tau_init"), SCORE,
+        ("blend", "epsilon", "future", "gamma", "history", "queries", "representatives", "ridge", "similar",
+         "smoothing", "steps", "tau_end", "tau_init"), SCORE,
     ),
 }  # fmt: skip
 
