@@ -29,10 +29,11 @@ class Config:
     sinks: int = 4  # first tokens, which stay, and count in the softmax of every chunk
     chunk: int = 2000  # tokens of the prompt that are repeated in one pass
     lead: int = 8  # tokens before a later chunk that its instruction quotes
-    # what the model is asked, as a text or as token ids
+    # what the model is asked before the first chunk, as a text or as token ids
     whole: Words = "\n\nRepeat the previous context exactly."
+    # the same before a later chunk, with the quoted tokens behind it
     part: Words = "\n\nRepeat the part of the previous context exactly, starting with "
-    answer: Words = "\n"  # what opens an answer in the model's chat template
+    answer: Words = "\n"  # the same for what opens an answer in the model's chat template
 
     def __post_init__(self) -> None:
         require(self.sinks >= 0, "sinks >= 0", sinks=self.sinks)
