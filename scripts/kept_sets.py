@@ -2,7 +2,7 @@
 
     python scripts/kept_sets.py ours smollm2 /tmp/kept          # here: the model as a folder, the prompt, our sets
     PYTHON scripts/kept_sets.py theirs /tmp/kept   # pip install kvpress, in an environment of its own
-    python scripts/kept_sets.py table /tmp/kept                 # Markdown
+    python scripts/kept_sets.py table /tmp/kept [/tmp/other ...]  # Markdown, several models beside each other
 
 Tokens are told by their keys in the compressed cache. A prompt of 512 tokens, of which a quarter is kept. Of each pair
 the press is asked as it is, and once more without what is known to differ (scripts/kept_known.py).
@@ -104,7 +104,7 @@ PAIRS = {
     ),
     "knorm+chunkkv:chunk=16": Pair(
         "ChunkKVPress", {"press": "KnormPress", "chunk_length": 16},
-        "the newest token stays here, out of the means, in the place of the last token of the last chunk",
+        "the newest token stays here, out of the means, and that place is not the last chunk's",
         ("digits", "newest_beside"),
     ),
     "knorm+chunked:length=128": Pair(
@@ -229,22 +229,33 @@ def among(keys: torch.Tensor, whole: torch.Tensor, layer) -> torch.Tensor:
     return torch.stack([(distance < 1e-6).any(-1) for distance in apart])
 
 
-def table(folder: Path) -> None:
-    saved, other = torch.load(folder / "ours.pt"), torch.load(folder / "theirs.pt")
-    print(f"{saved['model']}, {TOKENS} tokens, {KEPT} kept; {other['version']}\n")
-    print("| ours | theirs | heads with the same set | most tokens apart | what differs | without it |")
-    print("| --- | --- | ---: | ---: | --- | ---: |")
-    for spec, mine in saved["kept"].items():
+def table(*folders: Path) -> None:
+    """Markdown, the models of these folders beside each other."""
+    saved = [(torch.load(folder / "ours.pt"), torch.load(folder / "theirs.pt")) for folder in folders]
+    names = [mine["model"] for mine, _ in saved]
+    print(f"{' and '.join(names)}, {TOKENS} tokens, {KEPT} kept; {saved[0][1]['version']}\n")
+    print(row("ours", "theirs", *names, "what differs", *(f"without it, {name}" for name in names)))
+    print(row("---", "---", *("---:" for _ in names), "---", *("---:" for _ in names)))
+    for spec in saved[0][0]["kept"]:
         pair = PAIRS[spec]
-        if spec in other["errors"]:
-            print(f"| {spec} | {pair.label} | | | {other['errors'][spec][:80]} | |")
-            continue
-        same, heads, most = compared(mine, other["kept"][spec])
-        without = ""
-        if spec in other["without"]:
-            equal, heads, apart = compared(mine, other["without"][spec])
-            without = f"{equal} of {heads}" + (f", {apart} apart" if apart else "")
-        print(f"| {spec} | {pair.label} | {same} of {heads} | {most} | {pair.differs} | {without} |")
+        errors = [other["errors"][spec][:80] for _, other in saved if spec in other["errors"]]
+        as_it_is, without = (
+            [equal(mine["kept"][spec], other[which].get(spec)) for mine, other in saved]
+            for which in ("kept", "without")
+        )
+        print(row(spec, pair.label, *as_it_is, "; ".join([pair.differs, *errors]), *without))
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def equal(mine: list, other: list | None) -> str:
+    """The heads whose sets are equal, and how far apart the others are, in words; "" where nothing was compared."""
+    if other is None:
+        return ""
+    same, heads, most = compared(mine, other)
+    return f"all {heads}" if same == heads else f"{same} of {heads}, {most} apart"
 
 
 def compared(mine: list, other: list) -> tuple[int, int, int]:
@@ -259,5 +270,5 @@ if __name__ == "__main__":
     {
         "ours": lambda m, f: ours(m, Path(f)),
         "theirs": lambda f: theirs(Path(f)),
-        "table": lambda f: table(Path(f)),
+        "table": lambda *f: table(*map(Path, f)),
     }[what](*rest)
