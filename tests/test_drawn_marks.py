@@ -9,7 +9,7 @@ from regard.report import Result
 from regard.report.figures import length_trace, quality_cost
 from regard.report.marks import FULL, corners, marks
 from regard.tasks.chair_scores import chair, counts
-from regard.tasks.scenes import GLYPHS, RGB
+from regard.tasks.scenes import GLYPHS, RGB, Scene, Thing
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,10 @@ def test_one_mention_counts_as_one():
     assert chair([counts("nothing", ["dog"], ["cat", "dog"])])["chair_i"] == 0.0
     half = [counts("a cat and a dog", ["dog"], ["cat", "dog"])]
     assert chair(half) == {"chair_i": 0.5, "chair_s": 1.0, "recall": 1.0, "length": 5.0, "n": 1}
+
+
+def test_a_scene_shows_its_thing_in_its_colour_before_dark_noise():
+    pixels = Scene((Thing("shape", "square", "red", cell=5, contrast=1.0),), noise=3).pixels()
+    thing, other = pixels[8:16, 8:16], pixels[16:]
+    assert (thing[3:5, 3:5] == [255, 26, 26]).all()
+    assert other.max() <= 128 and other.min() < 8 and other.std() > 30

@@ -174,7 +174,7 @@ def test_batches_of_unequal_rows_score_as_single_ones(lm, name):
     found = []
     for size in (1, 4):
         settings = {"budget": 6} if catalog.takes_budget(name) else catalog.get(name).test_settings[0]
-        with attach(lm[0], name, **settings):
+        with attach(lm[0], name, tokenizer=lm[1], **settings):
             found.append(wrapped(lm, size)._loglikelihood_tokens(asked))
     assert close(*found)
     assert not close(found[0], wrapped(lm)._loglikelihood_tokens(asked), 1e-2)
@@ -448,10 +448,15 @@ def test_differences_are_drawn_in_pairs():
 
 @needs
 @pytest.mark.parametrize("method", ["streaming_llm", "streming_llm"])
-def test_the_command(folder, tmp_path, method):
-    command = [sys.executable, "-m", "regard.cli", "evaluate", "lm", "--tasks", "t_choice", "--methods", method,
-               "--budgets", "4", "--include-path", str(folder), "--out", str(tmp_path / "out"), "--json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_the_command(folder, tmp_path, method, regard_command):
+    words = ["evaluate", "lm", "--tasks", "t_choice", "--methods", method, "--budgets", "4", "--include-path",
+             str(folder), "--out", str(tmp_path / "out"), "--json"]  # fmt: skip
+    if method == "streaming_llm":
+        done = subprocess.run(
+            [sys.executable, "-m", "regard.cli", *words], capture_output=True, text=True, check=False
+        )
+    else:
+        done = regard_command(*words)
     if method == "streming_llm":
         assert done.returncode == 2 and not done.stderr
         assert "near names: streaming_llm" in json.loads(done.stdout)["error"]["message"]

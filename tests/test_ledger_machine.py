@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers.cache_utils import Cache
 
 from regard.attaching.ledger import LedgerLayer, Pending
-from regard.attaching.policy import rotate_first
+from regard.attaching.selecting import rotate_first
 from regard.attaching.step import Step, text_labels
 from regard.attaching.store import load_cache, save_cache
 from regard.core import Unsupported

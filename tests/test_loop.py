@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from regard.train.convert import warmed
 from regard.train.loop import (
     already_there,
     by_rate,
@@ -102,6 +103,13 @@ def test_the_other_schedules():
     assert rates_of(linear_to(0.5, rise=2), 4) == pytest.approx([0.5, 0.875, 0.75, 0.625])
     assert rates_of(cosine_to(0.0), 4) == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
     assert rates_of(cosine_to(0.2, rise=2), 2) == pytest.approx([0.5, 0.6])
+
+
+def test_a_conversion_warms_up_over_a_twentieth_and_ends_at_a_twentieth():
+    rates = rates_of(warmed(400), 400)
+    assert rates[:20] == pytest.approx([(n + 1) / 20 for n in range(20)], rel=0.01)
+    assert max(rates) == rates[19] and rates[-1] == pytest.approx(0.05, abs=1e-4)
+    assert rates_of(warmed(8), 8)[0] == 1.0
 
 
 def test_one_cycle_is_that_of_torch():

@@ -12,7 +12,8 @@ import transformers as tf
 
 from regard.attaching.attachment import attach
 from regard.attaching.ledger import LedgerLayer
-from regard.attaching.policy import CachePolicy, rotate_first
+from regard.attaching.policy import CachePolicy
+from regard.attaching.selecting import rotate_first
 from regard.core import Unsupported
 from regard.testing.cache.script import full_cache
 from regard.testing.zoo import TEXT, build

@@ -1,6 +1,7 @@
 """Sums of weights and the attention itself from one pass over blocks of rows: each is what it is by itself."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from regard import catalog
 from regard.attaching import function, views
 from regard.attaching.attachment import attach
+from regard.attaching.ledger import LedgerLayer
 from regard.core import Card, Edit, Method, Site
 from regard.kinds.cache import CachePage
 from regard.ops import View, softmax
@@ -105,3 +107,16 @@ def test_rows_that_an_edit_leaves_alone_are_those_of_the_method_without_it():
         want = logits(model)
     with attach(model, [h2o, none]):
         assert torch.equal(logits(model), want)
+
+
+def test_a_learned_bias_of_a_sliding_layer_goes_with_the_true_index_of_each_slot():
+    """The model's columns begin with the first token that its window reaches before this step."""
+    # one of 11 tokens is new: the last, which sees tokens 5 to 10
+    layer = SimpleNamespace(plain=False, seen=11, reach=LedgerLayer(window=6).reach)
+    group = SimpleNamespace(count=None, table=lambda: torch.tensor([[[5, 7, 8, 10]]]))
+    bias = torch.arange(5.0, 11.0).view(1, 1, 1, 6)  # of tokens 5 to 10
+    q = torch.zeros(1, 1, 1, 4)
+    call = SimpleNamespace(
+        options={"position_bias": bias}, group=group, layer=layer, heads=None, fed=1, q=q, k=q
+    )
+    assert views.slot_bias(call).flatten().tolist() == [5, 7, 8, 10]

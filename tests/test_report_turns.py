@@ -10,6 +10,7 @@ from tests.test_report import HOSTILE, one, printed
 from regard import compare
 from regard.report import Result, to_html, to_markdown
 from regard.report.marks import marks
+from regard.report.terminal import turn_tables
 from regard.report.turns import by_place, by_turn, columns, figure, grouped, table_rows
 
 
@@ -107,3 +108,13 @@ def test_a_long_continuation_goes_through_compare(measured):
     assert sum(v for _, v in row["nll_by_place"]) / 8 == pytest.approx(row["nll"], abs=1e-3)
     assert rows["snapkv", "perplexity:continuation=256"]["nll"] > row["nll"]
     assert "Likelihood by place" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_in_the_terminal_methods_stand_left_and_numbers_right():
+    sides = {}
+    for table in turn_tables(result(), 120):
+        for column in table.columns:
+            at = {getattr(cell, "justify", None) == "right" for cell in column.cells}
+            sides[str(column.header)] = sides.get(str(column.header), set()) | at
+    assert sides.pop("method") == {False}
+    assert [*sides.values()] == [{True}] * 4

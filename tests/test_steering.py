@@ -80,10 +80,12 @@ def test_streams_follow_beams_and_copies():
 @torch.no_grad()
 def test_observers_write_down_the_main_pass_alone():
     model, inputs = build("llava")
-    with attach(model, [method(**TEXT), Observer("last_row")]) as attached:
+    residual = Observer("value", Site("resid_post"), name="residual")
+    with attach(model, [method(**TEXT), Observer("last_row"), residual]) as attached:
         model(**inputs)
     layers = [layer for layer, _, _ in attached.records["last_row"]]
     assert len(layers) == len({*layers}) + 3  # three layers of the decoder, three of the tower
+    assert [layer for layer, _, _ in attached.records["residual"]] == [0, 1, 2]
 
 
 def test_refusals():

@@ -3,6 +3,7 @@
 They parse the text with expressions of their own and share nothing with the pages that wrote it.
 """
 
+import random
 import re
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +14,7 @@ from regard.bench.quality import recall
 from regard.catalog import get, grouped_tasks, list_methods, method, task
 from regard.models.shipped import PRETRAINED, load_shipped
 from regard.tasks import Source, Turn, base
+from regard.tasks import artificial_grammar as grammars
 from regard.tasks.base import chat_marks, encode
 from regard.tasks.long_generation import BEGIN
 from regard.testing.task import (
@@ -308,3 +310,17 @@ def test_the_laws_are_asked_of_long_continuations():
         len(s.answer) for s in task("perplexity:continuation=256").samples(WordTokenizer(), 512, 3, 0)
     } == {256}
     assert base.Sample([1, 2], [3], (0, 0)).needed == ()
+
+
+def test_the_facts_of_frequent_words_are_the_words_that_are_asked_for():
+    """Not the noise, which is no word of the answer and stands between them."""
+    tokenizer = WordTokenizer()
+    sample = task("frequent_words").samples(tokenizer, 1024, 1, 0)[0]
+    told = {tokenizer.decode(sample.prompt[a:b]).strip() for a, b in sample.facts}
+    assert told == {*sample.wanted} and len(sample.wanted) == 3
+
+
+def test_strings_of_a_grammar_have_four_to_eight_letters():
+    drawn = [grammars.draw(grammars.Config(examples=10), random.Random(f"{n}"), True) for n in range(8)]
+    lengths = {len(text) for _, told, _ in drawn for text in told}
+    assert {min(lengths), max(lengths)} == {4, 8}

@@ -51,6 +51,15 @@ def test_training_windows_end_before_the_held_out_part(monkeypatch):
     assert torch.cat(Text.test(plan)).min() == 3600
 
 
+def test_windows_of_the_test_end_within_the_text(monkeypatch):
+    plan = Plan(task="text", **SMALL)
+    for held in range(4 * plan.length - 1, 4 * plan.length + 3):
+        places = torch.arange(10 * held)
+        monkeypatch.setattr(Text, "all", staticmethod(lambda plan, places=places: places))
+        inputs, labels = Text.test(plan)
+        assert len(inputs) >= 3 and labels.max() < len(places) == inputs.min() + held
+
+
 class Knowing:
     """A model that is right on the rows that it knows, and says the token after the right one of all others."""
 

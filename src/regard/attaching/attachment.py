@@ -26,7 +26,7 @@ from regard.attaching.resolve import Attachable, actors_of
 from regard.attaching.rotary import Rotary
 from regard.attaching.selected import selection
 from regard.attaching.sites import ATTENTION, Sites, refuse_unreachable, towers
-from regard.attaching.step import RoleRule, named
+from regard.attaching.step import RoleRule, Step, named
 from regard.attaching.streams import Streams
 from regard.attaching.towers import image_token
 from regard.attaching.turning import is_rotary_table
@@ -99,7 +99,7 @@ class attach:
         for actor in self.actors:
             if isinstance(actor, Observers):
                 self.records = actor.records
-        self.streams = streams_of(model, self.actors, lambda: self.context.step.number)
+        self.streams = streams_of(model, self.actors, lambda: self.context.step)
         self._undo: list[Callable[[], Any]] = []
 
     def __enter__(self) -> "attach":
@@ -273,7 +273,7 @@ class attach:
         return [layer.stored() for layer in self.context.caches.layers]
 
 
-def streams_of(model: PreTrainedModel, actors: list[Any], step: Callable[[], int]) -> Streams | None:
+def streams_of(model: PreTrainedModel, actors: list[Any], step: Callable[[], Step]) -> Streams | None:
     """What edits and observers do outside attention; None: nothing."""
     receipts = [r for a in actors if isinstance(a, Edits) for r in a.of_streams()]
     observers = [o for a in actors if isinstance(a, Observers) for o in a.of_streams()]

@@ -4,6 +4,8 @@ A layer stores keys and values in one or more groups of slots (more than one onl
 lengths). `get_seq_length` is the number of tokens SEEN.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -153,6 +155,15 @@ class LedgerLayer(DynamicLayer):
         self.offloads = False
         for group in self.groups:
             group.change(lambda t: t.to("cpu", non_blocking=True))
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Within the block on its device, if it was offloaded."""
+        away = any(group.keys.device != self.device for group in self.groups)
+        self.prefetch()
+        yield
+        if away:
+            self.offload()
 
     def prefetch(self) -> None:
         for group in self.groups:

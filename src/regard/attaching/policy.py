@@ -1,6 +1,6 @@
 """A cache policy at work: budgets, what is selected, its own attention, moved positions, and what stays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regard.attaching.actors import Actor, AttentionCall
+from regard.attaching.actors import Actor, AttentionCall, refuse_encoder_decoder
 from regard.attaching.anatomy import output_weights
+from regard.attaching.evicting import light, voted, without_queries, without_what_left
 from regard.attaching.packed import PackedGroup
 from regard.attaching.places import places_of
 from regard.attaching.remembered import memory_of, told
+from regard.attaching.rereading import REREADING, Rereader
+from regard.attaching.selecting import asking, rotate_first, view_of_slots
 from regard.attaching.slots import Group, slack
-from regard.attaching.views import at_slots, make_view, padding_first, real_slots, visibility
-from regard.core import Method, NeverFired, Unsupported, require
-from regard.core.errors import present
-from regard.kinds.cache import CachePage, decide
-from regard.ops import Budget, Kept, View, gather_rows, parse_budget, per_query_head, tokens_within
+from regard.attaching.step import Step
+from regard.attaching.views import padding_first, real_slots
+from regard.core import Method, NeverFired, Unsupported
+from regard.kinds.cache import CachePage, decide, on_time, rank, share
+from regard.ops import Budget, Kept, View, parse_budget, tokens_within
 
 # what a page may want measured on the model: name -> the setting that it is, and the function that gives it
 CALIBRATORS: dict[str, tuple[str, Callable[[PreTrainedModel], Any]]] = {}
@@ -34,6 +37,7 @@ class CachePolicy(Actor):
     def __init__(self, method: Method) -> None:
         self.method, self.name = method, method.name
         self.acted = 0
+        self.rereader: Rereader | None = None
         page = self.page
         self.needs_rotary = page.shift is not None or page.attention is not None or page.rotates
 
@@ -42,6 +46,8 @@ class CachePolicy(Actor):
         return self.method.page
 
     def check(self, model: PreTrainedModel) -> None:
+        if self.page.reread is not None:
+            refuse_encoder_decoder(self.name, model)
         self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         given = getattr(self.method.config, "budget", None)
         if given is not None:
@@ -92,8 +98,15 @@ class CachePolicy(Actor):
     def acts_on(self, call: AttentionCall) -> bool:
         return call.layer is not None
 
+    def hooks(self, model: PreTrainedModel, context: Any) -> Iterator[Any]:
+        if self.page.reread is not None:
+            self.rereader = Rereader(self, model, context)
+            yield self.rereader.hook()
+
     def select(self, call: AttentionCall, view: View) -> View:
         """Show the page what is stored; the view of what it reads."""
+        if call.step.stream == REREADING:
+            return view
         self.acted += 1
         page, cfg = self.page, self.method.config
         self._prepare(call, view)
@@ -193,6 +206,10 @@ class CachePolicy(Actor):
         return torch.zeros_like(out).scatter(2, asked[:, None, :, None].expand_as(out), out)
 
     def evict(self, call: AttentionCall, view: View) -> None:
+        if call.step.stream == REREADING:
+            if self.rereader is not None:
+                self.rereader.note(call)
+            return
         self._count_bytes(call, view)
         calls = call.step.asked(call)
         if not calls:
@@ -213,6 +230,9 @@ class CachePolicy(Actor):
             return
         # heads that share a budget are asked together, once all groups of them were attended to
         waiting = call.step.waiting
+        if page.across or page.reread is not None:
+            self._wait(call, whole)
+            return
         waiting.append((call, whole))
         if page.allocate is not None and len(waiting) < len(ledger.groups):
             return
@@ -221,9 +241,39 @@ class CachePolicy(Actor):
             self._carry_out(asked, kept)
         waiting.clear()
 
+    def _wait(self, call: AttentionCall, whole: View) -> None:
+        """Nothing goes before all layers were attended to, or before the prompt was read again (rereading.py)."""
+        page, step = self.page, call.step
+        due = on_time(page, whole, self.method.config)
+        if due is None:
+            return
+        step.waiting.append((call, due))
+        if len(step.waiting) < len(call.ledger.groups):
+            return
+        calls, views = zip(*step.waiting, strict=True)
+        step.waiting.clear()
+        said = views if page.reread is not None else rank(page, views, self.method.config)
+        step.later += [(light(c), without_queries(x)) for c, x in zip(calls, said, strict=True)]
+        # a layer that was not written yet has no groups
+        if page.reread is None and len(step.later) == sum(max(1, len(x.groups)) for x in call.layers):
+            self.share_among(step)
+
+    def share_among(self, step: Step) -> None:
+        """Carry out what stays of all that waited for the layers above."""
+        asked, layers = list(step.later), dict[int, list]()
+        step.later.clear()
+        for call, ranked in asked:
+            layers.setdefault(0 if self.page.across else id(call.layer), []).append((call, ranked))
+        for layer in layers.values():
+            answers = share(self.page, [ranked for _, ranked in layer], self.method.config)
+            for (call, _), kept in zip(layer, answers, strict=True):
+                self._carry_out(call, kept)
+        for call, _ in asked:
+            self.finish(call)
+
     def finish(self, call: AttentionCall) -> None:
         """Store older tokens packed, where the page does so."""
-        if self.page.codec is None:
+        if self.page.codec is None or call.step.later or call.step.stream == REREADING:
             return
         codec, ledger = self.page.codec(self.method.config), call.ledger
         if codec is None:  # by its settings nothing is packed
@@ -247,7 +297,8 @@ class CachePolicy(Actor):
                     f"{self.name} at {call.where}: it changes keys, and this layer stores latents that are expanded "
                     "when they are read"
                 )
-            call.ledger.keep(call.slots, kept)
+            with call.ledger.at_home():
+                call.ledger.keep(call.slots, kept)
         if self._asked.bytes is not None and self.page.phase == "both":
             within = int(call.step.limits[call.stored.seen][0])
             for (
@@ -263,74 +314,3 @@ class CachePolicy(Actor):
             size += whole.k.nbytes
         before = 0 if call.group is call.ledger.groups[0] else step.bytes_read.get(whole.layer, 0)
         step.bytes_read[whole.layer] = before + step.reported.get(whole.layer, size)
-
-
-def asking(call: AttentionCall, view: View) -> View:
-    """What a page selects by: a layer that reads the keys of another asks with its last query, as it votes."""
-    if call.turn.nth == 0 or view.new == 1:
-        return view
-    last = slice(view.new - 1, view.new)
-    return replace(view, q=view.q[:, :, last], visible=lambda rows: view.visible(last))
-
-
-def voted(views: list[View]) -> View:
-    """The view of the layer that stores the slots, with those of the layers that read them after it."""
-    return replace(views[0], readers=tuple(views[1:])) if len(views) > 1 else views[0]
-
-
-def without_what_left(call: AttentionCall) -> View:
-    """What is stored once the window has left its oldest slots behind: nothing is kept in their place."""
-    group, whole = call.slots, call.stored
-    k, v = group.k(), group.v()
-    if k.shape[1] != call.k.shape[1] or k.shape[-1] != call.k.shape[-1]:  # latents, expanded for the call
-        require(group.index is None, "a sliding layer of latents keeps its whole window", window=whole.window)
-        k, v = (x[:, :, x.shape[2] - group.n :] for x in (call.k, call.v))
-    new = make_view(replace(call, k=k, v=v))
-    return replace(
-        whole, k=k, v=v, index=new.index, real=new.real, bias=new.bias, visible=new.visible, count=new.count,
-        cached_scores=None, asked=(whole, whole.slots(new.index)),
-    )  # fmt: skip
-
-
-def view_of_slots(call: AttentionCall, view: View, slots: Tensor, shift: Tensor | None) -> View:
-    """The view restricted to slots [b, h, m]; `shift` moves the chosen keys to other positions."""
-    k, v = gather_rows(view.k, slots), gather_rows(view.v, slots)
-    if shift is not None:
-        k = rotate(view, k, shift)
-    chosen = slots.clamp(min=0)
-    lead = [max(view.index.shape[i], slots.shape[i]) for i in (0, 1)]
-    several = slots.shape[1] > view.index.shape[1] > 1
-    spread = per_query_head(view.index, slots.shape[1]) if several else view.index
-    index = spread.expand(*lead, -1).gather(-1, chosen.expand(*lead, -1)).masked_fill(slots < 0, -1)
-    real = None if view.real is None and bool((slots >= 0).all()) else index >= 0
-    if view.real is not None:
-        real = present(call.rule, "only a mask rule knows of padding").real(index)
-    if view.count is not None:
-        raise Unsupported(f"{call.where}: selecting tokens under merged slots")
-    bias = None if view.bias is None else at_slots(view.bias, slots, view.q.shape[1])
-    visible = visibility(call.mask, view.q, index, real)
-    return replace(view, cached_scores=None, k=k, v=v, index=index, real=real, visible=visible, bias=bias)
-
-
-def rotate_first(view: View, by: Tensor | None, call: AttentionCall) -> None:
-    """Rotate the first keys of a group in place; the keys as they first were are kept, so errors never add up."""
-    group = call.slots
-    if by is None:
-        group.restore()
-        return
-    s = by.shape[-1]
-    if group.origin is not None and group.origin.shape[2] != s:
-        group.restore()
-    origin = group.keys[:, :, :s].clone() if group.origin is None else group.origin
-    turned = rotate(view, origin, by)
-    if view.k.data_ptr() != group.keys.data_ptr():
-        raise Unsupported(
-            f"{call.where} expands its keys after they were stored, so they cannot be moved in place"
-        )
-    group.origin, call.ledger.compressed = origin, True
-    group.keys[:, :, :s] = turned
-    view.cached_scores = view.cached_weights = view.cached_received = None
-
-
-def rotate(view: View, keys: Tensor, by: Tensor) -> Tensor:
-    return present(view.rotate, "a page that moves keys is given the model's rotation")(keys, by)

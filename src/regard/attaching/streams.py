@@ -17,6 +17,7 @@ from regard.attaching.anatomy import LayerAnatomy, anatomy, stream
 from regard.attaching.edits import Receipt
 from regard.attaching.observers import Record
 from regard.attaching.sites import towers
+from regard.attaching.step import Step
 from regard.attaching.targets import Rows, rows_of
 from regard.attaching.verbs import edited, texts_of
 from regard.core import Observer, Unreachable, Unsupported
@@ -63,7 +64,7 @@ class Streams:
     model: PreTrainedModel
     receipts: list[Receipt]
     observers: list[tuple[Observer, list[Record]]]
-    step: Callable[[], int]  # the number of the forward
+    step: Callable[[], Step]  # the forward that runs
     fed: Fed | None = None
     mask: Tensor | None = None  # the attention mask that the whole model was given
     pre: dict[int, Tensor] = field(default_factory=dict)  # resid_pre by layer, within a forward
@@ -220,12 +221,13 @@ class Streams:
                 if rows.columns and texts_of(receipt.edit, x.shape[0]):
                     x = edited(x[:, None], receipt.edit, [0], rows, fed.asking())[:, 0]
                     receipt.note(layer, ())
-        for observer, records in self.observers:
+        step = self.step()
+        for observer, records in self.observers if step.stream == "main" else ():
             site = observer.site
             if site.quantity == quantity and site.covers(layer, "text", fed.phase):
                 rows = rows_of(site, fed)
                 if rows.columns:
-                    records.append((layer, self.step(), seen_rows(x, observer, rows)))
+                    records.append((layer, step.number, seen_rows(x, observer, rows)))
         return x
 
 

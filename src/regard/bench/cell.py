@@ -177,7 +177,7 @@ class Bench:
 
     def run(self, batch: list[Sample], method: Any, weigh: bool = False) -> Pass:
         """`regard.bench.passes.run` on this model."""
-        return run(self.model, batch, method, weigh)
+        return run(self.model, batch, method, weigh, self.tokenizer)
 
 
 def text_of(cell: Cell) -> Source:

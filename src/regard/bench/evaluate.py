@@ -229,7 +229,7 @@ def measure(
 
     lm.at_once, lm.advanced = not question.caches, advanced
     with (
-        nullcontext() if method is None else attach(lm.model, method) as attached,
+        nullcontext() if method is None else attach(lm.model, method, tokenizer=lm.tokenizer) as attached,
         lm.metered(attached) as meter,
     ):
         rows, facts, samples = tasks_of.ask(name, task, lm, question.asking, question.requests or "")

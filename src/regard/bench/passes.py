@@ -31,7 +31,7 @@ class Pass:
     selection: list[dict] = field(default_factory=list)  # what was read in it, by layer
 
 
-def run(model: Any, batch: Sequence[Sample], method: Any, weigh: bool = False) -> Pass:
+def run(model: Any, batch: Sequence[Sample], method: Any, weigh: bool = False, tokenizer: Any = None) -> Pass:
     """A pass under a method; None: the model as it is, with its own attention and its own cache, windows included.
 
     `weigh`: measure the share of attention mass that a method captures which leaves keys of the prompt unread.
@@ -45,7 +45,8 @@ def run(model: Any, batch: Sequence[Sample], method: Any, weigh: bool = False) -
     greedy generation: an answer is generated exactly if and only if every step's best token is the right one.
     Where samples say what is `wanted`, the model is fed what it generates.
     """
-    with torch.inference_mode(), nullcontext() if method is None else attach(model, method) as attached:
+    around = nullcontext() if method is None else attach(model, method, tokenizer=tokenizer)
+    with torch.inference_mode(), around as attached:
         return Reading(model, attached, attached if leaves_unread(method) else None).through(batch, weigh)
 
 

@@ -41,6 +41,12 @@ class CachePage(Page):
     allocate(view, score, cfg) -> [B, G]  beside `score`: tokens of each head where they share a budget unequally, of
                the scores [B, G, n] of all (-inf: no token, the highest: stays in any case); `view` is that of some,
                its `heads` are all of them in the order of the scores
+    across     whether `allocate` is asked once for the heads of all layers, after the last of them: `view.head_layers`
+               says whose they are, and `view.budget` is [B, heads]
+    reread     cfg -> Rereading: the prompt is read a second time after it, on what is stored and beside it, and nothing
+               goes before; `score` finds in view.notes(WORTH) what `worth` said
+    worth      (view, chunk, cfg) -> [B, G, n]  of such a reading: what the stored tokens of `chunk` [B, 1|G, n] bool
+               are worth to its queries; the largest of all readings counts
     due        (view, cfg) -> [B] bool: rows of which tokens may go in this step (None: all). Between, a cache grows
     codec      cfg -> Codec: how older keys and values are stored, in less memory than their numbers take
     wrap       (the page below, cfg) -> the page that acts in its place, of a page that is laid over others:
@@ -66,6 +72,9 @@ class CachePage(Page):
     phase: str = "both"
     by_place: bool = False
     allocate: Callable | None = None
+    across: bool = False
+    reread: Callable | None = None
+    worth: Callable | None = None
     due: Callable | None = None
     codec: Callable | None = None
     wrap: Callable | None = None
@@ -81,45 +90,72 @@ def decide(page: CachePage, views: Sequence[View], cfg: Any) -> list[Kept | None
     """What a page lets stay of each view, one for heads that hold equally many tokens: what its `keep` says, or the
     best by its score within the budget, which `allocate` may share unequally. None: all.
     """
-    if page.due is not None:
-        now = page.due(views[0], cfg)
-        if not bool(now.any()):
-            return [None] * len(views)
-        views = [replace(view, budget=torch.where(now, view.budget, view.seen)) for view in views]
-    if page.keep is not None:
-        return [page.keep(view, cfg) for view in views]
-    if page.score is None or (page.allocate is None and not any(view.over() for view in views)):
+    due = [view for view in (on_time(page, view, cfg) for view in views) if view is not None]
+    if not due:  # rows are due in all views or in none
         return [None] * len(views)
-    scores, always = scored(page, views, cfg), [stays(page, v, cfg) for v in views]
-    if page.allocate is None:
-        return [keep_best(*each) for each in zip(views, scores, always, strict=True)]
-    # in the order of the model: of equal scores the first head wins, whatever groups the rows of a batch have made
-    heads = torch.tensor([head for view in views for head in view.heads or range(view.groups)])
-    order = heads.argsort()
-    every = replace(views[0], heads=tuple(heads[order].tolist()))
-    budgets = page.allocate(every, ranked(views, scores, always)[:, order], cfg)[:, order.argsort()]
-    parts = budgets.split([v.groups for v in views], 1)
-    return [keep_best(*each) for each in zip(views, scores, always, parts, strict=True)]
+    if page.keep is not None:
+        return [page.keep(view, cfg) for view in due]
+    if page.score is None or (page.allocate is None and not any(view.over() for view in due)):
+        return [None] * len(views)
+    return share(page, rank(page, due, cfg), cfg)
 
 
-def scored(page: CachePage, views: Sequence[View], cfg: Any) -> list[Tensor]:
-    """The scores of each view. A page that compares or adds up heads finds all of them in `View.beside`."""
+def on_time(page: CachePage, view: View, cfg: Any) -> View | None:
+    """The view, of which rows that are not due may keep all; None: no row is due."""
+    if page.due is None:
+        return view
+    now = page.due(view, cfg)
+    return replace(view, budget=torch.where(now, view.budget, view.seen)) if bool(now.any()) else None
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What a page says of one view before anything goes: the scores, and what stays before all others."""
+
+    view: View
+    score: Tensor  # [1|B, 1|G, n]
+    always: Tensor  # [1|B, 1|G, n] bool
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """(layer, head) of each cache head."""
+        return [(self.view.layer, head) for head in self.view.heads or range(self.view.groups)]
+
+    def marked(self) -> Tensor:
+        """[B, G, n] scores: the highest for what stays anyhow, -inf where no token is."""
+        view, score = self.view, at_least_float32(self.score)
+        score = score.expand(len(view.budget), view.groups, -1)
+        score = torch.where(self.always, torch.finfo(score.dtype).max, score)
+        return score.masked_fill(~view.hold(), -torch.inf)
+
+
+def rank(page: CachePage, views: Sequence[View], cfg: Any) -> list[Ranked]:
+    """What a page says of the heads of a layer. One that compares or adds up heads finds all in `View.beside`."""
+    score = present(page.score, "a page that ranks tokens has a score")
     for view in views:
         view.beside = tuple(views)
-    scores = [present(page.score, "a page with scores")(view, cfg) for view in views]
+    ranked = [Ranked(view, score(view, cfg), stays(page, view, cfg)) for view in views]
     for view in views:  # what hold each other hold their keys
         view.beside = ()
-    return scores
+    return ranked
 
 
-def ranked(views: Sequence[View], scores: Sequence[Tensor], always: Sequence[Tensor]) -> Tensor:
-    """[B, G, n] scores of all heads, group after group: the highest for what stays anyhow, -inf where nothing is."""
-    most, parts = max(v.stored for v in views), []
-    for view, score, stay in zip(views, scores, always, strict=True):
-        score = at_least_float32(score).expand(len(view.q), view.groups, -1)
-        score = torch.where(stay, torch.finfo(score.dtype).max, score).masked_fill(~view.hold(), -torch.inf)
-        parts.append(F.pad(score, (0, most - view.stored), value=-torch.inf))
-    return torch.cat(parts, 1)
+def share(page: CachePage, ranked: Sequence[Ranked], cfg: Any) -> list[Kept | None]:
+    """What stays of each view, by scores within the budget, which `allocate` may share unequally among all heads."""
+    if page.allocate is None:
+        return [keep_best(r.view, r.score, r.always) for r in ranked]
+    heads = [head for r in ranked for head in r.heads]
+    # in the order of the model: of equal scores the first head wins, whatever groups the rows of a batch have made
+    order = sorted(range(len(heads)), key=lambda i: heads[i])
+    every = replace(ranked[0].view, heads=tuple(heads[i][1] for i in order))
+    if page.across:
+        every.head_layers = tuple(heads[i][0] for i in order)
+        every.budget = torch.stack([r.view.budget for r in ranked for _ in r.heads], 1)[:, order]
+    most = max(r.view.stored for r in ranked)
+    marked = torch.cat([F.pad(r.marked(), (0, most - r.view.stored), value=-torch.inf) for r in ranked], 1)
+    budgets = page.allocate(every, marked[:, order], cfg)[:, torch.tensor(order).argsort()]
+    parts = budgets.split([r.view.groups for r in ranked], 1)
+    return [keep_best(r.view, r.score, r.always, own) for r, own in zip(ranked, parts, strict=True)]
 
 
 def stays(page: CachePage, view: View, cfg: Any) -> Tensor:
@@ -148,7 +184,7 @@ def refuse_what_does_more(page: CachePage, says: str) -> None:
         raise Unsupported(f"{says}; {page.card.title} has {refused[0]}")
 
 
-def allocating(name: str, page: CachePage, allocate: Callable) -> CachePage:
+def allocating(name: str, page: CachePage, allocate: Callable, across: bool = False) -> CachePage:
     """A page of scores with budgets by head: allocate(view, score) -> [B, G] tokens, of scores [B, G, n]."""
     if page.score is None:
         raise Unsupported(f"{name} shares a budget by scores, and {page.card.title} has none")
@@ -156,7 +192,7 @@ def allocating(name: str, page: CachePage, allocate: Callable) -> CachePage:
         raise Unsupported(
             f"{name} shares the budget of {page.card.title}, which another method shares already"
         )
-    return replace(page, allocate=lambda view, score, below: allocate(view, score))
+    return replace(page, allocate=lambda view, score, below: allocate(view, score), across=across)
 
 
 def storing(

@@ -146,7 +146,7 @@ def chat_marks(tokenizer, messages: int) -> list[str]:
     return [*marks, rest]
 
 
-def next_question(tokenizer, question: str, reply: str, chat: bool = False, stop: str = "") -> list[int]:
+def next_question(tokenizer, question: str, reply: str, chat: bool, stop: str = "") -> list[int]:
     """What stands between an answer and the next: the end of the model's message, the question, what begins a reply.
 
     `stop` ends the model's sentence; question and reply are as in `Frame.freely`.

@@ -29,7 +29,7 @@ from regard.core import Method, require
 from regard.models.revision import of_loaded
 from regard.train.checkpoints import Checkpoints
 from regard.train.convertible import check
-from regard.train.loop import already_there, cosine_to, only_parameters
+from regard.train.loop import Schedule, already_there, cosine_to, only_parameters
 from regard.train.routes import SPARSE, Routes, learn_routes
 from regard.train.teachers import TINY, GateTeacher, Teacher
 
@@ -226,9 +226,14 @@ def transfer(
         curve, seconds = kept.fit(
             "transfer", named_parts(teacher.params), torch.optim.Adam(learned, rate), loss_at, steps,
             lambda step, loss: progress("transfer", step + 1, steps, loss), clip=None,
-            schedule=cosine_to(0.05, max(1, steps // 20)), gradients=already_there,
+            schedule=warmed(steps), gradients=already_there,
         )  # fmt: skip
     return detached(teacher.params), curve, seconds
+
+
+def warmed(steps: int) -> Schedule:
+    """A warm-up over a twentieth of the steps, and half a cosine down to a twentieth of the rate."""
+    return cosine_to(0.05, max(1, steps // 20))
 
 
 def named_parts(params: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -264,7 +269,7 @@ def tune(
         curve, seconds = kept.fit(
             "finetune", trained, torch.optim.AdamW(groups, rate, weight_decay=0.0), loss_at, steps,
             lambda step, loss: progress("finetune", step + 1, steps, loss),
-            schedule=cosine_to(0.05, max(1, steps // 20)), gradients=only_parameters,
+            schedule=warmed(steps), gradients=only_parameters,
         )  # fmt: skip
     with torch.no_grad():
         changed = {name: t.detach().clone() for name, t in merged().items()}

@@ -38,7 +38,7 @@ class Config:
     general: str | tuple[int, ...] = "Write a general description of the image."  # or its token ids
     lam: float = 1e-8  # λ, beside maps that sum to 1
     depth: tuple[float, float] = (0.7, 0.9)  # layer numbers over their count: 20 to 25 of 28
-    share: float = 0.2  # of the pixels
+    share: float = 0.2  # of the pixels, which stay
     regions: int = 3  # how many stay at least, the heaviest
     region_share: float = 0.2  # of all regions, rounded down; so many stay where that is more than `regions`
 

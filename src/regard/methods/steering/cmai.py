@@ -33,7 +33,7 @@ from regard.ops.steered import Steered
 
 @dataclass(frozen=True)
 class Config:
-    inhibit: float = 0.5  # share of the image keys that a text row sees
+    inhibit: float = 0.5  # of the image keys that a text row sees, the share that is hidden from it
     first: int = 0  # the first layer where it acts
 
     def __post_init__(self) -> None:

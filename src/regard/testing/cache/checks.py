@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +31,32 @@ def check_oracle(method: Method, family: str) -> float:
         "its reference" if method.page.attention is not None else "a full cache with the same tokens hidden"
     )
     assert wrong <= NEAR, f"{method.label} on {family}: {wrong:.1e} away from {what}"
-    return gap(feeds, tape.outs, hide(model, feeds))
+    return gap(feeds, tape.outs, hidden_nothing(family))
+
+
+@cache
+def hidden_nothing(family: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Logits of the script on a full cache, by explicit attention: the same for all policies."""
+    return hide(build(family)[0].to(dtype), script())
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What a model answers by itself to the script: logits of each forward, and the tokens that it goes on with."""
+
+    feeds: list[dict]
+    outs: list[Tensor]
+    sequences: Tensor
+
+
+@cache
+def plain(family: str) -> Plain:
+    """The same for all policies: a model of the family that nothing was attached to."""
+    model, _ = build(family)
+    feeds, held = script(gaps={} if windowed(model) else GAPS), full_cache(model)
+    with torch.no_grad():
+        outs = [model(**feed, past_key_values=held).logits for feed in feeds]
+    return Plain(feeds, outs, generate(model, feeds[0]).sequences)
 
 
 def wanted_logits(model: Any, method: Method, feeds: list[dict], tape: Tape) -> list[Tensor]:
@@ -42,23 +68,19 @@ def wanted_logits(model: Any, method: Method, feeds: list[dict], tape: Tape) -> 
 
 def check_neutral(method: Method, family: str) -> None:
     """Neutral settings, and a full budget, give the model's own logits and tokens."""
-    model, _ = build(family)
-    feeds = script(gaps={} if windowed(model) else GAPS)
-    names = [f.name for f in fields(method.config)]
-    cache = full_cache(model)
-    with torch.no_grad():
-        plain = [model(**feed, past_key_values=cache).logits for feed in feeds]
-    settings = [dict(method.page.card.neutral)] + [{"budget": 1.0}] * ("budget" in names)
+    (model, _), own = build(family), plain(family)
+    feeds, names = own.feeds, [f.name for f in fields(method.config)]
+    settings = [dict(method.page.card.neutral)]
     assert settings[0], f"{method.name}: the card names no neutral settings"
+    if "budget" in names and settings[0] != {"budget": 1.0}:
+        settings.append({"budget": 1.0})
     for changes in settings:
         neutral = method.with_settings(**{**({"budget": None} if "budget" in names else {}), **changes})
-        wrong = gap(feeds, play(model, neutral, feeds).outs, plain)
+        wrong = gap(feeds, play(model, neutral, feeds).outs, own.outs)
         assert wrong <= NEAR, f"{neutral.label} on {family} should change nothing, and changes {wrong:.1e}"
         with attach(model, neutral):
             tokens = generate(model, feeds[0]).sequences
-        assert torch.equal(tokens, generate(model, feeds[0]).sequences), (
-            f"{neutral.label} on {family}: other tokens"
-        )
+        assert torch.equal(tokens, own.sequences), f"{neutral.label} on {family}: other tokens"
 
 
 def windowed(model: Any) -> bool:
@@ -120,11 +142,11 @@ def check_budget(method: Method, family: str, budget: int | float | str, since: 
         said = f"{method.label} on {family}, forward {step}"
         cuts = method.page.phase == "both" and method.page.due is None
         if evicts and (cuts or n > 1):
-            check_held(tape.held[step], tape.stored[step], mask, limit, said)
-            whole, ragged = (
-                parse_budget(budget).bytes,
-                any(len(set(heads)) > 1 for heads in tape.stored[step]),
-            )
+            unequal = len({n for heads in tape.stored[step] for n in heads}) > 1 or method.page.across
+            check_held(tape.held[step], unequal, mask, limit, said)
+            # heads, or layers whose rows differ, hold memory for the longest
+            ragged = method.page.across or any(len(set(heads)) > 1 for heads in tape.stored[step])
+            whole = parse_budget(budget).bytes
             assert whole is None or ragged or tape.bytes[step] <= whole, (
                 f"{said}: {tape.bytes[step]} bytes are held, tables and room to grow included, of {whole}"
             )
@@ -160,13 +182,13 @@ def check_attention_budget(method: Method, family: str, budget: int | float | st
     )
 
 
-def check_held(
-    held: dict[int, Tensor], stored: list[list[int]], mask: Tensor, limit: Tensor, said: str
-) -> None:
+def check_held(held: dict[int, Tensor], unequal: bool, mask: Tensor, limit: Tensor, said: str) -> None:
+    """`unequal`: heads share the budget unequally, and hold it in the mean."""
     counts = {i: (x & mask[:, None]).sum(-1) for i, x in held.items()}  # [B, G]
-    ragged = any(len(set(heads)) > 1 for heads in stored) or len({h[0] for h in stored}) > 1
     for i, count in counts.items():
-        mean = torch.stack(list(counts.values())).double().mean((0, 2)) if ragged else count.double().amax(-1)
+        mean = (
+            torch.stack(list(counts.values())).double().mean((0, 2)) if unequal else count.double().amax(-1)
+        )
         assert bool((mean <= limit).all()), (
             f"{said}: layer {i} holds {count.tolist()}, the budget is {limit.tolist()}"
         )
@@ -290,7 +312,7 @@ def check_bfloat16(method: Method, family: str) -> None:
     """In bfloat16 the policy is as far from its float32 oracle as the model itself is from its own."""
     model, _ = build(family)
     feeds, method = script(), in_tokens(method) if method.page.attention is not None else method
-    exact = hide(model, feeds)
+    exact = hidden_nothing(family)
     low = build(family)[0].bfloat16()
     tape = play(low, method, feeds)
     assert all(bool(x.isfinite().all()) for x in tape.outs), (
@@ -303,7 +325,8 @@ def check_bfloat16(method: Method, family: str) -> None:
             for i, (a, b) in enumerate(zip(logits, expected))
         )
 
-    noise, wrong = far(hide(low, feeds), exact), far(tape.outs, wanted_logits(model, method, feeds, tape))
+    noise = far(hidden_nothing(family, torch.bfloat16), exact)
+    wrong = far(tape.outs, wanted_logits(model, method, feeds, tape))
     assert wrong <= 3 * noise + 0.02, (
         f"{method.label} on {family} in bfloat16: {wrong:.2f} off, the model {noise:.2f}"
     )

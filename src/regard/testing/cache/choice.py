@@ -8,20 +8,21 @@ and values are taken from the model's own projections, and every row is followed
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from math import ceil
 from typing import Any
 
 import torch
 import transformers as tf
 from torch import Tensor
+from torch.nn import functional as F
 
 from regard import catalog
 from regard.core import Method
 from regard.core.pages import changed_settings
-from regard.testing.cache.definition import Definition, Moment
-from regard.testing.cache.oracle import by_head, gap, present_rotation
-from regard.testing.cache.script import Tape, full_cache, play, real, rewrites, script
+from regard.testing.cache.definition import Definition, Moment, Text
+from regard.testing.cache.oracle import by_head, gap, hide, present_rotation
+from regard.testing.cache.script import ReadRecord, Tape, alone, full_cache, play, real, rewrites, script
 from regard.testing.tiny import text
 from regard.testing.zoo import build, sharpened
 
@@ -63,13 +64,16 @@ def feeds_of_choice(family: str = "llama") -> list[dict]:
 def projected(model: Any) -> Iterator[list[dict[str, list[Tensor]]]]:
     """Within the block, what every layer projects to queries, keys and values, and what its heads answer."""
     parts: list[dict[str, list[Tensor]]] = []
-    handles = []
-    for layer in model.model.layers:
+    once: set[tuple[int, str]] = set()  # a pass beside the model's own comes behind it, in the same forward
+    handles = [model.register_forward_pre_hook(lambda *given: once.clear())]
+    for number, layer in enumerate(model.model.layers):
         attention, noted = layer.self_attn, {name: [] for name in ("q", "k", "v", "z")}
         parts.append(noted)
 
-        def note(name: str, x: Tensor, noted: dict = noted, width: int = attention.head_dim) -> None:
-            noted[name].append(x.detach().unflatten(-1, (-1, width)))
+        def note(name: str, x: Tensor, i: int = number, width: int = attention.head_dim) -> None:
+            if (i, name) not in once:
+                once.add((i, name))
+                parts[i][name].append(x.detach().unflatten(-1, (-1, width)))
 
         for name in ("q", "k", "v"):
             projection = getattr(attention, f"{name}_proj")
@@ -142,8 +146,13 @@ def follow(run: Trace, method: Method, definition: type[Definition], row: int, a
     for forward in range(len(feeds)):
         mask = feeds[forward]["attention_mask"][row].bool()
         n, fed = int(mask.sum()), int(real(feeds, forward)[row].sum())
-        for layer, whole in enumerate(wholes):
-            at = as_stored(upto(whole, n, fed, held[layer], tokens_of(setting, n)), stored[layer])
+        moments = [
+            as_stored(upto(whole, n, fed, held[layer], tokens_of(setting, n)), stored[layer])
+            for layer, whole in enumerate(wholes)
+        ]
+        ids = feeds_until(feeds, forward)[row, mask].tolist()
+        written.together(moments, Text(ids, partial(again, run, row, forward)))
+        for layer, at in enumerate(moments):
             said = f"{method.label}, row {row}, forward {forward}, layer {layer}"
             reads = written.reads(at)
             reads = [list(at.held[at.kv_head(h)]) for h in range(len(at.q))] if reads is None else reads
@@ -160,6 +169,38 @@ def follow(run: Trace, method: Method, definition: type[Definition], row: int, a
                 stored[layer][g] |= written.stores(at, g, tokens)
             if run.tape.contents:
                 compare_contents(run, said, row, forward, as_stored(at, stored[layer]), held[layer])
+
+
+def feeds_until(feeds: list[dict], forward: int) -> Tensor:
+    """[B, seen] the token ids fed so far."""
+    return torch.cat([feed["input_ids"] for feed in feeds[: forward + 1]], 1)
+
+
+def again(run: Trace, row: int, forward: int, ids: list[int]) -> list[Tensor]:
+    """By layer the scores of a pass of these ids behind the text of a row, over what is stored then: Text.again."""
+    feeds, found = run.tape.feeds[: forward + 1], dict[int, Tensor]()
+    reads = [cut for f in range(len(feeds)) if (cut := reads_of_row(run, row, f)) is not None]
+    m, n = len(ids), int(feeds[-1]["attention_mask"][row].sum())
+    fed = dict(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, n + m, dtype=torch.long),
+               position_ids=torch.arange(n, n + m)[None])  # fmt: skip
+    more = {i: replace(r, alive=F.pad(r.alive, (0, m), value=True)) for i, r in reads[-1].items()}
+
+    def note(layer: int, quantity: str, x: Tensor, seen: Tensor) -> Tensor:
+        if quantity == "scores":
+            found[layer] = x[0].masked_fill(~seen[0], -torch.inf)
+        return x
+
+    hide(run.model, [*alone(feeds, row), fed], [*reads, more], change=note)
+    return [found[layer] for layer in sorted(found)]
+
+
+def reads_of_row(run: Trace, row: int, forward: int) -> dict[int, ReadRecord] | None:
+    """What a row reads in a forward, its padding cut out; None: the forward feeds it nothing."""
+    mask = run.tape.feeds[forward]["attention_mask"][row].bool()
+    if not bool(real(run.tape.feeds, forward)[row].any()):
+        return None
+    tables = {i: read.alive for i, read in run.tape.reads[forward].items()}
+    return {i: ReadRecord(x[min(row, len(x) - 1)][None, :, mask]) for i, x in tables.items() if x is not None}
 
 
 def as_stored(at: Moment, stored: list[dict[int, tuple[Tensor, Tensor]]]) -> Moment:

@@ -72,6 +72,18 @@ class Moment:
         return self.scores(h, i, tokens).softmax(0)
 
 
+@dataclass(frozen=True)
+class Text:
+    """The text so far.
+
+    again  (token ids of a pass that follows it and is not stored) -> by layer its scores [H, m, n + m], -inf where a
+           query does not see a key, over what is stored now
+    """
+
+    ids: list[int]
+    again: Callable[[list[int]], list[Tensor]]
+
+
 class Definition:
     """One page on one text; an instance goes through all layers and forwards of it, and remembers what it likes.
 
@@ -87,6 +99,8 @@ class Definition:
     phase: ClassVar[str] = "both"  # or "prefill": nothing goes where one token is fed
     long: ClassVar[int] = 40
     layers: ClassVar[int] = 3  # of the model that is asked
+    # settings that the defaults are asked with: words as token ids, which a tokenizer would give
+    words: ClassVar[Mapping[str, Any]] = {}
     families: ClassVar[
         Mapping[str, str]
     ] = {}  # setting -> the model on which it moves something, if not "llama"
@@ -101,6 +115,9 @@ class Definition:
     def reads(self, at: Moment) -> list[list[int]] | None:
         """By query head the tokens that this forward reads; None: all that is held."""
         return None
+
+    def together(self, moments: list[Moment], text: Text) -> None:
+        """Look at all layers of a forward, before any of them is asked."""
 
     def ranks(self, at: Moment, g: int) -> tuple[dict[int, float], list[int]] | None:
         """Of a page of scores: those of the tokens of KV head g that may go, and the tokens that stay before all."""
