@@ -2,7 +2,10 @@
 
 import gc
 import os
+import sys
+from dataclasses import dataclass
 
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -21,3 +24,52 @@ def pytest_collection_finish() -> None:
     """What is loaded once stays: garbage collection does not walk through it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def measured_here(monkeypatch) -> None:
+    """Cells that workers would measure are measured in this process: for tests that ask what is measured, not by whom.
+
+    A worker's start imports torch and transformers, some seconds; tests/test_executors.py holds workers to this.
+    """
+    from regard.bench.executor import InProcess, LocalProcesses
+
+    here = lambda self, cells, load: InProcess().run(cells, load)  # noqa: E731
+    monkeypatch.setattr(LocalProcesses, "run", here)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command came to, as `subprocess.run` names it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def regard_command(monkeypatch, capfd):
+    """`regard WORDS` in this process, as the installed command runs it: a process of its own imports for seconds."""
+
+    def run(*words: str) -> Ended:
+        from regard import cli
+
+        monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+        monkeypatch.setattr(sys, "argv", ["regard", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return Ended(end.value.code, *capfd.readouterr())
+
+    return run
+
+
+# tests of these files share nothing and take long together: each goes to the process that is free
+SPREAD = {f"test_{name}.py" for name in ("attach", "every_page", "layers")}
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Of several processes (`--dist loadgroup`) one has all of a file: its fixtures and caches are made once."""
+    for item in items:
+        if item.path.name not in SPREAD and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))

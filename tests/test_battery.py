@@ -12,7 +12,7 @@ from regard.core import Unsupported, call, require
 from regard.core.mask import Mask
 from regard.kinds.mechanism import Mechanism
 from regard.testing import mechanism
-from regard.testing.mechanism import CHECKS, check_mechanism, examine
+from regard.testing.mechanism import CHECKS, check_mechanism, examine, hold_all
 
 SOFTMAX = catalog.get("softmax")
 FAULTS: dict[str, tuple[Mechanism, str, tuple[str, ...]]] = {}
@@ -377,7 +377,15 @@ def test_fault_is_found(fault, monkeypatch):
     }
     assert set(laws) <= set(laws_broken), f"found by {laws_broken}"
     with pytest.raises(AssertionError, match="Softmax attention"):
-        check_mechanism(broken, [pattern])
+        hold_all(broken, report)
+
+
+def test_a_broken_law_is_an_error():
+    """What `regard.testing` offers for pages of one's own raises."""
+    broken, pattern, laws = FAULTS["pattern_declared_and_refused"]
+    with pytest.raises(AssertionError, match="Softmax attention\n  card: broken") as raised:
+        check_mechanism(broken, [])
+    assert "card" in laws and pattern not in str(raised.value).partition("card")[0]
 
 
 def test_a_path_that_autocast_reaches_is_found():

@@ -73,6 +73,9 @@ def test_no_case_is_cut_in_silence(monkeypatch):
     """Without any time every case of every benchmark is a row all the same."""
     monkeypatch.setattr(operators, "QUICK", SMALL)
     monkeypatch.setattr(operators, "read_bandwidth", lambda: 1e10)
+    # what this machine multiplies and copies has no part in which rows there are
+    monkeypatch.setattr(mechanisms, "product_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(mechanisms, "copy_bandwidth", lambda: 1e10)
     small = mechanisms.Sizes(64, 128, 256, 64, 64, (10, 100), 2, 16, 1)
     monkeypatch.setattr(mechanisms, "QUICK", small)
     monkeypatch.setattr(sparse, "QUICK", sparse.Sizes(256, 128, 512, 64, 32, 0.9, 2, 16, 1))
@@ -157,6 +160,7 @@ def stored_low(tmp_path):
     return str(tmp_path / "low")
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_compare_says_so_and_loads_another_dtype(tmp_path, stored_low, slow_cpu):
     assert stored_dtype(stored_low) == torch.bfloat16 and stored_dtype("lm") == torch.float32
     asked = ["compare", "--model", stored_low, "--methods", "full", "--tasks", "recall", "--lengths", "64",

@@ -26,6 +26,8 @@ from regard.testing.cache.script import Tape, script
 
 CHOICES = Path(__file__).parent / "choices"
 PAGES = catalog.list_methods(kind="cache")
+# what is asked of a page shares its runs, so one process asks it
+EACH = [pytest.param(name, marks=pytest.mark.xdist_group(f"choices of {name}")) for name in PAGES]
 
 
 @cache
@@ -51,13 +53,13 @@ def test_every_cache_page_is_written_out():
     assert sorted(path.stem for path in CHOICES.glob("*.py")) == sorted(PAGES)
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", EACH)
 def test_choice_is_the_definition(name):
     for family, settings in settings_of(written(name)):
         run(name, settings, family)
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", EACH)
 def test_choice_without_padding_is_the_definition(name):
     """Rows of one length, whose tables are shared, and of which one token goes at a time."""
     definition = written(name)
@@ -73,12 +75,12 @@ def test_sinks_that_stand_behind_padding_move_too():
     check_choice(catalog.method("streaming_llm", budget=17, sinks=2), written("streaming_llm"), feeds)
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", EACH)
 def test_choice_under_the_defaults_is_the_definition(name):
     check_default_choice(catalog.method(name, **written(name).words), written(name))
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", EACH)
 def test_every_setting_moves_what_is_chosen(name):
     definition = written(name)
     check_all_settings_move(name, definition)

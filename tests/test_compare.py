@@ -391,7 +391,8 @@ def hears_interrupts() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_loses_nothing_that_ended_and_resumes(tmp_path, how):
+@pytest.mark.usefixtures("measured_here")
+def test_a_stopped_run_loses_nothing_that_ended_and_resumes(tmp_path, how, regard_command):
     folder = tmp_path / "run"
     run = command(folder, "--no-timing", "--methods", "streaming_llm,h2o,snapkv,tidaldecode,tokenselect")
     first = subprocess.Popen(
@@ -406,7 +407,8 @@ def test_a_stopped_run_loses_nothing_that_ended_and_resumes(tmp_path, how):
     # a row that the kill cut short is none
     before = (folder / "results.jsonl").read_text().split("\n")[:-1]
     assert 2 <= len(before) < 6
-    again = subprocess.run([*run, "--json"], capture_output=True, text=True, timeout=300, check=True)
+    again = regard_command(*run[3:], "--json")
+    assert again.returncode == 0, again.stderr
     after = (folder / "results.jsonl").read_text().splitlines()
     assert after[: len(before)] == before
     assert len(after) == 6

@@ -52,6 +52,7 @@ def test_every_row_is_beside_its_controls(run):
 LACKS = {"icd": "a disturbance: prefix=ids", "dyvte": "trained routers", "pine": "document"}
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_every_method_on_images_has_a_row_or_the_row_says_what_it_lacks(tmp_path):
     pages = [
         (name, catalog.get(name))
@@ -88,6 +89,7 @@ def test_the_same_command_goes_on_where_it_was(run):
     assert (folder / "results.jsonl").read_text() == before and len(again.rows) == len(result.rows)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_picture_that_cannot_be_read_is_a_row(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.png").write_bytes(b"nothing")
@@ -151,6 +153,7 @@ def test_a_token_that_begins_yes_and_no_says_neither():
     assert reader.yes_and_no() == ([1, 2], [3, 4])
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_the_command(run, tmp_path):
     from typer.testing import CliRunner
 

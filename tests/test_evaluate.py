@@ -448,10 +448,15 @@ def test_differences_are_drawn_in_pairs():
 
 @needs
 @pytest.mark.parametrize("method", ["streaming_llm", "streming_llm"])
-def test_the_command(folder, tmp_path, method):
-    command = [sys.executable, "-m", "regard.cli", "evaluate", "lm", "--tasks", "t_choice", "--methods", method,
-               "--budgets", "4", "--include-path", str(folder), "--out", str(tmp_path / "out"), "--json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_the_command(folder, tmp_path, method, regard_command):
+    words = ["evaluate", "lm", "--tasks", "t_choice", "--methods", method, "--budgets", "4", "--include-path",
+             str(folder), "--out", str(tmp_path / "out"), "--json"]  # fmt: skip
+    if method == "streaming_llm":
+        done = subprocess.run(
+            [sys.executable, "-m", "regard.cli", *words], capture_output=True, text=True, check=False
+        )
+    else:
+        done = regard_command(*words)
     if method == "streming_llm":
         assert done.returncode == 2 and not done.stderr
         assert "near names: streaming_llm" in json.loads(done.stdout)["error"]["message"]

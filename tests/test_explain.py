@@ -324,7 +324,7 @@ def test_an_explanation_goes_on_where_it_was_stopped(tmp_path):
         )
 
 
-def test_a_command_killed_with_9_resumes(tmp_path):
+def test_a_command_killed_with_9_resumes(tmp_path, regard_command):
     command = [sys.executable, "-m", "regard.cli", "explain", "--out", str(tmp_path / "out"), "--variations", "2",
                "--verify", "24", "--removals", "4", "--edges", "0", "--json"]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -337,7 +337,8 @@ def test_a_command_killed_with_9_resumes(tmp_path):
     first_run.communicate()
     before = rows.read_bytes()
     assert before.count(b"\n") >= 1
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    result = regard_command(*command[3:])
+    assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["model"] == "the shipped lm" and rows.read_bytes().startswith(
         before[: before.rfind(b"\n") + 1]
@@ -345,13 +346,10 @@ def test_a_command_killed_with_9_resumes(tmp_path):
     assert (tmp_path / "out" / "explanation.html").exists()
 
 
-def test_bad_input_is_named():
-    run = lambda *a: subprocess.run(  # noqa: E731
-        [sys.executable, "-m", "regard.cli", "explain", *a], capture_output=True, text=True
-    )
-    result = run("--target", "161")
+def test_bad_input_is_named(regard_command):
+    result = regard_command("explain", "--target", "161")
     assert result.returncode == 2 and "the target is one token" in result.stderr
-    result = run("--model", "smollm2")
+    result = regard_command("explain", "--model", "smollm2")
     assert result.returncode == 2 and "a prompt" in result.stderr
 
 

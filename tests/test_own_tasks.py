@@ -1,8 +1,6 @@
 """Tasks and methods of one's own, given to compare as files, pages and methods."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -147,11 +145,9 @@ def test_own_questions_have_one_cell_a_method_and_budget(written):
     assert {c.samples for c in grid(["h2o"], [path], None, None, 2, 0, None, None)} == {2}
 
 
-def test_methods_and_tasks_are_given_as_files_pages_and_methods(tmp_path):
+def test_methods_and_tasks_are_given_as_files_pages_and_methods(tmp_path, regard_command):
     page = tmp_path / "mine_cache.py"
-    subprocess.run(
-        [sys.executable, "-m", "regard.cli", "new", "cache", "mine_cache", "--in", str(tmp_path)], check=True
-    )
+    assert regard_command("new", "cache", "mine_cache", "--in", str(tmp_path)).returncode == 0
     assert parsed(str(page))[0] == "mine_cache" == named(page)
     assert parsed(regard.method("snapkv+adakv", window=8)) == ("snapkv+adakv", {"window": 8})
     assert parsed(catalog.get("h2o")) == ("h2o", {})

@@ -5,8 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regard.testing.case import Broken
-from regard.testing.laws.equality import MOST, check_gradients, wrong_gradients
+from regard.testing.case import Broken, Inputs
+from regard.testing.laws.equality import (
+    MOST,
+    check_gradients,
+    differences_in_rows,
+    finite_differences,
+    wrong_gradients,
+)
 
 
 class Given:
@@ -34,7 +40,59 @@ def case_of(cut, size):
     def inputs(*_, batch, seed=0):
         return Given(torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
 
-    return SimpleNamespace(inputs=inputs, run=run, page=SimpleNamespace(reference=None), tol=1e-9)
+    return asked(inputs, run, apart=False)
+
+
+def asked(inputs, run, apart):
+    page = SimpleNamespace(reference=None)
+    return SimpleNamespace(inputs=inputs, run=run, page=page, tol=1e-9, keeps_rows_apart=apart)
+
+
+def tokens_of(cut, size):
+    """The same of queries, whose slopes are asked as rows of one batch."""
+
+    def run(reference, given):
+        hidden = torch.zeros(size, dtype=torch.bool)
+        hidden[cut] = True
+        return (torch.where(hidden[:, None], given.q.detach(), given.q).sin(),)
+
+    def inputs(*_, batch, seed=0):
+        q = torch.randn(batch, 1, size, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        return Inputs(q, *torch.zeros(2, batch, 1, 1, 1, dtype=torch.float64), params={})
+
+    return asked(inputs, run, apart=True)
+
+
+@pytest.mark.parametrize("number", [0, 17, 100, 299])
+def test_one_wrong_number_of_many_tokens_is_named(number):
+    for seed in range(2):
+        at, found, wanted = wrong_gradients(tokens_of([number], 300), 3, seed)["q"]
+        assert at == [0, 0, number, 0] and found == 0 and abs(wanted) > 1e-4
+    assert wrong_gradients(tokens_of([], 300), 3, 0) == {}
+
+
+def test_slopes_in_rows_are_those_along_one_line_after_another():
+    case = tokens_of([], 40)
+    given, weights = case.inputs(batch=1), torch.rand(1, 1, 40, 1, dtype=torch.float64)
+    total = lambda inputs: (case.run(None, inputs)[0] * weights).sum()  # noqa: E731
+    numbers = torch.tensor([3, 0, 39])
+    rows = differences_in_rows(case, given, weights, "q", 1e-5, numbers)
+    torch.testing.assert_close(rows, finite_differences(total, given, "q", 1e-5, numbers), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kinks", [(0,), (0, 1)])
+def test_a_kink_that_lies_in_the_way_once_is_none(kinks):
+    """A rectifier whose input is zero under these seeds: differences see half of its slope."""
+    case = case_of([], 5)
+    drawn = case.inputs
+    case.inputs = lambda *_, batch, seed=0: Given(drawn(batch=1, seed=seed).t * (seed not in kinks))
+    case.run = lambda reference, given: (given.t.relu(),)
+    assert "w" in wrong_gradients(case, 3, 0) and ("w" in wrong_gradients(case, 3, 1)) == (1 in kinks)
+    if len(kinks) == 1:
+        check_gradients(case)
+    else:
+        with pytest.raises(Broken, match="the gradient of w at"):
+            check_gradients(case)
 
 
 @pytest.mark.parametrize("number", [0, 17, 100, 299])

@@ -317,6 +317,7 @@ def test_a_training_run_does_not_go_on_with_another_page_of_that_name(tmp_path, 
 # Failed cells
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_failed_cell_is_tried_again_and_the_status_is_one(tmp_path, monkeypatch):
     words = ["compare", *CELLS, "--workers", "1", "--out", str(tmp_path / "out")]
     failed = invoke(*words[:-2], "--lengths", "4", "--out", str(tmp_path / "short"))
@@ -347,14 +348,16 @@ def test_a_failed_cell_is_tried_again_and_the_status_is_one(tmp_path, monkeypatc
 SCRIPT = """
 import regard
 print("begins")
-result = regard.compare(None, ["streaming_llm"], ["needle"], [96], [0.5], out="out", samples=1, workers=1)
+asked = dict(out="out", samples=1, workers=1, timing=False)
+result = regard.compare(None, ["streaming_llm"], ["needle"], [96], [0.5], **asked)
 print(len(result.rows), len(result.failed()))
 """
 GUARDED = """
 import regard
 print("begins")
 if __name__ == "__main__":
-    print(len(regard.compare(None, ["streaming_llm"], ["needle"], [96], [0.5], out="out", samples=1, workers=1).rows))
+    asked = dict(out="out", samples=1, workers=1, timing=False)
+    print(len(regard.compare(None, ["streaming_llm"], ["needle"], [96], [0.5], **asked).rows))
 """
 
 
@@ -402,6 +405,7 @@ def test_a_source_says_what_it_holds(tmp_path):
     assert Source.from_path(tmp_path / "a.txt").revision == Source("elsewhere", "word " * 50).revision
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_run_grows(tmp_path):
     """The same folder takes another method and another length: what is there is not measured again."""
     asked = dict(tasks=["needle"], budgets=[0.5], out=tmp_path / "run", samples=1, workers=1, timing=False)

@@ -59,7 +59,8 @@ def measure(out: Path, workers: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data, times = Path(folder) / "coverage", Path(folder) / "times.xml"
         command = [
-            sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-p", "no:cacheprovider", "-m", LEFT_OUT,
+            sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "load",  # names without groups
+            "-p", "no:cacheprovider", "-m", LEFT_OUT,
             "--cov=src/regard", "--cov-context=test", "--cov-report=", f"--junitxml={times}", "-W", "default",
         ]  # fmt: skip
         # a test that coverage itself upsets still says which lines it ran

@@ -1,10 +1,12 @@
 """What a cache policy is asked with once a step was attended to, and what of it waits for the layers above."""
 
 from dataclasses import replace
+from typing import Any
 
 from regard.attaching.actors import AttentionCall
 from regard.attaching.views import make_view
 from regard.core import require
+from regard.kinds.cache import Ranked
 from regard.ops import View
 
 
@@ -33,8 +35,11 @@ def light(call: AttentionCall) -> AttentionCall:
     return replace(call, q=gone, k=gone, v=gone, options={}, x=None, view=without_queries(call.stored))
 
 
-def without_queries(view: View) -> View:
-    """A view that waits for the layers above: what is stored, without what the step asked."""
+def without_queries(said: Any) -> Any:
+    """A view that waits for the layers above, or what was said of it: what is stored, without what the step asked."""
+    if isinstance(said, Ranked):
+        return replace(said, view=without_queries(said.view))
+    view: View = said
     return replace(
         view,
         q=view.q[:, :, :1].clone(),

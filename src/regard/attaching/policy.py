@@ -18,9 +18,10 @@ from regard.attaching.remembered import memory_of, told
 from regard.attaching.rereading import REREADING, Rereader
 from regard.attaching.selecting import asking, rotate_first, view_of_slots
 from regard.attaching.slots import Group, slack
+from regard.attaching.step import Step
 from regard.attaching.views import padding_first, real_slots
 from regard.core import Method, NeverFired, Unsupported
-from regard.kinds.cache import CachePage, Ranked, decide, on_time, rank, share
+from regard.kinds.cache import CachePage, decide, on_time, rank, share
 from regard.ops import Budget, Kept, View, parse_budget, tokens_within
 
 # what a page may want measured on the model: name -> the setting that it is, and the function that gives it
@@ -241,28 +242,28 @@ class CachePolicy(Actor):
 
     def _wait(self, call: AttentionCall, whole: View) -> None:
         """Nothing goes before all layers were attended to, or before the prompt was read again (rereading.py)."""
-        page, cfg, waiting = self.page, self.method.config, call.step.waiting
-        due = on_time(page, whole, cfg)
+        page, step = self.page, call.step
+        due = on_time(page, whole, self.method.config)
         if due is None:
             return
-        if page.reread is not None:
-            waiting.append((light(call), without_queries(due)))
+        step.waiting.append((call, due))
+        if len(step.waiting) < len(call.ledger.groups):
             return
-        waiting.append((light(call), replace(rank(page, due, cfg), view=without_queries(due))))
-        if len(waiting) == sum(max(1, len(layer.groups)) for layer in call.layers):  # not yet written: none
-            self.share_among(waiting)
+        calls, views = zip(*step.waiting, strict=True)
+        step.waiting.clear()
+        said = views if page.reread is not None else rank(page, views, self.method.config)
+        step.later += [(light(c), without_queries(x)) for c, x in zip(calls, said, strict=True)]
+        # a layer that was not written yet has no groups
+        if page.reread is None and len(step.later) == sum(max(1, len(x.groups)) for x in call.layers):
+            self.share_among(step)
 
-    def share_among(self, waiting: list[tuple[AttentionCall, Ranked]]) -> None:
-        """Carry out what stays of all that waited."""
-        asked = list(waiting)
-        waiting.clear()
-        layers = [asked]
-        if not self.page.across:
-            layers = [
-                [x for x in asked if x[0].layer is layer]
-                for layer in {id(c.layer): c.layer for c, _ in asked}.values()
-            ]
-        for layer in layers:
+    def share_among(self, step: Step) -> None:
+        """Carry out what stays of all that waited for the layers above."""
+        asked, layers = list(step.later), dict[int, list]()
+        step.later.clear()
+        for call, ranked in asked:
+            layers.setdefault(0 if self.page.across else id(call.layer), []).append((call, ranked))
+        for layer in layers.values():
             answers = share(self.page, [ranked for _, ranked in layer], self.method.config)
             for (call, _), kept in zip(layer, answers, strict=True):
                 self._carry_out(call, kept)
@@ -271,7 +272,7 @@ class CachePolicy(Actor):
 
     def finish(self, call: AttentionCall) -> None:
         """Store older tokens packed, where the page does so."""
-        if self.page.codec is None or call.step.waiting or call.step.stream == REREADING:
+        if self.page.codec is None or call.step.later or call.step.stream == REREADING:
             return
         codec, ledger = self.page.codec(self.method.config), call.ledger
         if codec is None:  # by its settings nothing is packed

@@ -24,6 +24,7 @@ from regard.attaching.streams import flat_mask
 from regard.core import Unsupported
 from regard.core.errors import present
 from regard.kinds.cache import rank
+from regard.ops import View
 from regard.ops.rereading import WORTH, Rereading, Words
 
 REREADING = "rereading"  # the name of these passes among those beside the model's own
@@ -76,14 +77,17 @@ class Rereader:
             return
         given = named(module, args, kwargs)
         unread = self._keep_unread(given)
-        if not step.waiting:
+        if not step.later:
             return
         with torch.no_grad():
             self._read_again(self._prompt(given, unread))
         self.context.caches.layers[0].memory.pop(UNREAD)
-        waiting = [(call, rank(page, view, cfg)) for call, view in step.waiting]
-        step.waiting.clear()
-        self.policy.share_among(waiting)
+        layers = dict[int, list[View]]()
+        for call, view in step.later:
+            layers.setdefault(id(call.layer), []).append(view)
+        ranked = [r for views in layers.values() for r in rank(page, views, cfg)]
+        step.later[:] = [(call, r) for (call, _), r in zip(step.later, ranked, strict=True)]
+        self.policy.share_among(step)
 
     def _keep_unread(self, given: Mapping[str, Any]) -> Tensor:
         """[B, m] or [B, m, width]: what was fed since the last reading, this forward's tokens included."""

@@ -46,6 +46,7 @@ class Step:
     bytes_read: dict[int, int] = field(default_factory=dict)
     calls: dict[tuple, list[Any]] = field(default_factory=dict)
     waiting: list[tuple[Any, Any]] = field(default_factory=list)  # calls of one layer, decided together
+    later: list[tuple[Any, Any]] = field(default_factory=list)  # calls of all layers, decided after the last
 
     def asked(self, call: Any) -> list[Any]:
         """The calls of all layers that read the slots of this one, once the last of them has; before that none."""
@@ -64,6 +65,7 @@ class Step:
         self.shared.clear()
         self.reported.clear()
         self.waiting.clear()
+        self.later.clear()
 
     def next(self, inputs: dict, roles: Mapping[str, RoleRule]) -> "Step":
         """The step of a forward that was called with these inputs."""

@@ -2,16 +2,22 @@
 
 A model of random weights whose layers are those of SmolLM2-135M, four of them, in float32. Rows are those of the other
 benchmarks. A prompt's ratio is the time with the method over the time without: at most 1.25.
+
+Of a method that reads a part there are two rows. `a step of 4 layers` is the whole model's: with what is no attention,
+with layers that the method reads whole, and, on the other side, the copy that transformers' cache makes of all keys.
+`attention of a layer` is one call of the attention function in a layer that is read in part: choosing, reading and
+attention, against attention to all keys.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from regard import catalog
 from regard.attaching.attachment import attach
@@ -95,16 +101,30 @@ def prompts(sizes: Sizes) -> Iterator[dict]:
 
 
 def steps(sizes: Sizes) -> Iterator[dict]:
-    """A step of decoding on a long cache, full attention's over the method's."""
+    """A step of decoding on a long cache, and the attention in it, full attention's over the method's."""
     model = model_of(sizes.layers)
     for name in [n for n in READING if n in catalog.list_methods(kind="cache")]:
-        method = catalog.method(name, budget=sizes.share)
-        ours = stepping(model, method, filled(model, sizes.context))
-        own = stepping(model, None, filled(model, sizes.context))
+        method, said = (
+            catalog.method(name, budget=sizes.share),
+            f"at {sizes.context} tokens, {sizes.share:.0%} read",
+        )
+        caches = filled(model, sizes.context), filled(model, sizes.context)
+        whole = min(getattr(method.config, "full", 0), sizes.layers)
+        note = f"{whole} of {sizes.layers} layers are read whole" if whole else ""
         # the first pair, which does not count, finds what is known of the tokens that are there
-        times = paired(ours, own, 4 * sizes.repeats)
-        yield row(f"{name}: a step at {sizes.context} tokens, {sizes.share:.0%} read", times, None, 3.0)
+        times = paired(*steppings(stepping, model, method, caches), 4 * sizes.repeats)
+        yield row(f"{name}: a step of {sizes.layers} layers {said}", times, None, 3.0, note)
+        if whole < sizes.layers:
+            times = paired(*steppings(attending, model, method, caches), 4 * sizes.repeats)
+            yield row(f"{name}: attention of a layer {said}", times, None, 3.0)
     yield kivi_step(sizes)
+
+
+def steppings(
+    of: Callable, model: Any, method: Method, caches: tuple[Any, Any]
+) -> tuple[Callable[[], float], Callable[[], float]]:
+    """What is measured under the method and without it, each on a cache of its own."""
+    return of(model, method, caches[0]), of(model, None, caches[1])
 
 
 def kivi_step(sizes: Sizes) -> dict:
@@ -133,6 +153,36 @@ def stepping(model: Any, method: Method | None, cache: Any) -> Callable[[], floa
             return seconds(lambda: model(token, past_key_values=cache))
 
     return step
+
+
+def attending(model: Any, method: Method | None, cache: Any) -> Callable[[], float]:
+    """Seconds of the attention function in a step, in the last layer: the first ones may be read whole."""
+    token = torch.tensor([[5]])
+
+    def last() -> float:
+        with attach(model, method) if method is not None else nullcontext(), clocked(model) as times:
+            model(token, past_key_values=cache)
+        return times[-1]
+
+    return last
+
+
+@contextmanager
+def clocked(model: Any) -> Iterator[list[float]]:
+    """Seconds of each call of the attention function that the model has, in order."""
+    name, times = model.config._attn_implementation, list[float]()
+    function = ALL_ATTENTION_FUNCTIONS[name]
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        answers: list = []
+        times.append(seconds(lambda: answers.append(function(*args, **kwargs))))
+        return answers[0]
+
+    AttentionInterface.register(name, timed)
+    try:
+        yield times
+    finally:
+        AttentionInterface.register(name, function)
 
 
 def filled(model: Any, n: int) -> Any:

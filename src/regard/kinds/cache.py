@@ -97,7 +97,7 @@ def decide(page: CachePage, views: Sequence[View], cfg: Any) -> list[Kept | None
         return [page.keep(view, cfg) for view in due]
     if page.score is None or (page.allocate is None and not any(view.over() for view in due)):
         return [None] * len(views)
-    return share(page, [rank(page, view, cfg) for view in due], cfg)
+    return share(page, rank(page, due, cfg), cfg)
 
 
 def on_time(page: CachePage, view: View, cfg: Any) -> View | None:
@@ -116,6 +116,11 @@ class Ranked:
     score: Tensor  # [1|B, 1|G, n]
     always: Tensor  # [1|B, 1|G, n] bool
 
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """(layer, head) of each cache head."""
+        return [(self.view.layer, head) for head in self.view.heads or range(self.view.groups)]
+
     def marked(self) -> Tensor:
         """[B, G, n] scores: the highest for what stays anyhow, -inf where no token is."""
         view, score = self.view, at_least_float32(self.score)
@@ -124,24 +129,33 @@ class Ranked:
         return score.masked_fill(~view.hold(), -torch.inf)
 
 
-def rank(page: CachePage, view: View, cfg: Any) -> Ranked:
+def rank(page: CachePage, views: Sequence[View], cfg: Any) -> list[Ranked]:
+    """What a page says of the heads of a layer. One that compares or adds up heads finds all in `View.beside`."""
     score = present(page.score, "a page that ranks tokens has a score")
-    return Ranked(view, score(view, cfg), stays(page, view, cfg))
+    for view in views:
+        view.beside = tuple(views)
+    ranked = [Ranked(view, score(view, cfg), stays(page, view, cfg)) for view in views]
+    for view in views:  # what hold each other hold their keys
+        view.beside = ()
+    return ranked
 
 
 def share(page: CachePage, ranked: Sequence[Ranked], cfg: Any) -> list[Kept | None]:
     """What stays of each view, by scores within the budget, which `allocate` may share unequally among all heads."""
     if page.allocate is None:
         return [keep_best(r.view, r.score, r.always) for r in ranked]
-    views = [r.view for r in ranked]
-    every = replace(views[0], heads=tuple(head for view in views for head in view.heads))
+    heads = [head for r in ranked for head in r.heads]
+    # in the order of the model: of equal scores the first head wins, whatever groups the rows of a batch have made
+    order = sorted(range(len(heads)), key=lambda i: heads[i])
+    every = replace(ranked[0].view, heads=tuple(heads[i][1] for i in order))
     if page.across:
-        every.head_layers = tuple(view.layer for view in views for _ in view.heads)
-        every.budget = torch.stack([view.budget for view in views for _ in view.heads], 1)
-    most = max(view.stored for view in views)
-    marked = [F.pad(r.marked(), (0, most - r.view.stored), value=-torch.inf) for r in ranked]
-    budgets = page.allocate(every, torch.cat(marked, 1), cfg).split([view.groups for view in views], 1)
-    return [keep_best(r.view, r.score, r.always, own) for r, own in zip(ranked, budgets, strict=True)]
+        every.head_layers = tuple(heads[i][0] for i in order)
+        every.budget = torch.stack([r.view.budget for r in ranked for _ in r.heads], 1)[:, order]
+    most = max(r.view.stored for r in ranked)
+    marked = torch.cat([F.pad(r.marked(), (0, most - r.view.stored), value=-torch.inf) for r in ranked], 1)
+    budgets = page.allocate(every, marked[:, order], cfg)[:, torch.tensor(order).argsort()]
+    parts = budgets.split([r.view.groups for r in ranked], 1)
+    return [keep_best(r.view, r.score, r.always, own) for r, own in zip(ranked, parts, strict=True)]
 
 
 def stays(page: CachePage, view: View, cfg: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """What Compactor weighs: how far keys stand out from all others, and the attention of chunks that see both ways."""
 
+from collections.abc import Sequence
 from math import ceil
 
 import torch
@@ -41,14 +42,24 @@ def rounded(x: Tensor, bits: int = 13) -> Tensor:
     return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
 
 
-def standardised(x: Tensor, real: Tensor) -> Tensor:
-    """x [B, G, n] less its mean, in deviations, over all real tokens of all heads of a row; 0 where not `real`."""
-    real = real.expand_as(x)
-    count = real.sum((1, 2), keepdim=True)
-    x = x.masked_fill(~real, 0)
-    x = (x - x.sum((1, 2), keepdim=True) / count.clamp(min=1)).masked_fill(~real, 0)
-    variance = x.square().sum((1, 2), keepdim=True) / (count - 1).clamp(min=1)
-    return x / variance.sqrt().clamp(min=1e-6)
+def moments(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(mean, deviation), each [B, 1, 1], over all real tokens of all heads of a row: parts (x [B, g, n], real).
+
+    >>> real = torch.ones(1, 1, 2, dtype=torch.bool)
+    >>> moments([(torch.tensor([[[1.0, 2.0]]]), real), (torch.tensor([[[3.0, 9.0]]]), real[..., :1].expand(1, 1, 2))])
+    (tensor([[[3.7500]]]), tensor([[[3.5940]]]))
+    """
+    parts = [(x, real.expand_as(x)) for x, real in parts]
+    over_all = lambda xs: torch.stack([x.sum((1, 2), keepdim=True) for x in xs]).sum(0)  # noqa: E731
+    count = over_all(real for _, real in parts)
+    mean = over_all(x.masked_fill(~real, 0) for x, real in parts) / count.clamp(min=1)
+    squares = over_all((x - mean).masked_fill(~real, 0).square() for x, real in parts)
+    return mean, (squares / (count - 1).clamp(min=1)).sqrt().clamp(min=1e-6)
+
+
+def standardised(x: Tensor, real: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """x [B, G, n] less the mean, in deviations; 0 where not `real`."""
+    return (x - mean).masked_fill(~real, 0) / deviation
 
 
 def seen_both_ways(view: View, chunk: int, first: int = 0, last: int = 0) -> Tensor:

@@ -46,15 +46,14 @@ class View:
     fed: int | None = None
     # of the layers that read these slots after the one that stored them, once all have read (for keep and score)
     readers: "tuple[View, ...]" = ()
+    beside: "tuple[View, ...]" = ()  # of all heads of the layer, where these are stored at different lengths
     # for keep and score in a sliding layer: what this step's queries attended to, and where in it these slots stood
     asked: "tuple[View, Tensor] | None" = None
     causal_order: bool = False  # slot i is token i and no query sees a later one
     cached_scores: Tensor | None = None  # of a single-query step, once they were computed
     # [B, seen] place of each token among the row's real ones, of padding that of the last before it; None: no padding
     order: Tensor | None = None
-    positions: Tensor | None = (
-        None  # [1|B, seen] where the model's rotation puts each token; None: at its place
-    )
+    positions: Tensor | None = None  # [1|B, seen] where the model puts each token; None: at its place
     heads: tuple[int, ...] = ()  # the cache heads of this view, where a layer keeps different lengths by head
     head_layers: tuple[
         int, ...
@@ -68,9 +67,7 @@ class View:
     report_bytes: Callable[[int], None] = lambda n: None
     # (x [B, h, m, D], by [.., h, m]) -> x rotated further
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
-    output: Tensor | None = (
-        None  # [H, E, width] the model's output projection by head, for a page that reads it
-    )
+    output: Tensor | None = None  # [H, E, width] the output projection by head, for a page that reads it
     # keys that a query of a sliding layer sees, its own included; what lies before them never comes back
     window: int | None = None
     # of a single-query step; not init: a view with anything changed has weights of its own

@@ -20,6 +20,7 @@ from regard.testing.grids import NotApplicable, grid_for
 B, H, D, E, C = 2, 2, 4, 6, 5  # E becomes D, where a page takes values of the keys' width only
 GARBAGE = 1e3
 EXACT = 1e-9
+WIDTHS: dict[tuple, tuple[int, Any]] = {}  # of values, by page, settings and pattern: see value_width
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -90,6 +91,11 @@ class Case:
     def paths(self) -> dict[str, Callable]:
         both = {"reference": self.page.reference, "fast": self.page.fast}
         return {name: path for name, path in both.items() if path is not None}
+
+    @property
+    def keeps_rows_apart(self) -> bool:
+        """Whether many questions may be the rows of one batch; that rows are apart is a law of its own."""
+        return not getattr(self.page, "mixes_rows", False)
 
     def choosing(self) -> None:
         """NotApplicable where the last queries of a call choose for all before them."""
@@ -228,12 +234,16 @@ def sizes(heads: int, groups: int, width: int, key: int = D) -> dict[str, int]:
 
 
 def value_width(case: Case) -> int:
-    """E, or D for a page whose values are as wide as its keys."""
-    try:
-        case.run(case.page.reference, case.inputs(2, width=E))
-    except (Unsupported, NotImplementedError):
-        return D
-    return E
+    """E, or D for a page whose values are as wide as its keys; every case of a page is asked once."""
+    key = id(case.page), case.cfg, case.pattern
+    if key not in WIDTHS:
+        try:
+            case.run(case.page.reference, case.inputs(2, width=E))
+            width = E
+        except (Unsupported, NotImplementedError):
+            width = D
+        WIDTHS[key] = width, case.page  # which is held, so that no other has its id
+    return WIDTHS[key][0]
 
 
 def stores(case: Case) -> bool:
@@ -272,14 +282,19 @@ def random_mask(n: int, m: int, heads: int, seed: int = 0) -> Tensor:
     return mask
 
 
-def moved(case: Case, path: Callable, inputs: Inputs, names: str, token: int) -> list[int]:
-    """Queries whose output changes when one token's vectors change; `names` of q, k, v, x and y."""
-    return list(moves(case, path, inputs, names, token))
+def moves(
+    case: Case, path: Callable, inputs: Inputs, names: str, tokens: Iterable[int]
+) -> list[dict[int, float]]:
+    """For each token, which queries' output changes by how much when its vectors change; `names` of q, k, v, x, y."""
+    asked = [inputs, *(nudged(inputs, names, token) for token in tokens)]
+    base, *outs = outputs(case, path, asked)
+    bar = case.tol / 10 * max(1.0, base.abs().max().item())
+    far = [(out - base).abs().amax((0, 1, 3)).tolist() for out in outs]
+    return [{i: by for i, by in enumerate(of) if not by <= bar} for of in far]
 
 
-def moves(case: Case, path: Callable, inputs: Inputs, names: str, token: int) -> dict[int, float]:
-    """The same, with how much each of them changes."""
-    base = case.run(path, inputs)[0]
+def nudged(inputs: Inputs, names: str, token: int) -> Inputs:
+    """The inputs with these vectors of one token changed."""
     changed = {}
     for name in names:
         t = getattr(inputs, name)
@@ -287,9 +302,16 @@ def moves(case: Case, path: Callable, inputs: Inputs, names: str, token: int) ->
             t = t.clone()
             t.select(-2, token).add_(1.0 + torch.arange(t.shape[-1], dtype=t.dtype) % 3)
             changed[name] = t
-    far = (case.run(path, replace(inputs, **changed))[0] - base).abs().amax((0, 1, 3))
-    bar = case.tol / 10 * max(1.0, base.abs().max().item())
-    return {i: by for i, by in enumerate(far.tolist()) if not by <= bar}
+    return replace(inputs, **changed)
+
+
+def outputs(case: Case, path: Callable, asked: list[Inputs]) -> list[Tensor]:
+    """The output of each of these inputs, which differ in their tokens alone: rows of one batch where that may be."""
+    if not case.keeps_rows_apart:
+        return [case.run(path, inputs)[0] for inputs in asked]
+    fields = {name: [getattr(inputs, name) for inputs in asked] for name in "qkvxy"}
+    stacked = {name: torch.cat(parts) for name, parts in fields.items() if parts[0] is not None}
+    return list(case.run(path, replace(asked[0], **stacked))[0].chunk(len(asked)))
 
 
 def gradients(

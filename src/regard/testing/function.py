@@ -153,6 +153,11 @@ class FunctionCase(Case):
     def paths(self) -> dict[str, Callable]:
         return {self.page.card.title: self.page.reference}
 
+    @property
+    def keeps_rows_apart(self) -> bool:
+        """Nobody says so of a function: it is asked one question at a time."""
+        return False
+
     def inputs(self, n: int, m: int | None = None, **options: Any) -> Inputs:
         return super().inputs(n, m, **{"width": self.width, **options})
 

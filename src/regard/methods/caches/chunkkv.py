@@ -30,28 +30,33 @@ class Config:
         )
 
 
-def means(view: View, below: Any, page: CachePage, chunk: Tensor, chunks: int) -> Tensor:
-    """[B, chunks] mean score of a chunk, over heads and over its tokens that are stored and need a score to stay."""
-    score = at_least_float32(present(page.score, "a page with scores")(view, below))
-    counted = (view.hold() & ~stays(page, view, below)).expand_as(chunk)
-    score = score.expand(chunk.shape).masked_fill(~counted, 0)
-    total, count = (
-        chunk.new_zeros(len(chunk), chunks, dtype=torch.float64).scatter_add(
-            1, chunk.flatten(1), x.double().flatten(1)
-        )
-        for x in (score, counted)
-    )
+def chunks_of(view: View, cfg: Config) -> Tensor:
+    """[B, G, n] the chunk of every token."""
+    return view.rank().clamp(min=0).expand(len(view.q), view.groups, -1) // cfg.chunk
+
+
+def means(view: View, below: Any, page: CachePage, cfg: Config) -> Tensor:
+    """[B, chunks] mean score of a chunk, over all heads of the layer and over its tokens that are stored and need a
+    score to stay.
+    """
+    shape = (len(view.q), int(view.length().max() - 1) // cfg.chunk + 1)
+    total, count = (view.q.new_zeros(shape, dtype=torch.float64) for _ in range(2))
+    for other in view.beside or (view,):
+        chunk = chunks_of(other, cfg).clamp(max=shape[1] - 1)
+        score = at_least_float32(present(page.score, "a page with scores")(other, below))
+        counted = (other.hold() & ~stays(page, other, below)).expand_as(chunk)
+        score = score.expand(chunk.shape).masked_fill(~counted, 0)
+        total.scatter_add_(1, chunk.flatten(1), score.double().flatten(1))
+        count.scatter_add_(1, chunk.flatten(1), counted.double().flatten(1))
     # chunks whose tokens all have one pooled score have equal means, in whatever order they were added up
     return (total / count.clamp(min=1)).float()
 
 
 def score(view: View, below: Any, page: CachePage, cfg: Config) -> Tensor:
     """[B, G, n]: every token has the score of its chunk."""
-    place = view.rank().clamp(min=0).expand(len(view.q), view.groups, -1)
-    chunk, name = place // cfg.chunk, f"chunkkv {view.layer // cfg.reuse}"
+    chunk, name = chunks_of(view, cfg), f"chunkkv {view.layer // cfg.reuse}"
     if name not in view.shared:
-        chunks = int(view.length().max() - 1) // cfg.chunk + 1
-        view.shared[name] = means(view, below, page, chunk.clamp(max=chunks - 1), chunks)
+        view.shared[name] = means(view, below, page, cfg)
     shared = view.shared[name]
     return shared.gather(1, chunk.clamp(max=shared.shape[1] - 1).flatten(1)).view(chunk.shape)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
 from regard.ops import Budget, View, at_least_float32
-from regard.ops.leverage import leverage, seen_both_ways, standardised
+from regard.ops.leverage import leverage, moments, seen_both_ways, standardised
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,24 @@ def observe(view: View, cfg: Config) -> None:
         view.notes("worth").add_(seen_both_ways(view, cfg.chunk, cfg.first, cfg.last))
 
 
-def score(view: View, cfg: Config) -> Tensor:
-    """[B, G, n]; a token whose worth was never noted, generated or at the end of a prompt, has A = 1."""
+def weighed(view: View, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """(leverage, attention) [B, G, n] and which tokens they are of: those between the first and the last.
+
+    A token whose worth was never noted, generated or at the end of a prompt, has A = 1.
+    """
     between = view.hold() & (view.rank() >= cfg.first) & (view.age() >= cfg.last)
     noted = view.notes("worth")
     alone = view.by_cache_head(at_least_float32(view.v).norm(dim=-1))
-    worth = torch.where(noted > 0, noted, alone)
     outlying = view.by_cache_head(leverage(view.unrotated_keys(), between, cfg.ridge))
-    return cfg.blend * standardised(outlying, between) + standardised(worth, between)
+    return outlying, torch.where(noted > 0, noted, alone), between
+
+
+def score(view: View, cfg: Config) -> Tensor:
+    """[B, G, n], in deviations of all heads of the layer."""
+    outlying, worth, between = own = weighed(view, cfg)
+    every = [own if other is view else weighed(other, cfg) for other in view.beside or (view,)]
+    of_outlying, of_worth = (moments([(part[i], part[2]) for part in every]) for i in (0, 1))
+    return cfg.blend * standardised(outlying, between, *of_outlying) + standardised(worth, between, *of_worth)
 
 
 def always(view: View, cfg: Config) -> Tensor:
@@ -83,6 +93,6 @@ METHOD = CachePage(
         caveat="leverage is exact where released code sketches 48 channels at random. λ is that of the authors' engine "
         "compactor-vllm, the rest that of their kvpress, where λ is the share of tokens that go; compactor-vllm keeps "
         "16 first and 64 last tokens and leaves |v| and neighbours out. Calibration, which finds the budget of a "
-        "context, is left out. Heads that are stored at different lengths are standardised apart",
+        "context, is left out",
     ),
 )

@@ -9,6 +9,7 @@ and the one that matters least to it leaves. No window, no sinks and no sum over
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from regard.core import Card
@@ -24,7 +25,12 @@ class Config:
 
 def score(view: View, cfg: Config) -> Tensor:
     """[B, G, n]: the same for a token in every head."""
-    votes = view.received(newest=1) / view.q.shape[1]
+    every = view.beside or (view,)
+    heads = sum(other.q.shape[1] for other in every)
+    if len(every) > 1:
+        texts = [in_text(other, other.received(newest=1) / heads).sum(1, keepdim=True) for other in every]
+        return as_stored(view, torch.stack(texts).sum(0))
+    votes = view.received(newest=1) / heads
     if view.index.shape[1] == 1 or bool((view.index == view.index[:, :1]).all()):
         return votes.sum(1, keepdim=True).expand_as(votes)
     # heads that another method let keep tokens of their own: those of one token are found by its place in the text
@@ -47,6 +53,7 @@ METHOD = CachePage(
         lineage=("h2o",),
         neutral={"budget": 1.0},
         caveat="the newest token stays in any case, which the paper leaves to its own weight. Where heads hold "
-        "different numbers of tokens, as under an allocator, each group of heads of one length votes for itself",
+        "different numbers of tokens because another method parted them, as in razor_attention+then+tova, each group "
+        "of heads of one length votes for itself",
     ),
 )

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from regard.core import Method
 from regard.ops import parse_budget
 from regard.testing.cache.oracle import gap, hide
 from regard.testing.cache.own import in_tokens, probed
-from regard.testing.cache.script import GAPS, NEAR, PADS, Tape, alone, full_cache, play, real, script
+from regard.testing.cache.script import GAPS, NEAR, PADS, STEPS, Tape, alone, full_cache, play, real, script
 from regard.testing.zoo import build
 
 
@@ -30,7 +31,32 @@ def check_oracle(method: Method, family: str) -> float:
         "its reference" if method.page.attention is not None else "a full cache with the same tokens hidden"
     )
     assert wrong <= NEAR, f"{method.label} on {family}: {wrong:.1e} away from {what}"
-    return gap(feeds, tape.outs, hide(model, feeds))
+    return gap(feeds, tape.outs, hidden_nothing(family))
+
+
+@cache
+def hidden_nothing(family: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Logits of the script on a full cache, by explicit attention: the same for all policies."""
+    return hide(build(family)[0].to(dtype), script())
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What a model answers by itself to the script: logits of each forward, and the tokens that it goes on with."""
+
+    feeds: list[dict]
+    outs: list[Tensor]
+    sequences: Tensor
+
+
+@cache
+def plain(family: str) -> Plain:
+    """The same for all policies: a model of the family that nothing was attached to."""
+    model, _ = build(family)
+    feeds, held = script(gaps={} if windowed(model) else GAPS), full_cache(model)
+    with torch.no_grad():
+        outs = [model(**feed, past_key_values=held).logits for feed in feeds]
+    return Plain(feeds, outs, generate(model, feeds[0]).sequences)
 
 
 def wanted_logits(model: Any, method: Method, feeds: list[dict], tape: Tape) -> list[Tensor]:
@@ -42,23 +68,19 @@ def wanted_logits(model: Any, method: Method, feeds: list[dict], tape: Tape) -> 
 
 def check_neutral(method: Method, family: str) -> None:
     """Neutral settings, and a full budget, give the model's own logits and tokens."""
-    model, _ = build(family)
-    feeds = script(gaps={} if windowed(model) else GAPS)
-    names = [f.name for f in fields(method.config)]
-    cache = full_cache(model)
-    with torch.no_grad():
-        plain = [model(**feed, past_key_values=cache).logits for feed in feeds]
-    settings = [dict(method.page.card.neutral)] + [{"budget": 1.0}] * ("budget" in names)
+    (model, _), own = build(family), plain(family)
+    feeds, names = own.feeds, [f.name for f in fields(method.config)]
+    settings = [dict(method.page.card.neutral)]
     assert settings[0], f"{method.name}: the card names no neutral settings"
+    if "budget" in names and settings[0] != {"budget": 1.0}:
+        settings.append({"budget": 1.0})
     for changes in settings:
         neutral = method.with_settings(**{**({"budget": None} if "budget" in names else {}), **changes})
-        wrong = gap(feeds, play(model, neutral, feeds).outs, plain)
+        wrong = gap(feeds, play(model, neutral, feeds).outs, own.outs)
         assert wrong <= NEAR, f"{neutral.label} on {family} should change nothing, and changes {wrong:.1e}"
         with attach(model, neutral):
             tokens = generate(model, feeds[0]).sequences
-        assert torch.equal(tokens, generate(model, feeds[0]).sequences), (
-            f"{neutral.label} on {family}: other tokens"
-        )
+        assert torch.equal(tokens, own.sequences), f"{neutral.label} on {family}: other tokens"
 
 
 def windowed(model: Any) -> bool:
@@ -69,18 +91,18 @@ def windowed(model: Any) -> bool:
     return sliding if kinds is None else any(kind != "full_attention" for kind in kinds)
 
 
-def check_rows(method: Method, family: str) -> None:
+def check_rows(method: Method, family: str, seed: int = 0, steps: Iterable[int] = STEPS) -> None:
     """Each row of a batch gives what it gives alone and unpadded, and holds the same tokens, wherever padding lies."""
     model, _ = build(family)
     # a window of the model's own counts padding, and so tears rows apart by itself
-    feeds = script(gaps={} if windowed(model) else GAPS)
+    feeds = script(steps, seed=seed, gaps={} if windowed(model) else GAPS)
     batch = play(model, method, feeds)
     for row in range(len(PADS)):
         single = play(model, method, alone(feeds, row))
         for step, (a, b) in enumerate(zip(batch.outs, single.outs, strict=True)):
             tokens = real(feeds, step)[row]
             wrong = float((a[row][tokens] - b[0]).abs().max())
-            said = f"{method.label} on {family}: row {row} of a padded batch, forward {step}"
+            said = f"{method.label} on {family}, seed {seed}: row {row} of a padded batch, forward {step}"
             for i, held in batch.held[step].items():
                 mask = feeds[step]["attention_mask"][row].bool()
                 one, other = (held[row] & mask)[:, mask], single.held[step][i][0]
@@ -290,7 +312,7 @@ def check_bfloat16(method: Method, family: str) -> None:
     """In bfloat16 the policy is as far from its float32 oracle as the model itself is from its own."""
     model, _ = build(family)
     feeds, method = script(), in_tokens(method) if method.page.attention is not None else method
-    exact = hide(model, feeds)
+    exact = hidden_nothing(family)
     low = build(family)[0].bfloat16()
     tape = play(low, method, feeds)
     assert all(bool(x.isfinite().all()) for x in tape.outs), (
@@ -303,7 +325,8 @@ def check_bfloat16(method: Method, family: str) -> None:
             for i, (a, b) in enumerate(zip(logits, expected))
         )
 
-    noise, wrong = far(hide(low, feeds), exact), far(tape.outs, wanted_logits(model, method, feeds, tape))
+    noise = far(hidden_nothing(family, torch.bfloat16), exact)
+    wrong = far(tape.outs, wanted_logits(model, method, feeds, tape))
     assert wrong <= 3 * noise + 0.02, (
         f"{method.label} on {family} in bfloat16: {wrong:.2f} off, the model {noise:.2f}"
     )

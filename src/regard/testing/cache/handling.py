@@ -4,6 +4,7 @@ import copy
 import pickle
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from regard.attaching.attachment import attach
 from regard.attaching.store import load_cache, save_cache
 from regard.core import Method, Unsupported
-from regard.testing.cache.checks import generate
+from regard.testing.cache.checks import generate, hidden_nothing
 from regard.testing.cache.oracle import gap, hide
 from regard.testing.cache.script import GAPS, NEAR, full_cache, play, script
 from regard.testing.zoo import build
@@ -29,7 +30,7 @@ def check_window(method: Method, family: str = "mistral") -> None:
     """
     model, _ = build(family)
     feeds, window = script(), model.config.sliding_window
-    full = hide(model, feeds)
+    full = hidden_nothing(family)
     budgets = (window + 2, window - 2) if any(f.name == "budget" for f in fields(method.config)) else (None,)
     for budget, config in product(budgets, (model.config, None)):
         some = method if budget is None else method.with_settings(budget=budget)
@@ -103,11 +104,17 @@ def answers(model: Any, method: Method) -> tuple[list[Tensor], list]:
     return outs, held
 
 
+@cache
+def undrafted(family: str) -> tuple[dict, Tensor]:
+    """A prompt, and what a model of the family writes after it without a draft."""
+    feed = script(steps=(20,), pads=(0,))[0]
+    return feed, generate(build(family)[0], feed, max_new_tokens=16).sequences
+
+
 def check_draft(method: Method, family: str) -> None:
     """On the assistant of another model it changes no token, or says that it cannot; on that model it is refused."""
     (model, _), (draft, _) = build(family), build(family)
-    feed = script(steps=(20,), pads=(0,))[0]
-    alone = generate(model, feed, max_new_tokens=16).sequences
+    feed, alone = undrafted(family)
     # an attention of the page's own may need what it computed before some tokens were taken back
     with suppress(*[Unsupported] if method.page.attention is not None else []), attach(draft, method):
         drafted = generate(model, feed, max_new_tokens=16, assistant_model=draft).sequences

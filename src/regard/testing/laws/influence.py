@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import fields, replace
 
-from regard.testing.case import Case, Inputs, NotApplicable, hold, moved, moves
+from regard.testing.case import Case, Inputs, NotApplicable, hold, moves
 
 
 def check_influence(case: Case, n: int = 9) -> None:
@@ -30,8 +30,7 @@ def causality(case: Case, label: str, path: Callable, inputs: Inputs) -> None:
 def earlier(
     case: Case, label: str, path: Callable, inputs: Inputs, names: str, what: str, block: int
 ) -> None:
-    for j in range(inputs.q.shape[2]):
-        shifts = moves(case, path, inputs, names, j)
+    for j, shifts in enumerate(moves(case, path, inputs, names, range(inputs.q.shape[2]))):
         early = min(shifts, default=j)
         by = shifts.get(early, 0.0)
         message = f"{label} looks ahead: {what} {j} moves the output of query {early} before it by {by:.3g}"
@@ -40,7 +39,7 @@ def earlier(
 
 def reach(case: Case, label: str, path: Callable, inputs: Inputs) -> None:
     n, m = inputs.q.shape[2], inputs.k.shape[2]
-    reached = [moves(case, path, inputs, "kvy", j) for j in range(m)]
+    reached = moves(case, path, inputs, "kvy", range(m))
     for j, shifts in enumerate(reached):
         hold(shifts, f"{label}: key {j} of {m} moves no output", token=j, moved={})
     ahead = n == 1 == m or any(i < j for j, shifts in enumerate(reached) for i in shifts)
@@ -70,8 +69,7 @@ def check_accumulates(case: Case, n: int = 9) -> None:
         raise NotApplicable("it is a law of causal_self")
     inputs = case.inputs(n)
     for label, path in case.paths.items():
-        for j in range(n - 1):
-            shifts = moves(case, path, inputs, "v", j)
+        for j, shifts in enumerate(moves(case, path, inputs, "v", range(n - 1))):
             message = f"{label} forgets: the value of token {j} moves no later output, only {list(shifts)}"
             hold(any(i > j for i in shifts), message, token=j, moved=shifts)
 
@@ -80,8 +78,7 @@ def check_queries(case: Case, n: int = 6) -> None:
     """A query that changes moves its own output, and in cross no other."""
     inputs = case.inputs(n, n + 3)
     for label, path in case.paths.items():
-        for j in range(n):
-            shifts = moves(case, path, inputs, "q", j)
+        for j, shifts in enumerate(moves(case, path, inputs, "q", range(n))):
             later = [i for i in shifts if i // case.together != j // case.together]
             alone = j == 0 and case.pattern == "causal_self"  # one key: whatever is asked, it is the answer
             hold(
@@ -131,7 +128,9 @@ def check_window(case: Case, n: int = 20) -> None:
             continue
         checked += 1
         for label, path in case.paths.items():
-            seen = [j for j in range(n) if n - 1 in moved(narrow, path, inputs, "v", j)]
+            seen = [
+                j for j, shifts in enumerate(moves(narrow, path, inputs, "v", range(n))) if n - 1 in shifts
+            ]
             wanted = list(range(n - w, n))
             message = f"{label}: with window={w} query {n - 1} reads keys {seen}, not {wanted}"
             hold(seen == wanted, message, window=w, token=n - 1, found=seen, wanted=wanted)

@@ -68,16 +68,16 @@ def one_head(q: Tensor, k: Tensor, causal: bool, cfg: Config) -> Tensor:
     scale = q.shape[-1] ** -0.5
     blocks = [slice(a, min(a + cfg.block, len(q))) for a in range(0, len(q), cfg.block)]
     pool = {"max": lambda t: t.max(0).values, "mean": lambda t: t.mean(0)}[cfg.pool]
-    regions = [(pool(q[j]), pool(k[j])) for j in blocks]
+    regions = [(pool(k[j]), (k[j] @ pool(q[j]) * scale).softmax(0)) for j in blocks]  # k_Ω and p(j|Ω)
     rows = []
     for i in range(len(q)):
         direct, inside = [], []
-        for j, (region_q, region_k) in zip(blocks, regions, strict=True):
+        for j, (region_k, within) in zip(blocks, regions, strict=True):
             own = j.start <= i < j.stop
             s = k[j] @ q[i] * scale if own else (region_k @ q[i] * scale)[None]
             later = torch.arange(j.start, j.start + len(s), device=q.device) > i
             direct.append(s.masked_fill(later & causal, -torch.inf))
-            inside.append(torch.ones_like(s) if own else (k[j] @ region_q * scale).softmax(0))
+            inside.append(torch.ones_like(s) if own else within)
         p = torch.cat(direct).softmax(0).split([len(s) for s in direct])
         rows.append(torch.cat([a * b for a, b in zip(p, inside, strict=True)]))
     return torch.stack(rows)
