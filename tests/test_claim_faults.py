@@ -14,7 +14,7 @@ from regard.core import Measured
 from regard.core.claim import TIME
 
 QUICK = 12  # seconds
-# each 2 to 12 s on one core, beside a network of digits and a model of diffusion that are trained once; all others take 28 s
+# each 2 to 12 s on one core, beside a network of digits and a model of diffusion, trained once; all others take 28 s
 LONG = {"attention_debias_pruning", "attnattrib", "chm_corr_plus_plus", "cot_overthinking_tasks", "cx_tom",
         "diffquickfix", "ir_diffusion", "pavlovian_attention", "prime_composer", "razor_attention",
         "recycled_attention", "right_mediator", "scan_and_snap", "tidaldecode", "tokenselect", "var",
