@@ -48,3 +48,15 @@ def test_a_setting_that_is_ignored_is_found():
 
 def test_a_page_has_its_own_row_before_that_of_the_word():
     assert row("xattention", "threshold") != row("seer_attention", "threshold")
+
+
+STRONG = [
+    name for name, page in catalog.every() if page.kind == "steering" and hasattr(page.config(), "strength")
+]
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_no_strength_changes_nothing(name):
+    none = 1.0 if name == "vhd_vhr" else 0.0  # its factor of heads
+    _, measure = KINDS["steering"]
+    assert measure(name, "change", {"strength": none, "cut": 0.0, "mix": 0.0})[""] < 1e-6

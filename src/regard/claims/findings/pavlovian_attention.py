@@ -88,7 +88,7 @@ def measure() -> Measured:
         for n, least in zip(stored[name], stored["hebbian"], strict=True)
     )
     numbers = {"widths": list(WIDTHS), "slope": rate, "slope_delta": slope(WIDTHS, stored["delta"]), **stored}
-    return Measured(abs(rate - 1) <= 0.15 and more, numbers)
+    return Measured.by({"slope": abs(rate - 1) <= 0.15, "stores more": more}, numbers)
 
 
 CLAIM = Claim(

@@ -177,7 +177,7 @@ def measure() -> Measured:
         "most_off_tanh": most_off(torch.tanh),
         "indirect_over_total_linear": (sizes[2].abs().mean() / sizes[0].abs().mean()).item(),
     }
-    return Measured(numbers["spearman"] >= 0.7 and straight <= EXACT, numbers)
+    return Measured.by({"ranks": numbers["spearman"] >= 0.7, "sum of effects": straight <= EXACT}, numbers)
 
 
 CLAIM = Claim(

@@ -174,9 +174,13 @@ def measure() -> Measured:
     }
     numbers: dict[str, Any] = worst | {f"{key}_by_seed": [f[key] for f in by_seed] for key in by_seed[0]}
     numbers |= {f"{name}_{key}": value for name, f in beside.items() for key, value in f.items()}
-    scans = worst["common_left"] <= 0.3 and worst["order"] >= 0.8
-    snaps = worst["late_entropy_change"] < 0.01 and worst["largest"] < 0.95
-    return Measured(scans and snaps, numbers)
+    parts = {
+        "common tokens": worst["common_left"] <= 0.3,
+        "order": worst["order"] >= 0.8,
+        "late entropy": worst["late_entropy_change"] < 0.01,
+        "largest weight": worst["largest"] < 0.95,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

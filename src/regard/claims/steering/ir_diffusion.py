@@ -184,7 +184,7 @@ def measure() -> Measured:
         "untrained_ratio": untrained["ratio"],
         "earlier_half_ratio": mean(found["ratio_by_time"][:10]),
     }
-    return Measured(isolated["in_a_layer"] == 0 and found["ratio"] >= 2, numbers)
+    return Measured.by({"isolation": isolated["in_a_layer"] == 0, "ratio": found["ratio"] >= 2}, numbers)
 
 
 CLAIM = Claim(

@@ -139,7 +139,12 @@ def measure() -> Measured:
         "off_the_object_without_side_pass": off_the_object(alone, given),
         "off_the_object_background": off_the_object(given.background, given),
     }
-    return Measured(seen.outside == 0 and seen.row_sum < 1e-6 and seen.background == 0, numbers)
+    parts = {
+        "outside": seen.outside == 0,
+        "row sums": seen.row_sum < 1e-6,
+        "background": seen.background == 0,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -99,8 +99,8 @@ def measure() -> Measured:
             "stated_preferred": [(base + x > 0).double().mean().item() for x in (0 * base, top, random)],
             "identical_at_1": int(identical),
         }
-    holds = lead >= 2 * over_draws and lead >= 2 * over_texts and identical
-    return Measured(holds, numbers)
+    parts = {"draws": lead >= 2 * over_draws, "texts": lead >= 2 * over_texts, "identity": identical}
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -121,7 +121,7 @@ def settings_of(cfg: Any) -> set[str]:
     return {*vars(cfg)}.union(*map(settings_of, below))
 
 
-@cache
+@lru_cache(maxsize=4)
 def tape(name: str, settings: tuple[tuple[str, Any], ...]) -> Tape:
     """The text read under a page with these settings beside small ones."""
     names = settings_of(catalog.method(name).config)
@@ -133,15 +133,15 @@ def tape(name: str, settings: tuple[tuple[str, Any], ...]) -> Tape:
 @cache
 def plain() -> tuple[list[Tensor], list[Tensor]]:
     """(logits, weights of the first layer [1, H, n, seen]) of each forward, where all is kept."""
-    model, past, outs, weights = asked("llama", 3), None, [], []
-    past = full_cache(model)
-    model.set_attn_implementation("eager")
+    model, outs, weights = asked("llama", 3), [], []
+    past, before = full_cache(model), model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the one that says weights
     with torch.no_grad():
         for feed in script(STEPS, pads=(0,)):
             out = model(**feed, past_key_values=past, output_attentions=True)
             outs.append(out.logits)
             weights.append(out.attentions[0])
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(before)
     return outs, weights
 
 
@@ -188,12 +188,8 @@ def spread(run: Tape) -> float:
 
 def alike(run: Tape) -> float:
     """Share of tokens that two neighbouring layers both hold, of those that either does."""
-    found = []
-    for step in run.held:
-        tables = list(step.values())
-        for a, b in pairwise(tables):
-            found.append((a & b).sum(-1) / (a | b).sum(-1).clamp(min=1))
-    return mean(found)
+    pairs = [pair for step in run.held for pair in pairwise(step.values())]
+    return mean([(a & b).sum(-1) / (a | b).sum(-1).clamp(min=1) for a, b in pairs])
 
 
 def turnover(run: Tape) -> float:

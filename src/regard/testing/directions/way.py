@@ -20,9 +20,8 @@ class Way:
 
 Row = str | Way | tuple[Way, ...]  # a reason for no direction, or what is raised and lowered
 Table = Mapping[str, Row]
-Measure = Callable[
-    [str, str, Mapping[str, Any]], dict[str, float]
-]  # of a page, a quantity under settings: by where it was asked
+# (page, quantity, settings) -> the quantity, by where it was asked
+Measure = Callable[[str, str, Mapping[str, Any]], dict[str, float]]
 
 
 def more(quantity: str, small: Any, large: Any, **beside: Any) -> Way:
