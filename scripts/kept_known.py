@@ -220,6 +220,18 @@ def filters(known: Known) -> Iterator[None]:
         yield
 
 
+def marked(known: Known):
+    """The first four tokens and the newest stay: they are marked once all are scored."""
+    press, compress = known.press, known.press.compress_post
+
+    def after(model):
+        for place in (slice(press.n_sink), slice(-1, None)):
+            press.score_val[..., place] = 2.0
+        compress(model)
+
+    return patch.object(press, "compress_post", after)
+
+
 @contextmanager
 def taken_out(names: tuple[str, ...], known: Known) -> Iterator[None]:
     """The press within the contexts of these names, one on another."""

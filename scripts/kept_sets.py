@@ -114,6 +114,9 @@ PAIRS = {
         "PyramidKVPress", {"kernel_size": 1}, "other parts for each layer, and more in all", ("parts",)
     ),
     "snapkv:window=64,pool=1+key_rerotation": Pair("KeyRerotationPress", ONE, always=("in_place",)),
+    "kvzip": Pair(
+        "KVzipPress", {}, f"{NEWEST}, and the first four: theirs marks them and then scores them", ("marked",)
+    ),
     "think:sparsity=0.4": Pair(
         "ThinKPress", {"key_channel_compression_ratio": 0.4}, "sets of channels", budget=False
     ),
@@ -131,6 +134,8 @@ def ours(model_name: str, folder: Path) -> None:
     model = model.float().eval()
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / "model")
+    tokenizer.chat_template = None  # the prompt is plain text
+    tokenizer.save_pretrained(folder / "model")
     text = (Path(regard.__file__).parents[2] / "README.md").read_text(encoding="utf8")
     tokens = torch.tensor([tokenizer(text)["input_ids"][:TOKENS]])
     kept = {}
@@ -138,7 +143,7 @@ def ours(model_name: str, folder: Path) -> None:
         if any(name not in catalog.pages() for name in parse_spec(spec)[0].split("+")):
             continue
         method = catalog.from_spec(spec).with_settings(**({"budget": KEPT} if pair.budget else {}))
-        with regard.attach(model, method) as attached, torch.no_grad():
+        with regard.attach(model, method, tokenizer=tokenizer) as attached, torch.no_grad():
             model(tokens, use_cache=True)
             read = channels if spec.startswith("think") else held
             kept[spec] = [read(layer) for layer in attached.cache.layers]
@@ -211,7 +216,7 @@ def keys_after(model, tokens) -> list[torch.Tensor]:
     for layer in model.model.layers:
         layer.self_attn.masked_key_indices = None
     with torch.no_grad():
-        model.model(tokens, past_key_values=cache, use_cache=True)
+        model.model(input_ids=tokens, past_key_values=cache, use_cache=True)
     return [layer.keys[0] for layer in cache.layers]
 
 
