@@ -11,7 +11,9 @@ PAGES = [name for name, page in catalog.every() if page.kind in KINDS and ways(n
 
 
 def test_every_setting_that_is_a_number_has_a_direction_or_a_reason():
-    said = "a row of testing/directions says what a larger value raises or lowers, or why there is no direction"
+    said = (
+        "a row of testing/directions says what a larger value raises or lowers, or why there is no direction"
+    )
     assert unsaid() == [], said
 
 
