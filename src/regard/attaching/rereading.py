@@ -6,6 +6,7 @@ the page says of each stored token (CachePage.worth) is noted with its slot; the
 """
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class Rereader:
     """The second readings of one attachment."""
 
     def __init__(self, policy: Any, model: PreTrainedModel, context: Any) -> None:
-        self.policy, self.model, self.context = policy, model, context
+        # both hold this: in a circle the cache would stay when all names of it are gone
+        self.policy, self.model, self.context = weakref.proxy(policy), model, weakref.proxy(context)
         self.decoder: PreTrainedModel = model.get_decoder()
         self.said: Rereading = policy.page.reread(policy.method.config)
         self.ids = {words: self._ids(words) for words in (self.said.whole, self.said.part, self.said.answer)}
