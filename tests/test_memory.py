@@ -1,15 +1,20 @@
 """Memory: what a run is said to take is what it takes, and workers of one machine map one copy of the weights."""
 
+import gc
 import json
 import multiprocessing as mp
 import os
+import weakref
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
+from regard import catalog
+from regard.attaching.attachment import attach
 from regard.bench import estimate as estimating
 from regard.bench.asked import grid
 from regard.bench.cell import Cell
@@ -19,6 +24,10 @@ from regard.bench.executor import InProcess, LocalProcesses, Ray, Submitit
 from regard.cli import app
 from regard.models import shipped
 from regard.models.shipped import SHIPPED, load, load_shipped
+from regard.ops import View
+from regard.testing.cache import small
+from regard.testing.cache.script import script
+from regard.testing.zoo import build
 
 MB = 2**20
 LINUX = pytest.mark.skipif(
@@ -104,8 +113,53 @@ def test_jobs_on_other_machines_are_held_to_what_they_ask_for(tmp_path):
 
 def test_more_samples_and_longer_prompts_take_more():
     few, many = (estimate(cells(samples=n), None, InProcess(), "cpu") for n in (2, 8))
-    assert many["keys_and_values"] == 4 * few["keys_and_values"] and many["logits"] == 4 * few["logits"]
+    assert many["keys_and_values"] == 4 * few["keys_and_values"]
+    # of each sample's logits three copies in float32, of one sample's five in float64
+    assert few["logits"] * (8 * 12 + 40) == many["logits"] * (2 * 12 + 40)
     assert many["process"] == few["process"]
+
+
+def test_the_numbers_of_a_cell_by_hand():
+    """SmolLM2-135M, 8 texts of 1,024 tokens and 64 that are scored: 2.3 GB, where a worker's peak is PEAK."""
+    cell = Cell("snapkv", "perplexity", 1024, 0.25, samples=8)
+    config = LlamaConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, dtype=torch.float32,
+    )  # fmt: skip
+    said = estimating.memory([cell], config, Weights(538_060_032, True), InProcess(), "cpu")
+    assert said.keys_and_values == 8 * (1024 + 64) * 30 * 2 * 3 * 64 * 4 * 3 // 2
+    assert said.activations == 8 * 1024 * (6 * 576 + 3 * 1_536) * 4
+    assert said.logits == 8 * 64 * 49_152 * (4 + 4 + 4) + 64 * 49_152 * 5 * 8
+    assert said.worker == 2_324_571_392
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("name", catalog.list_methods(kind="cache"))
+def test_a_cache_is_gone_with_its_last_name(name):
+    """Nothing of a step refers to itself: its keys would stay until Python looks for circles, which is seldom."""
+    model, _ = build("llama")
+    method = catalog.method(name, **small(catalog.get(name)))
+    with attach(model, method):  # what is measured when it is attached is not of a step
+        pass
+    before = views()
+    gc.disable()
+    try:
+        with torch.no_grad(), attach(model, method) as attached:
+            for feed in script((20, 1, 1, 3, 1)):
+                cache = model(**feed, past_key_values=attached.cache, use_cache=True).past_key_values
+        layers = [weakref.ref(layer) for layer in cache.layers]
+        del cache, attached
+        assert not any(layer() for layer in layers)
+        assert views() == before
+    finally:
+        gc.enable()
+
+
+def views() -> int:
+    """How many views of stored keys there are."""
+    return sum(type(thing) is View for thing in gc.get_objects())
 
 
 def test_what_cannot_be_read_is_said_and_refuses_nothing(tmp_path):

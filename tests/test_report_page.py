@@ -217,6 +217,13 @@ def test_the_winner_and_what_the_questions_name_are_told_once_each():
     assert not lines(golden(), {"label": HOSTILE, "budget": 1})
 
 
+def test_a_method_that_asks_in_words_is_given_the_tokenizer():
+    told_of = told([Cell("kvzip", "needle", 96, 0.25), Cell("snapkv", "needle", 96, 0.25)])["attached"]
+    assert [told_of[name].get("words") for name in ("kvzip", "snapkv")] == [True, None]
+    said = lines(Result({"attached": told_of}, []), {"label": "kvzip", "budget": 0.25})
+    assert 'with regard.attach(model, "kvzip", budget=0.25, tokenizer=tokenizer):' in said
+
+
 @pytest.mark.parametrize("width", [40, 60, 100])
 def test_the_lines_of_the_terminal_are_python(width):
     result = result_of(cells(["snapkv:window=16+adakv:floor=0.1"]))

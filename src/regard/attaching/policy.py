@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -141,7 +141,8 @@ class CachePolicy(Actor):
         view.shared, view.memory = step.shared, memory_of(call, view)
         if self.page.reads_output:
             view.output = self.output_of(call)
-        view.report_bytes = lambda n: step.reported.__setitem__(view.layer, n)
+        # a function that held the view would hold its keys until cycles are looked for
+        view.report_bytes = partial(step.reported.__setitem__, view.layer)
         if view.seen not in step.budgets:
             step.budgets[view.seen] = self.budget(view, group)
         view.budget, view.window = step.budgets[view.seen], call.ledger.window

@@ -32,9 +32,11 @@ PROCESS, LIBRARIES = 330 * 2**20, 140 * 2**20
 # tokens of an answer that is a code or a word, of all turns; of one that is generated freely
 ANSWER = {"exact": 16, "recall": 64}
 OWN_TOKENS = 1024  # taken for a question of one's own, which is not counted before a tokenizer is there
-# bytes a logit takes while two runs are compared: both in float32, then as log-probabilities in float64 with the terms
-# of KL (bench/cell.fidelity)
-LOGIT = 48
+# bytes a logit takes in float32: full attention's, a method's, and its again while its steps are put together
+LOGIT = 12
+# and of one sample at a time, in float64, as two runs are compared: log-probabilities of both and the terms of KL
+# (bench/quality.divergence)
+COMPARED = 40
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -171,7 +173,7 @@ def activations(cell: Cell, config: Any) -> int:
 
 
 def logits(cell: Cell, config: Any) -> int:
-    return cell.samples * answer(cell) * config.vocab_size * LOGIT
+    return answer(cell) * config.vocab_size * (cell.samples * LOGIT + COMPARED)
 
 
 def batch(cell: Cell) -> int:

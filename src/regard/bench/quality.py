@@ -26,10 +26,10 @@ def quality(
     recall  the share of wanted texts that stand in what was generated
     nll     perplexity of full attention over the method's; `nll_by_place`, in parts of the scored text
     """
-    logits = torch.cat([r.logits for r in runs])
-    vocabulary = logits.shape[-1]
+    logits = rows_of(runs)
+    vocabulary, best = logits[0].shape[-1], torch.stack([row.argmax(-1) for row in logits]).cpu()
     if metric == "recall":
-        said = [generated(row, tokenizer) for row in logits.argmax(-1).tolist()]
+        said = [generated(row, tokenizer) for row in best.tolist()]
         scores = np.array([recall(text, s.wanted) for text, s in zip(said, samples, strict=True)])
         facts: dict[str, Any] = {"nll": None}
         return (
@@ -40,7 +40,7 @@ def quality(
         )
     answer = torch.tensor([list(chain.from_iterable(s.answers)) for s in samples])
     nll, base = (nlls(r, answer) for r in (runs, full))
-    best, counts = logits.argmax(-1).cpu(), counted(samples, answer)
+    counts = counted(samples, answer)
     said = [told(*facts, tokenizer) for facts in zip(samples, best, answer, counts, strict=True)]
     facts = {"nll": float(nll[counts].mean()) if counts.any() else None}
     if metric == "exact":
@@ -121,8 +121,8 @@ def foretold(base: Tensor, vocabulary: int) -> float:
 
 def nlls(runs: list[Pass], answer: Tensor) -> Tensor:
     """[samples, T] negative log-likelihood of each token of the answers."""
-    logits = torch.cat([r.logits for r in runs]).double().cpu()
-    return -logits.log_softmax(-1).gather(-1, answer[..., None]).squeeze(-1)
+    rows = zip(rows_of(runs), answer[..., None], strict=True)
+    return torch.cat([-row.double().cpu().log_softmax(-1).gather(-1, said).mT for row, said in rows])
 
 
 def exact_turns(right: Tensor, sample: Sample) -> np.ndarray:
@@ -165,15 +165,27 @@ def fidelity(samples: Sequence[Sample], runs: list[Pass], full: list[Pass]) -> d
 
     Where the model is fed what it generates, the steps of a sample count until both have said something else.
     """
-    ours, theirs = (torch.cat([r.logits for r in x]).double().log_softmax(-1) for x in (runs, full))
-    same = (ours.argmax(-1) == theirs.argmax(-1)).double().cpu()
+    apart = [divergence(*pair) for pair in zip(rows_of(runs), rows_of(full), strict=True)]
+    same, kls = (torch.stack(x) for x in zip(*apart, strict=True))
     counts = torch.stack([steps_counted(sample, row) for sample, row in zip(samples, same, strict=True)])
-    each = ((theirs.exp() * (theirs - ours)).sum(-1).cpu() * counts).sum(-1) / counts.sum(-1)
+    each = (kls * counts).sum(-1) / counts.sum(-1)
     kl = each.numpy()
     draws = np.random.default_rng(0).integers(0, len(kl), (DRAWS, len(kl)))
     low, high = np.quantile(kl[draws].mean(1), (0.025, 0.975))
     agree = (same * counts).sum() / counts.sum()
     return dict(agreement=float(agree), kl=float(kl.mean()), kl_low=float(low), kl_high=float(high))
+
+
+def divergence(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether both say the same at each step, 1 or 0, and KL(theirs || ours) there, of one sample's logits [T, V]."""
+    ours, theirs = (x.double().log_softmax(-1) for x in (ours, theirs))
+    same = (ours.argmax(-1) == theirs.argmax(-1)).double().cpu()
+    return same, (theirs.exp() * (theirs - ours)).sum(-1).cpu()
+
+
+def rows_of(runs: list[Pass]) -> list[Tensor]:
+    """The logits [T, V] of each sample. All samples at once, in float64, would be what a worker holds most of."""
+    return [row for run in runs for row in run.logits]
 
 
 def steps_counted(sample: Sample, same: Tensor) -> Tensor:

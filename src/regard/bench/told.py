@@ -42,7 +42,11 @@ def card(page: Page) -> dict[str, Any]:
 
 
 def attached(cell: Cell) -> dict[str, Any]:
-    """What `attach` takes for a cell: name, settings, and of pages of one's own the files to register first."""
+    """What `attach` takes for a cell: name, settings, and of pages of one's own the files to register first.
+
+    words  it asks the model in words, and so is given the tokenizer
+    """
     own = [str(catalog.path_of(part)) for part in cell.method.split("+") if catalog.revision_of(part)]
     settings = {name: text(value) for name, value in cell.settings.items()}
-    return {"method": cell.method, "settings": settings, "pages": own}
+    words = {"words": True} if getattr(catalog.get(cell.method), "reread", None) is not None else {}
+    return {"method": cell.method, "settings": settings, "pages": own, **words}

@@ -84,7 +84,6 @@ def facts_of(name: str, page: Any) -> dict[str, Any]:
     from regard import catalog
     from regard.claims import ledger
     from regard.cli.page_source import docstring, options
-    from regard.kinds import kind
 
     parts = [
         {"name": one, "title": part.card.title, "path": str(catalog.path_of(one))} for one, part in page.parts
@@ -99,11 +98,20 @@ def facts_of(name: str, page: Any) -> dict[str, Any]:
         **({"parts": parts} if parts else {}),
         "text": "\n\n".join(texts),
         "options": options(page),
-        "verb": kind(page.kind).verb.replace("NAME", repr(name)),
+        "verb": verb(name, page),
         "card": {**asdict(page.card), "neutral": dict(page.card.neutral)},
         "settings": {f.name: getattr(page.config(), f.name) for f in fields(page.config)},
         "claim": claim_of(ledger.recorded().get(name, [])),
     }
+
+
+def verb(name: str, page: Any) -> str:
+    """How it is applied, with what it needs."""
+    from regard.kinds import kind
+
+    said = kind(page.kind).verb.replace("NAME", repr(name))
+    asks = getattr(page, "reread", None) is not None
+    return said.replace("budget=0.25)", "budget=0.25, tokenizer=tokenizer)") if asks else said
 
 
 def task_facts(page: Any, given: dict[str, Any]) -> dict[str, Any]:

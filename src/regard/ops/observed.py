@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from regard.core.errors import require
+from regard.ops.softmax import per_query_head
 from regard.ops.view import View
 
 
@@ -30,8 +31,11 @@ def observed(view: View, newest: int) -> tuple[Tensor, Tensor]:
         weights = weights.scatter(2, where, part)[:, :, :newest]
         there = torch.arange(newest, device=place.device) >= newest - asking.sum(-1, keepdim=True)
     if at is not None:
-        share = weights.shape[1] // at.shape[1]
-        slots = at.repeat_interleave(share, 1) if at.shape[1] > 1 else at
-        slots = slots[:, :, None].expand(*weights.shape[:3], -1)
+        slots = by_query_head(view, at).expand(*weights.shape[:3], -1)
         weights = weights.gather(-1, slots.clamp(min=0)) * (slots >= 0)
     return weights, there
+
+
+def by_query_head(view: View, x: Tensor) -> Tensor:
+    """[1|B, 1|H, 1, m] of what is said of slots [1|B, 1|G, m] of each cache head."""
+    return per_query_head(x[:, :, None], view.q.shape[1])

@@ -8,7 +8,7 @@ over the last queries t of a prompt and the tokens j before them, summed over th
 import torch
 from torch import Tensor
 
-from regard.ops.observed import observed
+from regard.ops.observed import by_query_head, observed
 from regard.ops.shares import shares
 from regard.ops.view import View
 
@@ -39,15 +39,9 @@ def note_preference(view: View, window: int) -> None:
     """Hand on what the heads of this view add to the H and V of their layer."""
     weights, there = observed(view, window)
     before = view.hold() & (view.age() >= window)
-    for name, part in zip((SPREAD, MOTION), spread_and_motion(weights * by_query(view, before), there)):
+    for name, part in zip((SPREAD, MOTION), spread_and_motion(weights * by_query_head(view, before), there)):
         name = name.format(view.layer)
         view.shared[name] = part + view.shared[name] if name in view.shared else part
-
-
-def by_query(view: View, x: Tensor) -> Tensor:
-    """[1|B, 1|H, 1, n] of what is said of the slots [1|B, 1|G, n] of each cache head."""
-    x = x.repeat_interleave(view.q.shape[1] // view.groups, 1) if x.shape[1] > 1 else x
-    return x[:, :, None]
 
 
 def by_preference(view: View, score: Tensor, spread: float, motion: float) -> Tensor:

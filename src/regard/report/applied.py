@@ -80,7 +80,8 @@ def lines(result: Result, row: Row, width: int = WIDTH) -> list[str]:
     budget = [] if row["budget"] is None else [f"budget={text(row['budget'])}"]
     target, learned = settings.pop("target", None), settings.get("learned")
     own = [f"regard.register({text(path)})" for path in known.get("pages") or ()]
-    head, attached = ["import regard"], [page, *keywords(settings), *budget]
+    words = ["tokenizer=tokenizer"] if known.get("words") else []
+    head, attached = ["import regard"], [page, *keywords(settings), *budget, *words]
     if learned is not None:
         head.append("from regard.attaching.converted import configured")
         pairs = ", ".join(f"{text(key)}: {value}" for key, value in settings.items())

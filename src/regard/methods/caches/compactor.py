@@ -91,7 +91,8 @@ METHOD = CachePage(
         lineage=("leverage", "non_causal_attention"),
         neutral={"budget": 1.0},
         caveat="leverage is exact where released code sketches 48 channels at random. λ is that of the authors' engine "
-        "compactor-vllm, the rest that of their kvpress, where λ is the share of tokens that go; compactor-vllm keeps "
+        "compactor-vllm, the rest that of their kvpress, where λ is the share of tokens that go; at the ends a "
+        "missing neighbour is 0 in kvpress, and not counted here; compactor-vllm keeps "
         "16 first and 64 last tokens and leaves |v| and neighbours out. Calibration, which finds the budget of a "
         "context, is left out",
     ),

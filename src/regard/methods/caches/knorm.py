@@ -41,7 +41,8 @@ METHOD = CachePage(
         state="budget tokens per head of the prompt, and all that is generated",
         needs=("decoder-lm",),
         neutral={"budget": 1.0},
-        caveat="the newest token stays in any case. The paper leaves the first two layers whole; here all layers have "
-        "one budget unless an allocator says otherwise",
+        caveat="the newest token stays in any case. Norms that agree in four digits are equal, and the earlier token "
+        "stays; kvpress lets the last bit of float32 choose. The paper leaves the first two layers whole; here all "
+        "layers have one budget unless an allocator says otherwise",
     ),
 )

@@ -9,7 +9,7 @@ where a cache from which the prompt can be written down again serves any questio
 of a prompt (SnapKV) know the one that they ask. A second reading costs what the prompt did, and more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from torch import Tensor
 from regard.core import Card, require
 from regard.kinds.cache import CachePage
 from regard.ops import Budget, View, best, row_blocks
+from regard.ops.observed import by_query_head
 from regard.ops.rereading import WORTH, Rereading, Words
-from regard.ops.softmax import masked_softmax, scores
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Config:
     sinks: int = 4  # first tokens, which stay, and count in the softmax of every chunk
     chunk: int = 2000  # tokens of the prompt that are repeated in one pass
     lead: int = 8  # tokens before a later chunk that its instruction quotes
-    # what the model is asked, as a text or as token ids
+    # what the model is asked before the first chunk, as a text or as token ids
     whole: Words = "\n\nRepeat the previous context exactly."
+    # the same before a later chunk, with the quoted tokens behind it
     part: Words = "\n\nRepeat the part of the previous context exactly, starting with "
-    answer: Words = "\n"  # what opens an answer in the model's chat template
+    answer: Words = "\n"  # the same for what opens an answer in the model's chat template
 
     def __post_init__(self) -> None:
         require(self.sinks >= 0, "sinks >= 0", sinks=self.sinks)
@@ -44,28 +45,24 @@ def worth(view: View, chunk: Tensor, cfg: Config) -> Tensor:
     old = view.index < view.seen - view.tokens_fed
     counts = chunk | (view.hold() & (~old | (view.rank() < cfg.sinks)))
     at = counts.flatten(0, 1).any(0).nonzero()[:, 0]  # columns that any row or head reads
-    k, counts = view.k[:, :, at], counts[..., at]
-    bias = view.bias if view.bias is None else view.bias[..., at]
-    asking = view.asking()
-    most = torch.zeros((), device=k.device)
-    for rows in row_blocks(view.new, view.q.shape[0] * view.q.shape[1] * len(at)):
-        own = bias if bias is None or bias.shape[-2] == 1 else bias[..., rows, :]
+    counts = by_query_head(view, counts[..., at])
+
+    def visible(rows: slice) -> Tensor:
         seen = view.visible(rows)
-        shown = by_head(counts, view) if seen is None else by_head(counts, view) & seen[..., at]
-        weights = masked_softmax(
-            scores(view.q[:, :, rows], k, view.scale, view.softcap, own), shown, view.sinks, True
-        )
+        return counts if seen is None else counts & seen[..., at]
+
+    bias = view.bias if view.bias is None else view.bias[..., at]
+    cut = replace(view, k=view.k[:, :, at], bias=bias, visible=visible, cached_scores=None)
+    asking, most = view.asking(), view.k.new_zeros(*view.q.shape[:2], len(at), dtype=torch.float32)
+    for rows in row_blocks(view.new, view.q.shape[0] * view.q.shape[1] * len(at)):
+        # the pass stands last, and no query of it sees what follows
+        last = int((at < view.stored - view.new + rows.stop).sum())
+        weights = cut.upto(last).weights(rows)
         if asking is not None:
             weights = weights * asking[:, None, rows, None]
-        most = torch.maximum(weights.amax(2), most)
+        most[..., :last] = torch.maximum(weights.amax(2), most[..., :last])
     found = most.unflatten(1, (view.groups, -1)).amax(2)
     return found.new_zeros(*found.shape[:2], view.stored).index_copy(-1, at, found) * chunk
-
-
-def by_head(counts: Tensor, view: View) -> Tensor:
-    """[1|B, 1|H, 1, m] of what is said for the slots of cache heads."""
-    share = view.q.shape[1] // view.groups
-    return (counts.repeat_interleave(share, 1) if counts.shape[1] > 1 else counts)[:, :, None]
 
 
 def always(view: View, cfg: Config) -> Tensor:

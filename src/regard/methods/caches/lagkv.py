@@ -106,6 +106,7 @@ METHOD = CachePage(
         neutral={"budget": 1.0},
         caveat="the paper sets the share of each part, and first and last tokens come on top; here the budget is of "
         "the whole, and the parts share what those leave. Under a fixed number of tokens old parts shrink again, by "
-        "the order they once had. kvpress keeps 4 first tokens and evicts after the prompt alone",
+        "the order they once had. kvpress keeps 4 first tokens and evicts after the prompt alone; of tokens "
+        "of equal rank in their parts any may stay there, here the earlier",
     ),
 )

@@ -80,8 +80,9 @@ METHOD = CachePage(
         lineage=("streaming_llm",),
         neutral={"threshold": 1.0},
         caveat="the paper's variant that decides at the prompt's end. Released code has the other switched on, which "
-        "asks with the first generated token alone, and takes the mean over heads. kvpress asks with one query, cuts "
-        "only texts longer than sinks, window and queries together, and keeps one recent token less. The paper sets no "
+        "asks with the first generated token alone, and takes the mean over heads. kvpress asks with one query, whose "
+        "weight on itself it leaves out, cuts only texts longer than sinks, window and queries together, and keeps one "
+        "recent token less. The paper sets no "
         "budget",
     ),
 )
