@@ -12,6 +12,7 @@ from regard.core import Unsupported, call, require
 from regard.core.mask import Mask
 from regard.kinds.mechanism import Mechanism
 from regard.testing import mechanism
+from regard.testing.case import Case, D, E, value_width
 from regard.testing.mechanism import CHECKS, check_mechanism, examine, hold_all
 
 SOFTMAX = catalog.get("softmax")
@@ -113,6 +114,11 @@ def upper_left(q, k, v, cfg, call):
     m = k.shape[2] + (0 if call.initial_state is None else call.initial_state[0].shape[2])
     sees = torch.ones(q.shape[2], m, dtype=torch.bool).tril() if call.pattern == "causal_self" else None
     return attention(q, k, v, cfg, call, sees=sees)
+
+
+@planted("fast_equals_reference", both=False)
+def the_mask_of_head_0_in_fast(q, k, v, cfg, call):
+    return attention(q, k, v, cfg, hiding(call, lambda mask: mask[:, :1]))
 
 
 @planted("fast_equals_reference", both=False)
@@ -378,6 +384,17 @@ def test_fault_is_found(fault, monkeypatch):
     assert set(laws) <= set(laws_broken), f"found by {laws_broken}"
     with pytest.raises(AssertionError, match="Softmax attention"):
         hold_all(broken, report)
+
+
+def test_each_page_has_a_width_of_values_of_its_own():
+    def narrow(q, k, v, cfg, call):
+        if v.shape[3] > k.shape[3]:
+            raise Unsupported("values as wide as keys")
+        return attention(q, k, v, cfg, call)
+
+    cases = [Case(page(path), Plain(), "causal_self") for path in (narrow, attention)]
+    assert [value_width(case) for case in (*cases, *cases)] == [D, E, D, E]
+    assert [case.inputs(3).v.shape[3] for case in cases] == [D, E]
 
 
 def test_a_broken_law_is_an_error():
