@@ -120,7 +120,7 @@ def test_more_samples_and_longer_prompts_take_more():
 
 
 def test_the_numbers_of_a_cell_by_hand():
-    """SmolLM2-135M, 8 texts of 1,024 tokens and 64 that are scored: 2.3 GB, where a worker's peak is PEAK."""
+    """SmolLM2-135M, 8 texts of 1,024 tokens and 64 that are scored; the peak of a worker over 3 methods was 2.17 GB."""
     cell = Cell("snapkv", "perplexity", 1024, 0.25, samples=8)
     config = LlamaConfig(
         vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30, num_attention_heads=9,
@@ -130,7 +130,7 @@ def test_the_numbers_of_a_cell_by_hand():
     assert said.keys_and_values == 8 * (1024 + 64) * 30 * 2 * 3 * 64 * 4 * 3 // 2
     assert said.activations == 8 * 1024 * (6 * 576 + 3 * 1_536) * 4
     assert said.logits == 8 * 64 * 49_152 * (4 + 4 + 4) + 64 * 49_152 * 5 * 8
-    assert said.worker == 2_324_571_392
+    assert said.worker == 2_324_571_392 and 2_170_363_904 <= said.worker <= 1.25 * 2_170_363_904
 
 
 # What is kept
