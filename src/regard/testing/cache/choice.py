@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import transformers as tf
 from torch import Tensor
-from torch.nn import functional as F
 
 from regard import catalog
 from regard.core import Method
 from regard.core.pages import changed_settings
+from regard.testing.cache.again import again, feeds_until
 from regard.testing.cache.definition import Definition, Moment, Text
-from regard.testing.cache.oracle import by_head, gap, hide, present_rotation
-from regard.testing.cache.script import ReadRecord, Tape, alone, full_cache, play, real, rewrites, script
+from regard.testing.cache.oracle import by_head, gap, present_rotation
+from regard.testing.cache.script import Tape, full_cache, play, real, rewrites, script
 from regard.testing.tiny import text
 from regard.testing.zoo import build, sharpened
 
@@ -151,7 +151,7 @@ def follow(run: Trace, method: Method, definition: type[Definition], row: int, a
             for layer, whole in enumerate(wholes)
         ]
         ids = feeds_until(feeds, forward)[row, mask].tolist()
-        written.together(moments, Text(ids, partial(again, run, row, forward)))
+        written.together(moments, Text(ids, partial(again, run.model, run.tape, row, forward)))
         for layer, at in enumerate(moments):
             said = f"{method.label}, row {row}, forward {forward}, layer {layer}"
             reads = written.reads(at)
@@ -169,38 +169,6 @@ def follow(run: Trace, method: Method, definition: type[Definition], row: int, a
                 stored[layer][g] |= written.stores(at, g, tokens)
             if run.tape.contents:
                 compare_contents(run, said, row, forward, as_stored(at, stored[layer]), held[layer])
-
-
-def feeds_until(feeds: list[dict], forward: int) -> Tensor:
-    """[B, seen] the token ids fed so far."""
-    return torch.cat([feed["input_ids"] for feed in feeds[: forward + 1]], 1)
-
-
-def again(run: Trace, row: int, forward: int, ids: list[int]) -> list[Tensor]:
-    """By layer the scores of a pass of these ids behind the text of a row, over what is stored then: Text.again."""
-    feeds, found = run.tape.feeds[: forward + 1], dict[int, Tensor]()
-    reads = [cut for f in range(len(feeds)) if (cut := reads_of_row(run, row, f)) is not None]
-    m, n = len(ids), int(feeds[-1]["attention_mask"][row].sum())
-    fed = dict(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, n + m, dtype=torch.long),
-               position_ids=torch.arange(n, n + m)[None])  # fmt: skip
-    more = {i: replace(r, alive=F.pad(r.alive, (0, m), value=True)) for i, r in reads[-1].items()}
-
-    def note(layer: int, quantity: str, x: Tensor, seen: Tensor) -> Tensor:
-        if quantity == "scores":
-            found[layer] = x[0].masked_fill(~seen[0], -torch.inf)
-        return x
-
-    hide(run.model, [*alone(feeds, row), fed], [*reads, more], change=note)
-    return [found[layer] for layer in sorted(found)]
-
-
-def reads_of_row(run: Trace, row: int, forward: int) -> dict[int, ReadRecord] | None:
-    """What a row reads in a forward, its padding cut out; None: the forward feeds it nothing."""
-    mask = run.tape.feeds[forward]["attention_mask"][row].bool()
-    if not bool(real(run.tape.feeds, forward)[row].any()):
-        return None
-    tables = {i: read.alive for i, read in run.tape.reads[forward].items()}
-    return {i: ReadRecord(x[min(row, len(x) - 1)][None, :, mask]) for i, x in tables.items() if x is not None}
 
 
 def as_stored(at: Moment, stored: list[dict[int, tuple[Tensor, Tensor]]]) -> Moment:
