@@ -15,13 +15,11 @@ from regard import catalog
 from regard.methods.caches.streaming_llm import Config
 from regard.testing.cache.choice import (
     STEPS,
-    check_all_settings_move,
     check_choice,
     check_default_choice,
-    check_moves,
-    settings_of,
 )
 from regard.testing.cache.definition import Definition, Merged, Moment
+from regard.testing.cache.moves import check_all_settings_move, check_moves, settings_of
 from regard.testing.cache.script import Tape, script
 
 CHOICES = Path(__file__).parent / "choices"
