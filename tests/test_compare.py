@@ -206,7 +206,8 @@ def test_likelihood_is_told_by_place():
 
 
 def test_old_names_work_for_one_release():
-    for module, old, new in ((cells, "Run", Pass), (executor, "Broken", WorkerBroken)):
+    names = (cells, "Run", Pass), (cells, "Bench", Bench), (executor, "Broken", WorkerBroken)
+    for module, old, new in names:
         with pytest.warns(DeprecationWarning, match=new.__name__):
             assert getattr(module, old) is new
 

@@ -163,21 +163,29 @@ def responses_plain(folder, lm, task):
     return responses(plain(load_shipped("lm")), folder, task)
 
 
-@needs
-@pytest.mark.parametrize("name", catalog.list_methods(kind="cache"))
-def test_batches_of_unequal_rows_score_as_single_ones(lm, name):
-    """Of distinct tokens: equal keys, as those of one word twice in the first layer, are told apart by rounding."""
+@pytest.fixture(scope="module")
+def unequal(lm):
+    """Rows of unequal lengths, of distinct tokens, and their scores without a method.
+
+    Equal keys, as those of one word twice in the first layer, are told apart by rounding.
+    """
     drawn, asked = torch.Generator().manual_seed(0), []
     for n, m in ((4, 2), (20, 3), (9, 1), (31, 4), (1, 6), (1, 2), (16, 2)):
         tokens = (3 + torch.randperm(2000, generator=drawn)[: n + m]).tolist()
         asked.append((("", ""), tokens[:n], tokens[n:]))
-    found = []
+    return asked, wrapped(lm)._loglikelihood_tokens(asked)
+
+
+@needs
+@pytest.mark.parametrize("name", catalog.list_methods(kind="cache"))
+def test_batches_of_unequal_rows_score_as_single_ones(lm, unequal, name):
+    (asked, by_itself), found = unequal, []
     for size in (1, 4):
         settings = {"budget": 6} if catalog.takes_budget(name) else catalog.get(name).test_settings[0]
         with attach(lm[0], name, tokenizer=lm[1], **settings):
             found.append(wrapped(lm, size)._loglikelihood_tokens(asked))
     assert close(*found)
-    assert not close(found[0], wrapped(lm)._loglikelihood_tokens(asked), 1e-2)
+    assert not close(found[0], by_itself, 1e-2)
 
 
 @needs
