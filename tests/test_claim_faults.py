@@ -15,23 +15,38 @@ from regard.core.claim import TIME
 
 QUICK = 12  # seconds
 # each 2 to 12 s on one core, beside a network of digits and a model of diffusion, trained once; all others take 28 s
-LONG = {"attention_debias_pruning", "attnattrib", "chm_corr_plus_plus", "cot_overthinking_tasks", "cx_tom",
-        "diffquickfix", "ir_diffusion", "pavlovian_attention", "prime_composer", "razor_attention",
-        "recycled_attention", "right_mediator", "scan_and_snap", "tidaldecode", "tokenselect", "var",
-        "vhd_vhr", "vista"}  # fmt: skip
-# the same measurement in a shorter form: constants of the claim's file, fewer seeds, widths, texts or scenes
+LONG = {"active_dormant_heads", "attention_debias_pruning", "attnattrib", "chm_corr_plus_plus",
+        "cot_overthinking_tasks", "cx_tom", "diffquickfix", "dsf", "ee_mllm", "fmri_motion_decoding",
+        "ir_diffusion", "landmark_attention", "longlive", "mesa_optimizer_ar", "pavlovian_attention",
+        "prime_composer", "razor_attention", "recycled_attention", "right_mediator", "salient_relevance",
+        "scan_and_snap", "tidaldecode", "tokenselect", "var", "vhd_vhr", "vista", "zoology_mqar"}  # fmt: skip
+# the same measurement in a shorter form: constants of the claim's file, fewer seeds, widths, texts, scenes or steps
 SHORT = {
+    "active_dormant_heads": {"SEEDS": (0,), "STEPS": 250, "BATCH": 32, "MOMENTS": (), "PIECES": 1},
     "chm_corr_plus_plus": {"SEEDS": (0,), "USERS": (0,)},
     "cot_overthinking_tasks": {"GRAMMARS": 1, "MORE": ()},
     "cx_tom": {"EXACT_IMAGES": 4},
+    "ee_mllm": {"SEEDS": (0,), "STEPS": 250},
+    "fmri_motion_decoding": {"SEEDS": (0,), "SHUFFLES": 2},
     "ir_diffusion": {"SCENES": 6, "STEPS": 8},
+    "landmark_attention": {"SEEDS": (0,), "STEPS": 150, "TESTED": 128, "BLOCKS": 12},
+    "longlive": {"SEEDS": (0,), "STEPS": 40, "VIDEOS": 8},
+    "mesa_optimizer_ar": {
+        "STEPS": 200,
+        "BATCH": 32,
+        "TESTED": 128,
+        "LENGTH": 60,
+        "RATES": {"gaussian": 0.002, "sparse": 0.1},
+    },
     "pavlovian_attention": {"WIDTHS": (16, 32, 64)},
     "prime_composer": {"SCENES": 8, "STEPS": 8},
     "rectified_spaattn": {"FIELDS": 2},
     "right_mediator": {"PERMUTATIONS": 2000, "COUNT": 16},
+    "salient_relevance": {"SEEDS": (2,), "STEPS": 100, "DRAWS": 3},
     "scan_and_snap": {"SEEDS": (0,), "BESIDE": {}},
     "vhd_vhr": {"TEXTS": 32},
     "vista": {"TEXTS": 32, "DRAWS": 2},
+    "zoology_mqar": {"RATES": (1e-2,), "STEPS": 100, "TESTED": 32, "LENGTH": 64, "PAIRS": 8},
 }
 LAW = "tests/test_claim_faults.py::test_the_claim_holds["
 FAULTS = tomllib.loads((Path(__file__).parent / "mutants" / "claims.toml").read_text(encoding="utf8"))[

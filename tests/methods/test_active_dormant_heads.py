@@ -59,18 +59,18 @@ def test_a_share_is_of_what_a_row_spends():
 def test_bounds_are_those_of_every_seed():
     softmax = {"share_non_trigger": 0.9, "share_trigger": 0.0, "value_ratio": 0.1, "right_trigger": 1.0}
     relu = softmax | {"share_non_trigger": 0.1}
-    assert claim.bounds({"softmax": [softmax] * 2, "relu": [relu] * 2})
-    for side, fault in (
-        ("softmax", {"share_non_trigger": 0.69}),
-        ("softmax", {"share_trigger": 0.31}),
-        ("softmax", {"value_ratio": 0.51}),
-        ("softmax", {"right_trigger": 0.9}),
-        ("relu", {"right_trigger": 0.9}),
-        ("relu", {"share_non_trigger": 0.46}),
+    assert all(claim.bounds({"softmax": [softmax] * 2, "relu": [relu] * 2}).values())
+    for side, part, fault in (
+        ("softmax", "dormant", {"share_non_trigger": 0.69}),
+        ("softmax", "active", {"share_trigger": 0.31}),
+        ("softmax", "values", {"value_ratio": 0.51}),
+        ("softmax", "copies", {"right_trigger": 0.9}),
+        ("relu", "copies", {"right_trigger": 0.9}),
+        ("relu", "relu", {"share_non_trigger": 0.46}),
     ):
         found = {"softmax": [softmax, softmax], "relu": [relu, relu]}
         found[side] = [found[side][0], found[side][1] | fault]
-        assert not claim.bounds(found), (side, fault)
+        assert {name for name, holds in claim.bounds(found).items() if not holds} == {part}, (side, fault)
 
 
 def test_weights_on_the_first_token_and_values_are_those_of_transformers():

@@ -279,19 +279,20 @@ def measure() -> Measured:
         real = real_numbers()
     for side, rows in found.items():
         numbers |= {f"{side}_{name}": [row[name] for row in rows] for name in rows[0]}
-    return Measured(bounds(found), numbers | real)
+    return Measured.by(bounds(found), numbers | real)
 
 
-def bounds(found: dict[str, list[dict[str, float]]]) -> bool:
+def bounds(found: dict[str, list[dict[str, float]]]) -> dict[str, bool]:
     """Of every seed; and both kinds of attention have learned to copy."""
     softmax, relu = found["softmax"], found["relu"]
-    learned = all(row["right_trigger"] >= 0.95 for row in softmax + relu)
-    rests = all(row["share_non_trigger"] >= 0.7 and row["value_ratio"] <= 0.5 for row in softmax)
-    wakes = all(row["share_trigger"] <= 0.3 for row in softmax)
-    half = all(
-        r["share_non_trigger"] <= 0.5 * s["share_non_trigger"] for r, s in zip(relu, softmax, strict=True)
-    )
-    return learned and rests and wakes and half
+    by_seed = zip(relu, softmax, strict=True)
+    return {
+        "copies": all(row["right_trigger"] >= 0.95 for row in softmax + relu),
+        "dormant": all(row["share_non_trigger"] >= 0.7 for row in softmax),
+        "values": all(row["value_ratio"] <= 0.5 for row in softmax),
+        "active": all(row["share_trigger"] <= 0.3 for row in softmax),
+        "relu": all(r["share_non_trigger"] <= 0.5 * s["share_non_trigger"] for r, s in by_seed),
+    }
 
 
 CLAIM = Claim(

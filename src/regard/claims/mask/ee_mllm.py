@@ -61,8 +61,13 @@ def measure() -> Measured:
     numbers |= {f"scores_of_image_queries_{name}": count for name, count in scores.items()}
     numbers |= {"leak_composite": list(others), "leak_full": [leak for leak, _ in leaked["full"]]}
     numbers |= {"smallest_change_of_text": list(text)}
-    holds = max(others) == 0 and min(text) > 1e-4 and scores["composite"] == 0 and lost <= 2
-    return Measured(holds, numbers)
+    parts = {
+        "leaks": max(others) == 0,
+        "text": min(text) > 1e-4,
+        "scores": scores["composite"] == 0,
+        "accuracy": lost <= 2,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

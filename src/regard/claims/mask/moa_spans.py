@@ -170,8 +170,8 @@ def measure() -> Measured:
         numbers[f"density_{n}"] = {"moa": ours, "uniform": density(uniform, n)}
         sides = {"full": None, "uniform": same, "moa": picked}
         numbers[f"loss_{n}"] = {name: loss_under(model, shares, n) for name, shares in sides.items()}
-    lower = all(numbers[f"loss_{n}"]["moa"] < numbers[f"loss_{n}"]["uniform"] for n in (LENGTHS[-1], LONGER))
-    return Measured(rank >= 0.8 and lower, numbers)
+    lower = [numbers[f"loss_{n}"]["moa"] < numbers[f"loss_{n}"]["uniform"] for n in (LENGTHS[-1], LONGER)]
+    return Measured.by({"ranks": rank >= 0.8, "loss": lower[0], "longer": lower[1]}, numbers)
 
 
 CLAIM = Claim(

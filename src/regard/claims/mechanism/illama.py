@@ -166,12 +166,14 @@ def measure() -> Measured:
     chance = 100 * digits()[3].bincount().max().item() / len(digits()[3])
     numbers = {f"{name}_{kind}": value for kind, s in sides.items() for name, value in s.items()}
     numbers |= {"largest_class": chance, "tolerances": list(TOLERANCES)}
-    collapsed = sides["hard_first"]["spread"] == 0 and sides["hard_first"]["accuracy"] <= chance
-    near = sides["soft"]["accuracy"] >= sides["bidirectional"]["accuracy"] - 3
     at = TOLERANCES.index(0.01)
-    return Measured(
-        collapsed and near and sides["soft"]["ranks"][at] > sides["bidirectional"]["ranks"][at], numbers
-    )
+    parts = {
+        "first, spread": sides["hard_first"]["spread"] == 0,
+        "first, accuracy": sides["hard_first"]["accuracy"] <= chance,
+        "last": sides["soft"]["accuracy"] >= sides["bidirectional"]["accuracy"] - 3,
+        "ranks": sides["soft"]["ranks"][at] > sides["bidirectional"]["ranks"][at],
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(
