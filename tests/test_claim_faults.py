@@ -17,7 +17,7 @@ QUICK = 12  # seconds
 # each 2 to 12 s on one core, beside a network of digits and a model of diffusion, trained once; all others take 28 s
 LONG = {"active_dormant_heads", "attention_debias_pruning", "attnattrib", "chm_corr_plus_plus",
         "cot_overthinking_tasks", "cx_tom", "diffquickfix", "dsf", "ee_mllm", "fmri_motion_decoding",
-        "ir_diffusion", "landmark_attention", "longlive", "mesa_optimizer_ar", "moa_spans",
+        "illama", "ir_diffusion", "landmark_attention", "longlive", "mesa_optimizer_ar", "moa_spans",
         "pavlovian_attention", "prime_composer", "razor_attention", "recycled_attention", "right_mediator",
         "salient_relevance", "scan_and_snap", "tidaldecode", "tokenselect", "var", "vhd_vhr", "vista",
         "zoology_mqar"}  # fmt: skip
@@ -29,6 +29,7 @@ SHORT = {
     "cx_tom": {"EXACT_IMAGES": 4},
     "ee_mllm": {"SEEDS": (0,), "STEPS": 250},
     "fmri_motion_decoding": {"SEEDS": (0,), "SHUFFLES": 2},
+    "illama": {"SEEDS": (0,), "RATES": (2e-3,), "STEPS": 100, "BESIDE": ()},
     "ir_diffusion": {"SCENES": 6, "STEPS": 8},
     "landmark_attention": {"SEEDS": (0,), "STEPS": 150, "TESTED": 128, "BLOCKS": 12},
     "longlive": {"SEEDS": (0,), "STEPS": 40, "VIDEOS": 8},
