@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from regard.bench import cell as cells
+from regard.bench import measuring as cells
 from regard.bench.asked import grid
-from regard.bench.cell import FULL, Bench, Cell
+from regard.bench.cell import FULL, Cell
 from regard.bench.compare import compare, refuse_beyond
 from regard.bench.executor import InProcess
 from regard.bench.forecast import METHODS, Probe, forecast, seconds
+from regard.bench.measuring import Bench
 from regard.bench.spoken import Spoken
 from regard.cli import app
 from regard.cli import console as consoles

@@ -21,9 +21,10 @@ from regard import catalog
 from regard.bench import cell as cells
 from regard.bench import executor
 from regard.bench.asked import grid, parsed
-from regard.bench.cell import FULL, Bench, Cell, measure
+from regard.bench.cell import FULL, Cell
 from regard.bench.compare import compare
 from regard.bench.executor import InProcess, LocalProcesses, WorkerBroken, safely
+from regard.bench.measuring import Bench, measure
 from regard.bench.passes import Pass, run
 from regard.bench.quality import fidelity, quality
 from regard.core import Unsupported

@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from regard.bench.cell import FULL, Bench, Cell, measure
+from regard.bench.cell import FULL, Cell
 from regard.bench.compare import compare
 from regard.bench.executor import InProcess
+from regard.bench.measuring import Bench, measure
 from regard.cli import app
 from regard.models.shipped import load_shipped
 from regard.report import show

@@ -48,15 +48,14 @@ def test_mechanism(method):
 
 
 @pytest.mark.parametrize("name", catalog.list_methods(kind="cache"))
-@pytest.mark.parametrize("edits", [[], [MARKED]], ids=["alone", "beside an edit on a role"])
-def test_cache_method(name, edits):
-    """What check_cache asks of it, by itself and beside labels of tokens, that rows carry with them."""
+def test_cache_method_beside_an_edit_on_a_role(name):
+    """What check_cache asks of it by itself, beside labels of tokens, that rows carry with them."""
     model, _ = build("llama")
     method = catalog.method(name, **small(catalog.get(name)))
-    around = lambda: attach(model, [method, *edits], roles=MARK)  # noqa: E731
+    around = lambda: attach(model, [method, MARKED], roles=MARK)  # noqa: E731
     # heads that part have lengths of their own, which an edit of all heads cannot act on
     parts = name in ("razor_attention", "duo_attention") or method.page.allocate is not None
-    if edits and parts and name not in ("pyramidkv", "layer_entropy", "cake"):  # these part layers alone
+    if parts and name not in ("pyramidkv", "layer_entropy", "cake"):  # these part layers alone
         with pytest.raises(Unsupported, match="heads hold different lengths"):
             check_moved_rows(model, around, said=name)
     else:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from regard import catalog
-from regard.bench import cell as cells
+from regard.bench import measuring as cells
 from regard.bench import passes, timing
-from regard.bench.cell import FULL, Bench, Cell, batches, measure, peak_memory
+from regard.bench.cell import FULL, Cell
+from regard.bench.measuring import Bench, batches, measure, peak_memory
 from regard.bench.passes import Pass, own_bytes, run
 from regard.bench.quality import by_place, exact_turns, fidelity, foretold, generated, quality, shown
 from regard.bench.timed import paired_times, running_text

@@ -1,5 +1,7 @@
 """A model whose scores have a scale of its own: every attention of regard's gives its logits, by that scale."""
 
+from functools import cache
+
 import pytest
 import torch
 import transformers as tf
@@ -17,6 +19,7 @@ SCALE = 0.9  # one over the root of the width is 0.35
 ALL = window(1 << 20)
 
 
+@cache
 def granite(scale=SCALE):
     torch.manual_seed(0)
     model = tf.GraniteForCausalLM(tf.GraniteConfig(**TEXT, attention_multiplier=scale)).eval()
@@ -27,6 +30,7 @@ def granite(scale=SCALE):
     return model
 
 
+@cache
 def gemma():
     """A softcap beside the scale, which mechanisms refuse."""
     return build("gemma2")[0]
@@ -36,6 +40,12 @@ def run(model, feeds, methods):
     with attach(model, methods), torch.no_grad():
         cache = DynamicCache()
         return [model(**feed, past_key_values=cache).logits for feed in feeds]
+
+
+@cache
+def own(make, steps, pads):
+    """The logits of a model by itself, of a script: asked once for all ways."""
+    return torch.cat(run(make(), script(steps, pads), None), 1)
 
 
 def neutral(name):
@@ -64,10 +74,11 @@ MECHANISMS = {
 @pytest.mark.parametrize("pads", [(0, 0), (0, 5)], ids=str)
 @pytest.mark.parametrize("way", [*WAYS, *MECHANISMS])
 def test_granite(way, pads):
-    model, feeds = granite(), script((12, 1, 3, 1), pads)
-    found, wanted = run(model, feeds, {**WAYS, **MECHANISMS}[way]), run(model, feeds, None)
+    steps = (12, 1, 3, 1)
+    wanted, feeds = own(granite, steps, pads), script(steps, pads)
+    found = run(granite(), feeds, {**WAYS, **MECHANISMS}[way])
     real = feeds[-1]["attention_mask"].bool()
-    wrong = (torch.cat(found, 1) - torch.cat(wanted, 1))[real].abs().max()
+    wrong = (torch.cat(found, 1) - wanted)[real].abs().max()
     assert float(wrong) <= NEAR
 
 
@@ -79,9 +90,9 @@ def test_the_scale_matters():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_gemma(way):
-    model, feeds = gemma(), script((5, 1), (0, 0))
-    found, wanted = run(model, feeds, WAYS[way]), run(model, feeds, None)
-    assert float((torch.cat(found, 1) - torch.cat(wanted, 1)).abs().max()) <= NEAR
+    wanted = own(gemma, (5, 1), (0, 0))
+    found = run(gemma(), script((5, 1), (0, 0)), WAYS[way])
+    assert float((torch.cat(found, 1) - wanted).abs().max()) <= NEAR
 
 
 @pytest.mark.parametrize("hides", [False, True], ids=["all is seen", "a window"])
@@ -101,7 +112,7 @@ def test_observed_weights():
     model.set_attn_implementation("eager")
     with torch.no_grad():
         wanted = model(**feed, output_attentions=True).attentions
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa")  # as it was, for other tests
     with attach(model, Observer("last_row")) as attached, torch.no_grad():
         model(**feed)
     for layer, _, row in attached.records["last_row"]:

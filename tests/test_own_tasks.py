@@ -7,9 +7,10 @@ import pytest
 import regard
 from regard import catalog
 from regard.bench.asked import grid, named, parsed, specs
-from regard.bench.cell import FULL, Bench, Cell, measure
+from regard.bench.cell import FULL, Cell
 from regard.bench.compare import compare
 from regard.bench.executor import InProcess
+from regard.bench.measuring import Bench, measure
 from regard.kinds.task import Task
 from regard.models.shipped import load_shipped
 from regard.tasks.own import own_task

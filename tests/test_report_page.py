@@ -14,7 +14,8 @@ from tests.test_report import BUDGETS, HOSTILE, LENGTHS, TASKS, browse, fake_cel
 
 import regard
 from regard.bench.asked import parsed
-from regard.bench.cell import Bench, Cell
+from regard.bench.cell import Cell
+from regard.bench.measuring import Bench
 from regard.bench.told import told
 from regard.report import Result, to_html, to_markdown
 from regard.report.applied import advice, lines

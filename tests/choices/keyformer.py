@@ -53,4 +53,5 @@ class Written(Definition):
     def noise(self, layer: int, h: int, i: int, j: int) -> float:
         salt = mixed(mixed(h, layer + 1), self.cfg.seed)
         bits = (mixed(i, salt) ^ mixed(j + 1, 0)) * 0x045D9F3B % 2**32 >> 9
-        return -math.log(-math.log((bits + 0.5) / 2**23))
+        # 23 bits, of which the first is the sign
+        return -math.log(-math.log(((bits + 2**22) % 2**23 + 0.5) / 2**23))

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from regard import catalog
 from regard.core import Method
 from regard.kinds.mechanism import run
+from regard.testing.case import moved
 from regard.testing.mechanism import (
     Case,
     check_decode,
@@ -20,7 +21,6 @@ from regard.testing.mechanism import (
     check_padded_state,
     check_prefix,
     check_segments,
-    moved,
 )
 
 PAGE = catalog.get("jrt")

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from regard import catalog
 from regard.attaching.replacement import state_bytes
-from regard.bench.cell import Bench, Cell, batches
+from regard.bench.cell import Cell
 from regard.bench.conversion_kept import Work, made_before
+from regard.bench.measuring import Bench, batches
 from regard.bench.prefill import leaves_unread, unread
 from regard.core import Method, require
 from regard.core.device import device_of

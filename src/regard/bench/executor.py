@@ -9,19 +9,18 @@ from typing import Any
 from regard.bench.executors.base import (
     GUARD,
     Executor,
-    InProcess,
     Loader,
     WorkerBroken,
     guarded,
     main_kept_out,
     runs_again,
-    safely,
     script_text,
     why,
 )
 from regard.bench.executors.local import LocalProcesses, Worker, take_near, work
 from regard.bench.executors.ray import Ray
 from regard.bench.executors.submitit import JOBS, Submitit
+from regard.bench.measuring import InProcess, safely
 from regard.core import require, unknown
 from regard.core.deprecation import moved
 from regard.core.spec import parse_spec

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from regard.attaching.attachment import attach
-from regard.bench.cell import Bench, Cell, Pass, batches
+from regard.bench.cell import Cell
+from regard.bench.measuring import Bench, Pass, batches
 from regard.catalog import task
 from regard.core import Card, Method
 from regard.kinds.cache import CachePage

@@ -293,6 +293,11 @@ def moves(
     return [{i: by for i, by in enumerate(of) if not by <= bar} for of in far]
 
 
+def moved(case: Case, path: Callable, inputs: Inputs, names: str, token: int) -> list[int]:
+    """Queries whose output changes when one token's vectors change."""
+    return list(moves(case, path, inputs, names, [token])[0])
+
+
 def nudged(inputs: Inputs, names: str, token: int) -> Inputs:
     """The inputs with these vectors of one token changed."""
     changed = {}

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from regard import catalog
-from regard.bench.cell import Bench, Cell, measure
+from regard.bench.cell import Cell
 from regard.core import Unreachable, Unsupported, require
 from regard.core.errors import present
 from regard.ops import parse_budget
@@ -33,14 +34,6 @@ class WorkerBroken(RuntimeError):
     """A worker could not load the model, or could not be started; the message is its error."""
 
 
-def safely(cell: Cell, bench: Bench) -> dict:
-    """Measure a cell; whatever goes wrong becomes its row."""
-    try:
-        return measure(cell, bench)
-    except Exception as error:
-        return cell.row(**why(error))
-
-
 def why(error: Exception) -> dict[str, str]:
     """The status of a cell that failed, and the error in words: "unsupported", "memory" or "failed"."""
     if isinstance(error, Unsupported | Unreachable):
@@ -52,16 +45,6 @@ def why(error: Exception) -> dict[str, str]:
     last = traceback.extract_tb(error.__traceback__)[-1]
     message = f"{type(error).__name__}: {error} ({last.filename.rsplit('/', 1)[-1]}:{last.lineno})"
     return {"status": "memory" if memory else "failed", "error": message}
-
-
-@dataclass
-class InProcess:
-    """One cell after the other in this process: for a model that only lives here."""
-
-    def run(self, cells: Sequence[Cell], load: Loader) -> Iterator[dict]:
-        bench = Bench(*load())
-        for cell in cells:
-            yield safely(cell, bench)
 
 
 @dataclass(frozen=True)
@@ -80,10 +63,15 @@ class Away:
         return cls(pickle.dumps(load), threads, limit, catalog.registered(), paths)
 
     def settle(self) -> Loader:
-        """Take over pages of one's own and the places where modules are found; what loads the model."""
+        """Take over pages of one's own and the places where modules are found; what a worker loads the model with."""
         sys.path += [path for path in self.paths if path not in sys.path]
         catalog.adopt(self.pages)
-        return pickle.loads(self.pickled)
+        return partial(load_pickled, self.pickled)
+
+
+def load_pickled(loader: bytes) -> tuple[Any, Any]:
+    """What a loader loads that is unpickled only now: its module may import what a worker alone needs."""
+    return pickle.loads(loader)()
 
 
 def optional(name: str) -> Any:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
 from regard import catalog
-from regard.bench.cell import Bench, Cell
-from regard.bench.executors.base import Loader, WorkerBroken, main_kept_out, safely, script_text
+from regard.bench.cell import Cell
+from regard.bench.executors.base import Loader, WorkerBroken, main_kept_out, script_text
 
 
 def work(pipe: Connection, load: Loader, threads: int, pages: dict[str, str]) -> None:
@@ -26,6 +26,8 @@ def work(pipe: Connection, load: Loader, threads: int, pages: dict[str, str]) ->
     threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
     from transformers.utils import logging
+
+    from regard.bench.measuring import Bench, safely
 
     torch.set_num_threads(threads)
     logging.set_verbosity_error()

@@ -18,7 +18,7 @@ from regard.core import Card, require
 from regard.kinds.cache import CachePage
 from regard.ops import Budget, View, at_least_float32
 
-BITS, MASK = 0xFFFFFFFF, 0x7FFFFF
+BITS, STEP = 0xFFFFFFFF, 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def drawn(view: View, rows: slice, last: int, cfg: Config) -> Tensor:
     query, key = (x.to(torch.int32) for x in (mixed(own, salt), mixed(view.rank()[..., :last] + 1, 0)))
     key = key if key.shape[1] == 1 else key.repeat_interleave(share, 1)
     # both are 32 good bits; a product parts what is left in common between pairs, and its highest bits are the best
-    draws = (query[..., None] ^ key[:, :, None]).mul_(0x045D9F3B).bitwise_right_shift_(9).bitwise_and_(MASK)
-    return draws.to(at_least_float32(view.q).dtype).add_(0.5).div_(MASK + 1)
+    draws = (query[..., None] ^ key[:, :, None]).mul_(0x045D9F3B).bitwise_right_shift_(9)
+    # whole numbers from -2^22 on: half a step above each and one half more is exact, above 0 and below 1
+    return draws.to(at_least_float32(view.q).dtype).mul_(STEP).add_(0.5 + STEP / 2)
 
 
 def noisy(view: View, rows: slice, tau: Tensor, cfg: Config) -> Tensor:
@@ -68,7 +69,8 @@ def noisy(view: View, rows: slice, tau: Tensor, cfg: Config) -> Tensor:
 
 def reweighed(view: View, weights: Tensor, rows: slice, cfg: Config) -> Tensor:
     """The same where τ is 1, from the weights without noise: exp ζ = -1 / log u, and a row's sum is 1 again."""
-    weights = weights / drawn(view, rows, weights.shape[-1], cfg).log_()
+    logs = drawn(view, rows, weights.shape[-1], cfg).log_()
+    weights = torch.div(weights, logs, out=logs if len(logs) == len(weights) else None)
     total = weights.sum(-1, keepdim=True).clamp(max=-torch.finfo(weights.dtype).tiny)
     return weights.div_(total)
 
