@@ -17,9 +17,10 @@ QUICK = 12  # seconds
 # each 2 to 12 s on one core, beside a network of digits and a model of diffusion, trained once; all others take 28 s
 LONG = {"active_dormant_heads", "attention_debias_pruning", "attnattrib", "chm_corr_plus_plus",
         "cot_overthinking_tasks", "cx_tom", "diffquickfix", "dsf", "ee_mllm", "fmri_motion_decoding",
-        "ir_diffusion", "landmark_attention", "longlive", "mesa_optimizer_ar", "pavlovian_attention",
-        "prime_composer", "razor_attention", "recycled_attention", "right_mediator", "salient_relevance",
-        "scan_and_snap", "tidaldecode", "tokenselect", "var", "vhd_vhr", "vista", "zoology_mqar"}  # fmt: skip
+        "illama", "ir_diffusion", "landmark_attention", "longlive", "mesa_optimizer_ar", "moa_spans",
+        "pavlovian_attention", "prime_composer", "razor_attention", "recycled_attention", "right_mediator",
+        "salient_relevance", "scan_and_snap", "tidaldecode", "tokenselect", "var", "vhd_vhr", "vista",
+        "zoology_mqar"}  # fmt: skip
 # the same measurement in a shorter form: constants of the claim's file, fewer seeds, widths, texts, scenes or steps
 SHORT = {
     "active_dormant_heads": {"SEEDS": (0,), "STEPS": 250, "BATCH": 32, "MOMENTS": (), "PIECES": 1},
@@ -28,6 +29,7 @@ SHORT = {
     "cx_tom": {"EXACT_IMAGES": 4},
     "ee_mllm": {"SEEDS": (0,), "STEPS": 250},
     "fmri_motion_decoding": {"SEEDS": (0,), "SHUFFLES": 2},
+    "illama": {"SEEDS": (0,), "RATES": (2e-3,), "STEPS": 100, "BESIDE": ()},
     "ir_diffusion": {"SCENES": 6, "STEPS": 8},
     "landmark_attention": {"SEEDS": (0,), "STEPS": 150, "TESTED": 128, "BLOCKS": 12},
     "longlive": {"SEEDS": (0,), "STEPS": 40, "VIDEOS": 8},
@@ -37,6 +39,16 @@ SHORT = {
         "TESTED": 128,
         "LENGTH": 60,
         "RATES": {"gaussian": 0.002, "sparse": 0.1},
+    },
+    "moa_spans": {
+        "LENGTHS": (96, 192),
+        "LONGER": 288,
+        "ENTRIES": 40,
+        "SHORT": 96,
+        "PROFILED": 4,
+        "JUDGED": 12,
+        "BLOCK": 4,
+        "SINKS": 4,
     },
     "pavlovian_attention": {"WIDTHS": (16, 32, 64)},
     "prime_composer": {"SCENES": 8, "STEPS": 8},

@@ -118,6 +118,7 @@ KINDS: dict[str, tuple[bool, Callable[[int], Attend]]] = {
     "hard_first": (True, lambda step: hard),
     "soft_first": (True, lambda step: soft(0.0)),
 }
+JUDGED, BESIDE = ("bidirectional", "soft", "hard_first"), ("hard_last", "soft_first")
 
 
 def learned(kind: str, rate: float, seed: int) -> dict[str, Any]:
@@ -146,10 +147,10 @@ def learned(kind: str, rate: float, seed: int) -> dict[str, Any]:
 def side(kind: str) -> dict[str, Any]:
     """Means over the seeds, and the largest spread; of the two sides compared, at the more accurate of the rates.
 
-    `hard_last` and `soft_first` are not in the verdict: one seed.
+    What stands beside them is not in the verdict: one seed.
     """
     rates = RATES if kind in ("bidirectional", "soft") else RATES[-1:]
-    seeds = SEEDS[:1] if kind in ("hard_last", "soft_first") else SEEDS
+    seeds = SEEDS[:1] if kind in BESIDE else SEEDS
     runs = [[learned(kind, rate, seed) for seed in seeds] for rate in rates]
     best = max(runs, key=lambda run: mean(r["accuracy"] for r in run))
     ranks = [mean(r["ranks"][i] for r in best) for i in range(len(TOLERANCES))]
@@ -162,7 +163,7 @@ def side(kind: str) -> dict[str, Any]:
 
 def measure() -> Measured:
     with threads(1):  # the matrices are small
-        sides = {kind: side(kind) for kind in KINDS}
+        sides = {kind: side(kind) for kind in (*JUDGED, *BESIDE)}
     chance = 100 * digits()[3].bincount().max().item() / len(digits()[3])
     numbers = {f"{name}_{kind}": value for kind, s in sides.items() for name, value in s.items()}
     numbers |= {"largest_class": chance, "tolerances": list(TOLERANCES)}
