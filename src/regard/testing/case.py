@@ -18,8 +18,7 @@ from regard.testing.counted import for_tokens, next_number
 from regard.testing.grids import NotApplicable, grid_for
 
 B, H, D, E, C = 2, 2, 4, 6, 5  # E becomes D, where a page takes values of the keys' width only
-GARBAGE = 1e3
-EXACT = 1e-9
+GARBAGE, EXACT = 1e3, 1e-9
 WIDTHS: dict[tuple, tuple[int, Any]] = {}  # of values, by page, settings and pattern: see value_width
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
