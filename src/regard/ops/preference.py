@@ -8,7 +8,7 @@ over the last queries t of a prompt and the tokens j before them, summed over th
 import torch
 from torch import Tensor
 
-from regard.ops.observed import by_query_head, observed
+from regard.ops.observed import by_query_head
 from regard.ops.shares import shares
 from regard.ops.view import View
 
@@ -35,9 +35,8 @@ def variance(weights: Tensor, there: Tensor) -> Tensor:
     return away.square().sum(2) / (count - 1).clamp(min=1)
 
 
-def note_preference(view: View, window: int) -> None:
-    """Hand on what the heads of this view add to the H and V of their layer."""
-    weights, there = observed(view, window)
+def note_preference(view: View, window: int, weights: Tensor, there: Tensor) -> None:
+    """Hand on what the heads of this view add to the H and V of their layer, of what `observed` gave of the window."""
     before = view.hold() & (view.age() >= window)
     for name, part in zip((SPREAD, MOTION), spread_and_motion(weights * by_query_head(view, before), there)):
         name = name.format(view.layer)

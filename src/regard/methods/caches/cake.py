@@ -40,8 +40,8 @@ class Config:
 
 def score(view: View, cfg: Config) -> Tensor:
     """[B, G, n]: mean and variance of the attention from the window, averaged over neighbours in the text."""
-    note_preference(view, cfg.window)
     weights, there = observed(view, cfg.window)
+    note_preference(view, cfg.window, weights, there)
     mean = weights.sum(2) / there.sum(-1)[:, None, None]
     votes = view.by_cache_head(mean + cfg.gamma * variance(weights, there))
     votes = in_text(view, votes.masked_fill(view.age() < cfg.window, 0))
@@ -66,7 +66,7 @@ METHOD = CachePage(
         paper="CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences (ICLR 2025)",
         year=2025,
         idea="the prompt's last queries say, by mean and variance, what tokens are worth and how layers share a budget",
-        cost="one explicit block of 32 rows per layer, twice, and a cache that is whole until the last layer is done",
+        cost="one explicit block of 32 rows per layer, and a cache that is whole until the last layer is done",
         state="budget tokens per head of the prompt in the mean over layers, and all that is generated",
         needs=("decoder-lm",),
         lineage=("snapkv", "pyramidkv"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from regard.core import Card, require
 from regard.kinds.cache import CachePage, allocating
 from regard.ops import View
+from regard.ops.observed import observed
 from regard.ops.preference import by_preference, note_preference
 
 
@@ -37,7 +38,7 @@ def wrap(page: CachePage, cfg: Config) -> CachePage:
     below = allocating("layer_entropy", page, allocate, across=True)
 
     def score(view: View, own: Any) -> Tensor:
-        note_preference(view, cfg.queries)
+        note_preference(view, cfg.queries, *observed(view, cfg.queries))
         return page.score(view, own)  # type: ignore[misc]
 
     return replace(below, score=score)
