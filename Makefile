@@ -63,7 +63,6 @@ $(MUTANTS): $(READY)
 ## make mutants   plant faults one at a time: the kept list, and a seeded sample; which are seen (an hour or more)
 mutants: $(MUTANTS)
 	$(BIN)/python scripts/mutants planted
-	$(BIN)/python scripts/mutants reach
 	$(BIN)/python scripts/mutants sample --count 150 --seed 0
 
 ## make check     format, lint, types

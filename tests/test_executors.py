@@ -1,5 +1,6 @@
 """Executors for many machines: rows are the same everywhere, a kill loses and doubles none, wrong values are named."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -116,6 +117,8 @@ WORKER, JOB, CONTROLLER, ACTOR = (
     "submitit.local._local",
     "ray::Measurer",
 )
+ALL_WORDS = (WORKER, JOB, CONTROLLER, ACTOR, "raylet")
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 # of each executor, what is killed one after the other; a worker while it measures, not while it loads
 VICTIMS = {"local": (WORKER,), "submitit": (JOB, CONTROLLER, WORKER), "ray": (WORKER, ACTOR)}
 KILLED = dict(status="memory", error="killed (signal 9)")
@@ -157,15 +160,19 @@ def begun(executor, cell: Cell) -> bool:
     return not isinstance(executor, Submitit) or any(Path(executor.folder).glob(f"*/{cell.key}.begun"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def orphans_come_here():
+    """What loses its parent is a child of this process from then on, and is told from what others run beside it."""
+    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1)
+    yield
+    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 0)
+
+
 def assert_nothing_runs(folder: Path) -> None:
     until = time.monotonic() + 60  # a worker that was just started sees it once it has imported
-    while time.monotonic() < until and any(
-        descendants(w) for w in (WORKER, JOB, CONTROLLER, ACTOR, "raylet")
-    ):
+    while time.monotonic() < until and any(descendants(w) for w in (*ALL_WORDS, str(folder))):
         time.sleep(0.1)
-    assert not [descendants(w) for w in (WORKER, JOB, CONTROLLER, ACTOR, "raylet") if descendants(w)]
-    # nor what lost its parent
-    assert not [words for _, words in processes().values() if str(folder) in words or ACTOR in words]
+    assert not {w: descendants(w) for w in (*ALL_WORDS, str(folder)) if descendants(w)}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -239,6 +246,7 @@ def test_threads_pages_and_places_of_modules_go_along_and_a_script_does_not_run_
     logs = "".join(path.read_text() for path in (tmp_path / "out").glob("jobs/logs/*.out"))
     assert "begins" not in logs
     assert "my_stream" not in catalog.registered()
+    assert_nothing_runs(tmp_path)
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,9 +13,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "scripts" / "mutants"))
 
 import kept  # noqa: E402
+import reach  # noqa: E402
 import sampled  # noqa: E402
 import trees  # noqa: E402
-from reach import Reach, digest  # noqa: E402
+from reach import Reach  # noqa: E402
 from trees import LATE, SEEN, UNSEEN, Mutant  # noqa: E402
 
 FAULTS = kept.load()
@@ -78,16 +80,100 @@ def test_a_mutant_whose_tests_cannot_run_is_a_row(tree, monkeypatch):
     assert (tree / file).read_text() == before and free.get() == tree
 
 
-def test_which_tests_reach_a_line():
-    file = "scripts/mutants/trees.py"
-    lines = {file: {"3": [0, 1], "4": [1]}}
-    found = Reach(["slow", "quick"], [9.0, 1.0], lines, {file: digest(HERE.parent / file)})
-    assert found.of(file, 3) == [1, 0] and found.of(file, 4) == [1]
-    assert found.of(file, 99) == [1, 0]  # no test runs it: those of its file
-    assert found.of("src/other.py", 3) == []
-    assert found.within([1, 0], 5) == ("quick",) and found.within([1, 0], 10) == ("quick", "slow")
-    moved = Reach(["slow", "quick"], [9.0, 1.0], lines, {file: "another"})
-    assert moved.of(file, 4) == [1, 0]  # lines have moved since
+SOURCE = '''
+def one(x=1):
+    """Says."""
+    if x > 2:
+        return [
+            y + 1 for y in range(x)
+        ]
+    elif x == 1:
+        x += 1
+    return x
+
+
+class Two:
+    width = 3
+
+    def three(self):
+        return self.width
+
+
+TABLE = {"a": 1}
+'''
+
+
+def test_a_marked_place_says_that_it_ran(tmp_path, monkeypatch):
+    lines = SOURCE.splitlines()
+    at = {
+        word: n
+        for n, line in enumerate(lines, 1)
+        for word in ("x=1", "y + 1", "elif", "x += 1", "width = 3")
+        if word in line
+    }
+    names = [*at]
+    source = reach.marked(SOURCE, [(at[word], n) for n, word in enumerate(names)])
+    heard: list[str] = []
+    monkeypatch.setitem(sys.modules, "says_what_ran", SimpleNamespace(ran=lambda n: heard.append(names[n])))
+    space: dict = {}
+    exec(source, space)
+    assert heard == [] and space["one"].__doc__ == "Says."
+    assert space["one"](3) == [1, 2, 3] and heard == ["x=1", "width = 3", "y + 1"]
+    heard.clear()
+    assert space["one"]() == 2 and heard == ["x=1", "width = 3", "elif", "x += 1"]
+    heard.clear()
+    assert space["Two"]().three() == 3 and heard == [
+        "width = 3"
+    ]  # of a class or a module: all functions of the file
+
+
+def test_who_ran_a_place(tmp_path):
+    (tmp_path / "11").write_text(
+        "0 tests/test_a.py::test_x (setup)\n1 tests/test_a.py::test_x[a@b]@test_a.py (call)\n2  \n"
+    )
+    (tmp_path / "12").write_text("1 tests/test_b.py::test_z (call)\n1 tests/test_b.py::test_gone (call)\n")
+    tests = {"tests/test_a.py::test_x", "tests/test_a.py::test_x[a@b]", "tests/test_b.py::test_z"}
+    assert reach.runs(tmp_path, tests) == {
+        0: {
+            "tests/test_a.py::test_x",
+            "tests/test_a.py::test_x[a@b]",
+        },  # what one sets up, others of its file use
+        1: {"tests/test_a.py::test_x[a@b]", "tests/test_b.py::test_z"},
+    }
+
+
+def test_which_tests_a_mutant_is_given():
+    mutant = Mutant("3: a -> b", "src/x.py", "")
+    found = Reach(["slow", "quick"], [9.0, 1.0], {"src/x.py:3: a -> b": [0, 1]})
+    assert found.within(mutant, 5) == ("quick",) and found.within(mutant, 10) == ("quick", "slow")
+    assert found.fits([mutant]) and not found.fits([mutant, Mutant("4: a -> b", "src/x.py", "")])
+
+
+def test_the_suite_is_asked_once_who_runs_a_place(tree, monkeypatch, tmp_path):
+    """A tree of its own with a test of a process that it starts; the next time it is read from a file."""
+    (tree / "src").mkdir()
+    (tree / "src" / "added.py").write_text(
+        "def add(a, b):\n    return a + b\n\n\ndef other():\n    return 1\n"
+    )
+    (tree / "tests" / "test_one.py").write_text(
+        "import subprocess\nimport sys\nfrom added import add\n\n\ndef test_adds():\n    assert add(1, 2) == 3\n\n\n"
+        "def test_below():\n    below = [sys.executable, '-c', 'import added; added.add(1, 2)']\n"
+        "    assert subprocess.run(below).returncode == 0\n\n\n"
+        "def test_nothing():\n    pass\n"
+    )
+    monkeypatch.setattr(trees, "ROOT", tree)
+    mutants = [
+        Mutant("2: return a + b -> return a - b", "src/added.py", ""),
+        Mutant("6: return 1 -> return 2", "src/added.py", ""),
+    ]
+    found = reach.known(tmp_path / "reach.json", mutants, 1)
+    assert {*found.within(mutants[0], 60)} == {
+        "tests/test_one.py::test_adds",
+        "tests/test_one.py::test_below",
+    }
+    assert found.within(mutants[1], 60) == ()
+    monkeypatch.setattr(reach, "measured", None)
+    assert reach.known(tmp_path / "reach.json", mutants, 1) == found
 
 
 def test_types_and_decorators_are_not_mutated():

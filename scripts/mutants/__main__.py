@@ -1,8 +1,8 @@
 """Faults planted one at a time, and whether a test sees each: the kept list, and a seeded sample of mutations.
 
     python scripts/mutants planted [FILE.toml ...]      # tests/mutants: every fault under the law that must see it
-    python scripts/mutants reach                        # which tests run which lines, once (coverage, whole suite)
-    python scripts/mutants sample --count 150 --seed 0  # mutations by cosmic-ray, under the tests that reach them
+    python scripts/mutants sample --count 150 --seed 0  # mutations by cosmic-ray, under the tests that reach them:
+                                                        # the whole suite runs once before, to see which do
     python scripts/mutants table                        # what was found, by room
 
 Each fault lies in a copy of the tree of its own; tests run there on one thread, `--workers` copies beside each other.
@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import kept
@@ -30,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("planted", "reach", "sample", "table"))
+    parser.add_argument("what", choices=("planted", "sample", "table"))
     parser.add_argument(
         "files", nargs="*", type=Path, help="of the kept list; all of tests/mutants if none is named"
     )
@@ -43,14 +44,12 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="forget what was found before")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    if args.what == "reach":
-        reach.measure(OUT / "reach.json", args.workers)
-        return 0
     if args.what == "planted":
         return planted(args)
     if args.what == "sample":
-        found = reach.load(OUT / "reach.json")
-        mutants = sampled.mutants(args.count, args.seed, found, args.limit)
+        mutants = sampled.mutants(args.count, args.seed)
+        found = reach.known(OUT / f"reach-{args.seed}.json", mutants, args.workers)
+        mutants = [replace(m, tests=found.within(m, args.limit)) for m in mutants]
         run(mutants, OUT / f"sample-{args.seed}.jsonl", args)
     return table(args)
 

@@ -1,43 +1,56 @@
-"""Which tests run which lines: the whole suite once under coverage, test by test."""
+"""Which tests run the places of a sample: the suite once, in a copy of the tree where each place says its number."""
 
-import hashlib
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trees import ROOT
+from trees import Mutant, copied
 
 # what these ask takes minutes to start, or is not installed everywhere
 LEFT_OUT = "not real and not cluster and not harness and not oracles"
+TELLS = "REGARD_MUTANTS_TOLD"  # folder of the environment in which each process says what it ran
+# Each place says its number once a test, in whatever process it runs; torch.compile runs it while it traces.
+SAYS = f"""
+import os
+
+import torch
+
+said = set()
+
+
+@torch._dynamo.assume_constant_result
+def ran(number):
+    test = os.environ.get("PYTEST_CURRENT_TEST", "")
+    if (number, test) not in said:
+        said.add((number, test))
+        with open(os.path.join(os.environ["{TELLS}"], str(os.getpid())), "a") as file:
+            print(number, test, file=file)
+"""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """tests: names; seconds of each; lines: file -> line -> numbers of tests; hashes: of the files as they were."""
+    """tests: names; seconds of each; ran: place -> numbers of the tests that run it."""
 
     tests: list[str]
     seconds: list[float]
-    lines: dict[str, dict[str, list[int]]]
-    hashes: dict[str, str]
+    ran: dict[str, list[int]]
 
-    def of(self, file: str, line: int) -> list[int]:
-        """Tests that run a line, the quickest first; of one that no test runs, such as a default, those of its file."""
-        there = self.lines.get(file, {})
-        same = file in self.hashes and self.hashes[file] == digest(ROOT / file)
-        found: Iterable[int] = there.get(str(line), []) if same else []
-        found = set(found) or {t for tests in there.values() for t in tests}
-        return sorted(found, key=lambda t: self.seconds[t])
+    def fits(self, mutants: Sequence[Mutant]) -> bool:
+        return {place(m) for m in mutants} == {*self.ran}
 
-    def within(self, tests: list[int], limit: float) -> tuple[str, ...]:
-        """Names of as many of the tests as take so long together."""
+    def within(self, mutant: Mutant, limit: float) -> tuple[str, ...]:
+        """Names of the tests that run a mutant's place, the quickest first, as many as take so long together."""
         taken, total = [], 0.0
-        for t in tests:
+        for t in sorted(self.ran[place(mutant)], key=lambda t: self.seconds[t]):
             total += self.seconds[t]
             if total > limit:
                 break
@@ -45,53 +58,116 @@ class Reach:
         return tuple(taken)
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def place(mutant: Mutant) -> str:
+    return f"{mutant.file}:{mutant.name}"
 
 
-def load(path: Path) -> Reach:
-    if not path.exists():
-        raise SystemExit(f"{path} is not there: run `python scripts/mutants reach` first")
-    return Reach(**json.loads(path.read_text()))
+def known(path: Path, mutants: Sequence[Mutant], workers: int) -> Reach:
+    """From a file, or measured and written there."""
+    found = Reach(**json.loads(path.read_text())) if path.exists() else None
+    if found is None or not found.fits(mutants):
+        print(f"{len(mutants)} places: the suite once, to see which tests run them", file=sys.stderr)
+        found = measured(mutants, workers)
+        path.write_text(json.dumps(vars(found)))
+    return found
 
 
-def measure(out: Path, workers: int) -> None:
+def measured(mutants: Sequence[Mutant], workers: int) -> Reach:
     with tempfile.TemporaryDirectory() as folder:
-        data, times = Path(folder) / "coverage", Path(folder) / "times.xml"
+        tree, told, times = copied(Path(folder) / "tree"), Path(folder) / "told", Path(folder) / "times.xml"
+        told.mkdir()
+        mark(tree, mutants)
         command = [
-            sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "load",  # names without groups
-            "-p", "no:cacheprovider", "-m", LEFT_OUT,
-            "--cov=src/regard", "--cov-context=test", "--cov-report=", f"--junitxml={times}", "-W", "default",
+            sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-p", "no:cacheprovider", "-m", LEFT_OUT,
+            f"--junitxml={times}",
         ]  # fmt: skip
-        # a test that coverage itself upsets still says which lines it ran
-        subprocess.run(command, cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(data)}, check=False)
-        write(out, *lines_of(data), seconds_of(times))
+        own = {"PYTHONPATH": f"{tree / 'src'}:{tree}", TELLS: str(told), "OMP_NUM_THREADS": "1"}
+        # a test that reads its own source fails here, and still says what it ran
+        subprocess.run(command, cwd=tree, env=os.environ | own, check=False)
+        seconds = seconds_of(times)
+        ran = runs(told, {*seconds})
+    names = sorted({*seconds} & set().union(*ran.values()))
+    number = {name: n for n, name in enumerate(names)}
+    there = {place(m): sorted(number[t] for t in ran.get(n, ())) for n, m in enumerate(mutants)}
+    return Reach(names, [seconds[name] for name in names], there)
 
 
-def lines_of(data: Path) -> tuple[dict[str, dict[int, set[str]]], set[str]]:
-    """file -> line -> tests, and all tests. Who uses what another test of its file set up is not known: all of it."""
-    from coverage import CoverageData
+def mark(tree: Path, mutants: Sequence[Mutant]) -> None:
+    """Rewrite the files of a tree so that each mutant's place says the mutant's number."""
+    (tree / "src" / "says_what_ran.py").write_text(SAYS)
+    by_file: dict[str, list[tuple[int, int]]] = {}
+    for n, mutant in enumerate(mutants):
+        by_file.setdefault(mutant.file, []).append((int(mutant.name.partition(":")[0]), n))
+    for file, places in by_file.items():
+        (tree / file).write_text(marked((tree / file).read_text(), places))
 
-    measured = CoverageData(str(data))
-    measured.read()
-    found: dict[str, dict[int, set[str]]] = {}
-    tests: set[str] = set()
-    setups: list[tuple[str, int, str]] = []
-    for path in measured.measured_files():
-        file = str(Path(path).relative_to(ROOT))
-        for line, contexts in measured.contexts_by_lineno(path).items():
-            for context in filter(None, contexts):
-                name, _, phase = context.rpartition("|")
-                tests.add(name)
-                found.setdefault(file, {}).setdefault(line, set()).add(name)
-                if phase == "setup":
-                    setups.append((file, line, name.partition("::")[0]))
+
+def marked(source: str, places: Sequence[tuple[int, int]]) -> str:
+    """Source in which the statement of each line first says its number: (line, number).
+
+    What is done at import, before any test, stands for all functions of its file; a default for its function.
+    """
+    tree = ast.parse(source)
+    wanted = [(spot, number) for line, number in places for spot in spots(tree, line)]
+    for (block, statement), number in wanted:
+        says = ast.parse(f"__import__('says_what_ran').ran({number})").body
+        at = block.index(statement) if statement in block else len(block)
+        block[at:at] = says
+    return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+
+
+Spot = tuple[list[ast.stmt], ast.stmt | None]  # a block, and the statement of it that a line belongs to
+
+
+def spots(tree: ast.Module, line: int) -> list[Spot]:
+    function, spot = None, None
+    for node in ast.walk(tree):
+        for block in blocks(node):
+            for statement in block:
+                if statement.lineno <= line <= (statement.end_lineno or statement.lineno):
+                    if isinstance(statement, ast.FunctionDef):
+                        function, spot = statement, start(statement)
+                    elif function and not isinstance(statement, ast.ClassDef):
+                        spot = (block, statement)
+    if spot is not None:
+        return [spot]
+    return [start(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    for name in ("body", "orelse", "finalbody"):
+        block = getattr(node, name, None)
+        if isinstance(block, list):
+            yield block
+
+
+def start(function: ast.FunctionDef) -> Spot:
+    """Where a function begins, after what documents it."""
+    skipped = int(ast.get_docstring(function) is not None)
+    return function.body, (function.body[skipped:] or [None])[0]
+
+
+def runs(told: Path, tests: set[str]) -> dict[int, set[str]]:
+    """Number -> tests. Who uses what another test of its file set up is not known: all of the file."""
+    found: dict[int, set[str]] = {}
     together: dict[str, set[str]] = {}
     for name in tests:
         together.setdefault(name.partition("::")[0], set()).add(name)
-    for file, line, module in set(setups):
-        found[file][line] |= together[module]
-    return found, tests
+    for path in told.iterdir():
+        for line in path.read_text().splitlines():
+            number, _, said = line.partition(" ")
+            name, _, phase = said.rpartition(" ")
+            name = alone(name)
+            if name:
+                found.setdefault(int(number), set()).update(
+                    together.get(name.partition("::")[0], ()) if phase == "(setup)" else {name} & tests
+                )
+    return found
+
+
+def alone(name: str) -> str:
+    """A test's name without the group that pytest-xdist adds."""
+    return re.sub(r"@[^@\[\]/]+$", "", name)
 
 
 def seconds_of(times: Path) -> dict[str, float]:
@@ -99,20 +175,5 @@ def seconds_of(times: Path) -> dict[str, float]:
     found = {}
     for case in ElementTree.parse(times).getroot().iter("testcase"):
         module = case.attrib["classname"].replace(".", "/") + ".py"
-        found[f"{module}::{case.attrib['name']}"] = float(case.attrib["time"])
+        found[alone(f"{module}::{case.attrib['name']}")] = float(case.attrib["time"])
     return found
-
-
-def write(
-    out: Path, lines: dict[str, dict[int, set[str]]], tests: set[str], seconds: dict[str, float]
-) -> None:
-    names = sorted(tests)
-    number = {name: n for n, name in enumerate(names)}
-    found = Reach(
-        names,
-        [seconds.get(name, 60.0) for name in names],
-        {f: {str(n): sorted(number[t] for t in ts) for n, ts in by.items()} for f, by in lines.items()},
-        {f: digest(ROOT / f) for f in lines},
-    )
-    out.write_text(json.dumps(vars(found)))
-    print(f"{len(names)} tests, {len(lines)} files: {out}")

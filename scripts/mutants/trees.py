@@ -36,7 +36,7 @@ class Mutant:
     name: str
     file: str
     text: str
-    tests: tuple[str, ...]
+    tests: tuple[str, ...] = ()
     room: str = ""
 
     @property
