@@ -21,7 +21,22 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 
 def pytest_collection_finish() -> None:
-    """What is loaded once stays: garbage collection does not walk through it again and again."""
+    stays()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    done = yield
+    if nextitem is not None and nextitem.path != item.path:
+        stays()
+    return done
+
+
+def stays() -> None:
+    """What is loaded by now stays: garbage collection does not walk through it again and again.
+
+    Late in the suite a walk takes more than a second, and every case of a benchmark asks for one.
+    """
     gc.collect()
     gc.freeze()
 

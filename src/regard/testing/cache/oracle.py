@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -49,16 +50,18 @@ class Rotation:
     def __call__(self, x: Tensor, by: Tensor) -> Tensor:
         """x [B, H, n, D] turned by `by` [b, h, n] positions."""
         width = 2 * len(self.angle)
-        turned = by[..., None].double() * self.angle[self._pair_of(width)]
+        turned = by[..., None].double() * self._by_dimension
         inner = x[..., :width].double()
         inner = inner * turned.cos() + self.half(inner) * turned.sin()
         return torch.cat([inner.to(x), x[..., width:]], -1)
 
-    def _pair_of(self, width: int) -> Tensor:
-        """[width] the pair that each dimension is in, pairs counted by their first dimension."""
+    @cached_property
+    def _by_dimension(self) -> Tensor:
+        """The angle of each dimension: that of the pair it is in, pairs counted by their first dimension."""
+        width = 2 * len(self.angle)
         partner = self.half(torch.arange(1.0, width + 1)).abs().long() - 1
         first = torch.minimum(partner, torch.arange(width))
-        return torch.unique(first, return_inverse=True)[1]
+        return self.angle[torch.unique(first, return_inverse=True)[1]]
 
 
 def replaced(x: Tensor, stored: Tensor | None, heads: int) -> Tensor:
@@ -120,6 +123,7 @@ def oracle_function(
     """The attention function; `wrote` has the cache layer that was just written, where a layer runs several times."""
     change = change or (lambda layer, quantity, x, seen: x)
     layers = {id(module): site_of(name).layer for name, module in model.named_modules()}
+    turn = cache(partial(present_rotation, model))
 
     def oracle(module, query, key, value, attention_mask=None, *args, scaling=None, **kwargs):
         heads, layer = query.shape[1], wrote.pop() if wrote else layers[id(module)]
@@ -130,7 +134,7 @@ def oracle_function(
             k, v = (replaced(x, stored, heads) for x, stored in zip((k, v), read.stored or (None, None)))
             seen = seen & by_head(read.alive, heads)[:, :, None]
             if read.moved is not None:
-                k = present_rotation(model, layer)(k, by_head(read.moved, heads))
+                k = turn(layer)(k, by_head(read.moved, heads))
         s = torch.einsum("bhnd,bhmd->bhnm", query.float(), k.float()) * scaling
         if kwargs.get("softcap") is not None:
             s = kwargs["softcap"] * torch.tanh(s / kwargs["softcap"])
@@ -191,7 +195,7 @@ def hide(
     feeds: list[dict],
     reads: list[dict[int, ReadRecord]] | None = None,
     change: Change | None = None,
-    cache: Cache | None = None,
+    stored: Cache | None = None,
     method: Method | None = None,
 ) -> list[Tensor]:
     """Logits of the script on a full cache in which everything but `reads` is hidden; None: nothing is.
@@ -200,15 +204,16 @@ def hide(
     attention of its own, whose reference answers.
     """
     now: dict[int, ReadRecord] = {}
-    own = None if method is None else OwnAttention(method, lambda i, x, by: present_rotation(model, i)(x, by))
-    cache, outs, wrote = cache or full_cache(model), [], []
-    with explicit_attention(model, now, change, own, wrote), noting(cache, wrote), torch.no_grad():
+    turn = cache(partial(present_rotation, model))
+    own = None if method is None else OwnAttention(method, lambda i, x, by: turn(i)(x, by))
+    stored, outs, wrote = stored or full_cache(model), [], []
+    with explicit_attention(model, now, change, own, wrote), noting(stored, wrote), torch.no_grad():
         for i, feed in enumerate(feeds):
             if own is not None:
                 own.real = feed["attention_mask"].bool()
             now.clear()
             now.update(reads[i] if reads is not None else {})
-            outs.append(model(**feed, past_key_values=cache).logits)
+            outs.append(model(**feed, past_key_values=stored).logits)
     return outs
 
 

@@ -98,7 +98,9 @@ def fast(q: Q, k: K, v: V, cfg: Config, call: Call) -> tuple[Out, tuple | None]:
     mask = visible(call, n, m, q.device)
     sees = None if mask is None else mask.expand(batch, heads, n, m)
     done: list = [None] * (batch * groups)
-    for spans in schedule([-(-m // cfg.tile)] * (batch * groups), cfg.workers):
+    # counted, a number to torch.compile too, which would ask of every span how it lies with any number of tokens
+    tiles = len(k.split(cfg.tile, dim=2))
+    for spans in schedule([tiles] * (batch * groups), cfg.workers):
         for unit, start, stop in spans:
             row, group = slice(unit // groups, unit // groups + 1), unit % groups
             head = slice(group * heads // groups, (group + 1) * heads // groups)

@@ -68,18 +68,19 @@ def one_head(q: Tensor, k: Tensor, causal: bool, cfg: Config) -> Tensor:
     scale = q.shape[-1] ** -0.5
     blocks = [slice(a, min(a + cfg.block, len(q))) for a in range(0, len(q), cfg.block)]
     pool = {"max": lambda t: t.max(0).values, "mean": lambda t: t.mean(0)}[cfg.pool]
-    regions = [(pool(k[j]), (k[j] @ pool(q[j]) * scale).softmax(0)) for j in blocks]  # k_Ω and p(j|Ω)
-    rows = []
+    region_k = torch.stack([pool(k[j]) for j in blocks])  # k_Ω
+    within = torch.cat([(k[j] @ pool(q[j]) * scale).softmax(0) for j in blocks])  # p(j|Ω)
+    place, rows = torch.arange(len(q), device=q.device), []
     for i in range(len(q)):
-        direct, inside = [], []
-        for j, (region_k, within) in zip(blocks, regions, strict=True):
-            own = j.start <= i < j.stop
-            s = k[j] @ q[i] * scale if own else (region_k @ q[i] * scale)[None]
-            later = torch.arange(j.start, j.start + len(s), device=q.device) > i
-            direct.append(s.masked_fill(later & causal, -torch.inf))
-            inside.append(torch.ones_like(s) if own else within)
-        p = torch.cat(direct).softmax(0).split([len(s) for s in direct])
-        rows.append(torch.cat([a * b for a, b in zip(p, inside, strict=True)]))
+        own, near = i // cfg.block, blocks[i // cfg.block]
+        later = (place > i) & causal
+        s = (k[near] @ q[i] * scale).masked_fill(later[near], -torch.inf)
+        s_region = (region_k @ q[i] * scale).masked_fill(later[:: cfg.block], -torch.inf)
+        p = torch.cat([s_region[:own], s, s_region[own + 1 :]]).softmax(0)
+        before, p_near, after = p.split([own, len(s), len(s_region) - own - 1])
+        of_region = torch.cat([before, torch.zeros_like(p[:1]), after])
+        row = of_region[place // cfg.block] * within  # p(Ω|i) p(j|Ω)
+        rows.append(torch.cat([row[: near.start], p_near, row[near.stop :]]))
     return torch.stack(rows)
 
 
