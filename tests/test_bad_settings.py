@@ -1,5 +1,6 @@
 """What is no number of anything is refused when settings are made, and a budget before a model runs."""
 
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -43,3 +44,42 @@ def test_what_may_be_negative_is_there_and_is_taken():
 def test_a_budget_that_is_none_is_refused_before_anything_runs(budget):
     with pytest.raises(ValueError, match="budget"):
         regard.attach(build("llama")[0], "h2o", budget=budget)
+
+
+def least(setting, rule):
+    """The smallest value that a rule names for a setting; None: it names none."""
+    for names, number in re.findall(r"(\w+(?:(?:, | and )\w+)*) (?:>=|(?:are|is) at least) (\d+)", rule):
+        if setting in re.split(", | and ", names):
+            return int(number)
+    found = re.search(rf"(\d+) <= {setting}\b", rule)
+    return int(found[1]) if found else 1 if re.search(r"\ba \w+ or more", rule) else None
+
+
+def refusal(config, setting, value):
+    """What is said of a value; "" where it is taken."""
+    try:
+        replace(config, **{setting: value})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def named():
+    """(page, setting, number, rule) of the counts whose rule names the smallest one."""
+    for name, setting in counts():
+        with pytest.raises(ValueError, match="must hold") as error:
+            replace(catalog.get(name).config(), **{setting: -1})
+        rule = str(error.value).partition(" (")[0]
+        if (number := least(setting, rule)) is not None:
+            yield name, setting, number, rule
+
+
+def test_the_smallest_that_a_rule_names_is_taken_and_the_one_below_is_not():
+    asked = [*named()]
+    assert len(asked) > 300
+    for name, setting, number, rule in asked:
+        config = catalog.get(name).config()
+        with pytest.raises(ValueError, match="must hold"):
+            replace(config, **{setting: number - 1})
+        said = refusal(config, setting, number)  # another rule, or part of it, may want more
+        assert rule not in said or ", " in rule, f"{name}: {setting}={number}: {said}"

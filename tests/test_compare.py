@@ -250,6 +250,13 @@ def test_the_default_grid():
 def test_keys_are_stable():
     assert Cell("h2o", "needle", 64, 0.1).key == Cell("h2o", "needle", 64, 0.1).key
     assert Cell("h2o", "needle", 64, 0.1).key != Cell("h2o", "needle", 64, 0.2).key
+    # runs that lie on disk go on: what came later is no part of the name where it says nothing
+    assert Cell("h2o", "needle", 64, 0.1).key == "h2o-needle-64-39f160c1acf1"
+    assert (
+        Cell("h2o", "needle", 64, 0.1, settings={"sinks": 2}, samples=4).key == "h2o-needle-64-41c811f8f7a6"
+    )
+    said = [{"at_floor": True}, {"system": "Be brief."}, {"revisions": {"h2o": "1"}}, {"what": "timing"}, {}]
+    assert len({Cell("h2o", "needle", 64, 0.1, **more).key for more in said}) == len(said)
 
 
 def header(**settings) -> dict:

@@ -68,6 +68,17 @@ def test_many_small_heads_count_together():
     )
 
 
+def test_a_group_within_its_control_does_not_count():
+    found = fake()
+    found["heads"] = [{"layer": 1, "head": j, **interval(0.05, 0.06)} for j in range(4)]
+    found["controls"] = [
+        {"name": "top 5 heads together", **interval(0.05, 0.1)},
+        {"name": "random heads", **interval(0.02, 0.04), "control": True},
+    ]
+    said = told(found)
+    assert "no head stands out from its control" in said and "together" not in said.split(";")[0]
+
+
 def test_tokens_no_better_than_random_ones_are_said():
     found = fake()
     found["sources"][0]["drop"] = curve([1, 2, 4, 8], [0.1, 0.1, 0.2, 0.2], 0.2)

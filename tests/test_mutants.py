@@ -17,7 +17,7 @@ import reach  # noqa: E402
 import sampled  # noqa: E402
 import trees  # noqa: E402
 from reach import Reach  # noqa: E402
-from trees import LATE, SEEN, UNSEEN, Mutant  # noqa: E402
+from trees import LATE, SEEN, UNCOLLECTED, UNSEEN, Mutant  # noqa: E402
 
 FAULTS = kept.load()
 
@@ -76,7 +76,7 @@ def test_a_mutant_whose_tests_cannot_run_is_a_row(tree, monkeypatch):
     row = trees.judged(
         Mutant("x", file, before.replace("wrong", "other"), (f"{file}::test_wrong",)), free, 60
     )
-    assert row["outcome"] == "broken"
+    assert row["outcome"] == "uncollected"
     assert (tree / file).read_text() == before and free.get() == tree
 
 
@@ -176,6 +176,11 @@ def test_the_suite_is_asked_once_who_runs_a_place(tree, monkeypatch, tmp_path):
     assert reach.known(tmp_path / "reach.json", mutants, 1) == found
 
 
+def test_a_mutant_can_be_imported():
+    assert sampled.compiles("x = 1\n") and not sampled.compiles(None)
+    assert not sampled.compiles("def f(a, &, b): pass") and not sampled.compiles("y = x is not 'image'")
+
+
 def test_types_and_decorators_are_not_mutated():
     source = "Number = int | float\n\n\n@f(1)\ndef g(x: int | None = 2) -> str | None:\n    return x | 3\n"
     skipped = sampled.types_and_decorators(source)
@@ -189,17 +194,18 @@ def test_the_table_by_room():
         {"room": "ops", "outcome": SEEN},
         {"room": "ops", "outcome": UNSEEN},
         {"room": "bench", "outcome": LATE},
+        {"room": "bench", "outcome": UNCOLLECTED},
     ]
     lines = sampled.by_room(rows).splitlines()
     assert "| ops | 2 | 1 | 0 | 1 | 0 | 50 % |" in lines
-    assert "| bench | 1 | 1 | 1 | 0 | 0 | 100 % |" in lines
-    assert lines[-1] == "| all | 3 | 2 | 1 | 1 | 0 | 67 % |"
+    assert "| bench | 2 | 2 | 1 | 0 | 0 | 100 % |" in lines
+    assert lines[-1] == "| all | 4 | 3 | 1 | 1 | 0 | 75 % |"
 
 
 def test_the_key_is_of_the_change_and_its_tests():
     path = HERE.parent / "scripts/mutants/trees.py"
     text = path.read_text()
-    one = Mutant("x", "scripts/mutants/trees.py", text.replace("NOTHING_RAN = 5", "NOTHING_RAN = 6"), ("a",))
+    one = Mutant("x", "scripts/mutants/trees.py", text.replace("BROKE = 70", "BROKE = 71"), ("a",))
     same = Mutant("x", "scripts/mutants/trees.py", one.text + "\n", ("a",))
     assert one.key == same.key != Mutant(one.name, one.file, one.text, ("b",)).key
-    assert one.key != Mutant("x", one.file, text.replace("NOTHING_RAN = 5", "NOTHING_RAN = 7"), ("a",)).key
+    assert one.key != Mutant("x", one.file, text.replace("BROKE = 70", "BROKE = 72"), ("a",)).key

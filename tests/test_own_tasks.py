@@ -90,7 +90,7 @@ def test_a_needle_stands_at_every_depth_of_a_text(written):
 
 
 WRONG = {
-    "": "at least one line of JSON",
+    "": r"at least one line of JSON \(.*lines=0\)",
     "{": "line 1: a line is a JSON object",
     "[1]": "a line is a JSON object.*found='list'",
     '{"prompt": "a", "anwser": "b"}': r"found='anwser', near=\['answer'\]",

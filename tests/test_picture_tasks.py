@@ -14,7 +14,7 @@ from regard.tasks import pope
 from regard.tasks.chair_scores import Counts, chair, counts, mentions, without_last
 from regard.tasks.pictures import PictureQuestion, opened, own_questions
 from regard.tasks.scene_questions import ASKED, PLURALS
-from regard.tasks.scenes import CLEAR, Scenes, partner, usual_colour
+from regard.tasks.scenes import CLEAR, GLYPHS, Scenes, letter, partner, usual_colour
 from regard.tasks.yes_no import RULES, yes_no_scores
 
 
@@ -43,6 +43,22 @@ def test_questions_have_the_right_answer():
             elif kind == "count":
                 shape = next(n for n, plural in PLURALS.items() if plural == question.text.split()[2])
                 assert int(question.answer) == [name for _, name in scene.shapes].count(shape)
+
+
+def test_a_letter_is_drawn_as_its_rows_say():
+    for name, rows in GLYPHS.items():
+        drawn = ["".join(str(int(x)) for x in row) for row in letter(name)]
+        assert [int(row, 2) >> 2 for row in drawn[: len(rows)]] == list(
+            rows
+        )  # a column is left free, and two
+        assert not any(map(int, drawn[len(rows) :]))
+    assert len({letter(name).tobytes() for name in GLYPHS}) == len(GLYPHS)
+
+
+def test_half_of_what_is_asked_for_is_there():
+    scenes = Scenes(6)
+    said = [ASKED["exists"](scene, scenes.rng).answer for scene in scenes.many(400)]
+    assert 0.42 < said.count("yes") / 400 < 0.58
 
 
 @pytest.mark.parametrize("split", pope.SPLITS)

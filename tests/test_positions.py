@@ -213,6 +213,22 @@ def test_observers_of_a_padded_batch_say_what_the_text_alone_says(statistic):
             assert float((a - b[0]).abs().max()) <= NEAR, (row, step)
 
 
+def test_a_row_is_written_down_by_the_forward_that_has_it():
+    model, _ = build("llama")
+    layers = model.config.num_hidden_layers
+    observers = [Observer("z", Site(rows=0), name="first"), Observer("z", Site(rows=4), name="fifth")]
+    with attach(model, observers) as attached:
+        cache = DynamicCache()
+        for feed in script((9, 1, 5, 1)):
+            with torch.no_grad():
+                model(**feed, past_key_values=cache)
+    steps = {name: [step for _, step, _ in records] for name, records in attached.records.items()}
+    assert steps == {
+        "first": [s for s in range(4) for _ in range(layers)],
+        "fifth": [0] * layers + [2] * layers,
+    }
+
+
 # -- tokens that share positions
 
 

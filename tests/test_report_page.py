@@ -142,6 +142,23 @@ def test_runs_without_cards_are_drawn_and_hostile_cards_are_escaped():
     assert HOSTILE not in to_html(result) and "&lt;script&gt;" in to_html(result)
 
 
+def test_a_paper_is_said_with_its_year_once():
+    for said in ("Some paper", "Some paper (2021)", "Some paper of 1987"):
+        result = result_of(cells(["snapkv"]))
+        result.run["cards"]["snapkv"] |= {"paper": said, "year": 2021}
+        wanted = said if said != "Some paper" else "Some paper (2021)"
+        assert f"<dd>{wanted}</dd>" in to_html(result)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_middle_budget_is_shown_where_none_is_the_best(count, monkeypatch):
+    monkeypatch.setattr(Result, "winner", lambda self: None)
+    budgets = [0.1 * (i + 1) for i in range(count)]
+    page = to_html(Result({}, [one(), *(one("snapkv", b) for b in budgets)]))
+    checked = re.findall(r'name="budget" value="(\d+)" checked', page)
+    assert checked == [str(count // 2)]
+
+
 def test_a_grown_run_has_the_cards_of_both_starts(tmp_path):
     grows = ("methods",)
     for spec in ("snapkv:window=16", "h2o"):

@@ -70,6 +70,12 @@ def test_figures_are_valid_and_follow_the_budget():
     for key, task in (("by_turn", "turns"), ("nll_by_place", "text")):
         drawn = figure(shown, key, task, marked, ["25 %", "64 tok"])
         Figure(drawn)
+        layout = drawn["layout"]
+        heads = {
+            "by_turn": ("Turn", "Share of right answers"),
+            "nll_by_place": ("First token of the part", "Nats per token"),
+        }
+        assert (layout["xaxis"]["title"]["text"], layout["yaxis"]["title"]["text"]) == heads[key]
         budgets = {trace["name"]: trace["meta"]["budget"] for trace in drawn["data"]}
         assert budgets["full"] is None and budgets["snapkv @ 25 %"] == 0
     turns = figure(shown, "by_turn", "turns", marked, ["25 %"])["data"]

@@ -12,8 +12,8 @@ from regard.core import Unsupported
 from regard.core.roles import Roles
 from regard.explaining.places import backbone_map, page_maps, weights_at
 from regard.nn import VisionBackbone
-from regard.report.drawn import png, svg
-from regard.report.grid_picture import GridPicture, PlaceMap
+from regard.report.drawn import Box, png, svg
+from regard.report.grid_picture import ASKING, CELL, GridPicture, PlaceMap, squares
 
 NEAR = "fused_neighborhood_attention"
 
@@ -87,6 +87,11 @@ def test_files_have_a_square_for_each_place_dark_where_it_is_read():
     assert drawn.count("<rect") == 8 + 2 + 1
     assert drawn.count('fill="#1f5f99"') == 2 and drawn.count('fill="#d1495b"') == 2
     assert "reads 3 places" in drawn and png(PICTURE)[:4] == b"\x89PNG"
+    # what is read where the question stands is drawn within its frame
+    asks = [part for part in squares(PICTURE.maps[0], 5, 40) if isinstance(part, Box)]
+    frame, inner = (part for part in asks if part.x > 5 + 2 and part.y < 40 + CELL)
+    assert frame.colour == ASKING and (frame.x, frame.y) == (5 + CELL, 40)
+    assert (inner.x - frame.x, inner.y - frame.y, frame.width - inner.width) == (3, 3, 6)
     width, height, parts = PICTURE.layout()
     assert all(0 <= part.x <= width and 0 <= part.y <= height for part in parts)
 

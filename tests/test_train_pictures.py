@@ -60,6 +60,7 @@ def test_confusions_by_hand():
     at = found["rows"].index("1"), found["columns"].index("-2")
     assert found["counts"][at[0]][at[1]] == 1
     assert found["counts"][found["rows"].index("0")][found["columns"].index("0")] == 1
+    assert [len(row) for row in found["counts"]] == [len(found["columns"])] * len(found["rows"])
 
 
 class Stop(Exception):

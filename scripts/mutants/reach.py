@@ -15,7 +15,7 @@ from pathlib import Path
 from trees import Mutant, copied
 
 # what these ask takes minutes to start, or is not installed everywhere
-LEFT_OUT = "not real and not cluster and not harness and not oracles"
+LEFT_OUT = "not real and not cluster and not harness and not oracles and not claims"
 TELLS = "REGARD_MUTANTS_TOLD"  # folder of the environment in which each process says what it ran
 # Each place says its number once a test, in whatever process it runs; torch.compile runs it while it traces.
 SAYS = f"""
@@ -110,10 +110,17 @@ def marked(source: str, places: Sequence[tuple[int, int]]) -> str:
     tree = ast.parse(source)
     wanted = [(spot, number) for line, number in places for spot in spots(tree, line)]
     for (block, statement), number in wanted:
-        says = ast.parse(f"__import__('says_what_ran').ran({number})").body
+        says = ast.parse(f"says_what_ran.ran({number})").body
         at = block.index(statement) if statement in block else len(block)
         block[at:at] = says
+    first = next(i for i, node in enumerate(tree.body) if not is_first(node))
+    tree.body[first:first] = ast.parse("import says_what_ran").body  # by name: torch.compile follows that
     return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+
+
+def is_first(node: ast.stmt) -> bool:
+    """What a file begins with: its docstring, and what it asks of Python to come."""
+    return isinstance(node, ast.Expr) or (isinstance(node, ast.ImportFrom) and node.module == "__future__")
 
 
 Spot = tuple[list[ast.stmt], ast.stmt | None]  # a block, and the statement of it that a line belongs to

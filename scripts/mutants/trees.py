@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SEEN, UNSEEN, LATE, UNREACHED, BROKEN = "seen", "unseen", "late", "unreached", "broken"
+UNCOLLECTED = "uncollected"  # a test that is there without the fault is not there with it
 # of pytest's exit statuses; 0: all passed, 1: some failed, 2: stopped, as by an error at import
-NOTHING_RAN = 5
+NO_SUCH_TEST, NOTHING_RAN = 4, 5
 BROKE = 70  # not a test, but what runs them
 # processes begin with these imported, as importing them takes longer than most laws; regard is not among them
 FORKS = multiprocessing.get_context("forkserver")
@@ -113,6 +115,8 @@ def tested(tree: Path, tests: Sequence[str], limit: float) -> tuple[str, str]:
     text = said.read_text(errors="replace")
     if process.exitcode == NOTHING_RAN:
         return UNREACHED, ""
+    if process.exitcode == NO_SUCH_TEST and re.search("found no collectors|no match in any of", text):
+        return UNCOLLECTED, text.splitlines()[-1][:200]
     # a fault may end the process itself
     if process.exitcode not in (0, 1, 2) and process.exitcode >= 0:
         raise RuntimeError(f"pytest could not run ({process.exitcode}):\n{text[-4000:]}")

@@ -176,3 +176,9 @@ def test_ids_say_the_same_as_the_tree_and_its_grid():
 def test_what_has_no_room_is_refused(settings, rule):
     with pytest.raises(ValueError, match=rule):
         Config(**settings)
+
+
+def test_a_tree_needs_an_object_for_each_operator():
+    kinds = (("productive", False), ("productive", True), ("distractor", True))
+    assert [Config(split, trained).needed for split, trained in kinds] == [7, 3, 1]
+    assert Config("productive", colours=7, shapes=7).needed == 7  # as many as there are

@@ -33,16 +33,12 @@ def found_norm(model: PreTrainedModel) -> nn.Module:
         seen.append((module, stream([*args, *kwargs.values()]), stream(y)))
 
     ids = torch.randint(3, 64, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(tower.device)
-    with quiet(tower), torch.no_grad():
-        hooks = [
-            m.register_forward_hook(note, with_kwargs=True) for n, m in modules.items() if n and "." not in n
-        ]
-        hooks.append(modules[names[-1]].register_forward_hook(lambda m, a, y: last.append(stream(y))))
-        try:
-            output = tower(input_ids=ids, use_cache=False).last_hidden_state
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with quiet(tower), torch.no_grad():  # which takes these hooks away again
+        for name, module in modules.items():
+            if name and "." not in name:
+                module.register_forward_hook(note, with_kwargs=True)
+        modules[names[-1]].register_forward_hook(lambda m, a, y: last.append(stream(y)))
+        output = tower(input_ids=ids, use_cache=False).last_hidden_state
     for module, x, y in seen:
         if x is not None and y is not None and torch.equal(x, last[0]) and torch.equal(y, output):
             return module

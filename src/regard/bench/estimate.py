@@ -305,7 +305,7 @@ def left_of(folder: Path, limit: str, usage: str, inactive: str) -> Iterator[int
 def size(number: int) -> str:
     """Bytes in words.
 
-    >>> size(1_900_000_000), size(340_000_000)
-    ('1.9 GB', '340 MB')
+    >>> size(1_900_000_000), size(12_400_000_000), size(340_000_000)
+    ('1.9 GB', '12 GB', '340 MB')
     """
     return f"{number / 1e9:.{1 if number < 1e10 else 0}f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"

@@ -140,14 +140,21 @@ def trained(sizes: Sizes) -> Iterator[dict]:
 def chosen(sizes: Sizes) -> Iterator[dict]:
     """Blocks that the data chooses, the choice included."""
     for n, target in ((sizes.long, 4.0), (sizes.short, 0.9)):
-        # of the blocks before a query half are there on average
-        top = max(1, round((1 - sizes.sparsity) * n / 64 / 2))
-        method = catalog.method("block_topk", top_k=top)
+        method = catalog.method("block_topk", top_k=blocks_left(n, sizes.sparsity))
         for name, dtype in dtypes().items():
             qkv = sizes.qkv(n, dtype)
             ours = lambda: seconds(lambda: attend(*qkv, method))  # noqa: B023, E731
             case = f"block_topk at {sizes.sparsity:.0%} sparsity, {n:,} tokens, {name}, over SDPA"
             yield row(case, paired(ours, baseline(qkv), sizes.repeats), None, target)
+
+
+def blocks_left(n: int, sparsity: float, block: int = 64) -> int:
+    """How many blocks a query reads, where half of n tokens lie before one on average.
+
+    >>> blocks_left(16_384, 0.9), blocks_left(512, 0.9)
+    (13, 1)
+    """
+    return max(1, round((1 - sparsity) * n / block / 2))
 
 
 def growth(sizes: Sizes) -> Iterator[dict]:

@@ -31,6 +31,11 @@ class Blocks:
     """The tiles of a mask: kind[b, h, I, J] is 0 for an empty tile, 1 for a partial one, 2 for a full one.
 
     `full`, `partial` and `empty` list them as rows (b, h, I, J); a tile cut by the border is full if all of it is seen.
+
+    >>> from regard.core.mask import causal
+    >>> found = causal().blocks(5, block=2)
+    >>> [t[:, 2:].tolist() for t in (found.empty, found.partial, found.full)]
+    [[[0, 1], [0, 2], [1, 2]], [[0, 0], [1, 1]], [[1, 0], [2, 0], [2, 1], [2, 2]]]
     """
 
     kind: Tensor

@@ -36,7 +36,11 @@ def mean(values: Iterable[object]) -> float | None:
 
 
 def ratio_mean(values: Iterable[object]) -> float | None:
-    """The geometric mean, under which half the time and twice the time cancel."""
+    """The geometric mean of what is above 0, under which half the time and twice the time cancel.
+
+    >>> ratio_mean([0.5, 2.0]), ratio_mean([0.0, 4.0, None]), ratio_mean([0.0])
+    (1.0, 4.0, None)
+    """
     log = mean(math.log(v) for v in map(number, values) if v is not None and v > 0)
     return None if log is None else math.exp(log)
 

@@ -42,7 +42,11 @@ class Evaluation:
 
 
 def is_share(row: Row) -> bool:
-    """Whether a score is the mean of values in [0, 1], so that it is said in per cent."""
+    """Whether a score is the mean of values in [0, 1], so that it is said in per cent.
+
+    >>> [is_share({"items": [["a", v], ["b", 1.0]]}) for v in (0.25, True, 1.5, -0.1, None)], is_share({})
+    ([True, True, False, False, False], False)
+    """
     values = [value for _, value in row.get("items") or ()]
     if not values:
         return False

@@ -185,7 +185,11 @@ def top_table(tokens: Sequence[str], scores: Scores, most: int, head: str, least
 
 
 def sink_text(weights: Scores) -> str:
-    """What lies on the first token, where heads leave what they do not need."""
+    """What lies on the first token, where heads leave what they do not need.
+
+    >>> sink_text([0.3, 0.7]), sink_text([0.1, 0.9]), sink_text([])
+    ('0.30 of the row lies on the first token, the sink.', '0.10 of the row lies on the first token.', '')
+    """
     first = number(weights[0]) if weights else None
     if first is None:
         return ""

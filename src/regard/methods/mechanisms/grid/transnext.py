@@ -52,7 +52,7 @@ class Config:
     def __post_init__(self) -> None:
         odd = self.window > 0 and self.window % 2 == 1
         require(odd, "an odd window: it has a middle", window=self.window)
-        sizes = (self.ratio, self.hidden, self.pool or 1, self.trained or 1)
+        sizes = [x for x in (self.ratio, self.hidden, self.pool, self.trained) if x is not None]
         require(min(sizes) >= 1, "ratio, hidden, pool and trained >= 1", cfg=self)
         require(self.length is None or self.length > 1, "log N > 0", length=self.length)
 
