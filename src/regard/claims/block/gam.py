@@ -161,8 +161,8 @@ def measure() -> Measured:
         times, by_rate, recalled = step_times(), {name: losses(name) for name in MAKERS}, recall()
     gam, transformer = (min(by_rate[name]) for name in MAKERS)
     growth, against = (
-        times["gam_8192_ms"] / times["gam_2048_ms"],
-        times["gam_8192_ms"] / times["sdpa_8192_ms"],
+        times[f"gam_{LONG}_ms"] / times[f"gam_{SHORT}_ms"],
+        times[f"gam_{LONG}_ms"] / times[f"sdpa_{LONG}_ms"],
     )
     numbers = {
         **times,
