@@ -55,8 +55,11 @@ def measure() -> Measured:
         "right_tokens_full": sum(map(sum, full)) / sum(map(len, full)),
         "right_tokens_longheads": sum(map(sum, long)) / sum(map(len, long)),
     }
-    holds = numbers["difference_within"] < 1e-5 and share["longheads"] >= share["full"] + 30
-    return Measured(holds, numbers)
+    parts = {
+        "the identity within": numbers["difference_within"] < 1e-5,
+        "over full attention": share["longheads"] >= share["full"] + 30,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -148,7 +148,13 @@ def measure() -> Measured:
     budget = {sum(sides[name]["rehearsed"]) for name in ("power", "uniform")}
     numbers |= {"over_none": gain, "over_uniform": margin, "budgets": sorted(budget)}
     learned = min(numbers["learned_power"], numbers["learned_uniform"]) >= 90
-    return Measured(learned and len(budget) == 1 and gain >= 20 and margin >= -2, numbers)
+    parts = {
+        "tasks are learned": learned,
+        "one budget": len(budget) == 1,
+        "over none": gain >= 20,
+        "near uniform": margin >= -2,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -107,7 +107,12 @@ def measure() -> Measured:
     pointer, fixed = numbers[f"pointer_{LONG}"], numbers[f"fixed_{LONG}"]
     within = numbers[f"fixed_{LONG}_largest_position"] <= LONGEST
     numbers["lower_by"] = pointer - fixed
-    return Measured(pointer >= 0.7 and pointer - fixed >= 0.2 and within, numbers)
+    parts = {
+        "the pointer sorts longer": pointer >= 0.7,
+        "the fixed vocabulary less": pointer - fixed >= 0.2,
+        "within its vocabulary": within,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -236,8 +236,12 @@ def measure() -> Measured:
     numbers |= {"over_random": over, "below_all": under}
     numbers["over_random_interval"] = points_apart(right["cls"], right["random"])
     numbers["below_all_interval"] = points_apart(right["all"], right["cls"])
-    holds = over >= 10 and under <= 5 and held["moved_by_keeping_all"] == 0
-    return Measured(holds, numbers)
+    parts = {
+        "over random": over >= 10,
+        "near all patches": under <= 5,
+        "keeping all changes nothing": held["moved_by_keeping_all"] == 0,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -46,7 +46,7 @@ SCENES, NOISE, INJECTED = 32, 5.0, 24  # NOISE beside pixels of standard deviati
 COMPONENTS = ("out", "mlp", "resid_post")
 
 
-def digit_pairs(digit: int, length: int = LENGTH, count: int = COUNT) -> Pairs:
+def digit_pairs(digit: int, length: int, count: int) -> Pairs:
     """Prompts read up to this digit of the code, which is the target; corrupted, every digit is one higher."""
     zero, nine = shipped().tokenizer.convert_tokens_to_ids(["0", "9"])
     clean, corrupt, target, foil = [], [], [], []
@@ -124,10 +124,10 @@ def iri(found: dict[str, Effects]) -> dict[str, float]:
 
 
 def on_text() -> Measured:
-    pairs = digit_pairs(0)
+    pairs = digit_pairs(0, LENGTH, COUNT)
     found = scans(pairs)
     numbers = peaks(pairs, found)
-    second = digit_pairs(1)
+    second = digit_pairs(1, LENGTH, COUNT)
     others = {f"second_digit_{key}": value for key, value in peaks(second, scans(second)).items()}
     return Measured.by(within(numbers), numbers | others | iri(found))
 
