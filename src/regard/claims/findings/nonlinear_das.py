@@ -251,10 +251,13 @@ def measure() -> Measured:
         numbers[f"{name}_by_network"] = [one[name] for one in found]
     numbers |= {"iia_revnet_width_16": in_narrow, "iia_orthogonal_solved": in_solved}
     numbers["task_accuracy_solved"] = knows
-    high = all(one["iia_revnet"] >= max(0.9, one["iia_orthogonal"] + 0.15) for one in found)
-    unable = all(one["task_accuracy"] <= 0.6 for one in found)
-    exact = all(one["inverse_error_revnet"] < 1e-9 for one in found)
-    return Measured(high and unable and exact, numbers)
+    parts = {
+        "RevNet finds it": all(one["iia_revnet"] >= 0.9 for one in found),
+        "the orthogonal map less": all(one["iia_revnet"] >= one["iia_orthogonal"] + 0.15 for one in found),
+        "the network cannot": all(one["task_accuracy"] <= 0.6 for one in found),
+        "RevNet inverts": all(one["inverse_error_revnet"] < 1e-9 for one in found),
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

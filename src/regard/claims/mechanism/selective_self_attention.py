@@ -142,7 +142,7 @@ def measure() -> Measured:
             numbers[f"{side}_{what}"] = [round(s[side][what], 3) for s in seeds]
     gap = mean(s["selective"]["long"] - s["softmax"]["long"] for s in seeds)
     numbers["gap_points"] = gap
-    return Measured(apart < 1e-6 and gap >= 5, numbers)
+    return Measured.by({"softmax attention": apart < 1e-6, "dilutes less": gap >= 5}, numbers)
 
 
 CLAIM = Claim(

@@ -252,10 +252,14 @@ def measure() -> Measured:
         numbers = judged(sae, "validation", "test")
     trained = {f"training_{name}": x for name, x in sae.report.items()}
     numbers = {"layer": layer, "induction_by_layer": scores, **trained, **numbers}
-    exact = max(numbers["sum_error_by_source"], numbers["sum_error_by_head"]) < 1e-4
-    faithful = min(numbers[f"{kind}_recovered"] for kind in KINDS) >= 0.8
     hits = min(numbers.get("sources_hits", 0.0), numbers.get("sources_of_features", 0.0))
-    return Measured(exact and numbers["l0_share"] <= 0.1 and faithful and hits >= 0.7, numbers)
+    parts = {
+        "parts sum exactly": max(numbers["sum_error_by_source"], numbers["sum_error_by_head"]) < 1e-4,
+        "sparse": numbers["l0_share"] <= 0.1,
+        "cross-entropy recovered": min(numbers[f"{kind}_recovered"] for kind in KINDS) >= 0.8,
+        "top source": hits >= 0.7,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

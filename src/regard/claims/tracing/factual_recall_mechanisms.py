@@ -225,8 +225,12 @@ def measure() -> Measured:
         "gain_by_seed": [x.mean().item() for x in removed.chunk(len(SEEDS))],
         **{key: [f[key] for f in found] for key in found[0]},
     }
-    confident = all(numbers["suppresses"]) and numbers["gain_low"] > 0
-    return Measured(bool(numbers["share_of_subject_mean"] >= 0.6 and confident), numbers)
+    parts = {
+        "two heads write the subject": numbers["share_of_subject_mean"] >= 0.6,
+        "a component holds it back": all(numbers["suppresses"]),
+        "more probable without it": numbers["gain_low"] > 0,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -230,9 +230,13 @@ def measure() -> Measured:
         if isinstance(value, float)
     }
     numbers |= {"masked": COUNT, "of_heads": LAYERS * HEADS, "seeds": list(SEEDS)}
-    learned = min(found["right_answers"] for found in models) >= 95
-    holds = numbers["cliff"] >= 0.3 and numbers["recovered"] >= 50 and numbers["random_mean"] <= 15
-    return Measured(learned and holds, numbers | {"by_seed": models})
+    parts = {
+        "models know the rule": min(found["right_answers"] for found in models) >= 95,
+        "cliff": numbers["cliff"] >= 0.3,
+        "few heads restore it": numbers["recovered"] >= 50,
+        "random heads do not": numbers["random_mean"] <= 15,
+    }
+    return Measured.by(parts, numbers | {"by_seed": models})
 
 
 CLAIM = Claim(

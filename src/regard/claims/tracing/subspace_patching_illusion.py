@@ -199,13 +199,17 @@ def measure() -> Measured:
             numbers[f"drop_{what}_{part}"] = 1 - numbers[f"{what}_{part}"] / numbers[f"{what}_direction"]
     for name in ("turned_direction", "turned_row_only", "moved_direction", "moved_row_only"):
         numbers[f"{name}_by_pair"] = [one[name] for one in found]
-    exact = (
-        numbers["toy_mixed_off_source"] < 1e-6 and numbers["toy_e1_change"] == numbers["toy_e2_change"] == 0
-    )
-    there = numbers["turned_direction"] >= 0.05 >= numbers["turned_whole"]
-    unread = abs(numbers["moved_null_only"]) < 1e-4  # the down projection alone reads the site
     drops = ("drop_turned_row_as_it_is", "drop_moved_row_as_it_is", "drop_turned_row_only")
-    return Measured(exact and there and unread and all(numbers[name] >= 0.8 for name in drops), numbers)
+    parts = {
+        "toy: the source's output": numbers["toy_mixed_off_source"] < 1e-6,
+        "toy: either alone nothing": numbers["toy_e1_change"] == numbers["toy_e2_change"] == 0,
+        "the direction turns": numbers["turned_direction"] >= 0.05,
+        "the whole site less": numbers["turned_whole"] <= 0.05,
+        # the down projection alone reads the site
+        "the null part does nothing": abs(numbers["moved_null_only"]) < 1e-4,
+        "without the null part they drop": all(numbers[name] >= 0.8 for name in drops),
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(
