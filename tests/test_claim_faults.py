@@ -1,6 +1,7 @@
 """Quick claims come out as they are recorded, and each is known to fail on a planted fault.
 
-The faults stand in mutants/claims.toml. What a clock decides is not asked here, so that clocks run for two rounds only.
+The faults stand in mutants/claims.toml and claims_longer.toml, shorter forms of measurements in shorter_claims.py.
+What a clock decides is not asked here, so that clocks run for two rounds only.
 """
 
 import sys
@@ -8,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tests.shorter_claims import SHORT
 
 from regard.claims import lab, ledger
 from regard.core import Measured
@@ -21,51 +23,18 @@ LONG = {"active_dormant_heads", "attention_debias_pruning", "attnattrib", "chm_c
         "pavlovian_attention", "prime_composer", "razor_attention", "recycled_attention", "right_mediator",
         "salient_relevance", "scan_and_snap", "tidaldecode", "tokenselect", "var", "vhd_vhr", "vista",
         "zoology_mqar"}  # fmt: skip
-# the same measurement in a shorter form: constants of the claim's file, fewer seeds, widths, texts, scenes or steps
-SHORT = {
-    "active_dormant_heads": {"SEEDS": (0,), "STEPS": 250, "BATCH": 32, "MOMENTS": (), "PIECES": 1},
-    "chm_corr_plus_plus": {"SEEDS": (0,), "USERS": (0,)},
-    "cot_overthinking_tasks": {"GRAMMARS": 1, "MORE": ()},
-    "cx_tom": {"EXACT_IMAGES": 4},
-    "ee_mllm": {"SEEDS": (0,), "STEPS": 250},
-    "fmri_motion_decoding": {"SEEDS": (0,), "SHUFFLES": 2},
-    "illama": {"SEEDS": (0,), "RATES": (2e-3,), "STEPS": 100, "BESIDE": ()},
-    "ir_diffusion": {"SCENES": 6, "STEPS": 8},
-    "landmark_attention": {"SEEDS": (0,), "STEPS": 150, "TESTED": 128, "BLOCKS": 12},
-    "longlive": {"SEEDS": (0,), "STEPS": 40, "VIDEOS": 8},
-    "mesa_optimizer_ar": {
-        "STEPS": 200,
-        "BATCH": 32,
-        "TESTED": 128,
-        "LENGTH": 60,
-        "RATES": {"gaussian": 0.002, "sparse": 0.1},
-    },
-    "moa_spans": {
-        "LENGTHS": (96, 192),
-        "LONGER": 288,
-        "ENTRIES": 40,
-        "SHORT": 96,
-        "PROFILED": 4,
-        "JUDGED": 12,
-        "BLOCK": 4,
-        "SINKS": 4,
-    },
-    "pavlovian_attention": {"WIDTHS": (16, 32, 64)},
-    "prime_composer": {"SCENES": 8, "STEPS": 8},
-    "rectified_spaattn": {"FIELDS": 2},
-    "right_mediator": {"PERMUTATIONS": 2000, "COUNT": 16},
-    "salient_relevance": {"SEEDS": (2,), "STEPS": 100, "DRAWS": 3},
-    "scan_and_snap": {"SEEDS": (0,), "BESIDE": {}},
-    "vhd_vhr": {"TEXTS": 32},
-    "vista": {"TEXTS": 32, "DRAWS": 2},
-    "zoology_mqar": {"RATES": (1e-2,), "STEPS": 100, "TESTED": 32, "LENGTH": 64, "PAIRS": 8},
-}
 LAW = "tests/test_claim_faults.py::test_the_claim_holds["
-FAULTS = tomllib.loads((Path(__file__).parent / "mutants" / "claims.toml").read_text(encoding="utf8"))[
-    "fault"
-]
-LAWS = [law for fault in FAULTS for law in fault.get("law", ())]
-NAMES = sorted({law.removeprefix(LAW).removesuffix("]") for law in LAWS if law.startswith(LAW)})
+FILES = [Path(__file__).parent / "mutants" / f"{name}.toml" for name in ("claims", "claims_longer")]
+FAULTS = [tomllib.loads(path.read_text(encoding="utf8"))["fault"] for path in FILES]
+
+
+def named(faults):
+    """Claims that are to fail under these faults."""
+    laws = [law for fault in faults for law in fault.get("law", ())]
+    return {law.removeprefix(LAW).removesuffix("]") for law in laws if law.startswith(LAW)}
+
+
+NAMES = sorted(named(FAULTS[0] + FAULTS[1]))
 
 
 @pytest.fixture
@@ -95,7 +64,8 @@ def test_every_quick_claim_is_known_to_fail_on_a_fault():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.claims] * (name in LONG)) for name in NAMES]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.claims] * (name in LONG | named(FAULTS[1]))) for name in NAMES],
 )
 def test_the_claim_holds(name, shorter, short_clocks):
     """Or is contradicted in the parts that it names, as is recorded of the first of its models."""
