@@ -1,11 +1,12 @@
 """The oracle: a full cache with an explicit softmax in which the tokens that a policy dropped are hidden."""
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def oracle_function(
     """The attention function; `wrote` has the cache layer that was just written, where a layer runs several times."""
     change = change or (lambda layer, quantity, x, seen: x)
     layers = {id(module): site_of(name).layer for name, module in model.named_modules()}
-    turn = cache(partial(present_rotation, model))
+    turn = functools.cache(partial(present_rotation, model))
 
     def oracle(module, query, key, value, attention_mask=None, *args, scaling=None, **kwargs):
         heads, layer = query.shape[1], wrote.pop() if wrote else layers[id(module)]
@@ -195,7 +196,7 @@ def hide(
     feeds: list[dict],
     reads: list[dict[int, ReadRecord]] | None = None,
     change: Change | None = None,
-    stored: Cache | None = None,
+    cache: Cache | None = None,
     method: Method | None = None,
 ) -> list[Tensor]:
     """Logits of the script on a full cache in which everything but `reads` is hidden; None: nothing is.
@@ -204,16 +205,16 @@ def hide(
     attention of its own, whose reference answers.
     """
     now: dict[int, ReadRecord] = {}
-    turn = cache(partial(present_rotation, model))
+    turn = functools.cache(partial(present_rotation, model))
     own = None if method is None else OwnAttention(method, lambda i, x, by: turn(i)(x, by))
-    stored, outs, wrote = stored or full_cache(model), [], []
-    with explicit_attention(model, now, change, own, wrote), noting(stored, wrote), torch.no_grad():
+    cache, outs, wrote = cache or full_cache(model), [], []
+    with explicit_attention(model, now, change, own, wrote), noting(cache, wrote), torch.no_grad():
         for i, feed in enumerate(feeds):
             if own is not None:
                 own.real = feed["attention_mask"].bool()
             now.clear()
             now.update(reads[i] if reads is not None else {})
-            outs.append(model(**feed, past_key_values=stored).logits)
+            outs.append(model(**feed, past_key_values=cache).logits)
     return outs
 
 
