@@ -67,6 +67,29 @@ def test_two_bits_take_a_fifth_of_bfloat16():
     assert group.stored_bytes() <= 0.2 * whole
 
 
+def test_heads_part_with_what_they_have_packed():
+    """Some tokens of each chunk gone, then heads of 9 and 6 tokens: each has the very numbers that it had before."""
+    from regard.attaching.packed import PackedGroup
+    from regard.attaching.slots import Group, Kept
+
+    method, g = catalog.method("kivi", bits=2, group=4, residual=2), torch.Generator().manual_seed(0)
+    k = (
+        torch.randn(1, 2, 26, 8, generator=g) * torch.arange(1.0, 27)[:, None]
+    )  # chunks of scales of their own
+    group = PackedGroup.of(Group((0, 1), k, k.clone(), 26), method.page.codec(method.config))
+    assert group.pack(None, {})
+    stay = torch.stack([torch.arange(1, 26, 2), torch.arange(0, 26, 2)])[None]
+    group.keep(Kept(stay))
+    before, lengths = group.kv(), [9, 6]
+    slots = torch.full((1, 2, 9), -1)
+    slots[0, 0], slots[0, 1, :6] = torch.arange(2, 11), torch.arange(4, 10)
+    for part in group.split(lengths, Kept(slots)):
+        (head,), n = part.heads, part.n
+        for packed, whole in zip(part.kv(), before, strict=True):
+            assert n == lengths[head]
+            assert torch.equal(packed[0, 0], whole[0, head, slots[0, head, :n]])
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
