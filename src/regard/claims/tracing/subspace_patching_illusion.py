@@ -202,6 +202,7 @@ def measure() -> Measured:
     drops = ("drop_turned_row_as_it_is", "drop_moved_row_as_it_is", "drop_turned_row_only")
     parts = {
         "toy: the source's output": numbers["toy_mixed_off_source"] < 1e-6,
+        "toy: its row part alone too": numbers["toy_row_only_off_source"] < 1e-6,
         "toy: either alone nothing": numbers["toy_e1_change"] == numbers["toy_e2_change"] == 0,
         "the direction turns": numbers["turned_direction"] >= 0.05,
         "the whole site less": numbers["turned_whole"] <= 0.05,
