@@ -4,6 +4,7 @@ import queue
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +67,30 @@ def test_what_a_run_says(tree):
     assert trees.tested(tree, ["tests/test_one.py::test_endless"], 4) == (LATE, "")
     with pytest.raises(RuntimeError, match="pytest could not run"):
         trees.tested(tree, ["tests/test_none.py"], 60)
+
+
+def test_what_runs_tests_ends_with_who_waits_for_it(tree):
+    """Killed in the middle of a test that never ends."""
+    (tree / "tests" / "test_one.py").write_text(
+        "import os\nimport time\n\n\ndef test_endless():\n    open('pid', 'w').write(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+    )
+    code = f"import sys\nsys.path.insert(0, {str(Path(trees.__file__).parent)!r})\nimport pathlib, trees\n"
+    code += f"if __name__ == '__main__':\n    trees.tested(pathlib.Path({str(tree)!r}), ['tests/test_one.py'], 600)\n"
+    (tree / "waits.py").write_text(code)
+    waits = subprocess.Popen([sys.executable, str(tree / "waits.py")])
+    pid = tree / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text())
+    waits.kill()
+    waits.wait()
+    wait_until(lambda: not Path(f"/proc/{pid.read_text()}/cwd").exists())
+
+
+def wait_until(done, seconds: float = 60.0):
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_mutant_whose_tests_cannot_run_is_a_row(tree, monkeypatch):

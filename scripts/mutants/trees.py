@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SEEN, UNSEEN, LATE, UNREACHED, BROKEN = "seen", "unseen", "late", "unreached", "broken"
@@ -124,9 +126,16 @@ def tested(tree: Path, tests: Sequence[str], limit: float) -> tuple[str, str]:
     return (SEEN if process.exitcode else UNSEEN), (failed or [""])[0][:200]
 
 
+def end_with(parent: Any) -> None:
+    """What runs here, and what it started, ends with the process that waits for it: also one that was killed."""
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
+
+
 def run_tests(tree: Path, tests: Sequence[str], said: Path) -> None:
     """Run pytest here, in a process of its own group that was forked with torch in it, and end with its status."""
     os.setsid()
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     os.chdir(tree)
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
