@@ -86,7 +86,7 @@ def test_what_runs_tests_ends_with_who_waits_for_it(tree):
     wait_until(lambda: not Path(f"/proc/{pid.read_text()}/cwd").exists())
 
 
-def wait_until(done, seconds: float = 60.0):
+def wait_until(done, seconds: float = 180.0):
     until = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < until
