@@ -163,9 +163,9 @@ def begun(executor, cell: Cell) -> bool:
 @pytest.fixture(autouse=True, scope="module")
 def orphans_come_here():
     """What loses its parent is a child of this process from then on, and is told from what others run beside it."""
-    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1)
+    assert ctypes.CDLL(None).prctl(SUBREAPER, 1) == 0
     yield
-    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 0)
+    assert ctypes.CDLL(None).prctl(SUBREAPER, 0) == 0
 
 
 def assert_nothing_runs(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The kept list of planted faults (tests/mutants) fits the files that it changes, and its runner tells what it sees."""
 
+import importlib
 import queue
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "scripts" / "mutants"))
@@ -152,6 +154,20 @@ def test_a_marked_place_says_that_it_ran(tmp_path, monkeypatch):
     ]  # of a class or a module: all functions of the file
 
 
+def test_a_marked_place_stands_in_one_graph_and_says_that_it_was_traced(tmp_path, monkeypatch):
+    (tmp_path / "says_what_ran.py").write_text(reach.SAYS)
+    (tmp_path / "told").mkdir()
+    (tmp_path / "marked_here.py").write_text(reach.marked("def add(x):\n    return x + 1\n", [(2, 7)]))
+    monkeypatch.setenv(reach.TELLS, str(tmp_path / "told"))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("says_what_ran", "marked_here"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    add = importlib.import_module("marked_here").add
+    assert torch.compile(add, backend="eager", fullgraph=True)(torch.ones(2)).tolist() == [2, 2]
+    (heard,) = (path.read_text() for path in (tmp_path / "told").iterdir())
+    assert heard.startswith("7 tests/test_mutants.py::test_a_marked_place_stands_in_one_graph")
+
+
 def test_who_ran_a_place(tmp_path):
     (tmp_path / "11").write_text(
         "0 tests/test_a.py::test_x (setup)\n1 tests/test_a.py::test_x[a@b]@test_a.py (call)\n2  \n"
@@ -169,7 +185,7 @@ def test_who_ran_a_place(tmp_path):
 
 def test_which_tests_a_mutant_is_given():
     mutant = Mutant("3: a -> b", "src/x.py", "")
-    found = Reach(["slow", "quick"], [9.0, 1.0], {"src/x.py:3: a -> b": [0, 1]})
+    found = Reach(["slow", "quick"], [9.0, 1.0], {"src/x.py:3: a -> b": [0, 1]}, reach.digest())
     assert found.within(mutant, 5) == ("quick",) and found.within(mutant, 10) == ("quick", "slow")
     assert found.fits([mutant]) and not found.fits([mutant, Mutant("4: a -> b", "src/x.py", "")])
 
@@ -197,8 +213,12 @@ def test_the_suite_is_asked_once_who_runs_a_place(tree, monkeypatch, tmp_path):
         "tests/test_one.py::test_below",
     }
     assert found.within(mutants[1], 60) == ()
-    monkeypatch.setattr(reach, "measured", None)
-    assert reach.known(tmp_path / "reach.json", mutants, 1) == found
+    asked: list[int] = []
+    monkeypatch.setattr(reach, "measured", lambda mutants, workers: asked.append(1) or found)
+    assert reach.known(tmp_path / "reach.json", mutants, 1) == found and not asked
+    (tree / "tests" / "test_more.py").write_text("def test_more():\n    pass\n")
+    reach.known(tmp_path / "reach.json", mutants, 1)
+    assert asked  # a law was written: it may run what no test ran before
 
 
 def test_a_mutant_can_be_imported():

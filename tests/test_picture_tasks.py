@@ -48,9 +48,10 @@ def test_questions_have_the_right_answer():
 def test_a_letter_is_drawn_as_its_rows_say():
     for name, rows in GLYPHS.items():
         drawn = ["".join(str(int(x)) for x in row) for row in letter(name)]
-        assert [int(row, 2) >> 2 for row in drawn[: len(rows)]] == list(
-            rows
-        )  # a column is left free, and two
+        read = [
+            int(row, 2) >> 2 for row in drawn[: len(rows)]
+        ]  # a column is left free before it, and two behind
+        assert read == list(rows)
         assert not any(map(int, drawn[len(rows) :]))
     assert len({letter(name).tobytes() for name in GLYPHS}) == len(GLYPHS)
 

@@ -75,7 +75,7 @@ def test_heads_part_with_what_they_have_packed():
     method, g = catalog.method("kivi", bits=2, group=4, residual=2), torch.Generator().manual_seed(0)
     k = (
         torch.randn(1, 2, 26, 8, generator=g) * torch.arange(1.0, 27)[:, None]
-    )  # chunks of scales of their own
+    )  # each chunk has a scale of its own
     group = PackedGroup.of(Group((0, 1), k, k.clone(), 26), method.page.codec(method.config))
     assert group.pack(None, {})
     stay = torch.stack([torch.arange(1, 26, 2), torch.arange(0, 26, 2)])[None]

@@ -1,6 +1,7 @@
 """Which tests run the places of a sample: the suite once, in a copy of the tree where each place says its number."""
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import trees
 from trees import Mutant, copied
 
 # what these ask takes minutes to start, or is not installed everywhere
@@ -26,7 +28,7 @@ import torch
 said = set()
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def ran(number):
     test = os.environ.get("PYTEST_CURRENT_TEST", "")
     if (number, test) not in said:
@@ -38,14 +40,16 @@ def ran(number):
 
 @dataclass(frozen=True)
 class Reach:
-    """tests: names; seconds of each; ran: place -> numbers of the tests that run it."""
+    """tests: names; seconds of each; ran: place -> numbers of the tests that run it; code: a digest of what was run."""
 
     tests: list[str]
     seconds: list[float]
     ran: dict[str, list[int]]
+    code: str
 
     def fits(self, mutants: Sequence[Mutant]) -> bool:
-        return {place(m) for m in mutants} == {*self.ran}
+        """Not once a law has been written: it may run a place that no test ran before."""
+        return self.code == digest() and {place(m) for m in mutants} == {*self.ran}
 
     def within(self, mutant: Mutant, limit: float) -> tuple[str, ...]:
         """Names of the tests that run a mutant's place, the quickest first, as many as take so long together."""
@@ -56,6 +60,12 @@ class Reach:
                 break
             taken.append(self.tests[t])
         return tuple(taken)
+
+
+def digest() -> str:
+    """Of the package and of its tests, as they lie here."""
+    files = sorted(path for part in ("src", "tests") for path in (trees.ROOT / part).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def place(mutant: Mutant) -> str:
@@ -73,6 +83,7 @@ def known(path: Path, mutants: Sequence[Mutant], workers: int) -> Reach:
 
 
 def measured(mutants: Sequence[Mutant], workers: int) -> Reach:
+    code = digest()
     with tempfile.TemporaryDirectory() as folder:
         tree, told, times = copied(Path(folder) / "tree"), Path(folder) / "told", Path(folder) / "times.xml"
         told.mkdir()
@@ -89,7 +100,7 @@ def measured(mutants: Sequence[Mutant], workers: int) -> Reach:
     names = sorted({*seconds} & set().union(*ran.values()))
     number = {name: n for n, name in enumerate(names)}
     there = {place(m): sorted(number[t] for t in ran.get(n, ())) for n, m in enumerate(mutants)}
-    return Reach(names, [seconds[name] for name in names], there)
+    return Reach(names, [seconds[name] for name in names], there, code)
 
 
 def mark(tree: Path, mutants: Sequence[Mutant]) -> None:
@@ -127,25 +138,25 @@ Spot = tuple[list[ast.stmt], ast.stmt | None]  # a block, and the statement of i
 
 
 def spots(tree: ast.Module, line: int) -> list[Spot]:
-    function, spot = None, None
+    """The innermost statement of a function that the line belongs to; where there is none, all functions."""
+    spot, inside = None, False
+    for block, statement in statements(tree):
+        if not statement.lineno <= line <= (statement.end_lineno or statement.lineno):
+            continue
+        if isinstance(statement, ast.FunctionDef):
+            spot, inside = start(statement), True
+        elif inside and not isinstance(statement, ast.ClassDef):
+            spot = (block, statement)
+    return [spot] if spot else [start(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def statements(tree: ast.Module) -> Iterator[tuple[list[ast.stmt], ast.stmt]]:
+    """Each with the block that it stands in, the outer ones first."""
     for node in ast.walk(tree):
-        for block in blocks(node):
-            for statement in block:
-                if statement.lineno <= line <= (statement.end_lineno or statement.lineno):
-                    if isinstance(statement, ast.FunctionDef):
-                        function, spot = statement, start(statement)
-                    elif function and not isinstance(statement, ast.ClassDef):
-                        spot = (block, statement)
-    if spot is not None:
-        return [spot]
-    return [start(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-
-
-def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
-    for name in ("body", "orelse", "finalbody"):
-        block = getattr(node, name, None)
-        if isinstance(block, list):
-            yield block
+        for name in ("body", "orelse", "finalbody"):
+            block = getattr(node, name, None)
+            for statement in block if isinstance(block, list) else ():
+                yield block, statement
 
 
 def start(function: ast.FunctionDef) -> Spot:

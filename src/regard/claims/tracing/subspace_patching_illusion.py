@@ -221,10 +221,10 @@ CLAIM = Claim(
         "the shipped model a learned direction turns answers, and does not once its null part is removed"
     ),
     bound=(
-        "toy: |out - x_src| < 1e-6 along the mixed direction, change 0 along e1 and e2; shipped model: the share of "
-        "held-out answers that the optimised direction turns, and the logit difference that it moves, drop >= 80 % "
-        "after removing the null part; the share too with the rest at unit length; the direction turns >= 5 %, the "
-        "whole site less"
+        "toy: |out - x_src| < 1e-6 along the mixed direction and along its row part, change 0 along e1 and e2; shipped "
+        "model: the share of held-out answers that the optimised direction turns, and the logit difference that it "
+        "moves, drop >= 80 % after removing the null part; the share too with the rest at unit length; the "
+        "direction turns >= 5 %, the whole site less"
     ),
     measure=measure,
 )
