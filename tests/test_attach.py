@@ -577,6 +577,27 @@ def test_a_policy_that_never_acts():
         run(model, inputs)
 
 
+def test_a_name_brings_its_settings():
+    """As the command line takes it, alone, beside keywords, and of methods that are laid over one another."""
+    model, _ = build("llama")
+
+    def attached(methods, **config):
+        (actor,) = attach(model, methods, **config).actors
+        return actor.method
+
+    wanted = catalog.method("streaming_llm", sinks=1, window=3)
+    assert catalog.method("streaming_llm:sinks=1,window=3") == wanted
+    assert attached("streaming_llm:sinks=1,window=3") == wanted
+    assert attached(["streaming_llm:sinks=1"], window=3) == wanted
+    wanted = catalog.method("snapkv+adakv", window=8, floor=0.1, budget=0.25)
+    assert attached(["snapkv:window=8", "adakv:floor=0.1"], budget=0.25) == wanted
+    for ask in (catalog.method, attached):
+        with pytest.raises(
+            ValueError, match=r"every setting is given once \(twice=\['sinks'\], method='streaming"
+        ):
+            ask("streaming_llm:sinks=1", sinks=2)
+
+
 def test_wrong_names_and_kinds():
     model, inputs = build("llama")
     with pytest.raises(KeyError, match="near names: streaming_llm"):

@@ -185,11 +185,14 @@ def imported(path: Path) -> ModuleType:
 
 
 def method(name: str, **config: Any) -> Method:
-    """A configured page: `method("streaming_llm", sinks=4, window=512)`.
+    """A configured page, `method("streaming_llm", sinks=4, window=512)`; a name may bring settings: "h2o:budget=20%".
 
     Of methods laid over one another, `method("snapkv+adakv", window=16, floor=0.1)`; one that is laid over others lies
     over the one that its page names where none is given.
     """
+    spec, (name, settings) = name, parse_spec(name)
+    twice = sorted({*settings} & {*config})
+    require(not twice, "every setting is given once", twice=twice, method=spec)
     page: Any = get(name)
     if overlays(page):
         from regard.kinds.cache import WHOLE
@@ -197,7 +200,7 @@ def method(name: str, **config: Any) -> Method:
         base = get(page.over) if page.over else WHOLE
         after = ((page.joins, get(page.joins)),) if page.joins else ()
         page = composed((page.over or "full", base), (name, page), *after)
-    return Method(name, page, page.configure(**config))
+    return Method(name, page, page.configure(**settings, **config))
 
 
 def takes_budget(name: str) -> bool:
@@ -222,11 +225,7 @@ def laid_over(methods: Iterable[Method]) -> Method:
 
 def from_spec(spec: str | Method, kind: str | None = None) -> Method:
     """A configured page as people type it, "streaming_llm:sinks=8"; `kind` says which kind it has to be."""
-    if isinstance(spec, Method):
-        configured = spec
-    else:
-        name, settings = parse_spec(spec)
-        configured = method(name, **settings)
+    configured = spec if isinstance(spec, Method) else method(spec)
     if kind is not None and configured.page.kind != kind:
         known = ", ".join(list_methods(kind=kind))
         raise Unsupported(

@@ -41,8 +41,9 @@ class attach:
     """Attach methods to a model for the length of a `with` block.
 
     model    a transformers model whose code calls the attention interface; others raise Unreachable by name
-    methods  a method's name, a configured `regard.method(...)`, a Mask, Edit, Observer or Actor, or a list of them;
-             None attaches the bare machinery (the ledger cache and native attention)
+    methods  a method's name, which may bring settings ("kivi:bits=4"), a configured `regard.method(...)`, a Mask,
+             Edit, Observer or Actor, or a list of them; None attaches the bare machinery (the ledger cache and native
+             attention)
     where    "text", "vision" or None for all towers; what changes the cache, the mask or the mechanism goes to the
              text tower by itself
     roles    name -> function(input_ids [B, N]) -> bool or int labels [B, N], for sites and masks that name roles

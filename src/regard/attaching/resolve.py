@@ -19,6 +19,7 @@ from regard.attaching.steering import Steering
 from regard.core import Edit, Method, Observer, Unsupported, show
 from regard.core.composed import overlays
 from regard.core.mask import Mask
+from regard.core.spec import parse_spec
 from regard.kinds.mask import build_mask
 
 Attachable = str | Method | Mask | Converted | Edit | Observer | Actor
@@ -65,8 +66,9 @@ def actors_of(
 
 def beside_one_another(items: list) -> list:
     """The names of cache methods that are laid over one another as one name, so that they share their settings."""
-    names = [x for x in items if isinstance(x, str) and catalog.get(x).kind == "cache"]
-    if len(names) < 2 or not any(overlays(catalog.get(x)) for x in names):
+    pages = {x: catalog.get(parse_spec(x)[0]) for x in items if isinstance(x, str)}
+    names = [x for x in items if isinstance(x, str) and pages[x].kind == "cache"]
+    if len(names) < 2 or not any(overlays(pages[x]) for x in names):
         return items
     return [x for x in items if x not in names] + ["+".join(names)]
 
