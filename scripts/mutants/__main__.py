@@ -12,6 +12,7 @@ is 1 where a fault of the kept list was not seen.
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -77,6 +78,7 @@ def run(mutants: list[Mutant], out: Path, args: argparse.Namespace) -> list[dict
     """A row for each mutant, in their order; rows of the same mutant and tests from before stand."""
     known = {} if args.again or not out.exists() else {row["key"]: row for row in read(out)}
     todo = [m for m in mutants if m.key not in known]
+    random.Random(args.seed).shuffle(todo)  # what is found by the time of a stop is a sample too
     with open(out, "w" if args.again else "a") as file:
         for n, (mutant, row) in enumerate(outcomes(todo, args.workers, SLOWER * args.limit + START), 1):
             known[mutant.key] = row

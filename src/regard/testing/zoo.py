@@ -33,6 +33,7 @@ SHARP = re.compile(
     r"(q_proj|k_proj|c_attn|\.query\.|\.key\.|qkv|query_key_value|\.q\.|\.k\.|q_a_proj|q_b_proj|kv_a_proj|kv_b_proj)"
     r".*weight"
 )
+NORMED = re.compile(r"\.(q|k|query|key)_(layer)?norm\.weight$")
 
 
 def build(name: str, seed: int = 1) -> tuple[Any, dict]:
@@ -46,10 +47,15 @@ def build(name: str, seed: int = 1) -> tuple[Any, dict]:
 
 @torch.no_grad()
 def sharpened(model: Any) -> Any:
-    """The model in eval mode, its query and key weights multiplied, so that attention is far from uniform."""
+    """The model in eval mode, its query and key weights multiplied, so that attention is far from uniform.
+
+    What scales normalised heads is drawn: with ones all keys are of one length, and rounding chooses between them.
+    """
     for label, weight in model.named_parameters():
         if SHARP.search(label) and weight.ndim == 2:
             weight.mul_(12)
+        if NORMED.search(label):
+            weight.add_(torch.rand_like(weight) - 0.5)
     return model.eval()
 
 
@@ -116,10 +122,8 @@ def smollm3():
 
 @family
 def hunyuan():
-    model = tf.HunYuanDenseV1ForCausalLM(tf.HunYuanDenseV1Config(**TEXT, head_dim=8))
-    for layer in model.model.layers:
-        torch.nn.init.uniform_(layer.self_attn.key_layernorm.weight, 0.5, 1.5)
-    return model, dict(input_ids=ids())
+    config = tf.HunYuanDenseV1Config(**TEXT, head_dim=8)
+    return tf.HunYuanDenseV1ForCausalLM(config), dict(input_ids=ids())
 
 
 @family

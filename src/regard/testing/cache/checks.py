@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
+from statistics import median
 from typing import Any
 
 import torch
@@ -311,22 +312,23 @@ def check_prompt_in_chunks(method: Method, family: str) -> None:
 def check_bfloat16(method: Method, family: str) -> None:
     """In bfloat16 the policy is as far from its float32 oracle as the model itself is from its own."""
     model, _ = build(family)
-    feeds, method = script(), in_tokens(method) if method.page.attention is not None else method
-    exact = hidden_nothing(family)
-    low = build(family)[0].bfloat16()
-    tape = play(low, method, feeds)
+    own = method.page.attention is not None
+    feeds, method = script(), in_tokens(method) if own else method
+    tape = play(build(family)[0].bfloat16(), method, feeds)
     assert all(bool(x.isfinite().all()) for x in tape.outs), (
         f"{method.label} on {family} in bfloat16: not finite"
     )
-
-    def far(logits: list[Tensor], expected: list[Tensor]) -> float:
-        return max(
-            float((a.float() - b)[real(feeds, i)].norm() / b.norm())
-            for i, (a, b) in enumerate(zip(logits, expected))
-        )
-
-    noise = far(hidden_nothing(family, torch.bfloat16), exact)
-    wrong = far(tape.outs, wanted_logits(model, method, feeds, tape))
+    # an attention of the page's own is held to one that chooses for itself, and where it nearly ties otherwise
+    far = median if own else max
+    noise = far(apart(feeds, hidden_nothing(family, torch.bfloat16), hidden_nothing(family)))
+    wrong = far(apart(feeds, tape.outs, wanted_logits(model, method, feeds, tape)))
     assert wrong <= 3 * noise + 0.02, (
         f"{method.label} on {family} in bfloat16: {wrong:.2f} off, the model {noise:.2f}"
     )
+
+
+def apart(feeds: list[dict], outs: list[Tensor], wanted: list[Tensor]) -> list[float]:
+    """Of every forward and row that has tokens, how far its logits are from those wanted, as a share of them."""
+    pairs = [(a[token].float(), b[token]) for i, logits in enumerate(zip(outs, wanted, strict=True))
+             for a, b, token in zip(*logits, real(feeds, i), strict=True) if token.any()]  # fmt: skip
+    return [float((a - b).norm() / b.norm()) for a, b in pairs]
