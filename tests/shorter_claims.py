@@ -42,6 +42,7 @@ SHORT = {
         "LENGTH": 60,
         "RATES": {"gaussian": 0.002, "sparse": 0.1},
     },
+    "meta_tokens": {"SEEDS": (0,), "STEPS": 40, "FEW": 4, "MANY": 8},
     "moa_spans": {
         "LENGTHS": (96, 192),
         "LONGER": 288,
