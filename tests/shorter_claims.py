@@ -15,6 +15,7 @@ SHORT = {
     "connnet": {"ERRORS": {"flipped": (0,)}, "STEPS": 20, "IMAGES": 100, "TESTED": 50},
     "cot_overthinking_tasks": {"GRAMMARS": 1, "MORE": ()},
     "cx_tom": {"EXACT_IMAGES": 4},
+    "damro": {"SEEDS": (21,), "COUNT": 64, "PATCHES": (1,), "STRENGTHS": (2.0,)},
     "dependency_vit": {"SEEDS": (0,), "STEPS": 250, "DRAWS": 2},
     "ee_mllm": {"SEEDS": (0,), "STEPS": 250},
     "embedlens": {"EACH": 16},
