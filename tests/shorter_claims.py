@@ -58,7 +58,7 @@ SHORT = {
     "opera": {"SEEDS": (1,)},
     "pavlovian_attention": {"WIDTHS": (16, 32, 64)},
     "pointer_network": {"SEEDS": (0,), "STEPS": {"pointer": 700, "fixed": 700}, "TESTED": 200},
-    "polarized_self_attention": {"SEEDS": (0,), "SCENE": 12, "STEPS": 200, "BATCH": 16},
+    "polarized_self_attention": {"SEEDS": (0,), "SCENE": 12, "BATCH": 16},
     "power_law_rehearsal": {"RATES": (0.3,)},
     "prime_composer": {"SCENES": 8, "STEPS": 8},
     "rectified_spaattn": {"FIELDS": 2},
