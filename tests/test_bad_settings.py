@@ -83,3 +83,29 @@ def test_the_smallest_that_a_rule_names_is_taken_and_the_one_below_is_not():
             replace(config, **{setting: number - 1})
         said = refusal(config, setting, number)  # another rule, or part of it, may want more
         assert rule not in said or ", " in rule, f"{name}: {setting}={number}: {said}"
+
+
+def most():
+    """(page, setting, whether it is taken, the largest number that its rule names, rule) of every number."""
+    for name, page in catalog.every():
+        for setting, value in vars(page.config()).items():
+            if type(value) in (int, float):
+                # past either end it is refused with its rule
+                said = [refusal(page.config(), setting, type(value)(far)) for far in (10**9, -(10**9))]
+                rule = next(
+                    (r.partition(" (")[0] for r in said if re.search(rf"\b{setting} <=? \d", r)), None
+                )
+                if rule is not None:
+                    way, number = re.search(rf"\b{setting} (<=?) (\d+(?:\.\d+)?)", rule).groups()
+                    yield name, setting, way == "<=", type(value)(number), rule
+
+
+def test_the_largest_that_a_rule_names_is_taken_and_the_one_above_is_not():
+    asked = [*most()]
+    assert len(asked) > 80 and {taken for _, _, taken, _, _ in asked} == {True, False}
+    for name, setting, taken, number, rule in asked:
+        config = catalog.get(name).config()
+        above = number + (1 if type(number) is int else 1e-3)
+        assert rule in refusal(config, setting, above), f"{name}: {setting}={above} is taken: {rule}"
+        at = refusal(config, setting, number)
+        assert (rule not in at) == taken, f"{name}: {setting}={number}: {at or 'it is taken'}"

@@ -32,6 +32,20 @@ def test_config_is_frozen_and_lies_where_its_name_says(name):
     assert catalog.path_of(name).stem == name
 
 
+def test_a_page_is_of_the_year_of_its_paper():
+    """The year that arXiv's number says, or a venue's, which may be one later."""
+    asked = 0
+    for name in NAMES:
+        card = catalog.get(name).card
+        sent = {2000 + int(year) for year in re.findall(r"arXiv:(\d\d)\d\d\.\d", card.paper)}
+        venues = {int(year) for year in re.findall(r"\([^()]*((?:19|20)\d\d)\)", card.paper)}
+        known = sent | venues | {year - 1 for year in venues}
+        if known and not card.paper.startswith("none: "):
+            asked += 1
+            assert card.year in known, f"{name}: {card.year}, {card.paper}"
+    assert asked > 60
+
+
 @pytest.mark.parametrize("name", catalog.list_methods(kind="cache"))
 def test_cache_pages_take_a_budget(name):
     page = catalog.method(name).page

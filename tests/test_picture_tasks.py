@@ -14,7 +14,7 @@ from regard.tasks import pope
 from regard.tasks.chair_scores import Counts, chair, counts, mentions, without_last
 from regard.tasks.pictures import PictureQuestion, opened, own_questions
 from regard.tasks.scene_questions import ASKED, PLURALS
-from regard.tasks.scenes import CLEAR, GLYPHS, Scenes, letter, partner, usual_colour
+from regard.tasks.scenes import CLEAR, GLYPHS, Scenes, letter, partner, shape, usual_colour
 from regard.tasks.yes_no import RULES, yes_no_scores
 
 
@@ -28,6 +28,24 @@ def test_priors_hold_and_conflicts_break_them():
     assert [s.pixels().tolist() for s in Scenes(1).many(2)] == [
         s.pixels().tolist() for s in Scenes(1).many(2)
     ]
+
+
+def test_shapes_look_like_what_they_are_called():
+    circle, square, triangle, cross = (shape(name) > 0 for name in ("circle", "square", "triangle", "cross"))
+    for x in (circle, square, cross):
+        assert (x == x.T).all() and (x == x[::-1]).all() and x[3:5, 3:5].all()
+    # each in the box that it fills: a square all of it, a circle all but the corners, a cross two bars through it
+    box = {
+        name: x[x.any(1)][:, x.any(0)]
+        for name, x in (("circle", circle), ("square", square), ("cross", cross))
+    }
+    assert box["square"].all() and not box["circle"].all() and box["circle"].mean() > 0.7
+    half = len(box["cross"]) // 2
+    assert box["cross"][half - 1 : half + 1].all() and not box["cross"][: half - 1, : half - 1].any()
+    widths = triangle.sum(1)[triangle.any(1)]
+    assert (
+        (triangle == triangle[:, ::-1]).all() and (np.diff(widths) >= 0).all() and widths[-1] > 2 * widths[0]
+    )
 
 
 def test_questions_have_the_right_answer():

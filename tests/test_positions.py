@@ -101,6 +101,24 @@ def test_a_norm_after_the_rotation_is_refused_by_name():
         model.generate(**inputs, max_new_tokens=3)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError, AttributeError])
+def test_a_layer_that_cannot_be_asked_is_refused_with_its_reason(error, monkeypatch):
+    """Whatever its code raises when it is asked by itself: the name of the layer, and that error."""
+
+    def asked_by_itself(attention, question, ask, tables):
+        def fails(at, x):
+            raise error("it is not asked so")
+
+        return prove(attention, question, fails, tables)
+
+    prove = rotary.prove
+    monkeypatch.setattr(rotary, "prove", asked_by_itself)
+    model, inputs = build("llama")
+    wanted = "LlamaAttention could not be asked for its keys at other positions: it is not asked so"
+    with pytest.raises(Unsupported, match=wanted), attach(model, "streaming_llm", sinks=2, window=3):
+        model.generate(**inputs, max_new_tokens=3)
+
+
 def test_a_layer_that_is_refused_is_asked_once(monkeypatch):
     """TokenSelect goes on without rotation where keys cannot be turned: that is found out once, not at every step."""
     model, inputs = build("hunyuan")

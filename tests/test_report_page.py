@@ -19,6 +19,7 @@ from regard.bench.measuring import Bench
 from regard.bench.told import told
 from regard.report import Result, to_html, to_markdown
 from regard.report.applied import advice, lines
+from regard.report.cards import fact_list
 from regard.report.folder import Folder
 from regard.report.shades import DARK, VARIABLES, contrast
 
@@ -148,6 +149,14 @@ def test_a_paper_is_said_with_its_year_once():
         result.run["cards"]["snapkv"] |= {"paper": said, "year": 2021}
         wanted = said if said != "Some paper" else "Some paper (2021)"
         assert f"<dd>{wanted}</dd>" in to_html(result)
+
+
+def test_only_the_paper_of_a_card_is_a_link():
+    said = "as arXiv:2404.14469 says"
+    page = fact_list({"paper": said, "idea": said, "cost": said, "caveat": said})
+    link = '<a href="https://arxiv.org/abs/2404.14469" rel="noreferrer">arXiv:2404.14469</a>'
+    assert f"<dt>Paper</dt><dd>as {link} says</dd>" in page and page.count("<a ") == 1
+    assert page.count(f"<dd>{said}</dd>") == 3
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

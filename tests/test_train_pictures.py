@@ -110,6 +110,8 @@ def test_what_is_judged_is_what_the_best_model_answers_on_the_test_part(tmp_path
 def test_settings_suit_the_task_and_those_of_texts_are_refused(tmp_path):
     assert Plan.of("digits").steps == IMAGES["steps"] and Plan.of("mqar") == Plan()
     assert Plan.of("digits", steps=3).steps == 3 and Plan().steps == TEXTS["steps"]
+    two = Plan.of("digits", mechanisms=("softmax", "gla"), layers=4, width=16, heads=2).model()
+    assert two.config.depths == [2, 2] and two.config.hidden_sizes == [16, 32]
     with pytest.raises(ValueError, match="every stage has as many layers"):
         Plan.of("digits", mechanisms=("softmax",) * 3).model()
     asked = ["train", "--task", "digits", "--length", "32", "--out", str(tmp_path / "x")]
