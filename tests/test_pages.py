@@ -38,7 +38,7 @@ def test_a_page_is_of_the_year_of_its_paper():
     for name in NAMES:
         card = catalog.get(name).card
         sent = {2000 + int(year) for year in re.findall(r"arXiv:(\d\d)\d\d\.\d", card.paper)}
-        venues = {int(year) for year in re.findall(r"\([^()]*((?:19|20)\d\d)\)", card.paper)}
+        venues = {int(year) for year in re.findall(r"\b(?:19|20)\d\d\b(?!\.)", card.paper)}
         known = sent | venues | {year - 1 for year in venues}
         if known and not card.paper.startswith("none: "):
             asked += 1
