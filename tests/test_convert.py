@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from regard.core import Edit, Observer, Site, Unsupported
 from regard.models.shipped import SHIPPED, only_errors
 from regard.ops.blocks import BlockSettings
 from regard.testing.zoo import build, ids, logits
-from regard.train.convert import convert
+from regard.train.convert import convert, drawer
 
 PLAIN = ("llama", "qwen3", "gpt2", "neox", "deepseek3", "qwen3next", "llava", "qwen25vl")
 REFUSES = {
@@ -392,3 +394,25 @@ def test_what_cannot_be_converted_is_said():
     sliding, _ = build("mistral")
     with pytest.raises(Unsupported, match=r"layers\.0\.self_attn"):
         convert(sliding, ids=ids(4, 24), steps=1)
+
+
+@pytest.mark.parametrize("first", [None, 1])
+def test_windows_of_a_text_are_as_long_as_is_asked_with_the_first_token_among_them(first):
+    """Tokens that follow one another in the text, behind the tokenizer's first token where it has one."""
+    model, _ = build("llama")
+    letters = SimpleNamespace(bos_token_id=first, encode=lambda text, **options: [ord(c) - 60 for c in text])
+    text = "".join(map(chr, range(62, 122)))
+    draw = drawer(model, letters, text, None, None, length=7, batch=20, seed=0)
+    windows, weights = draw(0)
+    assert windows.shape == (20, 7) and weights is None
+    text_of = windows if first is None else windows[:, 1:]
+    assert (text_of.diff(dim=1) == 1).all() and len({*text_of[:, 0].tolist()}) > 10
+    assert first is None or (windows[:, 0] == first).all()
+    assert torch.equal(draw(0)[0], windows) and not torch.equal(draw(1)[0], windows)
+    for many, taken in ((7 - (first is not None), False), (8 - (first is not None), True)):
+        with (
+            nullcontext()
+            if taken
+            else pytest.raises(ValueError, match="more tokens of text than a window holds")
+        ):
+            drawer(model, letters, text[:many], None, None, length=7, batch=2, seed=0)(0)
