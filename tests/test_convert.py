@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from regard import catalog
 from regard.attaching.attachment import attach
 from regard.attaching.converted import Converted, load_converted, read_converted
-from regard.attaching.replacement import sizes, state_bytes
+from regard.attaching.replacement import sizes, state_bytes, without
 from regard.attaching.store import save_cache
 from regard.bench import conversion
 from regard.bench.conversion import convert_folder
@@ -21,6 +21,7 @@ from regard.core import Edit, Observer, Site, Unsupported
 from regard.models.shipped import SHIPPED, only_errors
 from regard.ops.blocks import BlockSettings
 from regard.testing.zoo import build, ids, logits
+from regard.train import teachers
 from regard.train.convert import convert, drawer
 
 PLAIN = ("llama", "qwen3", "gpt2", "neox", "deepseek3", "qwen3next", "llava", "qwen25vl")
@@ -416,3 +417,34 @@ def test_windows_of_a_text_are_as_long_as_is_asked_with_the_first_token_among_th
             else pytest.raises(ValueError, match="more tokens of text than a window holds")
         ):
             drawer(model, letters, text[:many], None, None, length=7, batch=2, seed=0)(0)
+
+
+class Unscaled(teachers.Teacher):
+    """Of a model that hands its attention no scale."""
+
+    def loss(self, call, out):
+        return super().loss(without(call, "scaling"), out)
+
+
+@pytest.mark.parametrize(
+    ("family", "teacher"), [("llama", teachers.Teacher), ("llama", Unscaled), ("gpt2", teachers.Teacher)]
+)
+def test_what_is_taught_are_the_models_own_weights(family, teacher, monkeypatch):
+    model, inputs = build(family)
+    wanted, softmax = [], teachers.masked_softmax
+
+    def noted(*asked):
+        wanted.append(softmax(*asked).detach())
+        return wanted[-1]
+
+    monkeypatch.setattr(teachers, "masked_softmax", noted)
+    teaches = teacher(catalog.method("hedgehog"), "weights", seed=0)
+    teaches.teaching = True
+    with attach(model, teaches), torch.no_grad():
+        model(**inputs)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        own = model(**inputs, output_attentions=True).attentions
+    assert len(wanted) == len(own) == 3
+    for taught, weights in zip(wanted, own, strict=True):
+        torch.testing.assert_close(taught, weights, atol=1e-6, rtol=1e-5)
