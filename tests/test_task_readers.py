@@ -15,7 +15,7 @@ from regard.catalog import get, grouped_tasks, list_methods, method, task
 from regard.models.shipped import PRETRAINED, load_shipped
 from regard.tasks import Source, Turn, base
 from regard.tasks import artificial_grammar as grammars
-from regard.tasks.base import chat_marks, encode
+from regard.tasks.base import chat_marks, encode, first_token
 from regard.tasks.long_generation import BEGIN
 from regard.testing.task import (
     ChatTokenizer,
@@ -324,3 +324,14 @@ def test_strings_of_a_grammar_have_four_to_eight_letters():
     drawn = [grammars.draw(grammars.Config(examples=10), random.Random(f"{n}"), True) for n in range(8)]
     lengths = {len(text) for _, told, _ in drawn for text in told}
     assert {min(lengths), max(lengths)} == {4, 8}
+
+
+def test_pairs_of_tokens_fill_a_text_down_to_the_length_that_the_rule_names():
+    """The first token, the pairs and the key that is asked for: with one token less it is refused."""
+    tokenizer, pairs = WordTokenizer(), 8
+    least = len(first_token(tokenizer)) + 2 * pairs + 1
+    sample = task("zoology_mqar", pairs=pairs).samples(tokenizer, least, 1, 0)[0]
+    assert len(sample.prompt) == least and sample.prompt[-1] == sample.prompt[len(first_token(tokenizer))]
+    for length in (least - 1, least - pairs):
+        with pytest.raises(ValueError, match=r"length > first tokens \+ 2 \* pairs"):
+            task("zoology_mqar", pairs=pairs).samples(tokenizer, length, 1, 0)

@@ -159,3 +159,9 @@ def test_a_trained_decoder_does_not_share_its_embedding_with_its_head():
     model = Plan(**SMALL).model()
     assert model.lm_head.weight is not model.embed.weight
     assert not torch.equal(model.lm_head.weight, model.embed.weight)
+
+
+@pytest.mark.parametrize("rates", [(), (0.0,), (1e-3, -1e-3)])
+def test_a_run_has_a_learning_rate_above_zero(rates):
+    with pytest.raises(ValueError, match="learning rates > 0"):
+        Plan(rates=rates)
