@@ -76,7 +76,7 @@ def test_ways_are_their_definitions():
         weights = eager(input_ids=pairs.clean.ids, output_attentions=True).attentions
     torch.testing.assert_close(rows[1], weights[1][0, :, -1])
     wanted = weights[1][0, 2, -1] + weights[2][0, 0, -1]
-    torch.testing.assert_close(attention_scores(rows, heads, None), wanted.double())
+    torch.testing.assert_close(attention_scores(rows, heads, None).float(), wanted)
     lengths, matrices = written_lengths(model, pairs.clean), output_matrices(model)
     _, values = capture(model, pairs.clean, ["v"])
     by_hand = (values["v"][1][0, 1] @ model.model.layers[1].self_attn.o_proj.weight[:, 16:24].T).norm(dim=-1)
