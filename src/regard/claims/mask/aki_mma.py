@@ -64,7 +64,12 @@ def measure() -> Measured:
     numbers |= {f"image_change_by_answer_{name}": list(values) for name, values in by_answer.items()}
     numbers |= {f"accuracy_wide_heads_{n}": toy(mask, 0, best[n], WIDE)[0] for n, mask in SIDES.items()}
     still = max(*by_question["causal"], *by_answer["causal"], *by_answer["mutual"])
-    return Measured(still == 0 and min(by_question["mutual"]) > 1e-3 and gain >= 5, numbers)
+    parts = {
+        "still where it is to be": still == 0,
+        "moved by the question": min(by_question["mutual"]) > 1e-3,
+        "more right": gain >= 5,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

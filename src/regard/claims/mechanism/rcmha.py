@@ -113,7 +113,13 @@ def measure() -> Measured:
                 numbers["leak"] = leak(models[0], text.clamp(max=models[0].lm.config.vocab_size - 2), 40)
     lower = [a < b for a, b in zip(best["rcmha"], best["plain"], strict=True)]
     fair = numbers["rcmha_parameters"] <= numbers["plain_parameters"]
-    return Measured(all(lower) and fair and numbers["moved_scores"] < 1e-5 and numbers["leak"] == 0, numbers)
+    parts = {
+        "lower loss": all(lower),
+        "no more parameters": fair,
+        "scores move along": numbers["moved_scores"] < 1e-5,
+        "no leak": numbers["leak"] == 0,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

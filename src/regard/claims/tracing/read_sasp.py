@@ -230,8 +230,12 @@ def measure() -> Measured:
     chance = 100 / SQUARES**2
     numbers |= {"chance": chance, "by_seed": [found["pointing"] for found in models], "seeds": list(SEEDS)}
     gain = numbers["pointing"] - numbers["pointing_untrained"]
-    learned = min(found["pointing_mask"] for found in models) >= 80
-    return Measured(learned and numbers["pointing"] >= 2 * chance and gain >= 20, numbers)
+    parts = {
+        "masks are learned": min(found["pointing_mask"] for found in models) >= 80,
+        "twice chance": numbers["pointing"] >= 2 * chance,
+        "above the untrained model": gain >= 20,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(
