@@ -10,9 +10,9 @@ import torch
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(1)
 # what is traced here is traced once, so that shapes kept for later calls take a third of the time and are never asked
-torch._dynamo.config.fake_tensor_cache_enabled = False
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+torch.set_num_threads(1)
 # what torch.empty gives is filled with NaN, so that scratch which is read before it is written shows
 torch.use_deterministic_algorithms(True)
 assert torch.utils.deterministic.fill_uninitialized_memory

@@ -156,3 +156,27 @@ def runs(method: Method, family: str) -> bool:
     except Unsupported:
         return False
     return True
+
+
+@pytest.mark.parametrize("name", ["longheads", "sparq"])
+def test_an_attention_that_is_a_tenth_off_in_bfloat16_is_found(name):
+    method = catalog.method(name, **cache.small(catalog.get(name)))
+
+    def off(*asked):
+        out = method.page.attention(*asked)
+        return out * 1.1 if out is not None and out.dtype == torch.bfloat16 else out
+
+    check_bfloat16(method, "llama")
+    with pytest.raises(AssertionError, match=r"in bfloat16: .* off, the model"):
+        check_bfloat16(replace(method, page=replace(method.page, attention=off)), "llama")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *cache.MIXED, "qwen3", "hunyuan"])
+def test_keys_of_tiny_models_have_lengths_that_tell_them_apart(family):
+    """Or rounding would choose between tokens: a norm of heads with ones leaves all keys equally long."""
+    model, _ = build(family)
+    scales = [
+        w for label, w in model.named_parameters() if "attn" in label and "norm" in label.split(".")[-2]
+    ]
+    heads = [w for w in scales if w.shape[-1] == model.config.get_text_config().head_dim]
+    assert all(w.unique().numel() > 1 for w in heads)

@@ -55,6 +55,7 @@ def main() -> int:
         mutants = sampled.mutants(args.count, args.seed)
         found = reach.known(OUT / f"reach-{args.seed}.json", mutants, args.workers)
         mutants = [replace(m, tests=found.within(m, args.limit)) for m in mutants]
+        random.Random(args.seed).shuffle(mutants)  # what is found by the time of a stop is a sample too
         run(mutants, OUT / f"sample-{args.seed}.jsonl", args)
     return table(args)
 
@@ -78,7 +79,6 @@ def run(mutants: list[Mutant], out: Path, args: argparse.Namespace) -> list[dict
     """A row for each mutant, in their order; rows of the same mutant and tests from before stand."""
     known = {} if args.again or not out.exists() else {row["key"]: row for row in read(out)}
     todo = [m for m in mutants if m.key not in known]
-    random.Random(args.seed).shuffle(todo)  # what is found by the time of a stop is a sample too
     with open(out, "w" if args.again else "a") as file:
         for n, (mutant, row) in enumerate(outcomes(todo, args.workers, SLOWER * args.limit + START), 1):
             known[mutant.key] = row

@@ -318,12 +318,13 @@ def check_bfloat16(method: Method, family: str) -> None:
     assert all(bool(x.isfinite().all()) for x in tape.outs), (
         f"{method.label} on {family} in bfloat16: not finite"
     )
-    # an attention of the page's own is held to one that chooses for itself, and where it nearly ties otherwise
-    far = median if own else max
+    # an attention of the page's own is held to one that chooses for itself, and otherwise where it nearly ties: its
+    # middle row is asked, which few ties move
+    far, slack = (median, 0.0) if own else (max, 0.02)
     noise = far(apart(feeds, hidden_nothing(family, torch.bfloat16), hidden_nothing(family)))
     wrong = far(apart(feeds, tape.outs, wanted_logits(model, method, feeds, tape)))
-    assert wrong <= 3 * noise + 0.02, (
-        f"{method.label} on {family} in bfloat16: {wrong:.2f} off, the model {noise:.2f}"
+    assert wrong <= 3 * noise + slack, (
+        f"{method.label} on {family} in bfloat16: {wrong:.2g} off, the model {noise:.2g}"
     )
 
 
