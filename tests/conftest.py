@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from tests.quick import mark_long, pytest_addoption, pytest_runtest_call, pytest_runtest_setup  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # what is traced here is traced once, so that shapes kept for later calls take a third of the time and are never asked
@@ -85,8 +86,10 @@ def regard_command(monkeypatch, capfd):
 SPREAD = {f"test_{name}.py" for name in ("attach", "every_page", "layers")}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
     """Of several processes (`--dist loadgroup`) one has all of a file: its fixtures and caches are made once."""
+    mark_long(items)
     for item in items:
         if item.path.name not in SPREAD and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))

@@ -4,7 +4,7 @@ import pickle
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,41 @@ import torch
 from regard import catalog
 from regard.core import Page
 from regard.kinds import kinds, skeleton
+from regard.testing import cache, mechanism
+from regard.testing.case import Case
+from regard.testing.laws import CHECKS, GRID_CHECKS
 from regard.testing.pages import check_page, check_pickles
+from regard.testing.zoo import build
 
+
+def cache_in_short(name):
+    """The laws of a cache page that cost least, on the first family that it acts on, under one budget."""
+    method = catalog.method(name, **cache.small(catalog.get(name)))
+    family = next(f for f in cache.FAMILIES if cache.movable(method, build(f)[0]))
+    assert cache.check_oracle(method, family) > 1e-3, f"{name} changes nothing on {family}"
+    for check in (cache.check_rows, cache.check_neutral, cache.check_bytes, cache.check_generation):
+        check(method, family)
+    if any(field.name == "budget" for field in fields(method.config)):
+        cache.check_budget(method, family, 8, method.page.reads_generated)
+        cache.check_attention_budget(method, family, 8)
+
+
+def mechanism_in_short(name):
+    """Every law of a mechanism but those asked once, on every pattern, under the first settings that it tries."""
+    page = catalog.get(name)
+    cfg = page.configure(**dict(*page.test_settings[:1]))
+    checks = [
+        check for check in (*CHECKS, *(GRID_CHECKS if page.grid else ())) if check not in mechanism.ONCE
+    ]
+    report = {f"{mechanism.law_of(check)}, {pattern}": mechanism.verdict(check, Case(page, cfg, pattern))
+              for pattern in page.patterns for check in checks}  # fmt: skip
+    assert "held" in report.values()
+    mechanism.hold_all(page, report)
+
+
+# kinds whose pages take seconds each, and what is asked of them where these seconds are too many
+IN_SHORT = {"cache": cache_in_short, "mechanism": mechanism_in_short}
+BRIEF = {name: kind for kind in IN_SHORT for name in catalog.list_methods(kind=kind)}
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -24,10 +57,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", catalog.pages())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in BRIEF)) for name in catalog.pages()]
+)
 def test_page(name):
     report = check_page(name)
     assert report, f"{name}: nothing was checked"
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("name", BRIEF)
+def test_page_in_short(name):
+    IN_SHORT[BRIEF[name]](name)
 
 
 @pytest.mark.parametrize("kind", kinds())

@@ -28,7 +28,7 @@ class Written(Below):
         width, heads = at.v.shape[-1], at.query_heads(g)
         total = 0.0
         for h in heads:
-            total += sum(abs(float(row @ at.v[g, j])) for row in weight[:, h * width : (h + 1) * width])
+            total += sum(map(abs, (weight[:, h * width : (h + 1) * width] @ at.v[g, j]).tolist()))
         return total / len(heads)
 
     def ranks(self, at: Moment, g: int) -> tuple[dict[int, float], list[int]]:

@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+import torch
+
 from regard.testing.cache.definition import Definition, Moment, largest
 
 SMALL = {"budget": 11, "init": 1, "local": 3, "block": 2, "blocks": 3, "representatives": 1}
@@ -58,11 +60,11 @@ class Written(Definition):
         first = at.n - at.fed
         for h in range(len(at.q)):
             g = at.kv_head(h)
-            for j in at.held[g]:
-                low, high = max(first, j + 1), min(at.n, j + 1 + self.cfg.local)
-                if low < high:
-                    said = float(at.q[h, low:high].sum(0) @ at.k[g, j])
-                    heard[h, j] = heard.get((h, j), 0.0) + said
+            tokens = [j for j in at.held[g] if max(first, j + 1) < min(at.n, j + 1 + self.cfg.local)]
+            until = torch.cat([at.q.new_zeros(1, at.q.shape[-1]), at.q[h].cumsum(0)])  # queries before each token
+            asks = [until[min(at.n, j + 1 + self.cfg.local)] - until[max(first, j + 1)] for j in tokens]
+            for j, query in zip(tokens, asks, strict=True):
+                heard[h, j] = heard.get((h, j), 0.0) + float(query @ at.k[g, j])
 
     def represent(self, at: Moment, init: int) -> None:
         """The representatives of blocks with a new token, or one that still hears; where they begin anew, of all."""

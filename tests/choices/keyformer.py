@@ -1,6 +1,8 @@
 """Keyformer: the recent tokens, and of the others those given most by noisy attention, by a rising temperature."""
 
 import math
+from collections.abc import Iterator
+from functools import cache
 from typing import ClassVar
 
 from regard.testing.cache.definition import Definition, Moment
@@ -8,6 +10,7 @@ from regard.testing.cache.definition import Definition, Moment
 SMALL = {"budget": 8, "steps": 4}
 
 
+@cache
 def mixed(x: int, salt: int) -> int:
     x = (x + salt * 0x9E3779B1) % 2**32
     for _ in range(2):
@@ -38,10 +41,13 @@ class Written(Definition):
             for i in at.new:
                 seen = at.seen(i, at.held[g])
                 scores = at.scores(h, i, seen).tolist()
-                noisy = [(s + self.noise(at.layer, h, i, j)) / tau for j, s in zip(seen, scores, strict=True)]
-                exps = [math.exp(x - max(noisy)) for x in noisy]
+                noise = self.noise(at.layer, h, i, seen)
+                noisy = [(s + x) / tau for s, x in zip(scores, noise, strict=True)]
+                largest = max(noisy)
+                exps = [math.exp(x - largest) for x in noisy]
+                total = sum(exps)
                 for j, x in zip(seen, exps, strict=True):
-                    received[j] = received.get(j, 0.0) + x / sum(exps)
+                    received[j] = received.get(j, 0.0) + x / total
         recent = max(1, math.ceil(round(at.budget * self.cfg.recent, 9)))
         return {j: received[j] for j in at.lasting(g)}, [j for j in at.lasting(g) if j >= at.n - recent]
 
@@ -50,8 +56,9 @@ class Written(Definition):
         self.memory[key] = 0 if at.fed > 1 else self.memory.get(key, -1) + 1
         return cfg.tau_init + (cfg.tau_end - cfg.tau_init) * min(1.0, self.memory[key] / cfg.steps)
 
-    def noise(self, layer: int, h: int, i: int, j: int) -> float:
-        salt = mixed(mixed(h, layer + 1), self.cfg.seed)
-        bits = (mixed(i, salt) ^ mixed(j + 1, 0)) * 0x045D9F3B % 2**32 >> 9
-        # 23 bits, of which the first is the sign
-        return -math.log(-math.log(((bits + 2**22) % 2**23 + 0.5) / 2**23))
+    def noise(self, layer: int, h: int, i: int, tokens: list[int]) -> Iterator[float]:
+        of_query = mixed(i, mixed(mixed(h, layer + 1), self.cfg.seed))
+        for j in tokens:
+            bits = (of_query ^ mixed(j + 1, 0)) * 0x045D9F3B % 2**32 >> 9
+            # 23 bits, of which the first is the sign
+            yield -math.log(-math.log(((bits + 2**22) % 2**23 + 0.5) / 2**23))

@@ -17,11 +17,14 @@ def received(at: Moment, g: int, tokens: list[int], chunk: int) -> dict[int, flo
     for begin in range(0, len(tokens), chunk):
         part = tokens[begin : begin + chunk]
         for h in heads:
-            for i in part:
-                raw = [sum(a * b for a, b in zip(at.q[h, i].tolist(), at.k[g, j].tolist())) for j in part]
-                total = sum(math.exp(x - max(raw)) for x in raw)
-                for j, x in zip(part, raw, strict=True):
-                    found[j] += math.exp(x - max(raw)) / total / len(heads)
+            queries, keys = at.q[h, part].tolist(), at.k[g, part].tolist()
+            for q in queries:
+                raw = [sum(a * b for a, b in zip(q, k, strict=True)) for k in keys]
+                largest = max(raw)
+                exps = [math.exp(x - largest) for x in raw]
+                total = sum(exps)
+                for j, x in zip(part, exps, strict=True):
+                    found[j] += x / total / len(heads)
     return found
 
 

@@ -42,22 +42,24 @@ class Written(Definition):
         for i in queries if before else ():
             by_head = [at.scores(h, i, before).tolist() for h in at.query_heads(g)]
             best = [max(scores) for scores in zip(*by_head, strict=True)]
-            total = sum(math.exp(x - max(best)) for x in best)
-            for j, x in zip(before, best, strict=True):
-                votes[j] += math.exp(x - max(best)) / total / len(queries)
+            largest = max(best)
+            exps = [math.exp(x - largest) for x in best]
+            total = sum(exps)
+            for j, x in zip(before, exps, strict=True):
+                votes[j] += x / total / len(queries)
         reach = self.cfg.pool // 2
         pooled = {j: max(votes.get(i, 0.0) for i in range(j - reach, j + reach + 1)) for j in before}
         return {j: pooled.get(j, 0.0) for j in tokens}
 
     def redundancy(self, at: Moment, g: int, tokens: list[int]) -> dict[int, float]:
         keys = at.k[g][tokens]
-        unit = torch.stack([k / (sum(x * x for x in k) ** 0.5 + 1e-8) for k in keys])
-        cosines, sums = (unit @ unit.T).tolist(), [0.0] * len(tokens)
+        unit = torch.stack([k / (sum(x * x for x in k.tolist()) ** 0.5 + 1e-8) for k in keys])
+        cosines = unit @ unit.T
         for i, row in enumerate(cosines):
             row[i] = 0.0
-            near = [j for j, x in enumerate(row) if x > self.cfg.similar]
-            if near:
+            near = (row > self.cfg.similar).nonzero()
+            if len(near):
                 row[near[-1]] = 0.0
-            sums = [a + b for a, b in zip(sums, row, strict=True)]
-        exps = [math.exp(x / len(tokens)) for x in sums]
-        return {j: x / sum(exps) for j, x in zip(tokens, exps, strict=True)}
+        exps = [math.exp(x / len(tokens)) for x in cosines.sum(0).tolist()]
+        total = sum(exps)
+        return {j: x / total for j, x in zip(tokens, exps, strict=True)}

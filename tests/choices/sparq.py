@@ -43,11 +43,10 @@ class Written(Definition):
         for h in heads:
             q = at.q[h, -1]
             share = sum(abs(float(q[c])) for c in large) / float(q.abs().sum())
-            s = [
-                math.exp(float(at.k[g, j, large] @ q[large]) * at.scale / math.sqrt(share))
-                for j in range(at.n)
-            ]
-            rough[h] = [x / sum(s) for x in s]
+            scores = (at.k[g][:, large] @ q[large]).tolist()
+            s = [math.exp(x * at.scale / math.sqrt(share)) for x in scores]
+            total = sum(s)
+            rough[h] = [x / total for x in s]
         newest = range(at.n - max(1, round(self.cfg.local * at.budget)), at.n)
         votes = {j: sum(rough[h][j] for h in heads) for j in range(at.n) if j not in newest}
         return [*largest(votes, at.budget - len(newest)), *newest], rough
