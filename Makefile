@@ -5,7 +5,7 @@ OUT ?= runs/compare
 READY := .venv/.ready
 REAL := .venv/.real
 
-.PHONY: help compare real extras oracles test mutants check claims families bench format clean
+.PHONY: help compare real extras oracles test test-all mutants check claims families bench format clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -51,9 +51,13 @@ real: $(REAL)
 	  --tasks needle,perplexity --methods streaming_llm,snapkv,h2o,tokenselect,razor_attention,recycled_attention
 	@echo "report: runs/real/report.html"
 
-## make test      the tests (needs Chromium for one of them: REGARD_NO_BROWSER=1 leaves it out)
+## make test      the tests but those of a second and more (tests/long.txt), pages in short
 test: $(READY)
-	$(BIN)/pytest -n 2 -m "not claims"
+	$(BIN)/pytest -n 2 -m "not claims and not long"
+
+## make test-all  all tests (needs Chromium for one of them: REGARD_NO_BROWSER=1 leaves it out)
+test-all: $(READY)
+	$(BIN)/pytest -n 2 -m "not claims and not short"
 
 MUTANTS := .venv/.mutants
 $(MUTANTS): $(READY)

@@ -1,26 +1,40 @@
 """What `make test` leaves out, and how long each test takes.
 
-long.txt names the tests that `make test` leaves out; `make test-all` runs them all. `--times FILE` writes what each test
-took of the processor, its children included, and `python tests/quick.py FILE` makes long.txt of it.
+long.txt names the tests that `make test` leaves out, those of a second and more of the processor; `make test-all`
+asks them all. One that alone sees a planted fault of mutants/ stays where it takes less than ALONE seconds. To make
+the list: `pytest --times FILE` writes what each test takes of the processor, its children included, and
+`python tests/quick.py FILE` makes long.txt of that.
 """
 
 import os
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
 
-LIST = Path(__file__).parent / "long.txt"
+HERE = Path(__file__).parent
+LIST = HERE / "long.txt"
+LONG, ALONE = 1.0, 20.0  # seconds
+# the slow definitions see more than any others, 275 planted faults; of pages test_every_page.py has a short form
+STAY = ("tests/test_choices.py::test_choice_is_the_definition[", "tests/test_every_page.py::test_page")
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--times", metavar="FILE", help="append what each test took of the processor to FILE")
+    parser.addoption("--times", metavar="FILE", help="append what each test takes of the processor to FILE")
 
 
 def mark_long(items) -> None:
-    long = set(LIST.read_text(encoding="utf8").splitlines())
+    """The tests that the list names are `long`."""
+    long = set(listed())
     for item in items:
         if item.nodeid in long:
             item.add_marker(pytest.mark.long)
+
+
+def listed() -> list[str]:
+    return LIST.read_text(encoding="utf8").splitlines()
 
 
 def spent() -> float:
@@ -45,3 +59,34 @@ def pytest_runtest_setup(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     return (yield from timed(item, "call"))
+
+
+def laws() -> list[list[str]]:
+    """Of every planted fault that is no claim's, the tests that see it: a test, or all of a function, class or file."""
+    files = sorted((HERE / "mutants").glob("*.toml"))
+    faults = [fault for path in files for fault in tomllib.loads(path.read_text(encoding="utf8"))["fault"]]
+    return [law for fault in faults if (law := fault.get("law")) and "claim_faults" not in str(law)]
+
+
+def of(law: str, tests: Iterable[str]) -> list[str]:
+    """Those of the tests that a law names."""
+    return [test for test in tests if test == law or test.startswith((law + "[", law + "::"))]
+
+
+def long_of(times: Mapping[str, float]) -> list[str]:
+    """The tests that are left out."""
+    long = {test for test, took in times.items() if took >= LONG and not test.startswith(STAY)}
+    for law in laws():
+        left = [of(name, long) for name in law]
+        if all(left):
+            cheapest = min(left, key=lambda tests: sum(times[test] for test in tests))
+            if sum(times[test] for test in cheapest) < ALONE:
+                long -= set(cheapest)
+    return sorted(long)
+
+
+if __name__ == "__main__":
+    rows = [row.split(" ", 2) for row in Path(sys.argv[1]).read_text(encoding="utf8").splitlines()]
+    LIST.write_text(
+        "\n".join(long_of({test: float(took) for took, phase, test in rows if phase == "call"})) + "\n"
+    )

@@ -49,6 +49,7 @@ def mechanism_in_short(name):
 IN_SHORT = {"cache": cache_in_short, "mechanism": mechanism_in_short}
 BRIEF = {name: kind for kind in IN_SHORT for name in catalog.list_methods(kind=kind)}
 
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()

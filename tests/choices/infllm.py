@@ -61,7 +61,9 @@ class Written(Definition):
         for h in range(len(at.q)):
             g = at.kv_head(h)
             tokens = [j for j in at.held[g] if max(first, j + 1) < min(at.n, j + 1 + self.cfg.local)]
-            until = torch.cat([at.q.new_zeros(1, at.q.shape[-1]), at.q[h].cumsum(0)])  # queries before each token
+            until = torch.cat(
+                [at.q.new_zeros(1, at.q.shape[-1]), at.q[h].cumsum(0)]
+            )  # queries before each token
             asks = [until[min(at.n, j + 1 + self.cfg.local)] - until[max(first, j + 1)] for j in tokens]
             for j, query in zip(tokens, asks, strict=True):
                 heard[h, j] = heard.get((h, j), 0.0) + float(query @ at.k[g, j])
