@@ -2,7 +2,7 @@
 
     python scripts/mutants planted [FILE.toml ...]      # tests/mutants: every fault under the law that must see it
     python scripts/mutants sample --count 150 --seed 0  # mutations by cosmic-ray, under the tests that reach them:
-                                                        # the whole suite runs once before, to see which do
+                                                        # what make test asks runs once before, to see which do
     python scripts/mutants table                        # what was found, by room
 
 Each fault lies in a copy of the tree of its own; tests run there on one thread, `--workers` copies beside each other.

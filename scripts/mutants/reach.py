@@ -16,8 +16,8 @@ from pathlib import Path
 import trees
 from trees import Mutant, copied
 
-# what these ask takes minutes to start, or is not installed everywhere
-LEFT_OUT = "not real and not cluster and not harness and not oracles and not claims and not short"
+# a sample is what `make test` sees; beside that, what takes minutes to start or is not installed everywhere
+LEFT_OUT = "not real and not cluster and not harness and not oracles and not claims and not long"
 TELLS = "REGARD_MUTANTS_TOLD"  # folder of the environment in which each process says what it ran
 # Each place says its number once a test, in whatever process it runs; torch.compile runs it while it traces.
 SAYS = f"""

@@ -29,7 +29,8 @@ from regard.testing.constants import small_constants
 from regard.testing.laws.heads import grouped
 
 LENGTHS = (1, 7, 64, 65)
-MOST = 48  # numbers of a tensor along which slopes are taken; of larger ones also along a line through all
+MOST = 48  # numbers of a tensor of tokens along which slopes are taken, as rows of one batch
+LINES = 2  # through all numbers of any other tensor, and of those of more: each number is asked where one is off
 ODD = (1, 3, 5, 64)  # values of settings that change the speed only
 WIDTHS = (60, 100, 257, 512)
 
@@ -242,12 +243,6 @@ def wrong_gradients(case: Case, n: int, seed: int) -> dict[str, tuple[list[int],
     def total(inputs: Inputs) -> Tensor:
         return (case.run(case.page.reference, inputs)[0] * weights).sum()
 
-    def slopes_of(name: str) -> Callable[[Tensor], Tensor]:
-        apart = case.keeps_rows_apart and name not in inputs.params
-        if apart:
-            return partial(differences_in_rows, case, inputs, weights, name, step)
-        return partial(finite_differences, total, inputs, name, step)
-
     live = inputs.map(tracked)
     named = {name: t for name, t in live.tensors().items() if t.requires_grad}
     value = total(live)
@@ -259,20 +254,28 @@ def wrong_gradients(case: Case, n: int, seed: int) -> dict[str, tuple[list[int],
     wrong = {}
     for (name, t), g in zip(named.items(), grads, strict=True):
         g = (torch.zeros_like(t) if g is None else g).reshape(-1)
-        draw = torch.Generator().manual_seed(seed)
-        some = torch.randperm(t.numel(), generator=draw)[:MOST].sort().values
-        far = first_apart(g, some, slopes_of(name), bar)
-        if far is None and t.numel() > MOST:
-            d = F.normalize(torch.randn(g.shape, generator=draw, dtype=g.dtype), dim=0)
-            slope = along_line(total, inputs, name, d * step) / (2 * step)
-            if abs(slope - (g @ d).item()) > bar * max(1.0, abs(slope)):  # some number that was not drawn
-                every = torch.arange(t.numel())
-                far = first_apart(g, every, slopes_of(name), bar)
+        draw, far = torch.Generator().manual_seed(seed), None
+        in_rows = case.keeps_rows_apart and name not in inputs.params
+        slopes = partial(finite_differences, total, inputs, name, step)
+        if in_rows:
+            slopes = partial(differences_in_rows, case, inputs, weights, name, step)
+            some = torch.randperm(t.numel(), generator=draw)[:MOST].sort().values
+            far = first_apart(g, some, slopes, bar)
+        if far is None and not (in_rows and t.numel() <= MOST):
+            lines = F.normalize(torch.randn(LINES, len(g), generator=draw, dtype=g.dtype), dim=1)
+            if any(off_along(g, d, partial(along_line, total, inputs, name), step, bar) for d in lines):
+                far = first_apart(g, torch.arange(t.numel()), slopes, bar)
         if far is not None:
             number, slope = far
             at = [int(i) for i in torch.unravel_index(torch.tensor(number), t.shape)]
             wrong[name] = (at, g[number].item(), slope)
     return wrong
+
+
+def off_along(gradient: Tensor, direction: Tensor, rise: Callable, step: float, bar: float) -> bool:
+    """Whether the slope along a direction of length 1 is another than that of the gradient."""
+    slope = rise(direction * step) / (2 * step)
+    return abs(slope - (gradient @ direction).item()) > bar * max(1.0, abs(slope))
 
 
 def first_apart(
