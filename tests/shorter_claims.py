@@ -69,6 +69,7 @@ SHORT = {
         "BLOCK": 4,
         "SINKS": 4,
     },
+    "moh": {"SEEDS": (0,), "RATES": (8e-3,)},
     "multi_lane": {"SEEDS": (0,), "FIRST": 100, "STEPS": 20},
     "multihop_permutation": {"SEEDS": (20,), "STEPS": 350, "TESTED": 500, "ORDERS": 1},
     "opera": {"SEEDS": (1,)},
