@@ -22,6 +22,7 @@ SHORT = {
     "damro": {"SEEDS": (21,), "COUNT": 64, "PATCHES": (1,), "STRENGTHS": (2.0,)},
     "dcal": {"SEEDS": (0,), "MOST": 1, "STEPS": 250},
     "dependency_vit": {"SEEDS": (0,), "STEPS": 250, "DRAWS": 2},
+    "dyvte": {"SEEDS": (1,), "KINDS": ("exists", "word", "colour"), "TRAINING": 128, "CHOOSING": 16},
     "ee_mllm": {"SEEDS": (0,), "STEPS": 250},
     "embedlens": {"EACH": 16},
     "factual_recall_mechanisms": {"SEEDS": (5,)},
