@@ -17,6 +17,7 @@ SHORT = {
     "connnet": {"ERRORS": {"flipped": (0,)}, "STEPS": 20, "IMAGES": 100, "TESTED": 50},
     "contextual_net_3d": {"SEEDS": (3,), "BATCH": 12},
     "cot_overthinking_tasks": {"GRAMMARS": 1, "MORE": ()},
+    "cross_task_icl": {"SEEDS": (20,), "ASKED": 500},
     "crossvit": {"SEEDS": (4,), "STEPS": 60},
     "cx_tom": {"EXACT_IMAGES": 4},
     "damro": {"SEEDS": (21,), "COUNT": 64, "PATCHES": (1,), "STRENGTHS": (2.0,)},
