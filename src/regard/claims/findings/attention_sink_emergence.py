@@ -237,8 +237,13 @@ def measure() -> Measured:
             numbers |= {f"{name}_{key}": value for key, value in after.items()}
     softmax, sigmoid, key = (numbers[f"{name}_sink_1"] for name in SIDES)
     start = numbers["softmax_sink_1_at_start"]
-    holds = softmax > 0 and softmax >= 3 * max(sigmoid, start) and key <= 0.5 * softmax
-    return Measured(holds, numbers)
+    parts = {
+        "a sink with softmax": softmax > 0,
+        "not with sigmoid attention": softmax >= 3 * sigmoid,
+        "not before training": softmax >= 3 * start,
+        "less beside a key": key <= 0.5 * softmax,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -159,7 +159,13 @@ def measure() -> Measured:
         "later_tokens_in_the_mask": seen,
         "change_of_earlier_logits": changed,
     }
-    return Measured(s2 > full and closed >= 0.3 and seen == 0 and changed == 0, numbers)
+    parts = {
+        "S²-Attn leaves a gap": s2 > full,
+        "a part of it is closed": closed >= 0.3,
+        "no later token in the mask": seen == 0,
+        "none moves the logits": changed == 0,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

@@ -113,10 +113,14 @@ def measure() -> Measured:
             numbers[f"{name}_gap_at_best_by_seed"] = there
             numbers[f"{name}_parameters"] = count_parameters(new_model(name, 0))
     numbers["gap_ratio"] = numbers["gin_gap"] / numbers["softmax_gap"]
-    exact = numbers["reduction"] < 1e-6 and numbers["future_edit"] == 0
-    fair = numbers["gin_parameters"] <= numbers["softmax_parameters"]
-    better = numbers["gin_best_validation"] <= numbers["softmax_best_validation"]
-    return Measured(exact and fair and better and numbers["gap_ratio"] <= 0.9, numbers)
+    parts = {
+        "A X without ε and MLP": numbers["reduction"] < 1e-6,
+        "no look ahead": numbers["future_edit"] == 0,
+        "no more parameters": numbers["gin_parameters"] <= numbers["softmax_parameters"],
+        "best loss not higher": numbers["gin_best_validation"] <= numbers["softmax_best_validation"],
+        "a smaller gap": numbers["gap_ratio"] <= 0.9,
+    }
+    return Measured.by(parts, numbers)
 
 
 CLAIM = Claim(

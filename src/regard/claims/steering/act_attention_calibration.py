@@ -27,6 +27,7 @@ from regard.core import Claim, Measured, Method, Observer, Site
 from regard.methods.steering import act_attention_calibration as page
 
 NAME, LENGTH, PIECES, SPLITS, DRAWS = "act_attention_calibration", 256, 32, 5, 6
+BETTER = 4  # in so many of the splits selected heads are to be above random ones
 CANDIDATES = tuple((layer, head) for layer in (1, 2, 3) for head in range(6))
 
 
@@ -90,8 +91,12 @@ def measure() -> Measured:
     numbers |= {"selected_minus_plain": [s["selected"] - s["plain"] for s in splits]}
     numbers |= {"raised_on_calibration": [s["raised_on_calibration"] for s in splits]} | exact
     better = sum(gain > 0 for gain in gains)
-    holds = exact["row_sum_error"] < 1e-6 and exact["beta_1_is_the_model"] == 1 and better >= 4
-    return Measured(holds, numbers | {"splits_better": better})
+    parts = {
+        "rows keep their sum": exact["row_sum_error"] < 1e-6,
+        "β = 1 is the model": exact["beta_1_is_the_model"] == 1,
+        "above random heads": better >= BETTER,
+    }
+    return Measured.by(parts, numbers | {"splits_better": better})
 
 
 CLAIM = Claim(

@@ -43,6 +43,7 @@ from regard.nn import RegardConfig, RegardForMaskedLM
 from regard.train.loop import fit, linear_to
 
 FIRST_SEED, SEEDS, CONTROLS = 200, 5, 2  # the control training on the first two
+CLOSER = 4  # in so many of the seeds TReATE is to be closer
 # words: the first, the mask, fillers, and WORDS for each value of the treated and of the control concept
 FIRST, MASK, FILLERS, WORDS = 0, 1, 20, 8
 TREATED, CONTROL = 2 + FILLERS, 2 + FILLERS + 2 * WORDS
@@ -254,7 +255,13 @@ def measure() -> Measured:
     }
     # an encoder that never knew the concept has nothing to forget
     knew = min(numbers["treated_probe_before"]) >= 0.9
-    return Measured(knew and closer >= 4 and forgot <= 0.55 and kept >= 0.9, summary | numbers)
+    parts = {
+        "known before": knew,
+        "closer to the effect": closer >= CLOSER,
+        "the treated concept is forgotten": forgot <= 0.55,
+        "the control concept is kept": kept >= 0.9,
+    }
+    return Measured.by(parts, summary | numbers)
 
 
 CLAIM = Claim(
