@@ -29,6 +29,7 @@ SHORT = {
     "fastervlm": {"DRAWS": 1, "OTHERS": {"fastv": {"queries": "last"}}},
     "fcct_iri": {"COUNT": 12, "TEXTS": 2},
     "fmri_motion_decoding": {"SEEDS": (0,), "SHUFFLES": 2},
+    "fod_i2correlation": {"RATES": (0.03,), "CHOOSE": (0,), "JUDGED": (1,), "STEPS": 150},
     "gam": {"SHORT": 256, "LONG": 512, "RUNS": 1, "RATES": (0.003,), "RECALL_STEPS": 5},
     "gs_jacobi_tarflow": {
         "FLOWS": ((64, 1),),
