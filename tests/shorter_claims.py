@@ -5,6 +5,7 @@ Fewer seeds, widths, texts, scenes or steps; each holds as it is recorded, witho
 
 SHORT = {
     "active_dormant_heads": {"SEEDS": (0,), "STEPS": 250, "BATCH": 32, "MOMENTS": (), "PIECES": 1},
+    "af1_cama_abp": {"SEEDS": (32,)},
     "aim": {"SEEDS": (1,)},
     "aki_mma": {"SEEDS": (0,), "RATES": (0.006,), "STEPS": 400},
     "ancat": {"SEEDS": (1,)},
