@@ -5,6 +5,7 @@ Fewer seeds, widths, texts, scenes or steps; each holds as it is recorded, witho
 
 SHORT = {
     "active_dormant_heads": {"SEEDS": (0,), "STEPS": 250, "BATCH": 32, "MOMENTS": (), "PIECES": 1},
+    "af1_cama_abp": {"SEEDS": (32,)},
     "aim": {"SEEDS": (1,)},
     "aki_mma": {"SEEDS": (0,), "RATES": (0.006,), "STEPS": 400},
     "ancat": {"SEEDS": (1,)},
@@ -25,11 +26,13 @@ SHORT = {
     "dependency_vit": {"SEEDS": (0,), "STEPS": 250, "DRAWS": 2},
     "dyvte": {"SEEDS": (1,), "KINDS": ("exists", "word", "colour"), "TRAINING": 128, "CHOOSING": 16},
     "ee_mllm": {"SEEDS": (0,), "STEPS": 250},
+    "ela": {"SEEDS": (0,), "STEPS": 100, "PLACES": 1, "WIDTHS": (16, 32, 32)},
     "embedlens": {"EACH": 16},
     "factual_recall_mechanisms": {"SEEDS": (5,)},
     "fastervlm": {"DRAWS": 1, "OTHERS": {"fastv": {"queries": "last"}}},
     "fcct_iri": {"COUNT": 12, "TEXTS": 2},
     "fmri_motion_decoding": {"SEEDS": (0,), "SHUFFLES": 2},
+    "fod_i2correlation": {"RATES": (0.03,), "CHOOSE": (0,), "JUDGED": (1,), "STEPS": 150},
     "gam": {"SHORT": 256, "LONG": 512, "RUNS": 1, "RATES": (0.003,), "RECALL_STEPS": 5},
     "graph_aware_isomorphic_attention": {"SEEDS": (0,), "RATES": (1e-3,)},
     "gs_jacobi_tarflow": {
@@ -72,6 +75,7 @@ SHORT = {
         "SINKS": 4,
     },
     "moh": {"SEEDS": (0,), "RATES": (8e-3,)},
+    "ms_guided_attention": {"SEEDS": (0,), "STEPS": 100},
     "multi_lane": {"SEEDS": (0,), "FIRST": 100, "STEPS": 20},
     "multihop_permutation": {"SEEDS": (20,), "STEPS": 350, "TESTED": 500, "ORDERS": 1},
     "opera": {"SEEDS": (1,)},
@@ -99,6 +103,7 @@ SHORT = {
     "transnext": {"SEEDS": (0,), "RATES": (0.01,), "STEPS": 150, "ZOOM": 1.5},
     "vhd_vhr": {"TEXTS": 32},
     "vista": {"TEXTS": 32, "DRAWS": 2},
+    "vitgaze": {"SEEDS": (0,), "DECODER_STEPS": 100, "JUDGED": 500},
     "vmtc_cmai": {"SEEDS": (1,)},
     "vtc_cls": {"TOWER_STEPS": 300, "READER_STEPS": 150, "DRAWS": 1},
     "yopo": {"SEEDS": (0,), "STEPS": 300, "FURTHER": 20},

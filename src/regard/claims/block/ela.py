@@ -135,7 +135,7 @@ def second_singular_value() -> float:
 
 def measure() -> Measured:
     with threads(1):
-        found = {side: [accuracy(trained(side, seed)) for seed in SEEDS] for side in SIDES}
+        found = {side: [accuracy(trained(side, seed, steps=STEPS)) for seed in SEEDS] for side in SIDES}
     parameters = {side: sum(count_parameters(SIDES[side](width)) for width in WIDTHS) for side in SIDES}
     second = second_singular_value()
     apart = mean(found["ela"]) - mean(found["coordinate"])

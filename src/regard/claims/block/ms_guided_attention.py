@@ -148,7 +148,7 @@ def change_at_first(attention: str) -> float:
 
 def measure() -> Measured:
     with threads(1):
-        models = {side: [trained(side, seed) for seed in SEEDS] for side in SIDES}
+        models = {side: [trained(side, seed, steps=STEPS) for seed in SEEDS] for side in SIDES}
         found = {side: [dice(model) for model in models[side]] for side in SIDES}
     changes = {attention: change_at_first(attention) for attention in ATTENTIONS}
     points = {side: mean(values) for side, values in found.items()}
