@@ -1,9 +1,9 @@
 """What `make test` leaves out, and how long each test takes.
 
-long.txt names the tests that `make test` leaves out, those of a second and more of the processor; `make test-all`
-asks them all. One that alone sees a planted fault of mutants/ stays where it takes less than ALONE seconds. To make
-the list: `pytest --times FILE` writes what each test takes of the processor, its children included, and
-`python tests/quick.py FILE` makes long.txt of that.
+long.txt names the tests that `make test` leaves out, those of half a second and more of the processor;
+`make test-all` asks them all. One that alone sees a planted fault of mutants/ stays where it takes less than ALONE
+seconds. To make the list: `pytest --times FILE` writes what each test takes of the processor, its children included,
+and `python tests/quick.py FILE` makes long.txt of that.
 """
 
 import os
@@ -16,7 +16,8 @@ import pytest
 
 HERE = Path(__file__).parent
 LIST = HERE / "long.txt"
-LONG, ALONE = 1.0, 20.0  # seconds
+LONG, ALONE = 0.5, 20.0  # seconds
+SETUP = 5.0  # what takes so many to set up for one test of a file counts for all of them
 # the slow definitions see more than any others, 275 planted faults; of pages test_every_page.py has a short form
 STAY = ("tests/test_choices.py::test_choice_is_the_definition[", "tests/test_every_page.py::test_page")
 
@@ -85,8 +86,18 @@ def long_of(times: Mapping[str, float]) -> list[str]:
     return sorted(long)
 
 
+def times_of(rows: Iterable[str]) -> dict[str, float]:
+    """What each test takes, with what was set up for its file."""
+    calls, setups = {}, {}
+    for took, phase, test in (row.split(" ", 2) for row in rows):
+        file = test.partition("::")[0]
+        if phase == "call":
+            calls[test] = float(took)
+        elif float(took) >= SETUP:
+            setups[file] = max(float(took), setups.get(file, 0.0))
+    return {test: took + setups.get(test.partition("::")[0], 0.0) for test, took in calls.items()}
+
+
 if __name__ == "__main__":
-    rows = [row.split(" ", 2) for row in Path(sys.argv[1]).read_text(encoding="utf8").splitlines()]
-    LIST.write_text(
-        "\n".join(long_of({test: float(took) for took, phase, test in rows if phase == "call"})) + "\n"
-    )
+    measured = times_of(Path(sys.argv[1]).read_text(encoding="utf8").splitlines())
+    LIST.write_text("\n".join(long_of(measured)) + "\n")

@@ -13,7 +13,7 @@ import torch
 from regard import catalog
 from regard.core import Page
 from regard.kinds import kinds, skeleton
-from regard.testing import cache, mechanism
+from regard.testing import block, cache, mechanism
 from regard.testing.case import Case
 from regard.testing.laws import CHECKS, GRID_CHECKS
 from regard.testing.pages import check_page, check_pickles
@@ -36,17 +36,26 @@ def mechanism_in_short(name):
     """Every law of a mechanism but those asked once, on every pattern, under the first settings that it tries."""
     page = catalog.get(name)
     cfg = page.configure(**dict(*page.test_settings[:1]))
-    checks = [
-        check for check in (*CHECKS, *(GRID_CHECKS if page.grid else ())) if check not in mechanism.ONCE
-    ]
-    report = {f"{mechanism.law_of(check)}, {pattern}": mechanism.verdict(check, Case(page, cfg, pattern))
-              for pattern in page.patterns for check in checks}  # fmt: skip
+    hold_in_short(page, CHECKS, [Case(page, cfg, pattern) for pattern in page.patterns])
+
+
+def block_in_short(name):
+    """The same of a block, as the last layer where it differs by depth."""
+    page = catalog.get(name)
+    cfg = page.configure(**dict(*page.test_settings[:1]), **block.depths(page)[-1])
+    hold_in_short(page, block.CHECKS, [block.BlockCase(page, cfg, page.pattern)])
+
+
+def hold_in_short(page, checks, cases):
+    asked = [check for check in (*checks, *(GRID_CHECKS if page.grid else ())) if check not in mechanism.ONCE]
+    report = {f"{mechanism.law_of(check)}, {case.pattern}": mechanism.verdict(check, case)
+              for case in cases for check in asked}  # fmt: skip
     assert "held" in report.values()
     mechanism.hold_all(page, report)
 
 
 # kinds whose pages take seconds each, and what is asked of them where these seconds are too many
-IN_SHORT = {"cache": cache_in_short, "mechanism": mechanism_in_short}
+IN_SHORT = {"block": block_in_short, "cache": cache_in_short, "mechanism": mechanism_in_short}
 BRIEF = {name: kind for kind in IN_SHORT for name in catalog.list_methods(kind=kind)}
 
 
