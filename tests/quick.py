@@ -18,8 +18,14 @@ HERE = Path(__file__).parent
 LIST = HERE / "long.txt"
 LONG, ALONE = 0.5, 20.0  # seconds
 SETUP = 5.0  # what takes so many to set up for one test of a file counts for all of them
-# the slow definitions see more than any others, 275 planted faults; of pages test_every_page.py has a short form
-STAY = ("tests/test_choices.py::test_choice_is_the_definition[", "tests/test_every_page.py::test_page")
+FIT = "tests/test_mutants.py::test_every_fault_still_fits_its_file_and_has_a_name_of_its_own"
+# the slow definitions see more than any others, 275 planted faults; of pages test_every_page.py has a short form; and
+# what a change of the code most often breaks
+CHOICES, PAGES = (
+    "tests/test_choices.py::test_choice_is_the_definition[",
+    "tests/test_every_page.py::test_page",
+)
+STAY = (CHOICES, PAGES, "tests/test_floors.py", FIT)
 
 
 def pytest_addoption(parser) -> None:

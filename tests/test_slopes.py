@@ -104,6 +104,14 @@ def test_one_wrong_number_of_many_is_named(number):
         check_gradients(case_of([number], 300))
 
 
+@pytest.mark.parametrize("size", [1, 40])
+def test_a_gradient_of_the_other_sign_is_found(size):
+    """As of a function that is run on 2 x, of which the gradient is let through x times -1 alone."""
+    case = case_of([], size)
+    case.run = lambda reference, given: ((2 * given.t.detach() - given.t).sin(),)
+    assert "w" in wrong_gradients(case, 3, 0) and "w" in wrong_gradients(case, 3, 1)
+
+
 @pytest.mark.parametrize("size", [1, MOST, MOST + 1, 300])
 def test_right_ones_pass(size):
     assert wrong_gradients(case_of([], size), 3, 0) == {}
