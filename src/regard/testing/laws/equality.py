@@ -30,9 +30,7 @@ from regard.testing.laws.heads import grouped
 
 LENGTHS = (1, 7, 64, 65)
 MOST = 48  # numbers of a tensor of tokens along which slopes are taken, as rows of one batch
-LINES = (
-    2  # through all numbers of any other tensor, and of those of more: each number is asked where one is off
-)
+LINES = 2  # through all numbers of any other tensor, and of larger ones: each is asked where a line is off
 ODD = (1, 3, 5, 64)  # values of settings that change the speed only
 WIDTHS = (60, 100, 257, 512)
 
