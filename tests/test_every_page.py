@@ -16,7 +16,7 @@ from regard.kinds import kinds, skeleton
 from regard.testing import block, cache, mechanism
 from regard.testing.case import Case
 from regard.testing.laws import CHECKS, GRID_CHECKS, check_fast_equals_reference
-from regard.testing.pages import check_page, check_pickles
+from regard.testing.pages import check_page, check_pickles, check_whatever_its_kind
 from regard.testing.zoo import build
 
 
@@ -36,7 +36,7 @@ def mechanism_in_short(name):
     """Every law of a mechanism but those asked once, on its first pattern; on the others whether its paths agree."""
     page = catalog.get(name)
     cases = [Case(page, first_settings(page), pattern) for pattern in page.patterns]
-    hold_in_short(cases[0], CHECKS)
+    hold_in_short(cases[0], with_grids(page, CHECKS))
     for case in cases[1:]:
         hold_in_short(case, [check_fast_equals_reference])
 
@@ -45,16 +45,19 @@ def block_in_short(name):
     """Every law of a block but torch.compile's, as the last layer where it differs by depth."""
     page = catalog.get(name)
     cfg = first_settings(page, **block.depths(page)[-1])
-    hold_in_short(block.BlockCase(page, cfg, page.pattern), block.CHECKS)
+    hold_in_short(block.BlockCase(page, cfg, page.pattern), with_grids(page, block.CHECKS))
 
 
 def first_settings(page, **more):
     return page.configure(**dict(*page.test_settings[:1]), **more)
 
 
+def with_grids(page, checks):
+    return (*checks, *(GRID_CHECKS if page.grid else ()))
+
+
 def hold_in_short(case, checks):
-    on_grids = GRID_CHECKS if case.page.grid and len(checks) > 1 else ()
-    asked = [check for check in (*checks, *on_grids) if check not in mechanism.ONCE]
+    asked = [check for check in checks if check not in mechanism.ONCE]
     report = {f"{mechanism.law_of(check)}, {case.pattern}": mechanism.verdict(check, case) for check in asked}
     assert "held" in report.values(), report
     mechanism.hold_all(case.page, report)
@@ -84,6 +87,7 @@ def test_page(name):
 @pytest.mark.short
 @pytest.mark.parametrize("name", BRIEF)
 def test_page_in_short(name):
+    check_whatever_its_kind(name, catalog.get(name))
     IN_SHORT[BRIEF[name]](name)
 
 

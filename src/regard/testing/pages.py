@@ -16,12 +16,15 @@ from regard.kinds import kind
 def check_page(name: str) -> Any:
     """The card, the settings, and the checks of its kind; what these return. Raises AssertionError."""
     page = catalog.get(name)
-    check_card(name, page)
-    check_config(name, page)
-    check_settings(name, page)
-    check_pickles(name, page)
+    check_whatever_its_kind(name, page)
     where, _, check = kind(page.kind).checks.partition(":")
     return getattr(import_module(where), check)(name)
+
+
+def check_whatever_its_kind(name: str, page: Page) -> None:
+    """The card, the settings, and that it reaches another process."""
+    for check in (check_card, check_config, check_settings, check_pickles):
+        check(name, page)
 
 
 def check_card(name: str, page: Page) -> None:
