@@ -63,7 +63,7 @@ def main() -> int:
 def planted(args: argparse.Namespace) -> int:
     faults = kept.load(args.files or [p for p in sorted(kept.FOLDER.glob("*.toml")) if p.name != LONGER])
     mutants = [fault.mutant() for fault in faults if not fault.equivalent]
-    kept.check_laws_pass(mutants, args.limit)
+    kept.check_laws_pass(mutants, args.limit, args.workers)
     rows = run(mutants, OUT / "planted.jsonl", args)
     unseen = [row for row in rows if row["outcome"] != "seen"]
     same = sum(bool(fault.equivalent) for fault in faults)

@@ -1,8 +1,10 @@
 """A mutant, and what tests say of it: copies of the tree in which one file is changed, and tests run under a limit."""
 
+import compileall
 import hashlib
 import multiprocessing
 import os
+import py_compile
 import queue
 import re
 import shutil
@@ -29,7 +31,7 @@ BROKE = 70  # not a test, but what runs them
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["torch", "transformers.models.llama.modeling_llama", "transformers.generation", "plotly.graph_objects",
-     "rich.console", "sklearn.datasets"]
+     "rich.console", "sklearn.datasets", "hypothesis", "beartype", "jaxtyping", "anyio"]
 )  # fmt: skip
 
 
@@ -77,6 +79,9 @@ def copied(to: Path) -> Path:
         if (ROOT / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, to / name)
+    # told by its digest: a file that changes twice in a second, and keeps its length, would be taken from before
+    by_digest = py_compile.PycInvalidationMode.CHECKED_HASH
+    compileall.compile_dir(to / "src", quiet=2, invalidation_mode=by_digest)
     return to
 
 
@@ -141,8 +146,7 @@ def run_tests(tree: Path, tests: Sequence[str], said: Path) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ |= {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    # no bytecode: a file that changes twice in a second, and keeps its length, would be taken from before
-    sys.dont_write_bytecode = True
+    sys.dont_write_bytecode = True  # of the fault; that of the tree as it is was written with the copy
     sys.path[:0] = [str(tree / "src"), str(tree)]
     status = BROKE
     try:
