@@ -33,6 +33,7 @@ SHORT = {
     "fcct_iri": {"COUNT": 12, "TEXTS": 2},
     "fmri_motion_decoding": {"SEEDS": (0,), "SHUFFLES": 2},
     "fod_i2correlation": {"RATES": (0.03,), "CHOOSE": (0,), "JUDGED": (1,), "STEPS": 150},
+    "g_search": {"SEEDS": (1,)},
     "gam": {"SHORT": 256, "LONG": 512, "RUNS": 1, "RATES": (0.003,), "RECALL_STEPS": 5},
     "graph_aware_isomorphic_attention": {"SEEDS": (0,), "RATES": (1e-3,)},
     "gs_jacobi_tarflow": {

@@ -111,24 +111,34 @@ def judged(mutant: Mutant, free: "queue.Queue[Path]", limit: float) -> dict:
 
 def tested(tree: Path, tests: Sequence[str], limit: float) -> tuple[str, str]:
     """What the tests say of a tree, and the line of the first that fails."""
+    status, text = asked(tree, tests, limit)
+    if status is None:
+        return LATE, ""
+    if status == NOTHING_RAN:
+        return UNREACHED, ""
+    if status == NO_SUCH_TEST and re.search("found no collectors|no match in any of", text):
+        return UNCOLLECTED, text.splitlines()[-1][:200]
+    # a fault may end the process itself
+    if status not in (0, 1, 2) and status >= 0:
+        raise RuntimeError(f"pytest could not run ({status}):\n{text[-4000:]}")
+    return (SEEN if status else UNSEEN), ([line[:200] for line in failures(text)] or [""])[0]
+
+
+def asked(tree: Path, tests: Sequence[str], limit: float, *how: str) -> tuple[int | None, str]:
+    """pytest's exit status, None where time was up, and what it said; it stops at the first failure unless told how."""
     said = tree / "mutant-said.txt"
-    process = FORKS.Process(target=run_tests, args=(tree, tuple(tests), said))
+    process = FORKS.Process(target=run_tests, args=(tree, (*(how or ("-x",)), *tests), said))
     process.start()
     process.join(limit)
     if process.exitcode is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
-        return LATE, ""
-    text = said.read_text(errors="replace")
-    if process.exitcode == NOTHING_RAN:
-        return UNREACHED, ""
-    if process.exitcode == NO_SUCH_TEST and re.search("found no collectors|no match in any of", text):
-        return UNCOLLECTED, text.splitlines()[-1][:200]
-    # a fault may end the process itself
-    if process.exitcode not in (0, 1, 2) and process.exitcode >= 0:
-        raise RuntimeError(f"pytest could not run ({process.exitcode}):\n{text[-4000:]}")
-    failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return (SEEN if process.exitcode else UNSEEN), (failed or [""])[0][:200]
+        return None, ""
+    return process.exitcode, said.read_text(errors="replace")
+
+
+def failures(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
 
 
 def end_with(parent: Any) -> None:
@@ -137,7 +147,7 @@ def end_with(parent: Any) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def run_tests(tree: Path, tests: Sequence[str], said: Path) -> None:
+def run_tests(tree: Path, arguments: Sequence[str], said: Path) -> None:
     """Run pytest here, in a process of its own group that was forked with torch in it, and end with its status."""
     os.setsid()
     threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
@@ -154,7 +164,7 @@ def run_tests(tree: Path, tests: Sequence[str], said: Path) -> None:
 
         # what was imported before the fork are no tests
         warned = "ignore::pytest.PytestAssertRewriteWarning"
-        status = int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", warned, *tests]))
+        status = int(pytest.main(["-q", "--tb=line", "-p", "no:cacheprovider", "-W", warned, *arguments]))
     except BaseException:
         traceback.print_exc()
     finally:
