@@ -71,6 +71,20 @@ def test_what_a_run_says(tree):
         trees.tested(tree, ["tests/test_none.py"], 60)
 
 
+def test_a_law_that_fails_without_a_fault_is_named(tree, monkeypatch):
+    monkeypatch.setattr(trees, "ROOT", tree)
+    right, wrong = (f"tests/test_one.py::test_{name}" for name in ("right", "wrong"))
+    mutants = [trees.Mutant(law, "tests/test_one.py", "", (law,)) for law in (right, wrong)]
+    failing = kept.failing_laws(mutants, 60, 2)
+    assert [*failing] == [wrong] and "1 + 1" in failing[wrong]
+    missing = trees.Mutant("none", "tests/test_one.py", "", ("tests/test_one.py::test_none",))
+    with pytest.raises(SystemExit, match="could not be asked"):
+        kept.failing_laws([missing], 60, 1)
+    # a law is a test, or all of a function, class or file, and no other with a longer name
+    assert kept.of("tests/test_one.py", wrong) and kept.of(wrong, wrong + "[llama]")
+    assert not kept.of(wrong, wrong + "_too")
+
+
 def test_what_runs_tests_ends_with_who_waits_for_it(tree):
     """Killed in the middle of a test that never ends."""
     (tree / "tests" / "test_one.py").write_text(
