@@ -36,6 +36,7 @@ SHORT = {
     "fod_i2correlation": {"RATES": (0.03,), "CHOOSE": (0,), "JUDGED": (1,), "STEPS": 150},
     "g_search": {"SEEDS": (1,)},
     "gam": {"SHORT": 256, "LONG": 512, "RUNS": 1, "RATES": (0.003,), "RECALL_STEPS": 5},
+    "gcog": {"POOL": 6000, "ASKED": 250, "FIRST": 20, "STEPS": 60},
     "graph_aware_isomorphic_attention": {"SEEDS": (0,), "RATES": (1e-3,)},
     "gs_jacobi_tarflow": {
         "FLOWS": ((64, 1),),
@@ -108,6 +109,7 @@ SHORT = {
         "JUDGED": 40,
     },
     "streaming_llm": {"LENGTHS": {"lm": 3}, "CHUNK": {"lm": 128}},
+    "tap_adl": {"SEEDS": (0,)},
     "thought_anchors": {"SEEDS": (0,)},
     "token_correlation_compression": {"SEEDS": (4,)},
     "transnext": {"SEEDS": (0,), "RATES": (0.01,), "STEPS": 150, "ZOOM": 1.5},
