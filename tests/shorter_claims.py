@@ -99,6 +99,7 @@ SHORT = {
     "scan_and_snap": {"SEEDS": (0,), "BESIDE": {}},
     "seer_attention": {"ROWS": 1, "TRANSFER": {"steps": 30, "batch": 2, "length": 512, "rate": 0.01}},
     "selective_self_attention": {"SEEDS": (3,), "RATES": (0.03, 0.05)},
+    "sinklora": {"WIDTH": 64, "BASE_STEPS": 250, "BASE_ROWS": 32, "RATES": (2e-3,), "SEEDS": (0, 1)},
     "slash_slots": {"SEEDS": (2, 4)},
     "sparsifiner": {
         "SEEDS": (0,),

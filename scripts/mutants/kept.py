@@ -66,7 +66,11 @@ def load(files: Sequence[Path] = ()) -> list[Fault]:
 def failing_laws(mutants: Sequence[Mutant], limit: float, workers: int) -> dict[str, str]:
     """Laws that fail on the tree as it is, which say nothing of a fault, and the line of what fails."""
     laws = sorted({law for mutant in mutants for law in mutant.tests})
-    parts = [part for n in range(workers) if (part := laws[n::workers])]
+    files = sorted({law.partition("::")[0] for law in laws})  # tests of a file share what they run
+    parts = [
+        [law for law in laws if law.partition("::")[0] in files[n::workers]]
+        for n in range(min(workers, len(files)))
+    ]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         trees = [copied(Path(folder) / str(n)) for n in range(len(parts))]
         found = list(
