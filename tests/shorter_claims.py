@@ -4,6 +4,7 @@ Fewer seeds, widths, texts, scenes or steps; each holds as it is recorded, witho
 """
 
 SHORT = {
+    "act_attention_calibration": {"SPLITS": 3, "DRAWS": 3, "BETTER": 2},
     "active_dormant_heads": {"SEEDS": (0,), "STEPS": 250, "BATCH": 32, "MOMENTS": (), "PIECES": 1},
     "af1_cama_abp": {"SEEDS": (32,)},
     "aim": {"SEEDS": (1,)},

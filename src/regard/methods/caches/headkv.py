@@ -88,12 +88,12 @@ def parts(weights: Tensor, budget: int, sure: int, text: int, beta: float) -> Te
 
 
 def allocate(view: View, score: Tensor, cfg: Config) -> Tensor:
-    """[B, G] tokens of each head of this layer, in the order of the view's heads."""
+    """[B, G] tokens of each head of this layer, in the order of the model."""
     sure = (score == torch.finfo(score.dtype).max).sum(-1).amax(-1).minimum(view.budget)
     text = view.length() if view.window is None else view.length().clamp(max=view.window)
     groups = score.shape[1]
     every = weights(cfg, view.layers, groups)
-    own = torch.tensor([view.layer * groups + head for head in view.heads or range(groups)])
+    own = slice(view.layer * groups, (view.layer + 1) * groups)
     rows = zip(view.budget.tolist(), sure.tolist(), text.expand_as(view.budget).tolist(), strict=True)
     found = [parts(every, *row, cfg.beta)[own] for row in rows]
     return torch.stack(found).to(view.budget.device)
