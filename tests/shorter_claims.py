@@ -33,6 +33,7 @@ SHORT = {
     "factual_recall_mechanisms": {"SEEDS": (5,)},
     "fastervlm": {"DRAWS": 1, "OTHERS": {"fastv": {"queries": "last"}}},
     "fcct_iri": {"COUNT": 12, "TEXTS": 2},
+    "flux_attention": {"TESTED": 32},
     "fmri_motion_decoding": {"SEEDS": (0,), "SHUFFLES": 2},
     "fod_i2correlation": {"RATES": (0.03,), "CHOOSE": (0,), "JUDGED": (1,), "STEPS": 150},
     "g_search": {"SEEDS": (1,)},
