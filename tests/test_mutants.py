@@ -72,17 +72,28 @@ def test_what_a_run_says(tree):
 
 
 def test_a_law_that_fails_without_a_fault_is_named(tree, monkeypatch):
+    """Also one whose name has blanks."""
     monkeypatch.setattr(trees, "ROOT", tree)
+    (tree / "tests" / "test_two.py").write_text(
+        "import pytest\n\n\n@pytest.mark.parametrize('x', ['of one', 'of two'])\n"
+        "def test_x(x):\n    assert x == 'of one'\n"
+    )
     right, wrong = (f"tests/test_one.py::test_{name}" for name in ("right", "wrong"))
-    mutants = [trees.Mutant(law, "tests/test_one.py", "", (law,)) for law in (right, wrong)]
+    blank, good = (f"tests/test_two.py::test_x[of {n}]" for n in ("two", "one"))
+    mutants = [trees.Mutant(law, "tests/test_one.py", "", (law,)) for law in (right, wrong, blank, good)]
     failing = kept.failing_laws(mutants, 60, 2)
-    assert [*failing] == [wrong] and "1 + 1" in failing[wrong]
+    assert {*failing} == {wrong, blank} and "1 + 1" in failing[wrong]
     missing = trees.Mutant("none", "tests/test_one.py", "", ("tests/test_one.py::test_none",))
     with pytest.raises(SystemExit, match="could not be asked"):
         kept.failing_laws([missing], 60, 1)
-    # a law is a test, or all of a function, class or file, and no other with a longer name
-    assert kept.of("tests/test_one.py", wrong) and kept.of(wrong, wrong + "[llama]")
-    assert not kept.of(wrong, wrong + "_too")
+
+
+def test_a_line_of_what_failed_is_of_a_law():
+    """Which is a test, or all of a function, class or file, and no other with a longer name."""
+    law = "tests/test_one.py::test_wrong"
+    for name in (law, law + "[of two]", law + " - assert False", law + "[of two] - assert False"):
+        assert kept.of(law, f"FAILED {name}") and kept.of("tests/test_one.py", f"FAILED {name}")
+    assert not kept.of(law, f"FAILED {law}_too - assert False")
 
 
 def test_what_runs_tests_ends_with_who_waits_for_it(tree):

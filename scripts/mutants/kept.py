@@ -73,16 +73,18 @@ def failing_laws(mutants: Sequence[Mutant], limit: float, workers: int) -> dict[
     ]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         trees = [copied(Path(folder) / str(n)) for n in range(len(parts))]
-        found = list(
-            pool.map(lambda tree, part: asked(tree, part, max(limit, 3600), "--maxfail=1000"), trees, parts)
-        )
+        found = list(pool.map(asked, trees, parts, [max(limit, 3600)] * len(parts)))
     for status, text in found:
         if status not in (0, 1):
             raise SystemExit(f"the laws could not be asked of the tree as it is ({status}):\n{text[-4000:]}")
     lines = [line for _, text in found for line in failures(text)]
-    return {law: line for law in laws for line in lines if of(law, line.split()[1])}
+    failing = {law: line for law in laws for line in lines if of(law, line)}
+    if unknown := [line for line in lines if not any(of(law, line) for law in laws)]:
+        raise SystemExit(f"what failed on the tree as it is belongs to no law: {unknown}")
+    return failing
 
 
-def of(law: str, test: str) -> bool:
-    """Whether pytest asks this test where it is asked the law."""
-    return test == law or test.startswith((law + "[", law + "::"))
+def of(law: str, line: str) -> bool:
+    """Whether a line of what failed is of this law: a test, or all of a function, class or file."""
+    _, _, test = line.partition(" ")  # its name, which may have blanks, and what went wrong
+    return test == law or test.startswith((law + "[", law + "::", law + " - "))

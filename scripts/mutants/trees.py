@@ -111,7 +111,7 @@ def judged(mutant: Mutant, free: "queue.Queue[Path]", limit: float) -> dict:
 
 def tested(tree: Path, tests: Sequence[str], limit: float) -> tuple[str, str]:
     """What the tests say of a tree, and the line of the first that fails."""
-    status, text = asked(tree, tests, limit)
+    status, text = asked(tree, ("-x", *tests), limit)
     if status is None:
         return LATE, ""
     if status == NOTHING_RAN:
@@ -124,10 +124,10 @@ def tested(tree: Path, tests: Sequence[str], limit: float) -> tuple[str, str]:
     return (SEEN if status else UNSEEN), ([line[:200] for line in failures(text)] or [""])[0]
 
 
-def asked(tree: Path, tests: Sequence[str], limit: float, *how: str) -> tuple[int | None, str]:
-    """pytest's exit status, None where time was up, and what it said; it stops at the first failure unless told how."""
+def asked(tree: Path, arguments: Sequence[str], limit: float) -> tuple[int | None, str]:
+    """pytest's exit status, None where time was up, and what it said."""
     said = tree / "mutant-said.txt"
-    process = FORKS.Process(target=run_tests, args=(tree, (*(how or ("-x",)), *tests), said))
+    process = FORKS.Process(target=run_tests, args=(tree, tuple(arguments), said))
     process.start()
     process.join(limit)
     if process.exitcode is None:
