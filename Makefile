@@ -51,7 +51,7 @@ real: $(REAL)
 	  --tasks needle,perplexity --methods streaming_llm,snapkv,h2o,tokenselect,razor_attention,recycled_attention
 	@echo "report: runs/real/report.html"
 
-## make test      the tests but those of half a second and more (tests/long.txt), pages in short
+## make test      the tests but those of a quarter of a second and more (tests/long.txt), pages in short
 test: $(READY)
 	$(BIN)/pytest -n 2 -m "not claims and not long"
 
@@ -66,8 +66,8 @@ $(MUTANTS): $(READY)
 
 ## make mutants   plant faults one at a time: the kept list, and a seeded sample; which are seen (an hour or more)
 mutants: $(MUTANTS)
-	$(BIN)/python scripts/mutants planted
-	$(BIN)/python scripts/mutants sample --count 150 --seed 0
+	@$(BIN)/python scripts/mutants planted; planted=$$?; \
+	  $(BIN)/python scripts/mutants sample --count 150 --seed 0 && exit $$planted
 
 ## make check     format, lint, types
 check: $(READY)

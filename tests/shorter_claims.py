@@ -1,6 +1,7 @@
 """Shorter forms of measurements of claims, for their planted faults: constants of a claim's file made smaller.
 
-Fewer seeds, widths, texts, scenes or steps; each holds as it is recorded, without the fault.
+Fewer seeds, widths, texts, scenes or steps, and what so few steps reach counts as a sink; each holds as it is
+recorded, without the fault.
 """
 
 SHORT = {
@@ -12,6 +13,7 @@ SHORT = {
     "ancat": {"SEEDS": (1,)},
     "attention_agreement": {"EXPLAINED": 16, "REMOVALS": 250, "STEPS_IG": 20},
     "attention_residuals": {"SEEDS": (0,), "STEPS": 80},
+    "attention_sink_emergence": {"STEPS": 1600, "SINK": 0.18},
     "carve": {"EACH": 32},
     "causal_path_explanation": {"SHARES": (), "NOISES": (), "FEW": 5},
     "causalm": {"FIRST_SEED": 203, "SEEDS": 1, "CONTROLS": 1, "CLOSER": 1},

@@ -19,13 +19,11 @@ from regard.testing.cache.choice import (
     check_default_choice,
 )
 from regard.testing.cache.definition import Definition, Merged, Moment
-from regard.testing.cache.moves import check_all_settings_move, check_moves, settings_of
+from regard.testing.cache.moves import asked_of, check_all_settings_move, check_moves
 from regard.testing.cache.script import Tape, script
 
 CHOICES = Path(__file__).parent / "choices"
 PAGES = catalog.list_methods(kind="cache")
-# what is asked of a page shares its runs, so one process asks it
-EACH = [pytest.param(name, marks=pytest.mark.xdist_group(f"choices of {name}")) for name in PAGES]
 
 
 @cache
@@ -36,6 +34,17 @@ def written(name: str) -> type[Definition]:
     return module.Written
 
 
+def one_process(name: str) -> pytest.MarkDecorator:
+    """What is asked of a page shares its runs."""
+    return pytest.mark.xdist_group(f"choices of {name}")
+
+
+EACH = [pytest.param(name, marks=one_process(name)) for name in PAGES]
+ASKED = [
+    pytest.param(name, what, marks=one_process(name), id=f"{name}-{what}")
+    for name in PAGES
+    for what in asked_of(written(name))
+]
 RUNS: dict[tuple, Tape] = {}
 
 
@@ -51,9 +60,9 @@ def test_every_cache_page_is_written_out():
     assert sorted(path.stem for path in CHOICES.glob("*.py")) == sorted(PAGES)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_choice_is_the_definition(name):
-    for family, settings in settings_of(written(name)):
+@pytest.mark.parametrize(("name", "what"), ASKED)
+def test_choice_is_the_definition(name, what):
+    for family, settings in asked_of(written(name))[what]:
         run(name, settings, family)
 
 

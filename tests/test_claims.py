@@ -132,6 +132,8 @@ def test_every_claim_lies_with_its_kind_and_its_last_results_speak_of_it():
             said = (claim.statement, claim.bound, claim.note(row.get("model")))
             assert (row["name"], row["statement"], row["bound"], row["note"]) == (name, *said)
             assert row["verdict"] in ("holds", "contradicted", "fails")
+            failing = {part for part, holds in row.get("parts", {}).items() if not holds}
+            assert "parts" not in row or failing == {*claim.parts_that_fail(row.get("model"))}, name
 
 
 def test_a_result_is_written_beside_its_claim(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from regard.claims import ledger
 from regard.cli import app
+from regard.cli.measure import claim_text
 from regard.core import Claim, Measured
 from regard.core.claim import TOY
 from regard.models import shipped
@@ -186,6 +187,27 @@ def test_a_claim_is_contradicted_only_while_all_parts_hold_that_it_does_not_name
     assert plain.verdict(found) == ("holds" if all(held) else "fails")
     wanted = "holds" if all(held) else "contradicted" if held[2] else "fails"
     assert noted.verdict(found) == wanted
+
+
+def test_a_part_that_holds_though_it_is_noted_as_failing_is_said(monkeypatch):
+    parts = {"the toys": False, "order": False, "sums": True}
+    noted = Claim(
+        "one",
+        "s",
+        "b",
+        lambda: Measured.by(parts, {"x": 1}),
+        contradicted="small",
+        fails=("the toys", "order"),
+    )
+    monkeypatch.setattr(ledger, "claim", lambda name: noted)
+    row = ledger.measure("one")
+    assert "holds_here" not in row and claim_text(row)[3:] == ["fails     the toys; order"]
+    parts["order"] = True
+    row = ledger.measure("one")
+    assert (row["verdict"], row["holds_here"]) == ("contradicted", ["order"])
+    assert claim_text(row)[3:] == ["fails     the toys", "holds     order, noted as failing"]
+    parts["the toys"] = True
+    assert claim_text(ledger.measure("one"))[3:] == ["holds     the toys; order, noted as failing"]
 
 
 def test_a_contradicted_claim_whose_measurement_breaks_reads_fails_in_its_row(room, monkeypatch):

@@ -1,6 +1,6 @@
 """The kept list of planted faults (tests/mutants) fits the files that it changes, and its runner tells what it sees."""
 
-import importlib
+import importlib.util
 import queue
 import re
 import subprocess
@@ -20,7 +20,7 @@ import reach  # noqa: E402
 import sampled  # noqa: E402
 import trees  # noqa: E402
 from reach import Reach  # noqa: E402
-from trees import LATE, SEEN, UNCOLLECTED, UNSEEN, Mutant  # noqa: E402
+from trees import BROKEN, LATE, SEEN, UNCOLLECTED, UNSEEN, Mutant  # noqa: E402
 
 FAULTS = kept.load()
 
@@ -130,6 +130,31 @@ def test_a_mutant_whose_tests_cannot_run_is_a_row(tree, monkeypatch):
     )
     assert row["outcome"] == "uncollected"
     assert (tree / file).read_text() == before and free.get() == tree
+
+
+def test_what_could_not_be_run_is_asked_once_more(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("mutants", HERE.parent / "scripts/mutants/__main__.py")
+    main = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(main)
+    path = "scripts/mutants/trees.py"
+    one, two = (
+        Mutant(name, path, (HERE.parent / path).read_text().replace("BROKE = 70", f"BROKE = {name}"))
+        for name in "12"
+    )
+    asked, says = [], iter((BROKEN, UNSEEN, SEEN, BROKEN, BROKEN))
+
+    def outcomes(mutants, *_):
+        asked.append([m.name for m in mutants])
+        return [(m, {"key": m.key, "outcome": next(says), "seconds": 1.0}) for m in mutants]
+
+    monkeypatch.setattr(main, "outcomes", outcomes)
+    args, out = SimpleNamespace(again=False, workers=2, limit=1.0), tmp_path / "rows.jsonl"
+    assert [row["outcome"] for row in main.run([one, two], out, args)] == [SEEN, UNSEEN]
+    assert asked == [["1", "2"], ["1"]]
+    # a line of each run, the last of which is read
+    assert len(out.read_text().splitlines()) == 3 and [r["outcome"] for r in main.read(out)] == [SEEN, UNSEEN]
+    assert [row["outcome"] for row in main.run([one], tmp_path / "more.jsonl", args)] == [BROKEN]
+    capsys.readouterr()
 
 
 SOURCE = '''

@@ -23,7 +23,12 @@ def test_planted_faults_are_seen_by_what_stays():
 def test_what_is_long_by_its_times():
     alone = [law[0] for law in quick.laws() if len(law) == 1 and law[0].endswith("]")]
     sees_alone = next(test for test in alone if not test.startswith(quick.STAY))
-    times = {"tests/a.py::b": 0.5, "tests/a.py::c[1]": 0.4, sees_alone: 3.0, quick.STAY[0] + "a]": 30.0}
+    times = {
+        "tests/a.py::b": quick.LONG,
+        "tests/a.py::c[1]": quick.LONG - 0.1,
+        sees_alone: 3.0,
+        quick.STAY[0] + "a]": 30.0,
+    }
     assert quick.long_of(times) == ["tests/a.py::b"]
     assert quick.long_of({**times, sees_alone: quick.ALONE + 1}) == sorted(["tests/a.py::b", sees_alone])
 

@@ -14,14 +14,13 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import kept
 import reach
 import sampled
-from trees import Mutant, outcomes
+from trees import BROKEN, Mutant, outcomes
 
 OUT = Path("runs/mutants")
 LONGER = "claims_longer.toml"  # an hour by itself: planted where it is named
@@ -80,23 +79,29 @@ def planted(args: argparse.Namespace) -> int:
 
 
 def run(mutants: list[Mutant], out: Path, args: argparse.Namespace) -> list[dict]:
-    """A row for each mutant, in their order; rows of the same mutant and tests from before stand."""
-    known = {} if args.again or not out.exists() else {row["key"]: row for row in read(out)}
-    todo = [m for m in mutants if m.key not in known]
+    """A row for each mutant, in their order; those of the same mutant and tests from before stand.
+
+    One whose tests could not be run, which is no outcome of theirs, is asked once more, and by every later run.
+    """
+    rows = {} if args.again or not out.exists() else {row["key"]: row for row in read(out)}
     with open(out, "w" if args.again else "a") as file:
-        for n, (mutant, row) in enumerate(outcomes(todo, args.workers, SLOWER * args.limit + START), 1):
-            known[mutant.key] = row
-            print(json.dumps(row), file=file, flush=True)
-            where = f"{n} of {len(todo)}"
-            print(
-                f"{where:12} {row['outcome']:8} {row['seconds']:6.1f} s  {mutant.file}: {mutant.name}",
-                file=sys.stderr,
-            )
-    return [known[m.key] for m in mutants]
+        for _ in range(2):
+            todo = [m for m in mutants if m.key not in rows or rows[m.key]["outcome"] == BROKEN]
+            for n, (mutant, row) in enumerate(outcomes(todo, args.workers, SLOWER * args.limit + START), 1):
+                rows[mutant.key] = row
+                print(json.dumps(row), file=file, flush=True)
+                where = f"{n} of {len(todo)}"
+                print(
+                    f"{where:12} {row['outcome']:8} {row['seconds']:6.1f} s  {mutant.file}: {mutant.name}",
+                    file=sys.stderr,
+                )
+    return [rows[m.key] for m in mutants]
 
 
-def read(path: Path) -> Iterable[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+def read(path: Path) -> list[dict]:
+    """The last row of each mutant."""
+    rows = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
+    return [*{row["key"]: row for row in rows}.values()]
 
 
 def table(args: argparse.Namespace) -> int:

@@ -96,7 +96,7 @@ def judged(mutant: Mutant, free: "queue.Queue[Path]", limit: float) -> dict:
     except (
         RuntimeError
     ) as error:  # such as a test whose name the fault has changed: a row, not the end of the run
-        outcome, said = BROKEN, str(error)[-200:]
+        outcome, said = BROKEN, f"{str(error).partition(chr(10))[0]} {str(error)[-200:]}"
     finally:
         path.write_text(before)
         free.put(tree)

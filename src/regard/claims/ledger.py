@@ -74,7 +74,11 @@ def asked(chosen: Sequence[str] = (), on: str | None = None) -> list[tuple[str, 
 
 
 def measure(name: str, model: str | None = None) -> dict:
-    """The row of one claim, measured now: name, model, statement, bound, measured, verdict, seconds, versions."""
+    """The row of one claim, measured now: name, model, statement, bound, measured, verdict, seconds, versions.
+
+    `parts` of the bound, line by line, where it has several; `holds_here` names those that hold now though the claim
+    is known to be contradicted in them.
+    """
     chosen = claim(name)
     require(model in (chosen.models or (None,)), "a model of the claim", name=name, model=model)
     given = () if model is None else (model,)
@@ -85,10 +89,12 @@ def measure(name: str, model: str | None = None) -> dict:
     start = time.perf_counter()
     result = chosen.measure(*given)
     seconds = time.perf_counter() - start
+    held = [part for part in chosen.parts_that_fail(model) if result.parts.get(part)]
     return {
         **said,
         "measured": dict(result.numbers),
         **({"parts": dict(result.parts)} if result.parts else {}),
+        **({"holds_here": held} if held else {}),
         "verdict": chosen.verdict(result, model),
         "note": chosen.note(model),
         "seconds": round(seconds, 1),

@@ -61,14 +61,20 @@ def say_claims(rows: list[dict], as_json: bool) -> None:
 
 
 def claim_text(row: dict) -> list[str]:
-    """Lines on a claim: its name and verdict, its bound, what was measured or why nothing was."""
+    """Lines on a claim: its name and verdict, its bound, what was measured or why nothing was, parts that fail."""
     from regard.cli.page_words import TIED, measured
 
     on, took = row.get("model") or "", row.get("seconds")
     head = f"{row['name']}{f' on {on}' if on else ''}: {row['verdict']}"
     head += f", {took:.0f} s" if isinstance(took, int | float) else ""
     found = measured(row["measured"]).replace(TIED, " ") if row["measured"] else row["note"]
-    return [head, f"bound     {row['bound']}", f"measured  {found}"]
+    lines = [head, f"bound     {row['bound']}", f"measured  {found}"]
+    failing = [part for part, holds in row.get("parts", {}).items() if not holds]
+    if failing:
+        lines.append(f"fails     {'; '.join(failing)}")
+    if row.get("holds_here"):
+        lines.append(f"holds     {'; '.join(row['holds_here'])}, noted as failing")
+    return lines
 
 
 @app.command()

@@ -26,17 +26,14 @@ def chosen(tape: Tape) -> list:
     ]
 
 
-def settings_of(definition: type[Definition]) -> list[tuple[str, dict[str, Any]]]:
-    """(family, settings) of all that is asked, each once."""
-    pairs = [
-        (definition.families.get(name, "llama"), s) for name, pair in definition.moves.items() for s in pair
-    ]
-    found: list[tuple[str, dict[str, Any]]] = []
-    slides = [] if definition.slides is None else [("mistral", definition.slides)]
-    for pair in [*pairs, *(("llama", settings) for settings in definition.more), *slides]:
-        if pair not in found:
-            found.append(pair)
-    return found
+def asked_of(definition: type[Definition]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """What is asked of a page, (family, settings), by what it is asked for: a setting's two values, more, a window."""
+    found = {
+        name: [(definition.families.get(name, "llama"), settings) for settings in pair]
+        for name, pair in definition.moves.items()
+    }
+    found |= {f"more_{i}": [("llama", settings)] for i, settings in enumerate(definition.more)}
+    return found if definition.slides is None else {**found, "slides": [("mistral", definition.slides)]}
 
 
 def check_all_settings_move(name: str, definition: type[Definition]) -> None:
