@@ -5,6 +5,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +35,14 @@ class Place(NamedTuple):
 
 
 def mutants(count: int, seed: int) -> list[Mutant]:
-    """Without tests: who reaches them is not known here."""
+    """Without tests: who reaches them is not known here. One fewer for each place where no mutation is a program."""
     rng, found = random.Random(seed), []
     for n, (room, parts) in enumerate(ROOMS.items()):
         share = count // len(ROOMS) + (n < count % len(ROOMS))
         places = sorted(places_of(parts))
         for place in rng.sample(places, min(share, len(places))):
             found.append(mutated(place, room, rng))
-    return found
+    return [mutant for mutant in found if mutant is not None]
 
 
 def places_of(parts: list[str]) -> Iterator[Place]:
@@ -54,21 +55,24 @@ def places_of(parts: list[str]) -> Iterator[Place]:
                 yield from {place for place, _, _ in mutations(file)}
 
 
-def mutations(file: Path) -> Iterator[tuple[Place, str, int]]:
+@cache
+def mutations(file: Path) -> list[tuple[Place, str, int]]:
     """(place, operator, which of its occurrences) of all mutations of a file that change what it does."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
 
     source = file.read_text()
     tree, skipped = get_ast(source), types_and_decorators(source)
-    name = str(file.relative_to(ROOT))
+    name, found = str(file.relative_to(ROOT)), []
     for operator in filter(lambda o: o.startswith(OPERATORS), operator_names()):
         made, occurrence = get_operator(operator)(), 0
         for node in ast_nodes(tree):
             for start, _ in made.mutation_positions(node):
                 if not any(low <= start < high for low, high in skipped):
-                    yield Place(name, start, operator.rpartition("_")[0] or operator), operator, occurrence
+                    kind = operator.rpartition("_")[0] or operator
+                    found.append((Place(name, start, kind), operator, occurrence))
                 occurrence += 1
+    return found
 
 
 def types_and_decorators(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -91,7 +95,7 @@ def types_and_decorators(source: str) -> list[tuple[tuple[int, int], tuple[int, 
     return spans
 
 
-def mutated(place: Place, room: str, rng: random.Random) -> Mutant:
+def mutated(place: Place, room: str, rng: random.Random) -> Mutant | None:
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -100,8 +104,10 @@ def mutated(place: Place, room: str, rng: random.Random) -> Mutant:
     others = random.Random(f"{place}").sample(here, len(here))
     texts = (mutate_code(source, get_operator(o)(), n) for o, n in (rng.choice(here), *others))
     text = next((text for text in texts if compiles(text)), None)
+    if text is None:
+        return None
     line = place.start[0]
-    after = text.splitlines()[line - 1].strip() if text else ""
+    after = text.splitlines()[line - 1].strip()
     return Mutant(f"{line}: {source.splitlines()[line - 1].strip()} -> {after}", place.file, text, room=room)
 
 
