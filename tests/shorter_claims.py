@@ -18,6 +18,7 @@ SHORT = {
     "causal_path_explanation": {"SHARES": (), "NOISES": (), "FEW": 5},
     "causalm": {"FIRST_SEED": 203, "SEEDS": 1, "CONTROLS": 1, "CLOSER": 1},
     "causalmm": {"COUNT": 40},
+    "chinchilla_mcqa_circuits": {"COUNTS": {"toy": (128, 32, 2)}},
     "chm_corr_plus_plus": {"SEEDS": (0,), "USERS": (0,)},
     "connnet": {"ERRORS": {"flipped": (0,)}, "STEPS": 20, "IMAGES": 100, "TESTED": 50},
     "contextual_net_3d": {"SEEDS": (3,), "BATCH": 12},
