@@ -11,10 +11,12 @@ from regard import catalog
 from regard.bench import measuring as cells
 from regard.bench import passes, timing
 from regard.bench.cell import FULL, Cell
+from regard.bench.harness import Meter
 from regard.bench.measuring import Bench, batches, measure, peak_memory
 from regard.bench.passes import Pass, own_bytes, run
 from regard.bench.quality import by_place, exact_turns, fidelity, foretold, generated, quality, shown
 from regard.bench.timed import paired_times, running_text
+from regard.ops.budget import parse_budget
 from regard.tasks import Sample, Turn
 from regard.testing.task import WordTokenizer
 from regard.testing.zoo import build, ids
@@ -267,6 +269,24 @@ def test_a_pass_is_timed_and_weighed_step_by_step(monkeypatch):
     assert found.logits[0, :, 0].tolist() == [9.0, 10.0, 13.0]
     prompt = Sample(list(range(9)), [1, 2], (0, 0))
     assert run(Walking(clock), [prompt], None).prefill == 9.0  # all but the last token
+
+
+def test_units_of_bytes():
+    sizes = {"3B": 3, "3KB": 3_000, "3MB": 3_000_000, "3GB": 3_000_000_000}
+    sizes |= {"3KiB": 3_072, "3MiB": 3_145_728, "3GiB": 3_221_225_472, "1.5 kb": 1_500}
+    assert {text: parse_budget(text).bytes for text in sizes} == sizes
+
+
+def test_what_is_read_is_the_mean_over_decode_steps():
+    meter = Meter(SimpleNamespace(bytes_read=lambda: 10, bytes_held=lambda: 7, bytes_stored=lambda: 9))
+    assert meter.facts() == {"bytes_held": 0, "bytes_kept": 0, "bytes_read": None}
+    for _ in range(2):
+        for width in (5, 1, 1):
+            meter.after_forward(
+                None, (), {"input_ids": torch.zeros(1, width)}, SimpleNamespace(past_key_values=1)
+            )
+        meter.close()
+    assert meter.facts() == {"bytes_held": 14, "bytes_kept": 18, "bytes_read": 10}
 
 
 def test_bytes_are_those_of_the_numbers_kept():

@@ -14,7 +14,7 @@ from regard.tasks import pope
 from regard.tasks.chair_scores import Counts, chair, counts, mentions, without_last
 from regard.tasks.pictures import PictureQuestion, opened, own_questions
 from regard.tasks.scene_questions import ASKED, PLURALS
-from regard.tasks.scenes import CLEAR, GLYPHS, Scenes, letter, partner, shape, usual_colour
+from regard.tasks.scenes import CLEAR, GLYPHS, Prior, Scenes, letter, partner, shape, usual_colour
 from regard.tasks.yes_no import RULES, yes_no_scores
 
 
@@ -23,6 +23,10 @@ def test_priors_hold_and_conflicts_break_them():
     together = [any(partner(p) in s.shapes for p in s.shapes) for s in usual]
     assert 0.9 < sum(together) / len(together) < 1
     assert not any(partner(p) in s.shapes for s in broken for p in s.shapes)
+    asked = 0.7
+    of_prior = [t for s in Scenes(3, prior=Prior(coloured=asked)).many(400) for t in s.of("digit")]
+    share = sum(t.colour == usual_colour(t.name) for t in of_prior) / len(of_prior)
+    assert abs(share - asked) < 4 * (asked * (1 - asked) / len(of_prior)) ** 0.5
     digits = [t for s in broken for t in s.of("digit")]
     assert digits and all(t.colour != usual_colour(t.name) for t in digits)
     assert [s.pixels().tolist() for s in Scenes(1).many(2)] == [

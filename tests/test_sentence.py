@@ -89,6 +89,10 @@ def test_the_number_of_samples_is_the_smallest_cells(asked):
         row["samples"] = [{"score": 1.0}] * asked
     made.rows[-1]["samples"] = [{"score": 1.0}] * (asked - 1)
     assert made.least_samples() == asked - 1
+    # rows that hold none, and rows that failed, are none of them
+    made.rows[0]["samples"] = []
+    made.rows[1] |= {"status": "failed", "samples": [{"score": 1.0}]}
+    assert made.least_samples() == asked - 1
 
 
 def test_a_notebook_shows_the_sentence_and_the_rows():

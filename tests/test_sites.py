@@ -9,6 +9,7 @@ import transformers as tf
 
 from regard.attaching.anatomy import anatomy
 from regard.attaching.attachment import attach
+from regard.attaching.verbs import donors
 from regard.core import Edit, NeverFired, Observer, Site, Unreachable, Unsupported
 from regard.testing.cache.checks import generate
 from regard.testing.tiny import TEXT
@@ -473,3 +474,8 @@ def test_what_is_found_out_by_a_forward_is_written_down_by_nobody():
     with attach(model, [Observer("last_row", Site()), Observer("value", Site("mlp"))]) as attached:
         model(**inputs)
     assert {step for records in attached.records.values() for _, step, _ in records} == {0}
+
+
+def test_a_text_gets_what_the_next_one_of_its_batch_has():
+    assert donors(Edit(Site("mlp"), "resample"), [0, 1, 2], 3) == [1, 2, 0]
+    assert donors(Edit(Site("mlp"), "resample", 2), [0, 1], 3) == [2, 2]

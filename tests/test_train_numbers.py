@@ -132,6 +132,14 @@ def test_the_rates_of_a_run_rise_and_fall_by_half_a_cosine(tmp_path, monkeypatch
     assert seen == pytest.approx([0.01 * s for s in shares[10:]] + [0.04 * s for s in shares])
 
 
+def test_what_is_left_of_the_steps_is_a_row_too(tmp_path):
+    """Of seven steps, scored every third, the last; it is what the result is of."""
+    seen = []
+    result = train(Plan(steps=7, every=3, rates=(1e-2,), **SMALL), tmp_path, seen.append)
+    scored = {point["step"]: point["score"] for point in seen if point["score"] is not None}
+    assert [*scored] == [3, 6, 7] and result["score"] == scored[7]
+
+
 def test_the_best_rate_is_the_one_that_scores_best(tmp_path, monkeypatch):
     """Of three rates the second; `best` holds its weights, and what is said is its score."""
     scores = iter([0.3, 0.7, 0.5])

@@ -139,6 +139,8 @@ def test_operators_of_conditions_and_leaves_are_all_drawn_and_either_branch_is_t
 def test_ids_say_the_same_as_the_tree_and_its_grid():
     cfg = Config("productive", True, side=5, colours=6, shapes=7)
     codes, count = Codes(cfg), 64
+    # nothing, if, operators, colours, shapes, false and true, places, objects
+    assert codes.size == 2 + len(OPERATORS) + 6 + 7 + 2 + 25 + 6 * 7
     inputs, labels = gcog.generate(cfg, count, 3)
     assert inputs.shape == (count, 12 + 25) and inputs.max() < codes.size
     assert (labels[:, :-1] == -100).all()
