@@ -305,12 +305,8 @@ def measure(on: str) -> Measured:
             numbers |= of_four_texts([(n, h) for n, h in numbers["top_heads"]], COUNTS[on][0])
     more = numbers["drop_random"] >= numbers["drop_a_to_d"] + 5
     few, kept = numbers["share"] >= 0.8, numbers["drop_a_to_d"] <= 2
-    parts = {
-        "it answers": numbers["accuracy_a_to_d"] >= 50,
-        "few heads": few,
-        "A to D kept": kept,
-        "random letters lose more": more,
-    }
+    answers = numbers["accuracy_a_to_d"] >= 50
+    parts = {"it answers": answers, "few heads": few, "A to D kept": kept, "random letters lose more": more}
     return Measured.by(parts, numbers)
 
 
