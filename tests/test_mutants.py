@@ -62,7 +62,8 @@ def tree(tmp_path):
     return tmp_path
 
 
-def test_what_a_run_says(tree):
+def test_what_a_run_says(tree, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
     assert trees.tested(tree, ["tests/test_one.py::test_right"], 60) == (UNSEEN, "")
     outcome, by = trees.tested(tree, ["tests/test_one.py::test_right", "tests/test_one.py::test_wrong"], 60)
     assert outcome == SEEN and "test_wrong" in by
