@@ -23,6 +23,8 @@ LONG = {"active_dormant_heads", "attention_debias_pruning", "attnattrib", "chm_c
         "pavlovian_attention", "prime_composer", "razor_attention", "recycled_attention", "right_mediator",
         "salient_relevance", "scan_and_snap", "tidaldecode", "tokenselect", "var", "vhd_vhr", "vista",
         "zoology_mqar"}  # fmt: skip
+# parts that are noted as failing, and that a shorter form is too short to see fail
+HOLD_IN_SHORT = {"jrt": {"softmax little"}}
 LAW = "tests/test_claim_faults.py::test_the_claim_holds["
 FILES = [Path(__file__).parent / "mutants" / f"{name}.toml" for name in ("claims", "claims_longer")]
 FAULTS = [tomllib.loads(path.read_text(encoding="utf8"))["fault"] for path in FILES]
@@ -77,5 +79,6 @@ def test_the_claim_holds(name, shorter, short_clocks):
     )
     assert steady.parts, "some part of the bound that no clock decides"
     # a broken measurement may also make a part hold that is recorded as failing
-    assert steady.failing == {p for p in claim.parts_that_fail(model) if not p.startswith(TIME)}, found
+    noted = {p for p in claim.parts_that_fail(model) if not p.startswith(TIME)}
+    assert steady.failing == noted - HOLD_IN_SHORT.get(name, set()), found
     assert claim.verdict(steady, model) == recorded["verdict"], found
