@@ -239,6 +239,7 @@ def test_which_tests_a_mutant_is_given():
     found = Reach(["slow", "quick"], [9.0, 1.0], {"src/x.py:3: a -> b": [0, 1]}, reach.digest())
     assert found.within(mutant, 5) == ("quick",) and found.within(mutant, 10) == ("quick", "slow")
     assert found.fits([mutant]) and not found.fits([mutant, Mutant("4: a -> b", "src/x.py", "")])
+    assert found.fits([])  # fewer places than were asked for
 
 
 def test_the_suite_is_asked_once_who_runs_a_place(tree, monkeypatch, tmp_path):
