@@ -1,8 +1,11 @@
 """The benchmark of the linear family: what its rows say, at sizes that take a moment."""
 
+import math
+
 import pytest
 import torch
 
+from regard import catalog
 from regard.bench import mechanisms, timing
 
 SMALL = mechanisms.Sizes(64, 128, 256, 64, 64, (10, 100), 2, 16, 1)
@@ -57,3 +60,18 @@ def test_every_linear_mechanism_has_a_row(monkeypatch):
     monkeypatch.setattr(mechanisms.catalog, "list_methods", lambda **_: names)
     cases = [row["case"].split(",")[0] for row in rows_of(mechanisms.others)]
     assert cases == ["linear_attention", "gla"]
+
+
+@pytest.mark.parametrize("part", [mechanisms.others, mechanisms.lower])
+def test_a_page_that_raises_is_a_row_that_says_so(monkeypatch, part):
+    page = catalog.get("gla")
+
+    def broken(*_):
+        raise ArithmeticError("no number")
+
+    monkeypatch.setitem(vars(page), "fast", broken)
+    monkeypatch.setattr(mechanisms.catalog, "list_methods", lambda **_: ["gla", "linear_attention"])
+    wrong, right = rows_of(part)
+    assert wrong["case"].startswith("gla,") and "ArithmeticError: no number" in wrong["note"]
+    assert wrong["holds"] is False and math.isnan(wrong["ratio"])
+    assert right["case"].startswith("linear_attention,") and right["ratio"] > 0

@@ -218,3 +218,24 @@ def test_no_test_depends_on_how_busy_the_machine_is():
     assert waits_of(planted) == [1, 2]
     tests = Path(__file__).parent.rglob("*.py")
     assert not [f"{path}: {waits_of(path.read_text())}" for path in tests if waits_of(path.read_text())]
+
+
+def defaults(node):
+    """(name, default) of what a function may be called without."""
+    args = node.args
+    plain = [*args.posonlyargs, *args.args]
+    yield from zip(plain[len(plain) - len(args.defaults) :], args.defaults, strict=True)
+    yield from zip(args.kwonlyargs, args.kw_defaults, strict=True)
+
+
+def test_nobody_trusts_the_code_of_a_model_unasked():
+    found = []
+    for path in SRC.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                found += [
+                    (path.name, node.name, ast.literal_eval(value))
+                    for arg, value in defaults(node)
+                    if arg.arg == "trust_remote_code" and value is not None
+                ]
+    assert len(found) > 8 and all(value is False for *_, value in found), found

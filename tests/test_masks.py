@@ -271,3 +271,12 @@ def test_a_list_of_tiles_is_made_whatever_is_read_unless_a_share_is_named():
     whole = causal() | ~causal()
     assert whole.tiled(8, 8, 4, 4) is not None
     assert whole.tiled(8, 8, 4, 4, most=0.5) is None
+
+
+@pytest.mark.parametrize("mask", [~causal(), ~(causal() & window(3)), ~causal() | window(2)], ids=repr)
+def test_tiles_of_what_is_not_seen(mask):
+    n, block = 12, 3
+    tiles = mask.dense(n)[0, 0].unflatten(0, (-1, block)).unflatten(2, (-1, block)).transpose(1, 2).flatten(2)
+    wanted = tiles.any(-1).int() + tiles.all(-1).int()
+    assert {*wanted.flatten().tolist()} >= {1, 2}
+    assert torch.equal(mask.blocks(n, block=block).kind[0, 0].int(), wanted)

@@ -17,6 +17,7 @@ from regard.bench.passes import Pass, own_bytes, run
 from regard.bench.quality import by_place, exact_turns, fidelity, foretold, generated, quality, shown
 from regard.bench.timed import paired_times, running_text
 from regard.ops.budget import parse_budget
+from regard.ops.labels import report_reading
 from regard.tasks import Sample, Turn
 from regard.testing.task import WordTokenizer
 from regard.testing.zoo import build, ids
@@ -399,3 +400,12 @@ def test_a_text_that_is_timed_is_read_again_from_its_start():
     sample = running_text(Cell("h2o", "perplexity", 8, what="timing"), 8, bench)
     assert sample.prompt == [1, 5, 6, 7, 5, 6, 7, 5]
     assert sample.answer == [6, 7, 5, 6, 7, 5, 6, 7, 5, 6, 7, 5, 6, 7, 5, 6]
+
+
+def test_bytes_of_what_is_read_beside_its_labels():
+    """Two texts, four query heads over two of keys, three slots each: keys of 8 and values of 4 numbers."""
+    told = []
+    k, v = torch.zeros(2, 2, 9, 8, dtype=torch.bfloat16), torch.zeros(2, 2, 9, 4)
+    beside = torch.zeros(5, dtype=torch.float16)
+    report_reading(SimpleNamespace(k=k, v=v, report_bytes=told.append), torch.zeros(2, 4, 3), beside)
+    assert told == [5 * 2 + 2 * 4 * 3 * (8 * 2 + 4 * 4)]

@@ -9,7 +9,9 @@ from transformers import DynamicCache
 
 from regard import catalog
 from regard.attaching import masking
+from regard.attaching.actors import AttentionCall
 from regard.attaching.attachment import attach
+from regard.attaching.views import make_view
 from regard.core import Edit, Observer, Site
 from regard.core.mask import window
 from regard.testing.cache.script import NEAR, script
@@ -117,3 +119,12 @@ def test_observed_weights():
         model(**feed)
     for layer, _, row in attached.records["last_row"]:
         assert float((row - wanted[layer][:, :, -1]).abs().max()) <= NEAR
+
+
+def test_a_model_that_hands_no_scale_is_viewed_with_the_root_of_its_heads():
+    q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    scale = {
+        given: make_view(AttentionCall(None, None, q, k, k, None, {"scaling": given}, None)).scale
+        for given in (None, 0.7)
+    }
+    assert scale == {None: 0.25, 0.7: 0.7}

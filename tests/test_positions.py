@@ -231,6 +231,17 @@ def test_observers_of_a_padded_batch_say_what_the_text_alone_says(statistic):
             assert float((a - b[0]).abs().max()) <= NEAR, (row, step)
 
 
+def test_rows_that_a_text_of_a_batch_does_not_have_are_said_to_be_none():
+    model, _ = build("llama")
+    observers = [Observer(name, Site(rows=(0, 3))) for name in ("top1", "z")]
+    with attach(model, observers) as attached, torch.no_grad():
+        model(**script((5,), pads=(0, 2))[0])  # of five tokens, and of three
+    for (_, _, top), (_, _, z) in zip(attached.records["top1"], attached.records["z"], strict=True):
+        assert top.dtype == torch.long
+        assert (top[0] >= 0).all() and (top[1, :, 0] == 0).all() and (top[1, :, 1] == -1).all()
+        assert z[0].isfinite().all() and z[1, :, 0].isfinite().all() and z[1, :, 1].isnan().all()
+
+
 def test_a_row_is_written_down_by_the_forward_that_has_it():
     model, _ = build("llama")
     layers = model.config.num_hidden_layers

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.console import Console
 from regard.report import Result, show, table, to_html, to_markdown
 from regard.report.figures import COSTS, quality_cost, quality_length
 from regard.report.marks import COLOURS, SHAPES, marks
+from regard.report.pieces import plot
 
 HOSTILE = '<script>document.title="pwned"</script>'
 BREAKOUT = "</script><img src=x onerror=\"document.title='pwned'\"><b>bold</b>"
@@ -582,3 +584,9 @@ def test_questions_are_answered_by_hand():
 
 def test_the_page_stays_small():
     assert len(to_html(fake_result()).encode()) < 2_500_000
+
+
+def test_a_plot_has_its_caption_and_none_where_there_is_none():
+    figure = SimpleNamespace()
+    assert "<figcaption>by head</figcaption>" in plot("at", figure, "what", "by head")
+    assert "figcaption" not in plot("at", figure, "what")

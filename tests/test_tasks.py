@@ -15,6 +15,7 @@ from regard.kinds.task import TaskPage, ask
 from regard.tasks import Source, mqar
 from regard.tasks.base import contains, continuation, even
 from regard.tasks.recall import Config, near_keys, weave, words
+from regard.tasks.zoology_mqar import check_sizes
 from regard.testing.task import WordTokenizer as Words
 from regard.testing.task import check_task
 
@@ -264,3 +265,9 @@ def test_a_sample_without_evidence_among_others_is_found():
     for fault, said in ((forgetful, "1 of 9 samples have no evidence"), (sure, r"lies in \[0, 1\)")):
         with pytest.raises(AssertionError, match=said):
             check_task(Method("mine", TaskPage(Config, card, samples=fault), Config()))
+
+
+def test_an_odd_length_is_no_length_of_zoology_mqar():
+    check_sizes(vocab=64, length=64, pairs=4, power=0.01)
+    with pytest.raises(ValueError, match=r"length is even \(length=63\)"):
+        check_sizes(vocab=64, length=63, pairs=4, power=0.01)
