@@ -51,7 +51,7 @@ real: $(REAL)
 	  --tasks needle,perplexity --methods streaming_llm,snapkv,h2o,tokenselect,razor_attention,recycled_attention
 	@echo "report: runs/real/report.html"
 
-## make test      the tests but those of a quarter of a second and more (tests/long.txt), pages in short
+## make test      the tests but those of a tenth of a second and more (tests/long.txt), pages in short
 test: $(READY)
 	$(BIN)/pytest -n 2 -m "not claims and not long"
 

@@ -1,6 +1,6 @@
 """What `make test` leaves out, and how long each test takes.
 
-long.txt names the tests that `make test` leaves out, those of a quarter of a second and more of the processor;
+long.txt names the tests that `make test` leaves out, those of a tenth of a second and more of the processor;
 `make test-all` asks them all. One that alone sees a planted fault of mutants/ stays where it takes less than ALONE
 seconds. To make the list: `pytest --times FILE` writes what each test takes of the processor, its children included,
 and `python tests/quick.py FILE` makes long.txt of that.
@@ -16,7 +16,7 @@ import pytest
 
 HERE = Path(__file__).parent
 LIST = HERE / "long.txt"
-LONG, ALONE = 0.25, 20.0  # seconds
+LONG, ALONE = 0.1, 20.0  # seconds
 SETUP = 5.0  # what takes so many to set up for one test of a file counts for all of them
 FIT = "tests/test_mutants.py::test_every_fault_still_fits_its_file_and_has_a_name_of_its_own"
 # of pages test_every_page.py has a short form; and what a change of the code most often breaks

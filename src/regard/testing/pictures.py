@@ -1,7 +1,10 @@
 """Prompts with images for the tiny vision-language models: batches with padding on the left, two images in a text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -81,16 +84,28 @@ def said(model: Any, inputs: dict[str, Tensor], steps: int = 4, **settings: Any)
     return torch.stack(found.logits, 1)
 
 
-REACHED: dict[tuple[str, str], list[str]] = {}
+REACHED: dict[tuple[str, str, int | None], list[str]] = {}
+MOST: ContextVar[int | None] = ContextVar("MOST", default=None)  # families that a page is asked on; None: all
+
+
+@contextmanager
+def few_families(most: int) -> Iterator[None]:
+    """Pages are asked on the first families that they reach alone, inside."""
+    token = MOST.set(most)
+    try:
+        yield
+    finally:
+        MOST.reset(token)
 
 
 def families_of(name: str, label: str, act: Callable[[Any, dict[str, Tensor]], Any]) -> list[str]:
     """The families on which a method acts; those that it refuses by name are left out. Asked once."""
-    if (name, label) not in REACHED:
-        found = [family for family in FAMILIES if acts(act, *batch(family))]
+    key = name, label, MOST.get()
+    if key not in REACHED:
+        found = list(islice((family for family in FAMILIES if acts(act, *batch(family))), MOST.get()))
         assert found, f"{name} acts on none of {', '.join(FAMILIES)}"
-        REACHED[name, label] = found
-    return REACHED[name, label]
+        REACHED[key] = found
+    return REACHED[key]
 
 
 def acts(act: Callable[[Any, dict[str, Tensor]], Any], model: Any, inputs: dict[str, Tensor]) -> bool:

@@ -32,15 +32,16 @@ def head(view: View, h: int, g: int, w: int, most: int, whole: int) -> Tensor:
     q, k = (moved(view, x, -at) for x in (view.q[0, h], view.k[0, g]))  # as projected, [n, D]
     v, rows = view.v[0, g], []
     keys = {c: chunk_key(view, *(x[c * w : c * w + w] for x in (q, k, v))) for c in range(view.seen // w)}
+    near, asking = moved(view, k, at), moved(view, q, at)
     for i in range(view.seen):
-        t, slots = i // w, at[: i + 1]
+        t, slots, close, asks = i // w, at[: i + 1], near[: i + 1], asking[i]
         if i >= whole:
             rated = sorted(range(1, t - 1), key=lambda c: -float(q[i] @ keys[c]))
             chunks = sorted({0, t - 1, t, *rated[: most - 3]})
             slots = torch.tensor([j for c in chunks for j in range(c * w, c * w + w) if j <= i])
-        close = moved(view, k[slots], torch.arange(len(slots)))
-        asks = moved(view, q[i : i + 1], torch.tensor([len(slots) - 1]))
-        rows.append(weights(view, close @ asks[0], h) @ v[slots])
+            close = moved(view, k[slots], at[: len(slots)])
+            asks = moved(view, q[i : i + 1], at[len(slots) - 1 : len(slots)])[0]
+        rows.append(weights(view, close @ asks, h) @ v[slots])
     return torch.stack(rows)[None]
 
 
