@@ -64,7 +64,8 @@ def vocabulary(tokenizer: Any) -> list[str]:
     """Words of one length in tokens, none of which stands within another or in the text around the list."""
     said = " ".join([INTRO, *asks(10)]).lower()
     pool = [word for word in even_words(tokenizer) if word not in said]
-    return [word for word in pool if not any(word in other and word != other for other in pool)]
+    listed = "\n".join(pool)
+    return [word for word in pool if listed.count(word) == 1]
 
 
 def one(

@@ -1,6 +1,7 @@
 """Tokenizers that are made while they read, for the laws of tasks, and the samples that a task draws with them."""
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from regard.core import Method
@@ -18,7 +19,7 @@ class WordTokenizer:
     chat_template = None
 
     def __init__(self, bos: int | None = 0, spare: int = 200, letters: int | None = None) -> None:
-        self.word = re.compile(rf"<s>|\d| ?[^\W\d]{f'{{1,{letters}}}' if letters else '+'}|\s|.")
+        self.word = rf"<s>|\d| ?[^\W\d]{f'{{1,{letters}}}' if letters else '+'}|\s|."
         self.bos_token_id, self.pieces, self.known, self.spare = bos, ["<s>"], {"<s>": 0}, spare
         self.all_special_ids = [0]
 
@@ -27,15 +28,21 @@ class WordTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
-        for piece in self.word.findall(text):
+        pieces = pieces_of(self.word, text)
+        for piece in dict.fromkeys(pieces):
             if piece not in self.known:
                 self.known[piece] = len(self.pieces)
                 self.pieces.append(piece)
-            ids.append(self.known[piece])
-        return ids
+        return [*ids, *map(self.known.__getitem__, pieces)]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(self.pieces[i] if i < len(self.pieces) else f"<{i}>" for i in ids)
+
+
+@lru_cache(1 << 14)
+def pieces_of(word: str, text: str) -> list[str]:
+    """A text in pieces, each of which is a `word`: the same few texts are read by every tokenizer that is made."""
+    return re.findall(word, text)
 
 
 class ChatTokenizer(WordTokenizer):
