@@ -48,7 +48,7 @@ def check_steering_page(name: str) -> dict[str, str]:
 
 
 @contextmanager
-def short_answers(tokens: int = 6) -> Iterator[None]:
+def short_answers(tokens: int = 3) -> Iterator[None]:
     """What a page asks of its own about a picture is answered in so many tokens, which random models never end."""
     before, pictures.LONGEST = pictures.LONGEST, tokens
     try:
