@@ -17,6 +17,11 @@ def check_page(name: str) -> Any:
     """The card, the settings, and the checks of its kind; what these return. Raises AssertionError."""
     page = catalog.get(name)
     check_whatever_its_kind(name, page)
+    return check_kind(name, page)
+
+
+def check_kind(name: str, page: Page) -> Any:
+    """The checks of its kind alone; what these return."""
     where, _, check = kind(page.kind).checks.partition(":")
     return getattr(import_module(where), check)(name)
 

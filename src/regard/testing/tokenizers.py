@@ -40,9 +40,9 @@ class WordTokenizer:
 
 
 @lru_cache(1 << 14)
-def pieces_of(word: str, text: str) -> list[str]:
+def pieces_of(word: str, text: str) -> tuple[str, ...]:
     """A text in pieces, each of which is a `word`: the same few texts are read by every tokenizer that is made."""
-    return re.findall(word, text)
+    return tuple(re.findall(word, text))  # shared: nobody is to change it
 
 
 class ChatTokenizer(WordTokenizer):
