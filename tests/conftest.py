@@ -82,14 +82,13 @@ def regard_command(monkeypatch, capfd):
     return run
 
 
-# tests of these files share nothing and take long together: each goes to the process that is free
-SPREAD = {f"test_{name}.py" for name in ("attach", "every_page", "layers")}
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """Of several processes (`--dist loadgroup`) one has all of a file: its fixtures and caches are made once."""
     mark_long(items)
-    for item in items:
-        if item.path.name not in SPREAD and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Of several processes one has all of a file (tests/processes.py)."""
+    from tests.processes import ByFile
+
+    return ByFile(config, log)

@@ -49,7 +49,7 @@ def timed(item, phase: str):
     done = yield
     if (file := item.config.getoption("--times")) is not None:
         with Path(file).open("a", encoding="utf8") as rows:
-            rows.write(f"{spent() - start:.3f} {phase} {item.nodeid.removesuffix('@' + item.path.name)}\n")
+            rows.write(f"{spent() - start:.3f} {phase} {item.nodeid}\n")
     return done
 
 

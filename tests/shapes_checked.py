@@ -17,7 +17,7 @@ from regard.core import Unsupported  # noqa: E402
 from regard.core.call import Call  # noqa: E402
 from regard.testing.block import BlockCase  # noqa: E402
 from regard.testing.case import B, Case, H  # noqa: E402
-from regard.testing.mask import example_roles  # noqa: E402
+from regard.testing.labels import example_roles  # noqa: E402
 
 
 def ask_mechanism(page) -> int:

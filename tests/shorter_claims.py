@@ -56,6 +56,13 @@ SHORT = {
     "hip_attention": {"SEEDS": 1, "SHORT": 512, "LONG": 1024},
     "hyperattention": {"SEEDS": 1, "SHORT": 256, "MIDDLE": 512, "LONG": 512},
     "illama": {"SEEDS": (0,), "RATES": (0.002,), "STEPS": 100, "BESIDE": ()},
+    "ima_lmms": {
+        "KINDS": ("digit", "colour"),
+        "TEXT_STEPS": 900,
+        "IMAGE_STEPS": 200,
+        "POOL": 800,
+        "EXAM": 96,
+    },
     "ir_diffusion": {"SCENES": 6, "STEPS": 8},
     "jrt": {"STEPS": 20, "TESTED": 256, "RATES": (0.005,)},
     "landmark_attention": {"SEEDS": (0,), "STEPS": 150, "TESTED": 128, "BLOCKS": 12},
@@ -64,6 +71,7 @@ SHORT = {
     "lightning_attention_tnl": {"RATES": (0.01,), "TRIAL": 1},
     "longheads": {"DEPTHS": 2},
     "longlive": {"SEEDS": (0,), "STEPS": 40, "VIDEOS": 8},
+    "medusa": {"SEEDS": (0, 1), "WARM": 5, "STEPS": 20, "JUDGED": 500},
     "mesa_optimizer_ar": {
         "STEPS": 200,
         "BATCH": 32,

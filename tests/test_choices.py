@@ -34,17 +34,8 @@ def written(name: str) -> type[Definition]:
     return module.Written
 
 
-def one_process(name: str) -> pytest.MarkDecorator:
-    """What is asked of a page shares its runs."""
-    return pytest.mark.xdist_group(f"choices of {name}")
-
-
-EACH = [pytest.param(name, marks=one_process(name)) for name in PAGES]
-ASKED = [
-    pytest.param(name, what, marks=one_process(name), id=f"{name}-{what}")
-    for name in PAGES
-    for what in asked_of(written(name))
-]
+# what is asked of a page shares its runs, and goes to one process: tests/processes.py
+ASKED = [pytest.param(name, what, id=f"{name}-{what}") for name in PAGES for what in asked_of(written(name))]
 RUNS: dict[tuple, Tape] = {}
 
 
@@ -66,7 +57,7 @@ def test_choice_is_the_definition(name, what):
         run(name, settings, family)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", PAGES)
 def test_choice_without_padding_is_the_definition(name):
     """Rows of one length, whose tables are shared, and of which one token goes at a time."""
     definition = written(name)
@@ -82,12 +73,12 @@ def test_sinks_that_stand_behind_padding_move_too():
     check_choice(catalog.method("streaming_llm", budget=17, sinks=2), written("streaming_llm"), feeds)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", PAGES)
 def test_choice_under_the_defaults_is_the_definition(name):
     check_default_choice(catalog.method(name, **written(name).words), written(name))
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", PAGES)
 def test_every_setting_moves_what_is_chosen(name):
     definition = written(name)
     check_all_settings_move(name, definition)

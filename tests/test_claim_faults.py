@@ -19,7 +19,7 @@ QUICK = 12  # seconds
 # each 2 to 12 s on one core, beside a network of digits and a model of diffusion, trained once; all others take 28 s
 LONG = {"active_dormant_heads", "attention_debias_pruning", "attnattrib", "chm_corr_plus_plus",
         "cot_overthinking_tasks", "cx_tom", "diffquickfix", "dsf", "ee_mllm", "fmri_motion_decoding",
-        "illama", "ir_diffusion", "landmark_attention", "longlive", "mesa_optimizer_ar", "moa_spans",
+        "illama", "ir_diffusion", "landmark_attention", "longlive", "medusa", "mesa_optimizer_ar", "moa_spans",
         "pavlovian_attention", "prime_composer", "razor_attention", "recycled_attention", "right_mediator",
         "salient_relevance", "scan_and_snap", "tidaldecode", "tokenselect", "var", "vhd_vhr", "vista",
         "zoology_mqar"}  # fmt: skip

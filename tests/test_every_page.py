@@ -5,15 +5,17 @@ import re
 import subprocess
 import sys
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from regard import catalog
-from regard.core import Page
+from regard.core import Method, Page
 from regard.kinds import kinds, skeleton
-from regard.testing import block, cache, mechanism, pictures
+from regard.testing import block, cache, mask, mechanism, pictures, position, task
+from regard.testing.cache.script import STEPS
 from regard.testing.case import Case, NotApplicable
 from regard.testing.laws import CHECKS, GRID_CHECKS
 from regard.testing.laws.equality import equal_paths, equal_under_masks
@@ -32,8 +34,9 @@ def cache_in_short(name):
     method = catalog.method(name, **cache.small(catalog.get(name)))
     family = next(f for f in cache.FAMILIES if cache.movable(method, build(f)[0]))
     assert cache.check_oracle(method, family) > 1e-3, f"{name} changes nothing on {family}"
-    for check in (cache.check_rows, cache.check_neutral, cache.check_bytes):
-        check(method, family)
+    cache.check_rows(method, family, steps=STEPS[:6])
+    cache.check_neutral(method, family)
+    cache.check_bytes(method, family)
     if name in ONE_OF_EACH:
         cache.check_generation(method, family)
     if any(field.name == "budget" for field in fields(method.config)):
@@ -82,17 +85,47 @@ def hold_in_short(case, checks):
 
 
 def pictures_in_short(name):
-    """All laws, on the first two families that the page reaches."""
-    with pictures.few_families(2):
+    """All laws on one family that the page reaches; pages that follow each other begin with another one."""
+    with pictures.few_families(1, first=[*BRIEF].index(name)):
         return check_kind(name, catalog.get(name))
+
+
+def mask_in_short(name):
+    """Every law of a mask on one text, under two odd settings and the first that the page tries."""
+    hold_mask_in_short(catalog.get(name))
+
+
+def hold_mask_in_short(page):
+    asked = (*islice(mask.odd_settings(page), 2), *page.test_settings[:1])
+    assert mask.hold_laws(page, [page.config(**settings) for settings in asked], lengths=(40,))
+    mask.check_neutral(page)
+
+
+def position_in_short(name):
+    """Every law of positions under the default and one odd settings, and their mask in short."""
+    page = catalog.get(name)
+    for settings in ({}, *islice(mask.odd_settings(page), 1)):
+        position.hold_laws(page, page.configure(**settings))
+    position.check_plain_text(page)
+    if page.build is not None:
+        hold_mask_in_short(page)
+
+
+def task_in_short(name):
+    """Every law of a task under its default settings."""
+    page = catalog.get(name)
+    assert "held" in task.check_task(Method(name, page, page.config())).values()
 
 
 # kinds whose pages take seconds each, and what is asked of them where these seconds are too many
 IN_SHORT = {
     "block": block_in_short,
     "cache": cache_in_short,
+    "mask": mask_in_short,
     "mechanism": mechanism_in_short,
+    "position": position_in_short,
     "steering": pictures_in_short,
+    "task": task_in_short,
     "tokens": pictures_in_short,
 }
 BRIEF = {name: kind for kind in IN_SHORT for name in catalog.list_methods(kind=kind)}

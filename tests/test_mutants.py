@@ -221,7 +221,7 @@ def test_a_marked_place_stands_in_one_graph_and_says_that_it_was_traced(tmp_path
 
 def test_who_ran_a_place(tmp_path):
     (tmp_path / "11").write_text(
-        "0 tests/test_a.py::test_x (setup)\n1 tests/test_a.py::test_x[a@b]@test_a.py (call)\n2  \n"
+        "0 tests/test_a.py::test_x (setup)\n1 tests/test_a.py::test_x[a@b] (call)\n2  \n"
     )
     (tmp_path / "12").write_text("1 tests/test_b.py::test_z (call)\n1 tests/test_b.py::test_gone (call)\n")
     tests = {"tests/test_a.py::test_x", "tests/test_a.py::test_x[a@b]", "tests/test_b.py::test_z"}

@@ -8,7 +8,7 @@ import torch
 
 from regard import catalog
 from regard.core import Method, Unsupported
-from regard.testing.mask import example_roles
+from regard.testing.labels import example_roles
 from regard.testing.options import changes, moving
 from regard.testing.pictures import batch
 from regard.testing.steering import steered

@@ -4,7 +4,6 @@ import ast
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -175,7 +174,6 @@ def runs(told: Path, tests: set[str]) -> dict[int, set[str]]:
         for line in path.read_text().splitlines():
             number, _, said = line.partition(" ")
             name, _, phase = said.rpartition(" ")
-            name = alone(name)
             if name:
                 found.setdefault(int(number), set()).update(
                     together.get(name.partition("::")[0], ()) if phase == "(setup)" else {name} & tests
@@ -183,15 +181,10 @@ def runs(told: Path, tests: set[str]) -> dict[int, set[str]]:
     return found
 
 
-def alone(name: str) -> str:
-    """A test's name without the group that pytest-xdist adds."""
-    return re.sub(r"@[^@\[\]/]+$", "", name)
-
-
 def seconds_of(times: Path) -> dict[str, float]:
     """What each test took, by its name as pytest's command line has it."""
     found = {}
     for case in ElementTree.parse(times).getroot().iter("testcase"):
         module = case.attrib["classname"].replace(".", "/") + ".py"
-        found[alone(f"{module}::{case.attrib['name']}")] = float(case.attrib["time"])
+        found[f"{module}::{case.attrib['name']}"] = float(case.attrib["time"])
     return found

@@ -173,7 +173,7 @@ def candidates(page: Any) -> Iterator[Any]:
 
 def example(page: Any, cfg: Any) -> "tuple[Tensor, Roles | None]":
     """Who sees whom among a few labelled tokens, [H, n, n], one head where all are alike; and the labels."""
-    from regard.testing.mask import example_roles
+    from regard.testing.labels import example_roles
 
     mask = page.build(cfg)
     n = ALONE if mask.heads in (None, 1) else BESIDE

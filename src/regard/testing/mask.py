@@ -20,61 +20,11 @@ from regard.core.roles import Roles
 from regard.kinds.mask import MaskPage
 from regard.kinds.position import PositionPage
 from regard.ops.blocks import blocks_of
+from regard.testing.labels import example_roles
 from regard.testing.pages import same_after_pickling
 
 LENGTHS = (1, 7, 40)
 Settings = Mapping[str, Any]
-
-
-def example_roles(needs: Iterable[str], n: int, cfg: Any = None) -> Roles | None:
-    """Two rows of labelled tokens: left padding in the first, documents of 5, images of height x width.
-
-    Every image is a frame of a video and is asked about by the word after it; the second row is a video of frames of 5
-    without words, and asks nothing.
-    Candidates of 4 after a context; parallel blocks of two paths, in the second row with a block in a path; slots that
-    stand token by token in the first row, each token read twice, and in the second by iteration, every third twice.
-    """
-    i = torch.arange(n)
-    height, width = getattr(cfg, "height", 3), getattr(cfg, "width", 3)
-    image, index = i // (height * width + 3), i % (height * width + 3) - 2  # two words, an image, one word
-    patch = (index >= 0) & (index < height * width)
-    known = {
-        "padding": torch.stack([i < n // 4, i < 0]),
-        "document": torch.stack([i // 5, (i + 2) // 5]),
-        "image": torch.where(patch, image + 1, 0),
-        "y": torch.where(patch, index // width, -1),
-        "x": torch.where(patch, index % width, -1),
-        "frame": torch.stack([torch.where(patch, image, -1), i // 5]),
-        "question": torch.stack([torch.where(index >= 0, image + 1, -1), torch.full((n,), -1)]),
-        "candidate": torch.stack([(i - n // 3).div(4, rounding_mode="floor").clamp(min=-1), i // 6 - 1]),
-        **parallel_paths(i),
-        **iterated_tokens(i),
-    }
-    labels = {name: known.get(name, torch.stack([i % 3, i % 2])) for name in needs}
-    return Roles(**labels) if labels else None
-
-
-def parallel_paths(i: Tensor) -> dict[str, Tensor]:
-    """Blocks of ten tokens: two, a path of three, another, two. In the second row the first path holds two paths."""
-    begun, step = i // 10 + 1, i % 10
-    first, second = (step >= 2) & (step < 5), (step >= 5) & (step < 8)
-    inner = first & (step > 2)  # of one token each
-    block, path = begun * (first | second), (2 * begun - 1) * first + 2 * begun * second
-    inner_path = (2 * begun - 4 + step) * inner
-    return {
-        "parallel": torch.stack([block, block + (begun * inner << 15)]),
-        "path": torch.stack([path, path + (inner_path << 15)]),
-    }
-
-
-def iterated_tokens(i: Tensor) -> dict[str, Tensor]:
-    """Slots of tokens that are read again: in the order of the tokens, and in that of the iterations."""
-    once = (3 * len(i) + 3) // 4
-    again = i >= once
-    return {
-        "token": torch.stack([i // 2, torch.where(again, 3 * (i - once), i)]),
-        "iteration": torch.stack([i % 2, again.long()]),
-    }
 
 
 def odd_settings(page: MaskPage | PositionPage) -> Iterator[Settings]:
@@ -105,12 +55,21 @@ def check_mask(page: MaskPage | PositionPage, *, settings: Iterable[Settings] = 
         f"{page.card.title}: no small settings are accepted; give some: check_mask(page, settings=[...])"
     )
     configs = dict.fromkeys(page.config(**s) for s in ({}, page.card.neutral, *odd, *settings))
+    blind = hold_laws(page, configs)
+    check_neutral(page)
+    return blind
+
+
+def hold_laws(
+    page: MaskPage | PositionPage, configs: Iterable[Any], lengths: Iterable[int] = LENGTHS
+) -> dict[str, int]:
+    """Every law but that of neutral settings on these ones; what check_mask returns."""
     blind = {}
     for cfg in configs:
         mask = page.build(cfg)
         assert isinstance(mask, Mask), f"{page.card.title}: build gives a Mask, not {type(mask).__name__}"
         assert page.build(cfg) == mask, f"{mask}: built twice it is the same mask"
-        for n in LENGTHS:
+        for n in lengths:
             roles = example_roles(mask.needs, n, cfg)
             for check in LAWS:
                 check(mask, n, roles)
@@ -120,7 +79,6 @@ def check_mask(page: MaskPage | PositionPage, *, settings: Iterable[Settings] = 
         check_window_width(page, cfg)
         check_looks_ahead(page, cfg)
         check_kv_heads(page, cfg)
-    check_neutral(page)
     return blind
 
 

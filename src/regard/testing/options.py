@@ -19,8 +19,9 @@ from regard.kinds.mechanism import Mechanism
 from regard.kinds.position import PositionPage
 from regard.testing.block import DEPTHS, BlockCase
 from regard.testing.case import Case, Inputs, NotApplicable, same
+from regard.testing.labels import example_roles
 from regard.testing.laws.grids import on_grid, sides_in
-from regard.testing.mask import example_roles, odd_settings
+from regard.testing.mask import odd_settings
 from regard.testing.position import where
 from regard.testing.twice import leaves
 

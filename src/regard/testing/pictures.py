@@ -84,25 +84,27 @@ def said(model: Any, inputs: dict[str, Tensor], steps: int = 4, **settings: Any)
     return torch.stack(found.logits, 1)
 
 
-REACHED: dict[tuple[str, str, int | None], list[str]] = {}
-MOST: ContextVar[int | None] = ContextVar("MOST", default=None)  # families that a page is asked on; None: all
+REACHED: dict[tuple[str, str, tuple[int | None, int]], list[str]] = {}
+# families that a page is asked on, at most (None: all), and which of them is tried first
+ASKED: ContextVar[tuple[int | None, int]] = ContextVar("ASKED", default=(None, 0))
 
 
 @contextmanager
-def few_families(most: int) -> Iterator[None]:
-    """Pages are asked on the first families that they reach alone, inside."""
-    token = MOST.set(most)
+def few_families(most: int, first: int = 0) -> Iterator[None]:
+    """Pages are asked on so many families that they reach alone, inside; `first` is tried before all, round."""
+    token = ASKED.set((most, first % len(FAMILIES)))
     try:
         yield
     finally:
-        MOST.reset(token)
+        ASKED.reset(token)
 
 
 def families_of(name: str, label: str, act: Callable[[Any, dict[str, Tensor]], Any]) -> list[str]:
     """The families on which a method acts; those that it refuses by name are left out. Asked once."""
-    key = name, label, MOST.get()
+    key = name, label, (most, first) = name, label, ASKED.get()
     if key not in REACHED:
-        found = list(islice((family for family in FAMILIES if acts(act, *batch(family))), MOST.get()))
+        tried = FAMILIES[first:] + FAMILIES[:first]
+        found = list(islice((family for family in tried if acts(act, *batch(family))), most))
         assert found, f"{name} acts on none of {', '.join(FAMILIES)}"
         REACHED[key] = found
     return REACHED[key]

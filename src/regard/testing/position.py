@@ -8,7 +8,8 @@ from torch import Tensor
 from regard import catalog
 from regard.core.roles import Roles
 from regard.kinds.position import PositionPage
-from regard.testing.mask import check_mask, example_roles, odd_settings
+from regard.testing.labels import example_roles
+from regard.testing.mask import check_mask, odd_settings
 
 N = 40
 
@@ -20,13 +21,9 @@ def check_position_page(name: str) -> dict[str, str]:
 
 def check_position(page: PositionPage) -> dict[str, str]:
     """Every law on its default and on odd settings; the laws of masks on the mask that belongs to it."""
-    report = {}
+    report: dict[str, str] = {}
     for settings in ({}, *odd_settings(page), *page.test_settings):
-        cfg = page.configure(**settings)
-        roles = example_roles({*page.card.needs, "padding"}, N, cfg)
-        for law in LAWS:
-            law(page, cfg, roles)
-            report[law.__name__.removeprefix("check_")] = "held"
+        report |= hold_laws(page, page.configure(**settings))
     check_plain_text(page)
     if page.build is not None:
         check_mask(page, settings=page.test_settings)
@@ -35,6 +32,14 @@ def check_position(page: PositionPage) -> dict[str, str]:
         "plain_text": "held",
         "mask": "held" if page.build else "not applicable: it has no mask",
     }
+
+
+def hold_laws(page: PositionPage, cfg: Any) -> dict[str, str]:
+    """Every law on these settings."""
+    roles = example_roles({*page.card.needs, "padding"}, N, cfg)
+    for law in LAWS:
+        law(page, cfg, roles)
+    return {law.__name__.removeprefix("check_"): "held" for law in LAWS}
 
 
 def where(page: PositionPage, cfg: Any, roles: Roles) -> Tensor:

@@ -8,13 +8,19 @@
     apart    the page at each stage: a body of its own, which reads what the stage gives. Its bodies are narrower, so
              that both networks are equally large
 
+First the bodies are warmed up, for maps near one half say nothing: the network learns without attention, and beside it
+each body learns to answer by the largest of its map over places and a linear map, thrown away later. Then all of it
+learns with attention.
+
 Convolutions and the last map begin with the same numbers on all sides, and all see the same batches, of digits to train
 on; the accuracy is on 4,000 scenes of digits that only judge. t is that of the five differences, paired by seed. The
 rate, of 0.005 and 0.01 by the mean of both sides, was chosen on another seed and other digits. So was the size of the
 scenes: in larger ones with more clutter either side learned little in so many steps.
 
-The bound is met narrowly: 1.4 points at an accuracy near one half, t = 2.2, and one seed of five has the other sign.
-With four degrees of freedom a two-sided test would ask for 2.8.
+Bodies that were not warmed up gave five differences with t = 2.2 on one processor and 1.1 on another, whose sums round
+otherwise; over twenty seeds 1.2 points with t = 1.7, of which one run in which the bodies apart learned little gives
+0.6. With heads that are told a map's mean alone the difference was as large, 1.4 points and not 1.2 over three seeds:
+it was not the map.
 """
 
 from statistics import stdev
@@ -33,7 +39,7 @@ from regard.train.loop import fit, one_cycle
 
 CANVAS, SCALES, PIECES, NOISE = 16, (8, 11, 14), 3, 0.1
 WIDTHS = (16, 24, 32)
-STEPS, BATCH, RATE, SEEDS, JUDGED = 400, 48, 1e-2, range(5), 4000
+WARM, STEPS, BATCH, RATE, SEEDS, JUDGED = 200, 400, 48, 1e-2, range(5), 4000
 SIDES = ("shared", "apart")
 # channels and levels of a body: the image is halved three times, the stages twice, once and once
 BODIES = {"shared": ((12, 3),), "apart": ((7, 2), (7, 1), (7, 1))}
@@ -59,15 +65,26 @@ class Network(nn.Module):
             self.heads = nn.ModuleList(nn.ParameterDict(init_head(page.config(), width)) for width in WIDTHS)
 
     def forward(self, images: Tensor) -> Tensor:
-        x, drawn = images, None
-        if self.side == "shared":
-            drawn = body(F.avg_pool2d(images, 2), learned(self.bodies[0]))
+        x, drawn = images, self.first_map(images)
         for i, stage in enumerate(self.stages):
             x = stage(x)
-            if self.side == "apart":
+            if drawn is None or self.side == "apart":
                 drawn = body(x, learned(self.bodies[i]))
             x = rescaled(x, drawn, learned(self.heads[i]))
         return self.classes(x.amax((2, 3)))
+
+    def first_map(self, images: Tensor) -> Tensor | None:
+        """What a body draws of the image that all stages share."""
+        return body(F.avg_pool2d(images, 2), learned(self.bodies[0])) if self.side == "shared" else None
+
+    def plain(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Its classes without attention, and what each body draws."""
+        x, drawn = images, [] if (first := self.first_map(images)) is None else [first]
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if self.side == "apart":
+                drawn.append(body(x.detach(), learned(self.bodies[i])))
+        return self.classes(x.amax((2, 3))), drawn
 
 
 def learned(params: Any) -> dict[str, Tensor]:
@@ -104,14 +121,24 @@ def pasted(images: Tensor, scale: Tensor, sizes: tuple[int, ...], g: torch.Gener
     return canvas
 
 
-def trained(side: str, seed: int, rate: float = RATE, steps: int = STEPS) -> Network:
+def trained(side: str, seed: int) -> Network:
     model, g = Network(side, seed), generator(seed)
+    with seeded(seed + 200):
+        answers = nn.ModuleList(nn.Linear(1, 10) for _ in model.bodies)
+
+    def warm(step: int) -> Tensor:
+        images, labels = scenes("train", BATCH, g)
+        classes, drawn = model.plain(images)
+        each = [answer(G.amax((2, 3))) for answer, G in zip(answers, drawn, strict=True)]
+        return torch.stack([F.cross_entropy(logits, labels) for logits in (classes, *each)]).sum()
 
     def loss_at(step: int) -> Tensor:
         images, labels = scenes("train", BATCH, g)
         return F.cross_entropy(model(images), labels)
 
-    fit(torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01), loss_at, steps, schedule=one_cycle())
+    for loss, steps, learning in ((warm, WARM, (model, answers)), (loss_at, STEPS, (model,))):
+        params = [p for module in learning for p in module.parameters()]
+        fit(torch.optim.AdamW(params, RATE, weight_decay=0.01), loss, steps, schedule=one_cycle())
     return model.eval()
 
 
@@ -137,8 +164,7 @@ def measure() -> Measured:
         **{f"accuracy_{side}_by_seed": values for side, values in found.items()},
     }
     parts = {
-        "gain": mean(gains) > 0,
-        "paired t": t > 2,
+        "gain with paired t > 2": mean(gains) > 0 and t > 2,
         "as many parameters": abs(sizes["shared"] / sizes["apart"] - 1) <= 0.02,
     }
     return Measured.by(parts, numbers)
@@ -152,4 +178,10 @@ CLAIM = Claim(
     ),
     bound="mean gain of accuracy > 0 with paired t > 2 over 5 seeds; parameters within 2 %",
     measure=measure,
+    contradicted=(
+        "a shared body is as good as bodies apart where both are warmed up: 0.0 points (t = -0.1) over five seeds, "
+        "-0.2 over ten. Without the warm-up 1.2 points with t = 1.7 over twenty seeds; the paper segments medical "
+        "images, not digits"
+    ),
+    fails=("gain with paired t > 2",),
 )

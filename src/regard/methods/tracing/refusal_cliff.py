@@ -167,7 +167,7 @@ def cases(seed: int) -> Iterable[tuple]:
             draw(layers, batch, heads, e),
             draw(layers, heads, e, width),
         )
-        yield draw(n, width) + apart, labels, *rest, Config(penalty=0.05)
+        yield draw(n, width) + apart, labels, *rest, Config(penalty=0.5)
 
 
 def observer() -> Observer:

@@ -12,8 +12,8 @@ from regard.testing.block import BlockCase
 from regard.testing.case import tracked
 from regard.testing.directions.mechanisms import ROWS, SEEN, WIDTH, distance, entropy
 from regard.testing.directions.way import Row, less, more
+from regard.testing.labels import example_roles
 from regard.testing.laws.grids import on_grid
-from regard.testing.mask import example_roles
 
 N, SIDES = 41, (12, 12)
 TOKENS = "how many tokens there are: it goes with the input"
