@@ -19,6 +19,7 @@ from regard.testing.cache.script import STEPS
 from regard.testing.case import Case, NotApplicable
 from regard.testing.laws import CHECKS, GRID_CHECKS
 from regard.testing.laws.equality import equal_paths, equal_under_masks
+from regard.testing.laws.heads import check_groups
 from regard.testing.pages import check_kind, check_page, check_pickles, check_whatever_its_kind
 from regard.testing.zoo import build
 
@@ -37,6 +38,10 @@ def cache_in_short(name):
     cache.check_rows(method, family, steps=STEPS[:6])
     cache.check_neutral(method, family)
     cache.check_bytes(method, family)
+    if method.page.across:  # layers whose windows slide have a budget of their own
+        cache.check_neutral(method, "gemma3")
+    if method.page.reread is not None:
+        cache.check_oracle(method, "falconh1")
     if name in ONE_OF_EACH:
         cache.check_generation(method, family)
     if any(field.name == "budget" for field in fields(method.config)):
@@ -46,12 +51,17 @@ def cache_in_short(name):
 
 
 def mechanism_in_short(name):
-    """Every law of a mechanism but those asked once, on its first pattern; that its paths agree on the others."""
+    """Every law of a mechanism but those asked once, on its first pattern; that its paths agree on the others.
+
+    Under further settings that heads share what they share.
+    """
     page = catalog.get(name)
     cases = [Case(page, first_settings(page), pattern) for pattern in page.patterns]
     hold_in_short(cases[0], with_grids(page, CHECKS))
     for case in cases[1:]:
         hold_in_short(case, [check_paths_agree])
+    for settings in page.test_settings[1:]:
+        hold_in_short(replace(cases[0], cfg=page.configure(**settings)), [check_groups])
 
 
 def check_paths_agree(case):

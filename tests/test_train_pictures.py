@@ -33,7 +33,7 @@ def test_an_image_is_moved_and_zeros_come_in():
 
 def test_the_place_is_that_of_the_digit_and_not_of_a_decoy():
     """The digit is the one drawing that is an image of the data, wherever it lies."""
-    images, labels = scenes("test", 12, torch.Generator().manual_seed(3))
+    images, labels = scenes("test", 12, torch.Generator().manual_seed(5))
     known = digits()["test"].images[:, 0]
     assert images.shape == (12, 1, CANVAS, CANVAS) and len({*labels.tolist()}) > 6
     for image, label in zip(images[:, 0], labels, strict=True):

@@ -5,10 +5,12 @@ import torch
 from torch.testing import assert_close
 
 import regard
+from regard import catalog
 from regard.core.call import Call
 from regard.methods.mechanisms.dense import dcal as page
 from regard.nn import Attention, RegardConfig, RegardForMaskedLM
 from regard.ops import softmax_attention
+from regard.testing.case import Case
 
 N = 5
 PAIRS, ALONE = page.Config(), page.Config(partner=0)
@@ -140,3 +142,12 @@ def test_losses_under_learned_variances_weigh_least_where_the_variance_is_the_lo
     (slope,) = torch.autograd.grad(page.joined(losses, best), best)
     assert_close(slope, torch.zeros_like(losses))
     assert page.joined(losses, best).item() == pytest.approx((2 + sum(losses.log().tolist())) / 2)
+
+
+def test_questions_of_laws_are_no_rows_of_one_batch():
+    """Where each row reads another one, and nowhere else."""
+    apart = {
+        name: Case(catalog.get(name), catalog.get(name).config(), "self").keeps_rows_apart
+        for name in ("dcal", "softmax")
+    }
+    assert apart == {"dcal": False, "softmax": True}

@@ -184,3 +184,10 @@ def test_a_tree_needs_an_object_for_each_operator():
     kinds = (("productive", False), ("productive", True), ("distractor", True))
     assert [Config(split, trained).needed for split, trained in kinds] == [7, 3, 1]
     assert Config("productive", colours=7, shapes=7).needed == 7  # as many as there are
+
+
+def test_a_guess_is_right_as_often_as_there_are_answers_of_its_sort():
+    """Codes of places, yes or no, colours, shapes."""
+    cfg = Config(side=4, colours=7, shapes=5)
+    chances = [gcog.chance_of(cfg, answer) for answer in ((1, 2), True, COLOURS[0], SHAPES[0])]
+    assert chances == [1 / 16, 1 / 2, 1 / 7, 1 / 5]
