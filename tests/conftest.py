@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """Of several processes one has all of a file (tests/processes.py)."""
+    """Of several processes one has all of a file (tests/processes.py), where no other `--dist` is asked for."""
     from tests.processes import ByFile
 
-    return ByFile(config, log)
+    return ByFile(config, log) if config.getvalue("dist") == "loadscope" else None

@@ -5,10 +5,9 @@ from tests.processes import BY_PAGE, SPREAD, group_of
 from tests.quick import HERE
 
 RUN: list[int] = []
-HERE_TOO = range(6)
 
 
-@pytest.mark.parametrize("number", HERE_TOO)
+@pytest.mark.parametrize("number", range(6))
 def test_tests_of_a_file_run_in_one_process(number, request):
     """Each finds what those before it left behind."""
     RUN.append(number)
